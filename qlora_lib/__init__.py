@@ -1,0 +1,38 @@
+"""qlora_lib: GPTQ, NF4, LoRA and QLoRA by hand, in plain PyTorch.
+
+Names are imported when first used: torch is enough for tensors and layers, transformers
+is needed for models, datasets and the rest only where they are called.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "packing": ["pack", "unpack"],
+    "grid": ["QuantSpec", "QuantizedTensor", "quantize_rtn", "quant_matmul"],
+    "nf4": ["NF4Spec", "NF4Tensor", "quantize_nf4"],
+    "gptq": ["GPTQOptions", "Hessian", "gptq_quantize", "output_error"],
+    "linear": ["QuantizedLinear"],
+    "lora": [
+        "LoRALinear", "inject_lora", "merge_lora", "set_adapter", "trainable_parameters",
+        "unmerge_lora", "use_adapter",
+    ],
+    "models": ["dequantize_model", "load_model", "quantize_model", "quantized_layers"],
+    "checkpoint": ["load_adapter", "load_quantized", "save_adapter", "save_quantized"],
+    "data": ["format_gsm8k", "load_gsm8k", "load_minigsm"],
+    "profiles": ["Profile", "load_profile"],
+    "train": ["History", "TrainConfig", "finetune"],
+    "evaluate": ["Decoding", "EvalReport", "evaluate", "extract_answer", "generator", "is_correct"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'qlora_lib' has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

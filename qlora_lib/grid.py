@@ -1,0 +1,232 @@
+"""Affine integer grids and round to nearest.
+
+A group of weights shares one grid of 2**bits evenly spaced values,
+    w  ~  scale * (q - zero_point),     q in {0, ..., 2**bits - 1},
+with an integer zero_point, so that 0.0 is always on the grid and decodes exactly.
+(Jacob et al. 2018, arXiv 1712.05877, eq. 1; grouped as in Frantar et al. 2023,
+arXiv 2210.17323.)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .packing import check_bits, pack, unpack
+
+SCALE_DTYPE = torch.float16  # the dtype in which scales are stored
+CLIP_RATIOS = 1 - torch.arange(0, 60) / 80  # 1.00 down to 0.26 of the range
+CLIP_NORM = 2.4  # |error|**2.4: a little more weight on large errors than MSE
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a weight matrix is put on integer grids."""
+
+    bits: int = 4  # 2, 3, 4 or 8
+    group_size: int | None = 64  # input features that share a grid; None: one group a row
+    symmetric: bool = False  # True: zero_point fixed in the middle of the grid
+    clip_search: bool = True  # shrink the range where that lowers the error
+
+    def __post_init__(self):
+        check_bits(self.bits)
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be positive, or None for a row")
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups in a row. Raises ValueError when group_size does not divide it."""
+        size = self.group_size or in_features
+        if in_features % size:
+            raise ValueError(
+                f"group_size={size} does not divide in_features={in_features}; "
+                "choose a divisor, or None for one group a row"
+            )
+        return in_features // size
+
+
+@dataclass
+class QuantizedTensor:
+    """A weight matrix on integer grids, packed.
+
+    codes       uint8 (out, ceil(in * bits / 8)), packed along the input features
+    scale       fp16 (out, groups)
+    zero_point  uint8 (out, groups)
+    g_idx       int32 (in,), the group of each input feature; None: in order
+    shape       (out_features, in_features)
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    g_idx: Tensor | None
+    shape: torch.Size
+    spec: QuantSpec
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dense weights (out, in) in `dtype`."""
+        q = unpack(self.codes, self.spec.bits, self.shape)
+        # Half precision has no fast arithmetic on a CPU, and q - z is exact in fp32.
+        work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        scale, zero = self.scale.to(work), self.zero_point.to(work)
+        if self.g_idx is not None:
+            g = self.g_idx.long()
+            return ((q.to(work) - zero[:, g]) * scale[:, g]).to(dtype)
+        q = q.unflatten(1, (scale.shape[1], -1)).to(work)  # (out, in) -> (out, groups, group_size)
+        return ((q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, zero-points and group index together."""
+        parts = [self.codes, self.scale, self.zero_point, self.g_idx]
+        return sum(t.nbytes for t in parts if t is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.shape.numel()
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raises ValueError unless `weight` is a finite floating-point matrix."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            "a weight must be a floating-point matrix (out_features, in_features), "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    if not torch.isfinite(weight).all():
+        bad = (~torch.isfinite(weight)).sum().item()
+        raise ValueError(f"the weight holds {bad} NaN or Inf; mend the checkpoint first")
+
+
+def as_float(x: Tensor) -> Tensor:
+    """fp32, or fp64 where it came in as fp64 (the tests' reference precision)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def encode(w: Tensor, scale: Tensor, zero_point: Tensor, max_code: int) -> Tensor:
+    """Nearest codes, still in the dtype of `w`. All arguments broadcast.
+
+    Ties go to the even integer, as torch.round does.
+    """
+    return (w / scale + zero_point).round().clamp(0, max_code)
+
+
+def _grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of the grid that spans [low, high], with low <= 0 <= high."""
+    if spec.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = (high - low) / spec.max_code
+    # Codes are computed with the scale that will be stored, so the two can't disagree.
+    stored = scale.to(SCALE_DTYPE).to(low.dtype)
+    # Below 6e-5 fp16 is subnormal and coarse; a scale rounded down there would clip.
+    stored = torch.where(stored < scale * (1 - 2**-10), stored + 2.0**-24, stored)
+    scale = torch.where(stored > 0, stored, 1)  # all zeros: any scale decodes to 0
+    if spec.symmetric:
+        return scale, torch.full_like(scale, 2 ** (spec.bits - 1))
+    return scale, (-low / scale).round().clamp(0, spec.max_code)
+
+
+def fit_grid(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The grid of each group.
+
+    w: (..., group_size), one group in the last axis. Returns scale and zero_point,
+    each (...) in the dtype of w, the scale already rounded to fp16.
+    The range always includes 0. With `clip_search`, the range is shrunk step by step
+    and the grid with the least sum of |error|**2.4 is kept (Frantar's and GPTQModel's
+    `mse` option).
+    """
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (...)
+    if high.numel() and (high - low).max() > torch.finfo(SCALE_DTYPE).max:
+        raise ValueError(
+            f"weights span {float((high - low).max()):.3g}, more than an fp16 scale can hold; "
+            "rescale the layer"
+        )
+    scale, zero = _grid_of_range(low, high, spec)
+    if not spec.clip_search:
+        return scale, zero
+    best = None
+    for ratio in CLIP_RATIOS.tolist():
+        s, z = _grid_of_range(low * ratio, high * ratio, spec)
+        q = encode(w, s.unsqueeze(-1), z.unsqueeze(-1), spec.max_code)
+        error = ((q - z.unsqueeze(-1)) * s.unsqueeze(-1) - w).abs().pow(CLIP_NORM).sum(-1)
+        if best is None:
+            best = error
+            continue
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
+
+
+def assemble(q: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor | None, spec: QuantSpec):
+    """QuantizedTensor from codes (out, in) and grids (out, groups)."""
+    return QuantizedTensor(
+        pack(q.to(torch.uint8), spec.bits),
+        scale.to(SCALE_DTYPE),
+        zero.to(torch.uint8),
+        None if g_idx is None else g_idx.to(torch.int32),
+        torch.Size(q.shape),
+        spec,
+    )
+
+
+def quantize_rtn(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
+    """Round to nearest: each weight to the closest point of its group's grid.
+
+    weight: floating point (out_features, in_features). Raises ValueError for NaN or
+    Inf and for a group size that does not divide in_features.
+    """
+    check_weight(weight)
+    w = as_float(weight).unflatten(1, (spec.groups(weight.shape[1]), -1))  # (out, groups, size)
+    scale, zero = fit_grid(w, spec)  # (out, groups)
+    q = encode(w, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.max_code)
+    return assemble(q.flatten(1), scale, zero, None, spec)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamic 8-bit activations, one asymmetric grid a token.
+
+    x: (tokens, in_features). Returns codes int32 (tokens, in) in 0..255, scale fp32
+    (tokens, 1) and zero_point int32 (tokens, 1): x ~ scale * (codes - zero_point).
+    """
+    if not torch.isfinite(x).all():
+        raise ValueError("the activations hold NaN or Inf")
+    x = x.float()
+    low, high = x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)  # (tokens, 1)
+    scale = (high - low) / 255
+    scale = torch.where(scale > 0, scale, 1)
+    zero = (-low / scale).round().clamp(0, 255)
+    return encode(x, scale, zero, 255).int(), scale, zero.int()
+
+
+def quant_matmul(x: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """x @ W.T with integer products only; floats appear once a group, as scales.
+
+    x: (..., in_features), quantized to 8 bits a token. Returns fp32 (..., out_features),
+    equal to the product of the dequantized operands. With x = sx (a - za), w = sw (q - zw):
+        sum_k x w = sx sw [ sum a q  -  zw sum a  -  za sum q  +  n za zw ]
+    (Jacob et al. 2018, eq. 7). Only the first sum is a matrix product; the other three
+    are the zero-point corrections, and sum q can be computed once, when W is packed.
+    """
+    spec, (out, in_features) = quantized.spec, quantized.shape
+    groups = quantized.scale.shape[1]
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {in_features}")
+    a, sx, za = quantize_activations(x.reshape(-1, in_features))
+    q = unpack(quantized.codes, spec.bits, quantized.shape).int()
+    if quantized.g_idx is not None:  # bring each group's features together
+        order = quantized.g_idx.argsort(stable=True)
+        a, q = a[:, order], q[:, order]
+    a = a.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, tokens, size)
+    q = q.unflatten(1, (groups, -1)).permute(1, 2, 0)  # (groups, size, out)
+    zw = quantized.zero_point.int().t().unsqueeze(1)  # (groups, 1, out)
+    product = torch.bmm(a, q)  # (groups, tokens, out), int32: exact
+    product -= zw * a.sum(2, keepdim=True, dtype=torch.int32)
+    product -= za * q.sum(1, keepdim=True, dtype=torch.int32)
+    product += a.shape[2] * za * zw
+    scaled = product * quantized.scale.float().t().unsqueeze(1)  # (groups, tokens, out)
+    return (sx * scaled.sum(0)).reshape(*x.shape[:-1], out)

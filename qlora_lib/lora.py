@@ -1,0 +1,290 @@
+"""LoRA: a frozen weight plus a trained product of two thin matrices.
+
+Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
+with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
+"""
+
+import math
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .gptq import GPTQOptions, Hessian, gptq_quantize
+from .grid import quantize_rtn
+from .linear import QuantizedLinear
+from .nf4 import NF4Spec, quantize_nf4
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
+INITS = ("kaiming", "gaussian")
+
+# The adapter of the current call: a name, None for the bare base, or _DEFAULT for the
+# layer's own choice. A context variable, so threads and tasks do not see each other's.
+_DEFAULT = object()
+_adapter: ContextVar = ContextVar("adapter", default=_DEFAULT)
+
+
+@contextmanager
+def use_adapter(model: nn.Module, name: str | None):
+    """Within the block, calls use this adapter (None: the base alone).
+
+    Raises ValueError when the model has no adapter of that name.
+    """
+    if name is not None and name not in adapter_names(model):
+        raise ValueError(f"no adapter {name!r}; the model has {adapter_names(model)}")
+    token = _adapter.set(name)
+    try:
+        yield model
+    finally:
+        _adapter.reset(token)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What an adapter is made of; the same in each layer."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    init: str = "kaiming"
+    use_rslora: bool = False  # alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r} is not one of {INITS}")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer (dense or quantized) with named adapters beside it.
+
+    base      nn.Linear or QuantizedLinear, frozen
+    lora_A    {name: (rank, in_features)}, fp32
+    lora_B    {name: (out_features, rank)}, fp32
+    merged    None, or the layer that stands for base and adapter together
+    """
+
+    def __init__(self, base: nn.Linear | QuantizedLinear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.configs: dict[str, LoRAConfig] = {}
+        self.active: str | None = None
+        self.merged: nn.Module | None = None
+
+    def add(self, name: str, config: LoRAConfig) -> None:
+        """Add an adapter, B = 0. The first one becomes the active one.
+
+        Raises ValueError for a name in use with another configuration and for a rank
+        above the layer's own.
+        """
+        if name in self.configs:
+            if self.configs[name] != config:
+                raise ValueError(f"adapter {name!r} exists with {self.configs[name]}, not {config}")
+            return
+        if config.rank > min(self.in_features, self.out_features):
+            raise ValueError(
+                f"rank={config.rank} exceeds the rank of a layer "
+                f"{(self.out_features, self.in_features)}"
+            )
+        device = next(t.device for t in [*self.base.parameters(), *self.base.buffers()])
+        # fp32 even on a bf16 base: an update of 1e-4 would vanish in bf16's 8 bits.
+        a = torch.empty(config.rank, self.in_features, device=device)
+        if config.init == "kaiming":  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        else:
+            nn.init.normal_(a, std=1 / config.rank)
+        self.lora_A[name] = nn.Parameter(a)
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, config.rank, device=device))
+        self.configs[name] = config
+        self.active = self.active or name
+
+    def delta(self, name: str) -> Tensor:
+        """The adapter as a dense update of the weight: scaling * B A, fp32 (out, in)."""
+        return self.configs[name].scaling * (self.lora_B[name] @ self.lora_A[name]).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        chosen = _adapter.get()
+        name = self.active if chosen is _DEFAULT else chosen
+        if self.merged is not None and chosen is _DEFAULT:
+            return self.merged(x)
+        y = self.base(x)
+        if name not in self.configs:  # None, or an adapter that leaves this layer alone
+            return y
+        config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
+        h = nn.functional.dropout(x.to(a.dtype), config.dropout, self.training)
+        h = h @ a.t()  # (..., in) -> (..., rank): thin first, B A is never formed
+        return y + (config.scaling * (h @ b.t())).to(y.dtype)  # (..., rank) -> (..., out)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRALinear by its module path."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all adapters in the model, in the order in which they were added."""
+    return list(dict.fromkeys(n for m in lora_layers(model).values() for n in m.configs))
+
+
+def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
+    """Linear layers, dense or quantized, whose last path component is a target.
+
+    Whole components are compared: "k_proj" does not match "block_proj". Layers inside a
+    LoRALinear are found under the LoRALinear's path. Raises ValueError, listing what
+    the model has, when a target matches nothing.
+    """
+    targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+    inside = {f"{n}.base" for n in lora_layers(model)} | {f"{n}.merged" for n in lora_layers(model)}
+    linears = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, (nn.Linear, QuantizedLinear, LoRALinear)) and n not in inside
+    }
+    names = {n: n.rpartition(".")[2] for n in linears}
+    missing = set(targets) - set(names.values())
+    if missing or not targets:
+        raise ValueError(
+            f"target_modules {sorted(missing) or targets} match no linear layer; "
+            f"this model has {sorted(set(names.values()))}"
+        )
+    return {n: m for n, m in linears.items() if names[n] in targets}
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` at a module path such as "model.layers.0.mlp.up_proj"."""
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def inject_lora(
+    model: nn.Module,
+    target_modules=ATTENTION,
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    init: str = "kaiming",
+    use_rslora: bool = False,
+    adapter: str = "default",
+) -> list[str]:
+    """Freeze the model and put an adapter on each target layer; its outputs do not change.
+
+    target_modules: last path components, e.g. ("q_proj", "v_proj"). Calling it again
+    with the same configuration changes nothing. Random draws come from torch's global
+    generator. Returns the paths of the adapted layers. Raises ValueError for targets
+    that match nothing, a rank out of range, or a name in use.
+    """
+    config = LoRAConfig(rank, alpha, dropout, init, use_rslora)
+    found = find_linears(model, target_modules)
+    model.requires_grad_(False)  # embeddings, norms and head too
+    for path, layer in found.items():
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer)
+            replace_module(model, path, layer)
+        layer.add(adapter, config)
+        layer.lora_A[adapter].requires_grad_(True)
+        layer.lora_B[adapter].requires_grad_(True)
+    return list(found)
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Make this adapter the default of every layer (None: the base alone)."""
+    if name is not None and name not in adapter_names(model):
+        raise ValueError(f"no adapter {name!r}; the model has {adapter_names(model)}")
+    for layer in lora_layers(model).values():
+        layer.active = name
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that get a gradient, by name."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass
+class MergeRow:
+    """One merged layer. Errors are relative Frobenius norms, |difference| / |update|."""
+
+    name: str
+    update_norm: float  # |scaling * B A| / |W|
+    lost: float  # part of the update that rounding took away; 0 for dense weights
+
+
+def merge_lora(
+    model: nn.Module,
+    into: str = "dense",
+    hessians: dict[str, Hessian] | None = None,
+    options: GPTQOptions = GPTQOptions(),
+    unload: bool = False,
+) -> list[MergeRow]:
+    """Merge the active adapter of each layer into its weight: W + scaling * B A.
+
+    into: "dense" (a quantized base becomes dense: the weights that were trained against),
+    "rtn" or "gptq" (quantized again with the base's own spec; "gptq" needs the layers'
+    Hessians by path). The base is kept for `unmerge_lora`, unless `unload`, which leaves
+    plain layers. Returns what each layer lost. Raises ValueError for an unknown `into`,
+    for re-quantizing a dense base and for missing Hessians.
+    """
+    if into not in ("dense", "rtn", "gptq"):
+        raise ValueError(f"into={into!r} must be 'dense', 'rtn' or 'gptq'")
+    rows = []
+    dtype = next(model.parameters()).dtype  # of a quantized base that becomes dense
+    for path, layer in lora_layers(model).items():
+        if layer.active is None or layer.active not in layer.configs:
+            continue
+        merged, row = _merge_layer(path, layer, into, dtype, hessians or {}, options)
+        rows.append(row)
+        layer.merged = merged
+        if unload:
+            replace_module(model, path, merged)
+    if not rows:
+        raise ValueError("nothing to merge: no layer has an active adapter")
+    return rows
+
+
+def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module, MergeRow]:
+    base, delta = layer.base, layer.delta(layer.active)
+    quantized = isinstance(base, QuantizedLinear)
+    dense = base.dequantize() if quantized else base.weight.detach().float()  # (out, in)
+    target = dense + delta
+    if into == "dense":
+        merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(
+            target.to(dtype if quantized else base.weight.dtype), requires_grad=False
+        )
+        if base.bias is not None:
+            merged.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+        stored = merged.weight.float()
+    else:
+        if not quantized:
+            raise ValueError(f"{path} is dense; merge into='dense', then quantize the model")
+        if isinstance(base.spec, NF4Spec):
+            new = quantize_nf4(target, base.spec.block_size, base.spec.double_quant)
+        elif into == "rtn":
+            new = quantize_rtn(target, base.spec)
+        elif path not in hessians:
+            raise ValueError(f"into='gptq' needs the Hessian of {path}; pass hessians={{path: H}}")
+        else:
+            new = gptq_quantize(target, hessians[path], base.spec, options)
+        merged = QuantizedLinear(new, base.bias)
+        stored = merged.dequantize()
+    size = delta.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    lost = float((target - stored).norm() / size)
+    return merged, MergeRow(path, float(size / dense.norm()), lost)
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Undo merge_lora (without unload): base and adapter apart again, to the bit."""
+    for layer in lora_layers(model).values():
+        layer.merged = None

@@ -1,0 +1,264 @@
+"""Whole models: loading, dtypes, quantizing layer by layer."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .gptq import GPTQOptions, Hessian, gptq_quantize, output_error
+from .grid import QuantSpec, quantize_rtn
+from .linear import Quantized, QuantizedLinear
+from .lora import ALL_LINEAR, LoRALinear, find_linears, lora_layers, replace_module
+from .nf4 import NF4Spec, quantize_nf4
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(compute_dtype: str, device: torch.device | str | None = None) -> torch.dtype:
+    """The dtype to compute in.
+
+    "auto" is bf16 where the device has it natively (emulated bf16 is slower than fp32),
+    else fp16 on a GPU, else fp32. Raises ValueError for any other name.
+    """
+    if compute_dtype in DTYPES:
+        return DTYPES[compute_dtype]
+    if compute_dtype != "auto":
+        raise ValueError(f"compute_dtype={compute_dtype!r} must be auto, bf16, fp16 or fp32")
+    kind = torch.device(device or default_device()).type
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    native = kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bf16, fp16 or fp32."""
+    return next(name for name, d in DTYPES.items() if d == dtype)
+
+
+def load_model(path: str, device=None, compute_dtype: str = "auto"):
+    """A causal language model and its tokenizer from a local folder or the hub.
+
+    Weights are loaded in the compute dtype. Returns (model in eval mode, tokenizer).
+    Raises FileNotFoundError or OSError from transformers when there are no weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device(device or default_device())
+    dtype = resolve_dtype(compute_dtype, device)
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype).to(device)
+    return model.eval(), tokenizer
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder blocks; raises ValueError when there is no such list."""
+    count = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Every QuantizedLinear by the path of the layer it stands for."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    return {n.removesuffix(".base").removesuffix(".merged"): m for n, m in found.items()}
+
+
+@dataclass
+class LayerReport:
+    """One quantized layer. Sizes in bytes; output_error relative, on the calibration inputs."""
+
+    name: str
+    shape: tuple[int, int]
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    output_error: float | None  # None without calibration
+    seconds: float
+
+
+def quantize_weight(
+    weight: Tensor,
+    spec: QuantSpec | NF4Spec,
+    method: str,
+    hessian: Hessian | None = None,
+    options: GPTQOptions = GPTQOptions(),
+) -> Quantized:
+    """One weight by "rtn", "nf4" or "gptq" (which needs the Hessian)."""
+    if method == "nf4":
+        return quantize_nf4(weight, spec.block_size, spec.double_quant)
+    if method == "rtn":
+        return quantize_rtn(weight, spec)
+    return gptq_quantize(weight, hessian, spec, options)
+
+
+def quantize_model(
+    model: nn.Module,
+    calibration: list[dict[str, Tensor]] | None,
+    spec: QuantSpec | NF4Spec,
+    method: str = "gptq",
+    options: GPTQOptions = GPTQOptions(),
+    target_modules=ALL_LINEAR,
+) -> list[LayerReport]:
+    """Quantize the target layers in place, block by block from the first to the last.
+
+    calibration: batches of input_ids and attention_mask, each (batch, seq); required by
+    "gptq", optional for the others, which then report no output error. Each layer is
+    calibrated on its own inputs as the layers before it, already quantized, produce
+    them; layers that share an input (q, k, v; gate, up) are done together, so that
+    o_proj sees the attention of the quantized q, k and v. Padding is left out.
+    Raises ValueError for a method that does not fit the spec, targets that match
+    nothing, a model with adapters or one that is quantized already.
+    """
+    if method not in ("gptq", "rtn", "nf4"):
+        raise ValueError(f"method={method!r} must be 'gptq', 'rtn' or 'nf4'")
+    if (method == "nf4") != isinstance(spec, NF4Spec):
+        raise ValueError(f"method={method!r} does not go with {spec}")
+    if method == "gptq" and not calibration:
+        raise ValueError("method='gptq' needs calibration batches; pass some, or use 'rtn'")
+    targets = find_linears(model, target_modules)
+    for path, layer in targets.items():
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"{path} is a {type(layer).__name__}; quantize a dense model without adapters "
+                "(merge_lora or dequantize_model first)"
+            )
+
+    def swap(path: str, hessian: Hessian | None) -> LayerReport:
+        began, layer = time.perf_counter(), targets[path]
+        weight = layer.weight.detach()
+        try:
+            quantized = quantize_weight(weight, spec, method, hessian, options)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        error = None
+        if hessian is not None:
+            error = output_error(weight, quantized.dequantize(), hessian)
+        replace_module(model, path, QuantizedLinear.from_linear(layer, quantized))
+        del targets[path]  # the dense weight goes as soon as its layer is done
+        seconds = time.perf_counter() - began
+        size, shape = weight.nbytes, tuple(weight.shape)
+        return LayerReport(
+            path, shape, size, quantized.nbytes, quantized.bits_per_weight, error, seconds
+        )
+
+    if not calibration:
+        return [swap(path, None) for path in tqdm(list(targets), desc=method, disable=None)]
+    was_training, report = model.training, []
+    model.eval()
+    with torch.no_grad():
+        report = _quantize_blocks(model, calibration, targets, swap, method)
+    model.train(was_training)
+    return report
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the first block has been reached."""
+
+
+def _first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tuple[tuple, dict]]:
+    """What the first block is called with, for each batch: (args, kwargs)."""
+    calls = []
+
+    def catch(module, args, kwargs):
+        calls.append((args, kwargs))
+        raise _Stop
+
+    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
+    device = next(model.parameters()).device
+    try:
+        for batch in batches:
+            try:
+                model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
+            except _Stop:
+                pass
+    finally:
+        handle.remove()
+    return calls
+
+
+@contextmanager
+def _watch(layers: dict[str, nn.Module], see):
+    """Call see(path, input) whenever one of the layers runs."""
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, path=path: see(path, args[0]))
+        for path, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call) -> list[list[str]]:
+    """The layers of a block in the order of their calls, those with one input together."""
+    stages: list[list[str]] = []
+    last = None
+
+    def see(path, x):
+        nonlocal last
+        if x is last:
+            stages[-1].append(path)
+        else:
+            stages.append([path])
+        last = x
+
+    with _watch(layers, see):
+        block(*call[0], **call[1])
+    return stages
+
+
+def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]:
+    path_of_blocks, blocks = decoder_blocks(model)
+    outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
+    if outside:
+        raise ValueError(f"{outside} lie outside the decoder blocks; quantize them with 'rtn'")
+    device = next(model.parameters()).device
+    masks = [b["attention_mask"].bool().to(device) for b in batches]  # (batch, seq)
+    calls, report = _first_block_inputs(model, blocks[0], batches), []
+    for i, block in enumerate(tqdm(blocks, desc=f"{method}, blocks", disable=None)):
+        layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
+        for stage in _shared_inputs(block, layers, calls[0]) if layers else []:
+            hessian = Hessian(layers[stage[0]].in_features, device)  # one for the whole stage
+            first = {stage[0]: layers[stage[0]]}
+            for (args, kwargs), mask in zip(calls, masks):
+                with _watch(first, lambda path, x, mask=mask: hessian.update(x[mask])):
+                    block(*args, **kwargs)
+            report += [swap(path, hessian) for path in stage]
+        for n, (args, kwargs) in enumerate(calls):  # the next block sees quantized outputs
+            out = block(*args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            calls[n] = ((out, *args[1:]), kwargs)
+    return report
+
+
+def dequantize_model(model: nn.Module) -> list[str]:
+    """Replace each QuantizedLinear by a dense nn.Linear with its dequantized weight.
+
+    Adapters stay. Returns the paths. The dense layers take the model's own dtype.
+    """
+    dtype, done = next(model.parameters()).dtype, []
+    adapted = lora_layers(model)
+    for path, layer in quantized_layers(model).items():
+        if path in adapted:
+            holder: LoRALinear = adapted[path]
+            if isinstance(holder.merged, QuantizedLinear):
+                holder.merged = holder.merged.to_linear(dtype)
+            if isinstance(holder.base, QuantizedLinear):
+                holder.base = holder.base.to_linear(dtype)
+        else:
+            replace_module(model, path, layer.to_linear(dtype))
+        done.append(path)
+    return done

@@ -1,0 +1,74 @@
+"""Bit packing: codes of 2, 3, 4 or 8 bits in a stream of bytes.
+
+The stream is little-endian: code i of a row sits at bit offset i * bits. Read as
+32-bit words it is the layout of GPTQ checkpoints; 3-bit codes straddle bytes.
+"""
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+
+
+def check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits={bits!r} is not supported; choose one of {BITS}")
+
+
+def packed_width(n: int, bits: int) -> int:
+    """Bytes that hold n codes of the given width."""
+    return (n * bits + 7) // 8
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """Pack integer codes along the last axis.
+
+    q: integers (..., n), each in [0, 2**bits - 1].
+    Returns uint8 (..., ceil(n * bits / 8)). Raises ValueError for another width,
+    for floats, and for codes out of range.
+    """
+    check_bits(bits)
+    if q.is_floating_point():
+        raise ValueError(f"pack takes integer codes, got {q.dtype}; round and cast first")
+    if q.numel() and (q.min() < 0 or q.max() > 2**bits - 1):
+        raise ValueError(
+            f"codes must lie in [0, {2**bits - 1}] for {bits} bits, "
+            f"got [{int(q.min())}, {int(q.max())}]"
+        )
+    n = q.shape[-1]
+    if bits == 8:
+        return q.to(torch.uint8).contiguous()
+    # Eight codes fill exactly `bits` bytes at every width, so eight is the unit of work.
+    q = torch.nn.functional.pad(q, (0, -n % 8))
+    word = torch.zeros(*q.shape[:-1], q.shape[-1] // 8, dtype=torch.int64, device=q.device)
+    for i in range(8):
+        word |= q[..., i::8].long() << (bits * i)
+    stream = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], dim=-1)  # (..., n/8, bits)
+    return stream.flatten(-2).to(torch.uint8)[..., : packed_width(n, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Inverse of `pack`: uint8 (..., ceil(n * bits / 8)) -> uint8 codes of `shape` (..., n).
+
+    The shape is given, never guessed from the bytes: a row of 3 codes and a row of 4
+    can take equally many bytes. Raises ValueError when bytes and shape disagree.
+    """
+    check_bits(bits)
+    shape = torch.Size(shape)
+    n = shape[-1]
+    if packed.dtype != torch.uint8 or packed.shape != (*shape[:-1], packed_width(n, bits)):
+        raise ValueError(
+            f"{bits}-bit codes of shape {tuple(shape)} take uint8 bytes of shape "
+            f"{(*shape[:-1], packed_width(n, bits))}, got {packed.dtype} {tuple(packed.shape)}"
+        )
+    if bits == 8:
+        return packed.clone()
+    if 8 % bits == 0:  # whole codes in each byte: 2 of 4 bits, 4 of 2 bits
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)  # (..., bytes, codes a byte)
+        return codes.flatten(-2)[..., :n].contiguous()
+    stream = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits))
+    stream = stream.unflatten(-1, (-1, bits)).to(torch.int32)  # (..., n/8, 3): 24 bits fit int32
+    word = sum(stream[..., j] << (8 * j) for j in range(bits))  # (..., n/8)
+    codes = torch.stack([(word >> (bits * i)) & (2**bits - 1) for i in range(8)], dim=-1)
+    return codes.flatten(-2).to(torch.uint8)[..., :n].contiguous()
