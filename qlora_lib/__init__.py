@@ -20,8 +20,11 @@ _HOME = {
     "checkpoint": ["load_adapter", "load_quantized", "save_adapter", "save_quantized"],
     "data": ["format_gsm8k", "load_gsm8k", "load_minigsm"],
     "profiles": ["Profile", "load_profile"],
-    "train": ["History", "TrainConfig", "finetune"],
-    "evaluate": ["Decoding", "EvalReport", "evaluate", "extract_answer", "generator", "is_correct"],
+    "schedule": ["TrainConfig"],
+    "train": ["History", "finetune"],
+    "generation": ["Completion", "Decoding", "generator"],
+    # Not evaluate.py: a submodule would hide the function of the same name.
+    "evaluation": ["EvalReport", "evaluate", "extract_answer", "few_shot", "is_correct"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

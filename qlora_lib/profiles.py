@@ -1,0 +1,124 @@
+"""One code path, three sizes: which model, which problems, which settings.
+
+Everything is a parameter; nothing is read from the environment here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from .data import DATA, calibration_batches, format_gsm8k, load_gsm8k, load_minigsm, short_path
+from .grid import QuantSpec
+from .lora import ALL_LINEAR
+from .models import LayerReport, load_model, quantize_model
+from .nf4 import NF4Spec
+from .schedule import TrainConfig
+
+Entry = dict[str, str]
+GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems are held out
+CALIBRATION = 128  # examples that GPTQ sees
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model, its problems, and settings that suit both."""
+
+    name: str
+    model: str  # a local folder or a hub id
+    read: Callable[[str], list[Entry]]  # split to entries
+    compute_dtype: str  # auto, bf16, fp16 or fp32
+    max_new_tokens: int  # room for the longest solutions
+    rank: int  # of the LoRA adapter
+    train: TrainConfig
+    target_modules: tuple[str, ...] = ALL_LINEAR  # that get an adapter
+
+    def examples(self, split: str) -> list[Entry]:
+        """The entries (question, answer) of "train", "dev" or "test"."""
+        return self.read(split)
+
+    def load(
+        self,
+        quantize: QuantSpec | NF4Spec | None = None,
+        method: str | None = None,
+        device=None,
+        compute_dtype: str | None = None,
+    ):
+        """Model in eval mode, and tokenizer; quantized when `quantize` is a spec.
+
+        method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn",
+        or "nf4" (for an NF4Spec). Raises FileNotFoundError when there are no weights,
+        saying how to get them.
+        """
+        path = Path(self.model)
+        is_folder = path.is_absolute() or self.model.startswith(".") or path.exists()
+        if is_folder and not (path / "config.json").is_file():
+            remedy = "run `make pretrain`" if path == TINY else "name a folder with config.json"
+            raise FileNotFoundError(f"{short_path(path)} holds no model; {remedy}")
+        try:
+            model, tokenizer = load_model(self.model, device, compute_dtype or self.compute_dtype)
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise FileNotFoundError(
+                f"{self.model} could not be loaded ({reason}). A gated model needs a granted "
+                "request on its hub page and `hf auth login`; without access or network, name "
+                "an ungated mirror or a local folder with MODEL= or --model"
+            ) from error
+        if quantize is not None:
+            self.quantize(model, tokenizer, quantize, method)
+        return model, tokenizer
+
+    def quantize(
+        self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None
+    ) -> list[LayerReport]:
+        """Quantize all linears of the decoder blocks in place; a row a layer."""
+        method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
+        batches = None
+        if method == "gptq":
+            pairs = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
+            batches = calibration_batches(tokenizer, pairs, max_length=self.train.max_length)
+        return quantize_model(model, batches, spec, method)
+
+
+def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
+    if split == "test":
+        return load_gsm8k("test", folder)
+    entries = load_gsm8k("train", folder)
+    return {"train": entries[:-GSM8K_DEV], "dev": entries[-GSM8K_DEV:]}[split]
+
+
+TINY = DATA / "tiny-llama"
+_TRAIN = {
+    "tiny": TrainConfig(epochs=2, batch_size=32, lr=3e-3, max_length=256, compute_dtype="fp32"),
+    "smollm2": TrainConfig(epochs=3, batch_size=16, lr=5e-4),
+    "llama2-7b": TrainConfig(
+        epochs=3, batch_size=4, accumulation=4, lr=2e-4, gradient_checkpointing=True
+    ),
+}
+_MODELS = {
+    "tiny": str(TINY),
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+}
+
+
+def load_profile(
+    name: str, model: str | Path | None = None, data: str | Path | None = None
+) -> Profile:
+    """The profile "tiny", "smollm2" or "llama2-7b".
+
+    model: a folder or hub id whose weights replace the profile's. data: a folder with its
+    problems as {split}.jsonl. Raises ValueError for another name.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_MODELS)}")
+    tiny = name == "tiny"
+    return Profile(
+        name=name,
+        model=str(model or _MODELS[name]),
+        read=partial(load_minigsm if tiny else _gsm8k, folder=data),
+        compute_dtype="fp32" if tiny else "auto",
+        max_new_tokens=128 if tiny else 320,
+        rank=32 if tiny else 16,
+        train=_TRAIN[name],
+    )

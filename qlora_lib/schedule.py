@@ -1,0 +1,92 @@
+"""The plan of a training run: its settings, learning rate and order of the data.
+
+All of it follows from the settings alone, so that a resumed run takes the same steps.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+POOL = 16  # steps whose examples are sorted by length together
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is fine-tuned."""
+
+    epochs: int = 3  # passes over the examples
+    max_steps: int | None = None  # optimizer steps; when given, instead of epochs
+    batch_size: int = 32  # examples in one forward pass: what memory allows
+    accumulation: int = 1  # forward passes in one optimizer step
+    lr: float = 2e-4  # peak learning rate
+    warmup_ratio: float = 0.05  # part of the steps in which lr rises to its peak
+    weight_decay: float = 0.0  # decoupled (AdamW)
+    max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
+    max_length: int = 512  # tokens of prompt and target; what exceeds it is cut
+    seed: int = 0  # order of the data, and dropout
+    compute_dtype: str = "auto"  # auto, bf16, fp16 or fp32: dtype of matrix products
+    gradient_checkpointing: bool = False  # compute activations twice, keep one block's
+    eval_every: int | None = None  # steps between two dev losses; None: each epoch's end
+    save_every: int = 100  # steps between two checkpoints `last`
+    folder: str | Path | None = None  # for checkpoints and metrics.jsonl; None: not written
+    resume: bool = False  # go on from folder's `last` checkpoint where there is one
+    progress: bool | None = None  # a bar on stderr; None: only on a terminal
+
+    def __post_init__(self):
+        counts = [self.epochs, self.batch_size, self.accumulation, self.save_every]
+        counts += [n for n in (self.max_steps, self.eval_every) if n is not None]
+        if min(counts) < 1:
+            raise ValueError(
+                "epochs, max_steps, batch_size, accumulation, eval_every and save_every must be "
+                f"at least 1, got {self}"
+            )
+        if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0):
+            raise ValueError(
+                f"lr={self.lr}, warmup_ratio={self.warmup_ratio}, max_grad_norm="
+                f"{self.max_grad_norm}: expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0"
+            )
+        if self.resume and self.folder is None:
+            raise ValueError("resume=True needs the folder of the run to resume")
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """lr of step 1..total: up in a line over the warm-up steps, then half a cosine to zero."""
+    warmup = round(config.warmup_ratio * total)
+    if step <= warmup:
+        return config.lr * step / warmup
+    # + 1: the last step still moves.
+    progress = (step - warmup) / (total - warmup + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def epoch_order(lengths: Sequence[int], window: int, seed: int, epoch: int) -> list[list[int]]:
+    """The examples of each optimizer step of an epoch, `window` of them (the last: the rest).
+
+    Shuffled, then sorted by length among POOL steps' examples so that a step pads little,
+    then the steps shuffled.
+    """
+    draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(lengths), generator=draw).tolist()
+    steps = []
+    for start in range(0, len(order), POOL * window):
+        pool = sorted(order[start : start + POOL * window], key=lambda i: lengths[i])
+        steps += [pool[i : i + window] for i in range(0, len(pool), window)]
+    return [steps[i] for i in torch.randperm(len(steps), generator=draw).tolist()]
+
+
+def schedule(
+    lengths: Sequence[int], window: int, seed: int, total: int, done: int = 0
+) -> Iterator[tuple[int, int, list[int]]]:
+    """(step, epoch, indices of its examples) for the steps done + 1 to total."""
+    step = epoch = 0
+    while True:
+        for chosen in epoch_order(lengths, window, seed, epoch):
+            step += 1
+            if step > done:
+                yield step, epoch, chosen
+            if step == total:
+                return
+        epoch += 1

@@ -1,0 +1,115 @@
+"""Checkpoints of a training run: one safetensors file each, written beside, then renamed.
+
+`last.safetensors` holds "parameter/NAME" and AdamW's state as "exp_avg/NAME" and so on,
+with the step, the loss scaler and the run's identity as JSON in the file's metadata.
+One file, because two cannot be renamed at once. No pickle.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Parameters = dict[str, nn.Parameter]
+
+
+def save_parameters(path: Path, parameters: Parameters, metadata: dict) -> None:
+    """The trained parameters alone, with `metadata` as JSON."""
+    _save(path, {f"parameter/{n}": p for n, p in parameters.items()}, metadata)
+
+
+def load_parameters(path: str | Path, parameters: Parameters) -> dict:
+    """Copy a checkpoint's parameters into `parameters`, in place; returns its metadata.
+
+    Raises FileNotFoundError, and ValueError for a damaged file or for other names or shapes.
+    """
+    tensors, metadata = _load(Path(path))
+    _copy_parameters(Path(path), tensors, parameters)
+    return metadata
+
+
+def save_last(folder: Path, parameters: Parameters, optimizer, scaler, identity, step) -> None:
+    """Everything that the next step depends on."""
+    tensors: dict[str, Tensor] = {f"parameter/{n}": p for n, p in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value
+    state = {"step": step, "scaler": scaler.state_dict(), "identity": identity}
+    _save(folder / "last.safetensors", tensors, state)
+
+
+def load_last(folder: Path, parameters: Parameters, optimizer, scaler, identity) -> list[dict]:
+    """Put parameters, optimizer and scaler back; returns the metrics up to that step.
+
+    Returns [] where there is no checkpoint yet. Raises ValueError, naming what differs,
+    for the checkpoint of another run, and for a damaged one.
+    """
+    path = folder / "last.safetensors"
+    if not path.exists():
+        return []
+    tensors, state = _load(path)
+    old = state["identity"]
+    differ = [k for k in identity if old.get(k) != identity[k]]
+    if differ:
+        changes = ", ".join(f"{k} was {old.get(k)!r:.20}, is {identity[k]!r:.20}" for k in differ)
+        raise ValueError(
+            f"{path} belongs to another run: {changes}. Give the same settings to resume it, "
+            "or another folder (or resume=False) to start anew"
+        )
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    if len(lines) < state["step"]:
+        raise ValueError(f"{folder}/metrics.jsonl lacks steps before {path}; start the run anew")
+    steps = [json.loads(line) for line in lines[: state["step"]]]  # later lines come again
+    _copy_parameters(path, tensors, parameters)
+    for name, parameter in parameters.items():
+        saved = {
+            key.partition("/")[0]: value
+            for key, value in tensors.items()
+            if key.partition("/")[2] == name and not key.startswith("parameter/")
+        }
+        # AdamW keeps its step counter on the CPU, the moments beside the parameter.
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device)
+            for key, value in saved.items()
+        }
+    scaler.load_state_dict(state["scaler"])
+    return steps
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    save_file(tensors, beside, {"json": json.dumps(metadata)})
+    beside.replace(path)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(
+                file.metadata()["json"]
+            )
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged or no checkpoint of this package ({error}); "
+            "delete it and start the run anew"
+        ) from error
+
+
+@torch.no_grad()
+def _copy_parameters(path: Path, tensors: dict[str, Tensor], parameters: Parameters) -> None:
+    saved = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith("parameter/")}
+    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
+        strange = sorted(set(saved) ^ set(parameters))[:3] or "the same names, other shapes"
+        raise ValueError(
+            f"{path} holds other parameters than this model trains ({strange}...); "
+            "inject the adapter with the rank and targets of that run"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])

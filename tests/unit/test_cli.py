@@ -1,0 +1,168 @@
+"""The command line, from quantizing to a score, on a small random model."""
+
+import json
+
+import pytest
+from small_models import small_model, small_tokenizer
+
+from qlora_lib.__main__ import main, parser
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory with a model and 12 problems a split."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MODEL", raising=False)
+    small_model().save_pretrained("model")
+    small_tokenizer().save_pretrained("model")
+    (tmp_path / "data").mkdir()
+    for k, split in enumerate(("train", "dev", "test")):
+        entries = [
+            {"question": f"{i} + {k}?", "answer": f"{i}+{k}=<<{i}+{k}={i + k}>>\n#### {i + k}"}
+            for i in range(12)
+        ]
+        lines = "\n".join(map(json.dumps, entries))
+        (tmp_path / "data" / f"{split}.jsonl").write_text(lines)
+    return tmp_path
+
+
+COMMON = ["--model", "model", "--data", "data"]
+FAST = [*COMMON, "--max-steps", "2", "--batch-size", "4", "--accumulation", "1", "--rank", "2"]
+
+
+def run(*argv):
+    return main(list(argv))
+
+
+def test_finetune_evaluate_generate(place, capsys):
+    assert run("finetune", *FAST) == 0
+    out = capsys.readouterr().out
+    assert "quantizing model with gptq" in out and "bits a weight" in out
+    assert "on 14 layers" in out and "fp32" in out and "12 problems, 4 x 1 a step" in out
+    folder = place / "checkpoints" / "tiny"
+    assert {p.name for p in folder.iterdir()} == {"base", "adapter", "training", "run.json"}
+    assert len((folder / "training" / "metrics.jsonl").read_text().splitlines()) == 2
+
+    assert run("evaluate", *COMMON, "--max-new-tokens", "8") == 0
+    out = capsys.readouterr().out
+    assert "all 14 linear layers are quantized" in out and "adapter on 14 layers" in out
+    assert out.count("   gold ") == 12 and "12 questions" in out and "95% interval" in out
+    report = json.loads((place / "outputs/tiny/eval/report.json").read_text())
+    assert report["n"] == 12 and report["info"]["compute_dtype"] == "fp32"
+    assert report["info"]["device"] and report["info"]["adapter"] == "checkpoints/tiny/adapter"
+    predictions = (place / "outputs/tiny/eval/predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 12
+
+    argv = ["--no-adapter", "--few-shot", "2", "--limit", "3", "--max-new-tokens", "8"]
+    assert run("evaluate", *COMMON, *argv) == 0
+    assert "3 questions" in capsys.readouterr().out
+    assert run("generate", *COMMON, "--max-new-tokens", "4", "1 + 1?") == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_base_is_reused_only_if_made_the_same_way(place, capsys):
+    def quantizes(*argv):
+        assert run("quantize", *COMMON, *argv) == 0
+        return "quantizing" in capsys.readouterr().out
+
+    assert quantizes("--method", "rtn")
+    assert not quantizes("--method", "rtn")
+    assert quantizes("--method", "rtn", "--bits", "3")
+    assert quantizes("--method", "nf4")
+    assert not quantizes("--method", "nf4")
+    small_model(seed=1).save_pretrained("model")
+    assert quantizes("--method", "nf4")
+
+
+def test_killed_run_resumes(place, capsys):
+    assert run("finetune", *FAST, "--method", "rtn") == 0
+    assert run("finetune", *FAST, "--method", "rtn", "--resume") == 0
+    assert "is there, with these settings" in capsys.readouterr().out
+    assert run("finetune", *FAST, "--method", "rtn", "--resume", "--lr", "1") == 2
+    assert "lr was" in capsys.readouterr().err
+
+
+def test_a_dense_run_is_not_taken_for_a_quantized_one(place, capsys):
+    assert run("finetune", *FAST, "--method", "none", "--targets", "q_proj,v_proj") == 0
+    assert "on 4 layers" in capsys.readouterr().out
+    assert run("evaluate", *COMMON) == 2
+    assert "its layers are not quantized" in capsys.readouterr().err
+    assert run("evaluate", *COMMON, "--dense", "--limit", "2", "--max-new-tokens", "2") == 0
+    assert run("finetune", *FAST, "--method", "rtn") == 0
+    capsys.readouterr()
+    assert run("evaluate", *COMMON, "--dense") == 2
+    assert "leave out --dense" in capsys.readouterr().err
+
+
+def test_partly_quantized_base_fails_the_check(place, capsys):
+    from qlora_lib.checkpoint import save_quantized
+    from qlora_lib.grid import QuantSpec
+    from qlora_lib.models import quantize_model
+
+    model = small_model()
+    quantize_model(model, None, QuantSpec(group_size=32), "rtn", target_modules=("q_proj",))
+    save_quantized(model, small_tokenizer(), "checkpoints/tiny/base")
+    assert run("evaluate", *COMMON, "--no-adapter") == 2
+    assert "12 layers are not quantized" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["evaluate"], "no finished run"),
+        (["evaluate", "--no-adapter"], "no quantized base"),
+        (["finetune", "--bits", "5"], "bits"),
+        (["finetune", "--targets", "k"], "match no linear"),
+        (["finetune", "--profile", "small"], "no profile"),
+        (["quantize", "--method", "none"], "gptq, rtn or nf4"),
+        (["quantize", "--model", "./nowhere"], "holds no model"),
+        (["finetune", "--data", "nowhere"], "train.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(place, capsys, argv, message):
+    assert run(argv[0], *COMMON, *argv[1:]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("error: ") and message in err[-1]
+
+
+def test_smaller_batches_keep_the_size_of_a_step(place, capsys):
+    argv = [*COMMON, "--max-steps", "1", "--method", "none", "--batch-size", "2"]
+    assert run("finetune", *argv) == 0
+    assert "2 x 16 a step" in capsys.readouterr().out
+
+
+def test_model_is_read_from_the_environment(place, monkeypatch, capsys):
+    monkeypatch.setenv("MODEL", "model")
+    assert run("quantize", "--method", "rtn") == 0
+    assert "quantizing model with rtn" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as done:
+        parser().parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0
+    for command in ("quantize", "finetune", "evaluate", "generate"):
+        assert command in out
+        with pytest.raises(SystemExit):
+            parser().parse_args([command, "--help"])
+        assert "--profile" in capsys.readouterr().out
+
+
+def test_experiments_store_rows_and_do_not_measure_them_again(place, capsys):
+    from qlora_lib.experiments import TRAINED, main
+
+    argv = [*COMMON, "--out", "table.json", "--limit", "2", "--max-steps", "1"]
+    main([*argv, "--rows", "base_statement", "qlora_attention_r16"])
+    table = json.loads((place / "table.json").read_text())
+    assert list(table) == ["base_statement", "qlora_attention_r16"]
+    row = table["qlora_attention_r16"]
+    assert row["n"] == 2 and row["training"]["bits"] == 4 and row["stamp"]["device"]
+    main([*argv, "--rows", "base_statement", "base_bare_question"])
+    assert "base_statement: is there" in capsys.readouterr().out
+    table = json.loads((place / "table.json").read_text())
+    assert list(table) == ["base_bare_question", "base_statement", "qlora_attention_r16"]
+    small_model(seed=1).save_pretrained("model")  # other weights: old rows are not theirs
+    main([*argv, "--rows", "base_statement"])
+    assert "is there" not in capsys.readouterr().out
+    assert len(TRAINED) == 4

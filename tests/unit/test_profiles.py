@@ -1,0 +1,84 @@
+"""Profiles: three sizes, one code path."""
+
+import json
+
+import pytest
+from small_models import small_model, small_tokenizer
+
+from qlora_lib import profiles
+from qlora_lib.grid import QuantSpec
+from qlora_lib.models import quantized_layers
+from qlora_lib.nf4 import NF4Spec
+from qlora_lib.profiles import load_profile
+
+
+@pytest.fixture
+def folder(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_unknown_profile_lists_the_known_ones():
+    with pytest.raises(ValueError, match="tiny, smollm2, llama2-7b"):
+        load_profile("small")
+
+
+def test_tiny_is_bundled_and_computes_in_fp32():
+    profile = load_profile("tiny")
+    assert profile.model.endswith("tiny-llama") and profile.compute_dtype == "fp32"
+    assert len(profile.examples("test")) == 1000
+
+
+def test_model_replaces_the_weights_only(folder):
+    profile = load_profile("tiny", model=folder)
+    model, tokenizer = profile.load()
+    assert model.config.hidden_size == 64 and not model.training
+    assert tokenizer.bos_token_id == 1
+    assert profile.train == load_profile("tiny").train
+
+
+@pytest.mark.parametrize(
+    "spec, method",
+    [(QuantSpec(group_size=32), None), (QuantSpec(group_size=32), "rtn"), (NF4Spec(), None)],
+)
+def test_load_quantizes_every_linear(folder, monkeypatch, spec, method):
+    monkeypatch.setattr(profiles, "CALIBRATION", 8)
+    model, _ = load_profile("tiny", model=folder).load(quantize=spec, method=method)
+    assert len(quantized_layers(model)) == 2 * 7
+    assert all(layer.spec == spec for layer in quantized_layers(model).values())
+
+
+def test_calibration_sees_train_problems_only(folder, monkeypatch):
+    seen = []
+    profile = load_profile("tiny", model=folder)
+    entry = {"question": "q?", "answer": "1+1=2\n#### 2"}
+    monkeypatch.setattr(profiles, "CALIBRATION", 2)
+    object.__setattr__(profile, "read", lambda split: seen.append(split) or [entry] * 4)
+    profile.load(quantize=QuantSpec(group_size=32))
+    assert seen == ["train"]
+
+
+def test_gsm8k_dev_is_held_out_of_train(tmp_path):
+    for split, n in (("train", 300), ("test", 5)):
+        lines = [json.dumps({"question": f"{split} {i}", "answer": "#### 1"}) for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    profile = load_profile("smollm2", data=tmp_path)
+    splits = {s: {e["question"] for e in profile.examples(s)} for s in ("train", "dev", "test")}
+    assert {s: len(qs) for s, qs in splits.items()} == {"train": 44, "dev": 256, "test": 5}
+    assert not splits["train"] & splits["dev"]
+
+
+def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_profile("tiny", model=tmp_path).load()
+    monkeypatch.setattr(profiles, "TINY", tmp_path)
+    with pytest.raises(FileNotFoundError, match="make pretrain"):
+        load_profile("tiny", model=tmp_path).load()
+
+    def gated(*args):
+        raise OSError("You are trying to access a gated repo.\nMore lines")
+
+    monkeypatch.setattr(profiles, "load_model", gated)
+    with pytest.raises(FileNotFoundError, match="gated repo.*MODEL="):
+        load_profile("llama2-7b").load()
