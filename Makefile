@@ -1,0 +1,109 @@
+# make help lists the targets; `make run-all` on a fresh clone sets everything up by itself.
+
+PY           ?= python3
+VENV         ?= .venv
+PIP_ARGS     ?=
+SYSTEM_TORCH ?=
+# Not ?=: what happens to stand in somebody's environment must not change what is run.
+PROFILE      := tiny
+NB           :=
+P            :=
+PORT         := 8888
+
+PYTHON := $(VENV)/bin/python
+PIP    := $(PYTHON) -m pip --disable-pip-version-check
+BOOKS  := $(PYTHON) -m qlora_lib.classroom.books
+READY  := $(VENV)/.ready
+PEERS  := $(VENV)/.peers
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run-all test unit nbval store normal solved lab kernel pretrain experiments \
+        finetune evaluate clean
+
+help: ## this list
+	@echo "make TARGET [NAME=value ...]; below each target, the same without make"
+	@echo "(python stands for .venv/bin/python)"
+	@awk -F ' *## *' '/^[a-z-]+:.*##/ { sub(":.*", "", $$1); \
+	    printf "\n  %-12s %s\n", $$1, $$2; if ($$3) printf "  %-12s %s\n", "", $$3 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "PROFILE=tiny|smollm2|llama2-7b   NB=\"01 02\" these notebooks only   P=\"bits=3\" other parameters"
+	@echo "PY=python3.12   PIP_ARGS=\"...\" for pip, e.g. the index of PyTorch's CPU wheels"
+	@echo "SYSTEM_TORCH=1 keep the torch that this machine's Python already has   PORT=8888 of make lab"
+
+setup: $(READY) ## install into .venv, once ## python3 -m venv .venv; python -m pip install -r requirements.txt; python -m pip install --no-deps -e .
+
+$(READY): requirements.txt pyproject.toml
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, %s is %s: make setup PY=python3.12" % (sys.executable, sys.version.split()[0]))'
+	@$(PY) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PY) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt-get install python3-venv), then make setup" >&2; exit 1; }
+	@echo "Setting up $(VENV), once. To be downloaded: about 200 MB of packages, and torch, which is"
+	@echo "190 MB for CPU only (2 GB on disk, all in all), but on Linux several GB with the CUDA"
+	@echo "libraries that pip takes by default."
+	@echo "CPU only: stop with Ctrl-C, then make setup PIP_ARGS=\"--extra-index-url <PyTorch's CPU index>\""
+	@echo "(its Get started page names it). Torch is already here: make setup SYSTEM_TORCH=1."
+	$(PY) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
+	@$(PYTHON) -c 'import pip; v = pip.__version__; exit(tuple(map(int, v.split(".")[:2])) < (23, 1))' \
+	    || $(PIP) install --upgrade 'pip>=23.1' \
+	    || { echo "pip 23.1 or newer is needed in $(VENV), and it could not be upgraded" >&2; exit 1; }
+ifneq ($(SYSTEM_TORCH),)
+	@$(PYTHON) -c 'import torch; v = torch.__version__; exit(tuple(map(int, v.split(".")[:2])) < (2, 11) and "torch %s is too old, 2.11 or newer is needed: make setup without SYSTEM_TORCH" % v)' \
+	    || { echo "SYSTEM_TORCH=1 needs a torch of 2.11 or newer that $(PY) can import" >&2; exit 1; }
+endif
+	@$(if $(SYSTEM_TORCH),grep -v '^torch==' requirements.txt,cat requirements.txt) > $(VENV)/requirements.txt
+	@$(if $(SYSTEM_TORCH),$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)',grep '^torch==' requirements.txt) > $(VENV)/torch.txt
+	$(PIP) install $(PIP_ARGS) -r $(VENV)/requirements.txt -c $(VENV)/torch.txt
+	$(PIP) install $(PIP_ARGS) --no-deps -e .
+	@touch $@
+
+$(PEERS): $(READY) tests/requirements-peers.txt
+	$(PIP) install $(PIP_ARGS) -r tests/requirements-peers.txt -c $(VENV)/torch.txt
+	@touch $@
+
+run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m qlora_lib.classroom.books run [--profile tiny] [--parameters "bits=3"] [01 02]
+	$(BOOKS) run --profile $(PROFILE) --parameters "$(P)" $(NB)
+
+test: ## unit tests, then nbval
+	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory nbval
+
+unit: $(PEERS) ## unit tests ## python -m pip install -r tests/requirements-peers.txt; python -m pytest -q tests
+	$(PYTHON) -m pytest -q tests
+
+nbval: $(READY) ## run the notebooks again and compare with their stored outputs ## python -m pytest -q --nbval --nbval-current-env notebooks
+	$(PYTHON) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=900 \
+	    --nbval-kernel-startup-timeout=120 \
+	    $(if $(NB),$(foreach n,$(NB),notebooks/$(n)*.ipynb),notebooks/[0-9][0-9]_*.ipynb)
+
+store: $(READY) ## run the notebooks and keep their outputs in them ## python -m qlora_lib.classroom.books store [01 02]
+	$(BOOKS) store $(NB)
+
+normal: $(READY) ## mend notebooks saved by JupyterLab, for a commit ## python -m qlora_lib.classroom.books normal [01 02]
+	$(BOOKS) normal $(NB)
+
+solved: $(READY) ## run the notebooks with their folded solutions in place ## python -m qlora_lib.classroom.books solved [01 02]
+	$(BOOKS) solved $(NB)
+
+lab: $(READY) ## JupyterLab on this machine only, with a token ## python -m jupyterlab --ServerApp.ip=127.0.0.1
+	@echo "From another machine: ssh -N -L $(PORT):127.0.0.1:$(PORT) $$(id -un)@$$(hostname)"
+	@echo "then open there the address with the token that follows."
+	$(PYTHON) -m jupyterlab --no-browser --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
+	    --ServerApp.port_retries=0 --ServerApp.root_dir="$(CURDIR)" \
+	    --LabApp.default_url=/lab/tree/notebooks $$(test "$$(id -u)" != 0 || echo --allow-root)
+
+kernel: $(READY) ## offer this environment to a JupyterLab that already runs ## python -m ipykernel install --user --name qlora-course
+	$(PYTHON) -m ipykernel install --user --name qlora-course --display-name "Python (qlora course)"
+
+pretrain: $(READY) ## train the bundled tiny model again, from its seed ## python -m qlora_lib.pretrain
+	$(PYTHON) -m qlora_lib.pretrain
+
+experiments: $(READY) ## make the recorded results in data/results again ## python -m qlora_lib.experiments
+	$(PYTHON) -m qlora_lib.experiments
+
+finetune: $(READY) ## calibrate, quantize, train an adapter, save both ## python -m qlora_lib finetune --profile tiny
+	$(PYTHON) -m qlora_lib finetune --profile $(PROFILE)
+
+evaluate: $(READY) ## score what finetune saved ## python -m qlora_lib evaluate --profile tiny
+	$(PYTHON) -m qlora_lib evaluate --profile $(PROFILE)
+
+clean: ## remove build/, outputs/ and caches; keeps .venv and checkpoints/
+	rm -rf build outputs .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
