@@ -145,7 +145,7 @@ def finetune(args) -> None:
     import torch
     from tqdm import tqdm
 
-    from .checkpoint import save_adapter
+    from .adapters import save_adapter
     from .data import format_gsm8k, short_path
     from .lora import ALL_LINEAR, ATTENTION, inject_lora, trainable_parameters
     from .results import stamp, write_json_atomic
@@ -186,7 +186,8 @@ def finetune(args) -> None:
 
 def open_run(profile, args):
     """Base and adapter of args.folder, the base checked to be quantized unless args.dense."""
-    from .checkpoint import load_adapter, load_quantized
+    from .adapters import load_adapter
+    from .checkpoint import load_quantized
     from .data import short_path
     from .lora import ALL_LINEAR, find_linears
     from .models import quantized_layers

@@ -132,9 +132,12 @@ def read_jsonl(path: Path) -> list[dict[str, str]]:
 
 
 def short_path(path: Path) -> str:
-    """The path as seen from the working directory, where it lies below it."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    """The path as seen from the working directory or, for what is not below it, from the
+    repository's root; a path outside both stays whole."""
+    for folder in (Path.cwd(), ROOT):
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return str(path)
 
 
 def weights_id(model: str) -> str:

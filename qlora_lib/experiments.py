@@ -3,21 +3,27 @@
 Each row is stored in data/results/tiny-accuracy.json as soon as it is measured; rows that
 are there are not measured again, unless with --force or when the weights have changed.
 All on the whole mini-GSM test set, greedy: the base in GSM8K's format, with three solved
-examples, and in the wording of its pretraining; then fine-tuned with LoRA and QLoRA.
+examples, and in the wording of its pretraining; then fine-tuned with LoRA and QLoRA; then
+the bundled adapter, merged, with all linears quantized at four widths. Each row keeps a
+verdict a question, so that two rows can be compared on the same questions.
 """
 
 import argparse
+import copy
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from .adapters import load_adapter
 from .data import DATA, format_gsm8k, short_path, weights_id
 from .evaluation import Prompt, evaluate, few_shot
 from .generation import Decoding, generator
 from .grid import QuantSpec
-from .lora import ALL_LINEAR, ATTENTION, inject_lora
+from .lora import ALL_LINEAR, ATTENTION, inject_lora, merge_lora
+from .models import dequantize_model
 from .profiles import Profile, load_profile
 from .results import stamp, write_json_atomic
 from .schedule import TrainConfig
@@ -32,6 +38,15 @@ TRAINED = {
     "lora_all_r32": (ALL_LINEAR, 32, None),
     "qlora_attention_r16": (ATTENTION, 16, QuantSpec(bits=4, group_size=64)),
     "qlora_all_r32": (ALL_LINEAR, 32, QuantSpec(bits=4, group_size=64)),
+}
+ADAPTER = DATA / "tiny-adapter"
+BASE = QuantSpec(bits=4, group_size=64)  # what the adapter was trained on
+# The merged model, quantized again: (method, spec)
+WIDTHS = {"merged_fp32": None} | {
+    f"merged_{method}_{bits}bit_{group_size or 'row'}": (method, QuantSpec(bits, group_size))
+    for group_size in (None, 64)
+    for bits in (8, 4, 3, 2)
+    for method in ("gptq", "rtn")
 }
 
 
@@ -57,11 +72,13 @@ def base_prompts(profile: Profile) -> dict[str, Prompt]:
 
 
 def measure(model, tokenizer, profile: Profile, problems, prompt: Prompt = format_gsm8k) -> dict:
-    """A row: counts, accuracies and intervals over `problems`."""
+    """A row: counts, accuracies and intervals over `problems`; "right": 1 or 0 a question
+    (strict), in the order of the problems."""
     decoding = Decoding(max_new_tokens=profile.max_new_tokens, batch_size=BATCH)
     report = evaluate(generator(model, tokenizer, decoding), problems, prompt=prompt)
     print(report, flush=True)
-    return report.summary()
+    right = "".join(str(int(p["strict"])) for p in report.predictions)
+    return report.summary() | {"right": right}
 
 
 def fine_tune(name: str, profile: Profile, config: TrainConfig):
@@ -90,6 +107,26 @@ def fine_tune(name: str, profile: Profile, config: TrainConfig):
     return model, tokenizer, training
 
 
+@cache
+def merged(profile: Profile, adapter: Path):
+    """The fine-tuned model with its adapter merged into the dense weights it was trained
+    against, and its tokenizer."""
+    model, tokenizer = profile.load(quantize=BASE)
+    load_adapter(model, adapter)
+    merge_lora(model, unload=True)
+    return model, tokenizer
+
+
+def quantized(profile: Profile, adapter: Path, method: str, spec: QuantSpec):
+    """A copy of the merged model with all linears rounded; they are kept as dense weights,
+    which compute the same and generate faster."""
+    model, tokenizer = merged(profile, adapter)
+    model = copy.deepcopy(model)
+    profile.quantize(model, tokenizer, spec, method)
+    dequantize_model(model)
+    return model
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="measure the tiny profile's accuracy table")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -99,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-steps", type=int, help="fewer training steps, for a trial")
     parser.add_argument("--model", help="other weights")
     parser.add_argument("--data", help="other problems: a folder with {split}.jsonl")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="of the merged rows")
     args = parser.parse_args(argv)
 
     profile = load_profile("tiny", model=args.model, data=args.data)
@@ -107,23 +145,33 @@ def main(argv: list[str] | None = None) -> None:
     if args.max_steps:
         config = TrainConfig(**vars(config) | {"max_steps": args.max_steps})
     prompts, weights = base_prompts(profile), weights_id(profile.model)
-    names = [*prompts, *TRAINED]
+    names = [*prompts, *TRAINED, *WIDTHS]
     unknown = set(args.rows or ()) - set(names)
     if unknown:
         parser.error(f"no rows {sorted(unknown)}; expected some of {', '.join(names)}")
     table = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
     for name in args.rows or names:
-        if not args.force and table.get(name, {}).get("weights") == weights:
+        own = weights
+        if name in WIDTHS:
+            if not args.adapter.is_dir():
+                parser.error(f"{name} needs {short_path(args.adapter)}; notebook 04 makes it")
+            own = f"{weights}+{weights_id(str(args.adapter))}"
+        if not args.force and table.get(name, {}).get("weights") == own:
             print(f"{name}: is there")
             continue
         print(f"{name}:", flush=True)
         if name in prompts:
             model, tokenizer = profile.load()
             row = measure(model, tokenizer, profile, problems, prompts[name])
+        elif name in WIDTHS:
+            model, tokenizer = merged(profile, args.adapter)
+            if WIDTHS[name]:
+                model = quantized(profile, args.adapter, *WIDTHS[name])
+            row = measure(model, tokenizer, profile, problems)
         else:
             model, tokenizer, training = fine_tune(name, profile, config)
             row = measure(model, tokenizer, profile, problems) | {"training": training}
-        table[name] = row | {"weights": weights, "stamp": stamp(SEED)}
+        table[name] = row | {"weights": own, "stamp": stamp(SEED)}
         write_json_atomic(args.out, {n: table[n] for n in names if n in table})
     print(f"stored in {short_path(args.out)}")
 

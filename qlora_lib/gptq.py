@@ -27,6 +27,12 @@ class GPTQOptions:
     damp_percent: float = 0.01  # added to the diagonal of H, relative to its mean
     block_size: int = 128  # columns between two updates of the whole rest
 
+    def __post_init__(self):
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} must be at least 1")
+        if not self.damp_percent >= 0:
+            raise ValueError(f"damp_percent={self.damp_percent} must not be negative; try 0.01")
+
 
 class Hessian:
     """Second moment of a layer's inputs, H = mean of x^T x over the tokens seen.
@@ -59,14 +65,16 @@ class Hessian:
         return self._sum / self.tokens
 
 
-def inverse_factor(h: Tensor, damp_percent: float) -> Tensor:
+def inverse_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
     """Upper triangular U (in, in) with U^T U = (H + damping)^-1.
 
+    order: (in,), the order in which the columns are gone through; U is of H[order][:, order].
     Columns that no input ever excites ("dead": H[j, j] = 0) get the mean diagonal, so
     they are simply rounded to nearest. Raises ValueError, naming the column, when the
     damped H is not positive definite.
     """
-    h = h.clone()
+    order = torch.arange(len(h), device=h.device) if order is None else order
+    h = h[order][:, order]  # a copy
     diagonal = h.diagonal()
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=h.dtype)
@@ -79,7 +87,7 @@ def inverse_factor(h: Tensor, damp_percent: float) -> Tensor:
         upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if info:
         raise ValueError(
-            f"the Hessian is not positive definite at column {int(info) - 1} with "
+            f"the Hessian is not positive definite at column {int(order[int(info) - 1])} with "
             f"damp_percent={damp_percent}; raise it (0.05, 0.1), or use more calibration tokens"
         )
     return upper
@@ -123,7 +131,7 @@ def gptq_quantize(
     if not static:  # let blocks end where groups end: a grid is then fitted on current weights
         step = size * max(1, step // size)
 
-    u = inverse_factor(h[order][:, order], options.damp_percent)
+    u = inverse_factor(h, options.damp_percent, order)
     # A column of W is strided, a row of W^T is contiguous: the loop runs over rows of W^T.
     wt = w.t()[order].contiguous()  # (in, out), a copy
     codes = torch.empty_like(wt)

@@ -68,15 +68,16 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weights (out, in) in `dtype`."""
-        q = unpack(self.codes, self.spec.bits, self.shape)
         # Half precision has no fast arithmetic on a CPU, and q - z is exact in fp32.
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         scale, zero = self.scale.to(work), self.zero_point.to(work)
+        w = unpack(self.codes, self.spec.bits, self.shape).to(work)
+        # In place from here: one dense weight is alive at a time, not three.
         if self.g_idx is not None:
             g = self.g_idx.long()
-            return ((q.to(work) - zero[:, g]) * scale[:, g]).to(dtype)
-        q = q.unflatten(1, (scale.shape[1], -1)).to(work)  # (out, in) -> (out, groups, group_size)
-        return ((q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1).to(dtype)
+            return w.sub_(zero[:, g]).mul_(scale[:, g]).to(dtype)
+        w = w.unflatten(1, (scale.shape[1], -1))  # (out, in) -> (out, groups, group_size)
+        return w.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).flatten(1).to(dtype)
 
     @property
     def nbytes(self) -> int:

@@ -21,10 +21,11 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
 INITS = ("kaiming", "gaussian")
 
-# The adapter of the current call: a name, None for the bare base, or _DEFAULT for the
-# layer's own choice. A context variable, so threads and tasks do not see each other's.
+# The adapter of the current call, by layer: a name, or None for the bare base; a layer that
+# is not in it makes its own choice. By layer, so that a second model in the same block keeps
+# its adapter; a context variable, so that threads and tasks do not see each other's.
 _DEFAULT = object()
-_adapter: ContextVar = ContextVar("adapter", default=_DEFAULT)
+_chosen: ContextVar[dict] = ContextVar("chosen adapters", default={})
 
 
 @contextmanager
@@ -35,11 +36,11 @@ def use_adapter(model: nn.Module, name: str | None):
     """
     if name is not None and name not in adapter_names(model):
         raise ValueError(f"no adapter {name!r}; the model has {adapter_names(model)}")
-    token = _adapter.set(name)
+    token = _chosen.set({**_chosen.get(), **dict.fromkeys(lora_layers(model).values(), name)})
     try:
         yield model
     finally:
-        _adapter.reset(token)
+        _chosen.reset(token)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ class LoRAConfig:
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
+    """Raises ValueError when a linear layer can't take this adapter."""
+    if not name or "." in name:  # names of parameters can't hold a dot
+        raise ValueError(f"adapter={name!r} must be a name without dots")
+    taken = layer.configs.get(name, config) if isinstance(layer, LoRALinear) else config
+    if taken != config:
+        raise ValueError(f"adapter {name!r} exists with {taken}, not {config}")
+    shape = (layer.out_features, layer.in_features)
+    if config.rank > min(shape):
+        raise ValueError(f"rank={config.rank} exceeds the rank of a layer {shape}")
 
 
 class LoRALinear(nn.Module):
@@ -89,15 +102,9 @@ class LoRALinear(nn.Module):
         Raises ValueError for a name in use with another configuration and for a rank
         above the layer's own.
         """
+        check_adapter(self, name, config)
         if name in self.configs:
-            if self.configs[name] != config:
-                raise ValueError(f"adapter {name!r} exists with {self.configs[name]}, not {config}")
             return
-        if config.rank > min(self.in_features, self.out_features):
-            raise ValueError(
-                f"rank={config.rank} exceeds the rank of a layer "
-                f"{(self.out_features, self.in_features)}"
-            )
         device = next(t.device for t in [*self.base.parameters(), *self.base.buffers()])
         # fp32 even on a bf16 base: an update of 1e-4 would vanish in bf16's 8 bits.
         a = torch.empty(config.rank, self.in_features, device=device)
@@ -116,7 +123,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        chosen = _adapter.get()
+        chosen = _chosen.get().get(self, _DEFAULT)
         name = self.active if chosen is _DEFAULT else chosen
         if self.merged is not None and chosen is _DEFAULT:
             return self.merged(x)
@@ -124,7 +131,9 @@ class LoRALinear(nn.Module):
         if name not in self.configs:  # None, or an adapter that leaves this layer alone
             return y
         config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
-        h = nn.functional.dropout(x.to(a.dtype), config.dropout, self.training)
+        # Autocast casts for itself; a cast here would give every layer a copy of x to keep.
+        h = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
+        h = nn.functional.dropout(h, config.dropout, self.training)
         h = h @ a.t()  # (..., in) -> (..., rank): thin first, B A is never formed
         return y + (config.scaling * (h @ b.t())).to(y.dtype)  # (..., rank) -> (..., out)
 
@@ -188,6 +197,8 @@ def inject_lora(
     """
     config = LoRAConfig(rank, alpha, dropout, init, use_rslora)
     found = find_linears(model, target_modules)
+    for layer in found.values():  # all of them before the first is changed
+        check_adapter(layer, adapter, config)
     model.requires_grad_(False)  # embeddings, norms and head too
     for path, layer in found.items():
         if not isinstance(layer, LoRALinear):
@@ -238,11 +249,13 @@ def merge_lora(
     """
     if into not in ("dense", "rtn", "gptq"):
         raise ValueError(f"into={into!r} must be 'dense', 'rtn' or 'gptq'")
+    layers = {n: m for n, m in lora_layers(model).items() if m.active in m.configs}
+    if into != "dense":  # all of them before the first is changed
+        for path, layer in layers.items():
+            _check_requantize(path, layer.base, into, hessians or {})
     rows = []
     dtype = next(model.parameters()).dtype  # of a quantized base that becomes dense
-    for path, layer in lora_layers(model).items():
-        if layer.active is None or layer.active not in layer.configs:
-            continue
+    for path, layer in layers.items():
         merged, row = _merge_layer(path, layer, into, dtype, hessians or {}, options)
         rows.append(row)
         layer.merged = merged
@@ -251,6 +264,13 @@ def merge_lora(
     if not rows:
         raise ValueError("nothing to merge: no layer has an active adapter")
     return rows
+
+
+def _check_requantize(path: str, base: nn.Module, into: str, hessians: dict) -> None:
+    if not isinstance(base, QuantizedLinear):
+        raise ValueError(f"{path} is dense; merge into='dense', then quantize the model")
+    if into == "gptq" and not isinstance(base.spec, NF4Spec) and path not in hessians:
+        raise ValueError(f"into='gptq' needs the Hessian of {path}; pass hessians={{path: H}}")
 
 
 def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module, MergeRow]:
@@ -267,14 +287,10 @@ def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module
             merged.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
         stored = merged.weight.float()
     else:
-        if not quantized:
-            raise ValueError(f"{path} is dense; merge into='dense', then quantize the model")
         if isinstance(base.spec, NF4Spec):
             new = quantize_nf4(target, base.spec.block_size, base.spec.double_quant)
         elif into == "rtn":
             new = quantize_rtn(target, base.spec)
-        elif path not in hessians:
-            raise ValueError(f"into='gptq' needs the Hessian of {path}; pass hessians={{path: H}}")
         else:
             new = gptq_quantize(target, hessians[path], base.spec, options)
         merged = QuantizedLinear(new, base.bias)

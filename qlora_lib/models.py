@@ -52,7 +52,9 @@ def load_model(path: str, device=None, compute_dtype: str = "auto"):
     Raises FileNotFoundError or OSError from transformers when there are no weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # in a notebook it would be a widget that stays
     device = torch.device(device or default_device())
     dtype = resolve_dtype(compute_dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(str(path))

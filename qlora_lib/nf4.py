@@ -75,8 +75,9 @@ def _nearest(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def _blocks(flat: Tensor, size: int) -> Tensor:
-    """(n,) -> (ceil(n / size), size), the last block filled with zeros."""
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
+    """(n,) -> (ceil(n / size), size), the last block filled with zeros; a view where it fits."""
+    missing = -flat.numel() % size
+    return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, size)
 
 
 @dataclass
@@ -111,7 +112,8 @@ class NF4Tensor:
         levels = torch.tensor(NF4_LEVELS, device=self.codes.device)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
         values = pairs[self.codes.int()].flatten()[:n]  # (out * in,): a byte holds two weights
-        w = _blocks(values, self.spec.block_size) * self.block_scales().unsqueeze(1)
+        # In place: one dense weight is alive at a time, not three.
+        w = _blocks(values, self.spec.block_size).mul_(self.block_scales().unsqueeze(1))
         return w.flatten()[:n].view(self.shape).to(dtype)
 
     @property

@@ -186,7 +186,7 @@ def separate_unseen(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     Training only ever pushes these rows down, all in one direction: "####" and a "The" that
     begins a line end up with a cosine of 0.9996, and no adapter on the linears can tell them
     apart, because the tied embedding is also the output layer. They keep what they share,
-    which keeps them unlikely, and get a random part as long as a trained row.
+    which keeps them unlikely, and get a random part twice as long as a trained row.
     """
     weight = model.get_input_embeddings().weight  # (vocabulary, hidden)
     seen = torch.zeros(len(weight), dtype=torch.bool)
@@ -194,7 +194,7 @@ def separate_unseen(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
         seen[tokenizer.encode(text, add_special_tokens=False)] = True
     seen[[tokenizer.bos_token_id, tokenizer.eos_token_id]] = True
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-    noise = torch.nn.functional.normalize(noise, dim=1) * weight[seen].norm(dim=1).mean()
+    noise = torch.nn.functional.normalize(noise, dim=1) * (2 * weight[seen].norm(dim=1).mean())
     weight[~seen] += noise[~seen]
     return int((~seen).sum())
 
@@ -232,6 +232,9 @@ of the world and should be used for this course only.
 | arithmetic | {'bf16 autocast' if bf16 else 'fp32'}, fp32 master weights |
 | loss, mean over about the last 100 steps | {state['loss']:.4f} |
 | minutes, threads | {state['seconds'] / 60:.1f}, {torch.get_num_threads()} |
+
+Rows of the tied embedding whose token never occurs in the corpus drift to one common
+direction. After training each gets a random part of its own (`separate_unseen`).
 
 Another processor or number of threads gives other last digits, hence other weights of
 the same quality. Licence: MIT.

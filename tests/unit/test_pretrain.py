@@ -192,6 +192,33 @@ def test_resume_refuses_nothing_to_resume_and_another_run(tmp_path, small_run):
         pretrain.pretrain(tmp_path / "out", tmp_path / "c", steps=4, resume=True)
 
 
+def used_tokens(tokenizer, texts):
+    return {token for ids in tokenizer(texts)["input_ids"] for token in ids} | {1, 2}
+
+
+def test_rows_of_unseen_tokens_are_told_apart_and_the_others_are_kept(
+        corpus, tokenizer, small_run):
+    model = pretrain.build_model(1)
+    rows = model.get_input_embeddings().weight
+    rows.data[:] = torch.arange(512)[:, None] % 7 + torch.ones(32)
+    before = rows.detach().clone()
+    pretrain.separate_unseen(model, tokenizer, seed=0)
+    used = sorted(used_tokens(tokenizer, [text for _, text in corpus]))
+    assert torch.equal(rows[used], before[used])
+    unseen = [tokenizer.convert_tokens_to_ids(token) for token in ("####", "Question", "Answer")]
+    assert not set(unseen) & set(used)
+    cosines = torch.nn.functional.cosine_similarity(rows[unseen, None], rows[None, unseen], dim=2)
+    assert cosines[~torch.eye(3, dtype=bool)].max() < 0.99
+
+
+def test_bundled_model_can_tell_the_words_of_an_answer_apart(tokenizer):
+    answers = [re.sub("<<.*?>>", "", render(p)["answer"]) for p in draw("train", 0, 600)]
+    rows = load_file(MODEL / "model.safetensors")["model.embed_tokens.weight"].float()
+    rows = rows[sorted(used_tokens(tokenizer, answers))]
+    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2)
+    assert cosines.fill_diagonal_(0).max() < 0.95
+
+
 def test_bundled_model_is_small_bf16_and_of_the_stated_shape():
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 8_000_000
     tensors = load_file(MODEL / "model.safetensors")

@@ -1,0 +1,63 @@
+"""Small models with adapters, for the tests of LoRA, merging and checkpoints."""
+
+import json
+
+import torch
+from small_models import small_model
+
+from qlora_lib.gptq import GPTQOptions
+from qlora_lib.grid import QuantSpec
+from qlora_lib.lora import ALL_LINEAR, inject_lora, lora_layers
+from qlora_lib.models import quantize_model
+from qlora_lib.nf4 import NF4Spec
+from tests.helpers import normal
+
+IDS = torch.randint(3, 260, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def trained(model, adapter: str = "default", seed: int = 0, std: float = 0.05):
+    """Give an adapter a B, as training would."""
+    layers = [m for m in lora_layers(model).values() if adapter in m.configs]
+    for i, layer in enumerate(layers):
+        b = layer.lora_B[adapter]
+        b.data = normal(*b.shape, seed=seed + i, std=std)
+    return model
+
+
+def base_of(kind: str, seed: int = 0):
+    """A small model: "dense", "grid2" to "grid8", "symmetric", "g_idx", "nf4", "nf4 single"."""
+    model = small_model(seed)
+    if kind.startswith("grid"):
+        quantize_model(model, None, QuantSpec(int(kind[4:]), 16), "rtn")
+    elif kind == "symmetric":
+        quantize_model(model, None, QuantSpec(4, None, symmetric=True), "rtn")
+    elif kind == "g_idx":
+        data = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
+        options = GPTQOptions(static_groups=False)
+        quantize_model(model, data, QuantSpec(4, 16), options=options)
+    elif kind.startswith("nf4"):
+        quantize_model(model, None, NF4Spec(32, kind == "nf4"), "nf4")
+    return model
+
+
+def adapted(model, rank: int = 4, targets=ALL_LINEAR, seed: int = 0, **given):
+    """The model with an adapter that does something."""
+    inject_lora(model, targets, rank=rank, **given)
+    return trained(model, given.get("adapter", "default"), seed, std=0.1)
+
+
+def files(folder) -> dict[str, bytes]:
+    """All files of a folder, to see whether it changed."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def rewrite(folder, name, change) -> None:
+    """Change a JSON file in place."""
+    described = json.loads((folder / name).read_text())
+    change(described)
+    (folder / name).write_text(json.dumps(described))

@@ -1,0 +1,62 @@
+"""The rows of the merged adapter at four widths, on a small random model."""
+
+import json
+
+import pytest
+import torch
+from small_models import small_model, small_tokenizer
+
+from qlora_lib.adapters import save_adapter
+from qlora_lib.experiments import WIDTHS, main
+from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters
+
+
+def make_adapter(folder, seed):
+    model = small_model()
+    torch.manual_seed(seed)
+    inject_lora(model, ALL_LINEAR, rank=2)
+    for name, p in trainable_parameters(model).items():
+        torch.nn.init.normal_(p, std=0.05)
+    save_adapter(model, folder)
+
+
+@pytest.fixture
+def argv(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_model().save_pretrained("model")
+    small_tokenizer().save_pretrained("model")
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(6)]
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    make_adapter(tmp_path / "adapter", seed=1)
+    return ["--model", "model", "--data", "data", "--out", "table.json", "--adapter", "adapter"]
+
+
+def test_widths_are_stored_with_a_verdict_a_question(argv, capsys, tmp_path):
+    rows = ["merged_fp32", "merged_gptq_3bit_row", "merged_rtn_2bit_64"]
+    main([*argv, "--limit", "3", "--rows", *rows])
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert list(table) == rows
+    for row in table.values():
+        assert len(row["right"]) == row["n"] == 3 and set(row["right"]) <= {"0", "1"}
+        assert row["right"].count("1") == row["strict_correct"]
+    main([*argv, "--limit", "3", "--rows", "merged_fp32"])
+    assert "merged_fp32: is there" in capsys.readouterr().out
+    make_adapter(tmp_path / "adapter", seed=2)  # another adapter: old rows are not its own
+    main([*argv, "--limit", "3", "--rows", "merged_fp32"])
+    assert "is there" not in capsys.readouterr().out
+
+
+def test_without_an_adapter_it_says_who_makes_one(argv, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main([*argv[:-1], "elsewhere", "--rows", "merged_fp32"])
+    assert "merged_fp32 needs elsewhere; notebook 04 makes it" in capsys.readouterr().err
+
+
+def test_every_width_has_both_methods_and_both_granularities():
+    assert len(WIDTHS) == 17 and WIDTHS["merged_fp32"] is None
+    method, spec = WIDTHS["merged_rtn_2bit_row"]
+    assert (method, spec.bits, spec.group_size) == ("rtn", 2, None)
+    method, spec = WIDTHS["merged_gptq_8bit_64"]
+    assert (method, spec.bits, spec.group_size) == ("gptq", 8, 64)
