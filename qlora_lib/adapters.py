@@ -100,7 +100,7 @@ def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
         found.append(f"{folder}: {base}")
     raise FileNotFoundError(
         f"no adapter was trained on this base, {wanted} ({'; '.join(found)}); train one with "
-        "notebook 04 or `python -m qlora_lib finetune`"
+        "`python -m qlora_lib finetune`"
     )
 
 

@@ -154,7 +154,11 @@ def main(argv: list[str] | None = None) -> None:
         own = weights
         if name in WIDTHS:
             if not args.adapter.is_dir():
-                parser.error(f"{name} needs {short_path(args.adapter)}; notebook 04 makes it")
+                missing = f"{name} needs an adapter in {short_path(args.adapter)}"
+                if args.rows:
+                    parser.error(f"{missing}; give another folder with --adapter")
+                print(f"{missing}: left out")
+                continue
             own = f"{weights}+{weights_id(str(args.adapter))}"
         if not args.force and table.get(name, {}).get("weights") == own:
             print(f"{name}: is there")

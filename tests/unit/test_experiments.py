@@ -48,10 +48,10 @@ def test_widths_are_stored_with_a_verdict_a_question(argv, capsys, tmp_path):
     assert "is there" not in capsys.readouterr().out
 
 
-def test_without_an_adapter_it_says_who_makes_one(argv, capsys, tmp_path):
+def test_without_an_adapter_it_says_what_to_give(argv, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main([*argv[:-1], "elsewhere", "--rows", "merged_fp32"])
-    assert "merged_fp32 needs elsewhere; notebook 04 makes it" in capsys.readouterr().err
+    assert "merged_fp32 needs an adapter in elsewhere; give another folder" in capsys.readouterr().err
 
 
 def test_every_width_has_both_methods_and_both_granularities():
