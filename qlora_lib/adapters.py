@@ -1,6 +1,5 @@
 """Adapters on disk, in PEFT's layout: safetensors and JSON, a folder an adapter."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,26 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import atomic_folder, read_json, read_tensors
-from .lora import LoRAConfig, find_linears, inject_lora, lora_layers
+from .lora import LoRAConfig, base_fingerprint, find_linears, inject_lora, lora_layers
 from .results import ROOT
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the parts of the base that quantization leaves alone: embeddings and norms.
-
-    It names the model whatever its linears are stored in, so that an adapter trained on
-    a 4-bit base is recognised on the dense one. Values are hashed as what bf16 and fp16
-    can both hold, so that weights published in either are recognised in every dtype.
-    """
-    digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        if "norm" in name or "embed" in name:
-            digest.update(f"{name}{tuple(p.shape)}".encode())
-            bits = p.detach().cpu().bfloat16().half().contiguous().view(torch.int16)
-            digest.update(bits.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def save_adapter(

@@ -98,8 +98,16 @@ def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
     """Write a model with quantized layers: safetensors, config, tokenizer, specs.
 
     Adapters are left out (save_adapter keeps them). Raises ValueError when no layer is
-    quantized and when the folder holds other files.
+    quantized, when an adapter is merged but the base still kept, and when the folder holds
+    other files.
     """
+    merged = [path for path, layer in lora_layers(model).items() if layer.merged is not None]
+    if merged:
+        raise ValueError(
+            f"{len(merged)} layers, {merged[0]} first, hold both their base and a merged copy; "
+            "to save the base, call unmerge_lora; to save the merged model, merge with "
+            "unload=True"
+        )
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("no layer is quantized; call quantize_model, or use save_pretrained")

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from qlora_lib.adapters import ADAPTER_CONFIG, load_adapter, save_adapter
 from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import ALL_LINEAR, ATTENTION, inject_lora, lora_layers, merge_lora
+from qlora_lib.lora import ALL_LINEAR, ATTENTION, inject_lora, lora_layers
+from qlora_lib.merge import merge_lora
 from qlora_lib.models import dequantize_model, quantize_model
 from tests.helpers import normal
 from tests.unit.small_models import small_model

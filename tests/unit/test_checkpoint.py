@@ -19,7 +19,7 @@ from qlora_lib.checkpoint import (
     save_quantized,
 )
 from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import merge_lora
+from qlora_lib.merge import merge_lora
 from qlora_lib.models import quantize_model, quantized_layers
 from tests.helpers import normal
 

@@ -16,11 +16,10 @@ from qlora_lib.lora import (
     LoRALinear,
     inject_lora,
     lora_layers,
-    merge_lora,
     replace_module,
-    unmerge_lora,
     use_adapter,
 )
+from qlora_lib.merge import merge_lora, unmerge_lora
 from tests.helpers import normal
 
 

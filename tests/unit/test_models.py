@@ -11,7 +11,8 @@ from qlora_lib import models
 from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
 from qlora_lib.grid import QuantSpec, quantize_rtn
 from qlora_lib.linear import QuantizedLinear
-from qlora_lib.lora import ALL_LINEAR, ATTENTION, inject_lora, lora_layers, merge_lora
+from qlora_lib.lora import ALL_LINEAR, ATTENTION, inject_lora, lora_layers
+from qlora_lib.merge import merge_lora
 from qlora_lib.models import (
     decoder_blocks,
     dequantize_model,
