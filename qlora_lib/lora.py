@@ -179,6 +179,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(n for m in lora_layers(model).values() for n in m.configs))
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer, dense or quantized, by path; a LoRALinear stands for those inside it."""
+    kinds, adapted = (nn.Linear, QuantizedLinear, LoRALinear), lora_layers(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    return {n: m for n, m in linears.items() if n.rpartition(".")[0] not in adapted}
+
+
 def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     """Linear layers, dense or quantized, whose last path component is a target.
 
@@ -187,12 +194,7 @@ def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     the model has, when a target matches nothing.
     """
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    inside = {f"{n}.base" for n in lora_layers(model)} | {f"{n}.merged" for n in lora_layers(model)}
-    linears = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, (nn.Linear, QuantizedLinear, LoRALinear)) and n not in inside
-    }
+    linears = linear_layers(model)
     names = {n: n.rpartition(".")[2] for n in linears}
     missing = set(targets) - set(names.values())
     if missing or not targets:

@@ -153,8 +153,8 @@ def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module
         if base.bias is not None:
             merged.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
     elif isinstance(base.spec, NF4Spec):
-        spec = base.spec
-        merged = QuantizedLinear(quantize_nf4(target, spec.block_size, spec.double_quant), base.bias)
+        new = quantize_nf4(target, base.spec.block_size, base.spec.double_quant)
+        merged = QuantizedLinear(new, base.bias)
     elif into == "rtn":
         merged = QuantizedLinear(quantize_rtn(target, base.spec), base.bias)
     else:
