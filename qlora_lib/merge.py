@@ -108,10 +108,11 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
     for path, layer in layers.items():
         linear, shape = linears.get(path), (layer.out_features, layer.in_features)
         if type(linear) is not nn.Linear or tuple(linear.weight.shape) != shape:
-            found = "nothing" if linear is None else f"{type(linear).__name__}({linear})"
+            found = "nothing" if linear is None else type(linear).__name__
+            found += f" {tuple(linear.weight.shape)}" if type(linear) is nn.Linear else ""
             raise ValueError(
-                f"{path}: `original` should hold a dense nn.Linear of shape {shape}, found "
-                f"{found}; give the dense model, without adapters"
+                f"{path}: `original` should hold a dense Linear {shape}, found {found}; give the "
+                "dense model, without adapters"
             )
     rows = []
     for path, layer in layers.items():
