@@ -1,5 +1,7 @@
 """What a merge costs: measured in logits, on the tokens that count, with the model given back."""
 
+from functools import partial
+
 import pytest
 import torch
 from lora_models import adapted, base_of, logits, trained
@@ -139,7 +141,8 @@ def test_hessians_are_those_of_the_adapted_layers_inputs():
     model, data = some_model(), batches(2, lengths=[24, 5, 17, 1])
     got, inputs, handles = merge_hessians(model, data), {}, []
     for path, layer in lora_layers(model).items():
-        see = lambda module, args, path=path: inputs.setdefault(path, []).append(args[0])  # noqa: E731
+        inputs[path] = []
+        see = partial(lambda seen, module, args: seen.append(args[0]), inputs[path])
         handles.append(layer.register_forward_pre_hook(see))
     all_logits(model, data)
     for handle in handles:
