@@ -62,8 +62,13 @@ def run_canaries(
         for mode, right in zip(MODES, scores[name]):
             if not low <= right <= high:
                 expected = str(low) if low == high else f"{low} to {high}"
+                example = ""
+                if name == "gold":
+                    wrong = next(p for p in report.predictions if not p[mode])
+                    example = f", such as {wrong['completion'][-60:]!r}"
                 raise CanaryError(
-                    f"canary {name}: {right} of {n} right ({mode}), expected {expected}: {broken}"
+                    f"canary {name}: {right} of {n} right ({mode}), expected {expected}: "
+                    f"{broken}{example}"
                 )
     return scores
 

@@ -10,6 +10,8 @@ from .evaluation import EvalReport, questions_hash
 from .results import mcnemar, newcombe
 
 MODES = ("strict", "flexible")
+# Splits whose problems correspond line by line. GSM-Hard's are in the order of GSM8K's test.
+FAMILIES = ({"test", "test_changed", "test_larger"}, {"test", "gsm_hard"})
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,20 @@ def drop(
             raise ValueError(f"{a.n} and {b.n} problems can't be paired by index; paired=False?")
         both = sum(x[mode] and y[mode] for x, y in zip(a.predictions, b.predictions))
     return Drop(mode, (a.n, b.n), (_right(a, mode), _right(b, mode)), both, names)
+
+
+def report_difference(
+    a: EvalReport, b: EvalReport, names: tuple[str, str] = ("a", "b")
+) -> Comparison | Drop:
+    """`compare` for the same questions, else `drop`: paired for a split and its variant.
+
+    Strict. Only splits whose problems are variants of each other, line by line, are paired.
+    """
+    if questions_hash(pairs(a)) == questions_hash(pairs(b)):
+        return compare(a, b, names=names)
+    splits = {a.info.get("split"), b.info.get("split")}
+    variants = any(splits <= family for family in FAMILIES) and len(splits) == 2
+    return drop(a, b, paired=variants and a.n == b.n, names=names)
 
 
 def pairs(report: EvalReport) -> list[tuple[str, str]]:

@@ -51,7 +51,8 @@ class GoldError(ValueError):
 def gold_answer(entry: dict[str, str]) -> Fraction:
     """The number after `####` in entry["answer"].
 
-    Raises GoldError (a ValueError) when there is no `####`, or something else than one number after it.
+    Raises GoldError (a ValueError) when there is no `####`, or something else than one
+    number after it.
     """
     _, mark, tail = _field(entry, "answer").rpartition("####")
     match = NUMBER.fullmatch(tail.strip())

@@ -272,7 +272,9 @@ def _open_folder(folder: Path, settings: dict, n: int, chunk: int, restart: bool
         raise ValueError(
             f"{short_path(folder)} holds answers of other settings ({'; '.join(changed)}); {remedy}"
         )
-    lines = answers.read_text(encoding="utf-8").splitlines(keepends=True) if answers.is_file() else []
+    lines = []
+    if answers.is_file():
+        lines = answers.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
     if len(whole) < n:  # sampling and rounding depend on which questions are asked together
         whole = whole[: len(whole) // chunk * chunk]

@@ -26,25 +26,27 @@ STOP = re.compile(
 
 # --- Spelling ----------------------------------------------------------------------------
 
+_VULGAR = {c: unicodedata.normalize("NFKC", c) for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}  # ½ to 1⁄2
 _CHARACTERS = str.maketrans(
     {"\u2212": "-", "\u2013": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*"}
     | dict.fromkeys("€£¥₹", "$")
-    # ½ to " 1/2", so that 1½ is the mixed number 1 1/2
-    | {c: " " + unicodedata.normalize("NFKC", c).replace("\u2044", "/") for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+    | {c: " " + text.replace("\u2044", "/") for c, text in _VULGAR.items()}  # 1½ to 1 1/2
 )
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_PART = r"\{ ?(-?)([0-9.,]{1,60}) ?\}"  # of a LaTeX fraction
 _SPELLINGS = (
     (re.compile(r"\\(?:times|cdot)(?![a-zA-Z])"), "*"),
     (re.compile(r"\\(?=[$%])"), ""),
     # 10³ is a power, but cm³ is a unit.
-    (re.compile(r"(?<=[0-9])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+"), lambda m: "^" + unicodedata.normalize("NFKC", m[0])),
+    (re.compile(r"(?<=[0-9])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+"), lambda m: "^" + m[0].translate(_RAISED)),
     (re.compile(r"(?<=[0-9])\*\*(?=[0-9])"), "^"),
     # 1\frac{1}{2} to 1 1/2; a sign inside goes before: \frac{-1}{2} to -1/2
-    (re.compile(r"(?<=[0-9])\s?\\[dt]?frac"), r" \\frac"),
-    (re.compile(r"\\[dt]?frac\s?\{\s?(-?)([0-9.,]{1,60})\s?\}\s?\{\s?([0-9.,]{1,60})\s?\}"), r"\1\2/\3"),
-    (re.compile(r"\\[dt]?frac\s?([0-9])\s?([0-9])(?![0-9])"), r"\1/\2"),
+    (re.compile(r"(?<=[0-9]) ?\\[dt]?frac"), r" \\frac"),
+    (re.compile(rf"\\[dt]?frac ?{_PART} ?{_PART.replace('(-?)', '')}"), r"\1\2/\3"),
+    (re.compile(r"\\[dt]?frac ?([0-9]) ?([0-9])(?![0-9])"), r"\1/\2"),
     # Thin and no-break spaces and LaTeX's commas between groups of three digits
     (re.compile(r"(?<=[0-9])(?:\{,\}|\\,|,\\!|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))"), ","),
-)  # fmt: skip
+)
 
 
 def plain(text: str) -> str:
@@ -67,6 +69,7 @@ QUANTITY = re.compile(
     (?<![\^_])(?<!\^\{{)                        # m^2 holds no number
     (?P<sign>(?<![\w)\]}}])-\$?|\$-?)?          # 10-3 holds no -3
     (?<![0-9^])(?<![0-9][./])                   # not within 1.2.3 or 1/2/2020
+    (?<![0-9][eE])(?<![0-9][eE][-+])            # nor 1e2.5
     (?:
         (?P<whole>{_INTEGER})[ ](?P<part>[0-9]++/[0-9]++)    # 1 1/2
       | (?P<number>{_DECIMAL})
@@ -77,7 +80,7 @@ QUANTITY = re.compile(
         )?
     )
     (?![0-9^])(?![.][0-9])(?![ ]?/[ ]?[0-9])(?![eE][-+]?[0-9])      # all of it was read
-    (?P<scale>[kK](?!\w)|(?:[ ](?:hundred|thousand|(?:m|b|tr)illion)s?(?!\w)){{1,2}})?
+    (?P<scale>[kK](?!\w)|(?:[ ](?i:hundred|thousand|(?:m|b|tr)illion)s?(?!\w)){{1,2}})?
     """,
     re.VERBOSE,
 )

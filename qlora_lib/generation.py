@@ -63,8 +63,9 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
     """A function from a list of prompts to a list of Completions in the same order.
 
     With samples > 1 it returns a list of `samples` Completions for each prompt. Its
-    attributes `info` and `fingerprint()` say what a report should. Prompts are batched by length and padded
-    on the left. Raises ValueError where a prompt and max_new_tokens exceed the context.
+    attributes `info` and `fingerprint()` say what a report should. Prompts are batched by
+    length and padded on the left. Raises ValueError where a prompt and max_new_tokens
+    exceed the context.
     """
     dtype = model.get_input_embeddings().weight.dtype
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
