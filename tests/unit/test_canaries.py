@@ -59,7 +59,7 @@ def test_a_broken_grader_is_caught_by_name(monkeypatch, name, message, parts):
 def test_a_grader_that_reads_on_after_the_stop_is_caught(monkeypatch):
     """Its echo of few-shot prompts finds the examples' answers."""
     shots = [{"question": f"{i}?", "answer": f"So\n#### {i}"} for i in range(5)]
-    problems = [{"question": f"Which number comes after {i}?", "answer": "#### 4"} for i in range(9)]
+    problems = [{"question": f"What comes after {i}?", "answer": "#### 4"} for i in range(9)]
     assert run_canaries(evaluate, problems, few_shot(shots, 5))["echo"] == (0, 0)
 
     def reads_on(text, mode="strict"):

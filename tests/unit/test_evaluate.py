@@ -100,7 +100,8 @@ def model(kill_after=10**6, seed=0):
         if len(generate.chunks) == kill_after:
             raise Killed
         generate.chunks.append(list(prompts))
-        return [Completion(ANSWERS[p] if len(p) % 3 == seed else "5\ud800", 7, True) for p in prompts]
+        said = [ANSWERS[p] if len(p) % 3 == seed else "5\ud800" for p in prompts]
+        return [Completion(text, 7, True) for text in said]
 
     generate.chunks = []
     generate.info = {"model": "m", "compute_dtype": "fp32", "decoding": {"stop": ("Question:",)}}
@@ -116,8 +117,17 @@ def without_clock(report):
     return replace(report, seconds=0.0, predictions=predictions)
 
 
-@pytest.mark.parametrize("torn", ["", '{"question": "half a li', "a line that its chunk lacks"])
-def test_a_killed_evaluation_goes_on_and_gives_the_same_report(tmp_path, torn):
+@pytest.mark.parametrize(
+    "left, kept",
+    [
+        (lambda lines: lines, 90),
+        (lambda lines: [*lines, '{"question": "half a li'], 90),
+        (lambda lines: [*lines[:-1], lines[-1][:-10]], 60),  # its chunk is not whole
+        (lambda lines: lines[:70], 60),  # sampling depends on what is asked together
+        (lambda lines: [], 0),
+    ],
+)
+def test_a_killed_evaluation_goes_on_and_gives_the_same_report(tmp_path, left, kept):
     whole = evaluate(model(), PROBLEMS, tmp_path / "whole", chunk=30)
     with pytest.raises(Killed):
         evaluate(model(kill_after=3), PROBLEMS, tmp_path / "part", chunk=30)
@@ -127,10 +137,9 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_report(tmp_path, torn):
         EvalReport.load(tmp_path / "part")
     lines = answers.read_text().splitlines(keepends=True)
     assert len(lines) == 90
-    answers.write_text("".join(lines[:70]) if "chunk" in torn else "".join(lines) + torn)
+    answers.write_text("".join(left(lines)))
     again = model()
     resumed = evaluate(again, PROBLEMS, tmp_path / "part", chunk=30)
-    kept = 60 if "chunk" in torn else 90  # whole chunks: sampling depends on them
     assert sum(again.chunks, []) == list(ANSWERS)[kept:]
     assert without_clock(resumed) == without_clock(whole)
     assert 0 < whole.strict < 1
