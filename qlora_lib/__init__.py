@@ -20,13 +20,15 @@ _HOME = {
     "checkpoint": ["load_quantized", "save_quantized"],
     "adapters": ["find_adapter", "load_adapter", "save_adapter"],
     "memory": ["MemoryLedger", "memory_ledger"],
-    "data": ["format_gsm8k", "load_gsm8k", "load_minigsm"],
+    "data": ["format_gsm8k", "load_gsm8k", "load_gsm_hard", "load_minigsm"],
     "profiles": ["Profile", "load_profile"],
     "schedule": ["TrainConfig"],
     "train": ["History", "finetune"],
     "generation": ["Completion", "Decoding", "generator"],
     # Not evaluate.py: a submodule would hide the function of the same name.
     "evaluation": ["EvalReport", "evaluate", "extract_answer", "few_shot", "is_correct"],
+    "comparison": ["compare", "drop"],
+    "canaries": ["CanaryError", "run_canaries"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

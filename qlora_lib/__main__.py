@@ -68,11 +68,14 @@ def parser() -> argparse.ArgumentParser:
         if name == "generate":
             add("question")
         else:
-            add("--split", default="test", choices=("dev", "test"))
+            splits = ("dev", "test", "test_changed", "test_larger", "gsm_hard")
+            add("--split", default="test", choices=splits, help="which problems (default: test)")
             add("--limit", type=int, help="only the first so many problems")
             add("--few-shot", type=int, default=0, metavar="K", help="solved problems before each")
             add("--batch-size", type=int, default=64)
-            add("--out", type=Path, help="(default: outputs/PROFILE/eval)")
+            add("--out", type=Path, help="(default: outputs/PROFILE/eval, and what is special)")
+            add("--restart", action="store_true", help="replace answers instead of going on")
+            add("--compare", type=Path, metavar="REPORT", help="folder of another evaluation")
     return top
 
 
@@ -234,16 +237,19 @@ def make_generator(profile, args, batch_size: int):
 
 
 def evaluate(args) -> None:
+    from .comparison import report_difference
     from .data import format_gsm8k, short_path
+    from .evaluation import EvalReport, few_shot
     from .evaluation import evaluate as score
-    from .evaluation import few_shot
     from .results import stamp
 
+    other = EvalReport.load(args.compare) if args.compare else None  # missing: say so at once
     profile = open_profile(args)
     problems = profile.examples(args.split)[: args.limit]
     prompt = format_gsm8k
     if args.few_shot:
         prompt = few_shot(profile.examples("train"), args.few_shot)
+    out = args.out or Path("outputs") / profile.name / evaluation_name(args)
     generate = make_generator(profile, args, args.batch_size)
     adapter = None if args.no_adapter else short_path(args.folder / "adapter")
     generate.info |= {"adapter": adapter, "split": args.split, "few_shot": args.few_shot}
@@ -254,9 +260,24 @@ def evaluate(args) -> None:
         answer = prediction["strict_answer"] or "none"
         print(f"{mark} {answer:>8}   gold {prediction['gold']:>8}   {prediction['question']:.60}")
 
-    out = args.out or Path("outputs") / profile.name / "eval"
-    print(score(generate, problems, out, prompt, show, chunk=args.batch_size))
+    report = score(generate, problems, out, prompt, show, args.batch_size, restart=args.restart)
+    print(report)
     print(f"report in {short_path(out)}")
+    if other:
+        names = (short_path(args.compare), short_path(out))
+        print(report_difference(other, report, names))
+
+
+def evaluation_name(args) -> str:
+    """A folder for each kind of evaluation: eval, or eval-test_changed-3shot."""
+    special = {
+        args.split: args.split != "test",
+        "dense": args.dense,
+        "base": args.no_adapter,
+        f"{args.few_shot}shot": args.few_shot,
+        f"first{args.limit}": args.limit,
+    }
+    return "-".join(["eval", *(name for name, on in special.items() if on)])
 
 
 def generate(args) -> None:

@@ -56,8 +56,37 @@ def test_finetune_evaluate_generate(place, capsys):
     argv = ["--no-adapter", "--few-shot", "2", "--limit", "3", "--max-new-tokens", "8"]
     assert run("evaluate", *COMMON, *argv) == 0
     assert "3 questions" in capsys.readouterr().out
+    assert (place / "outputs/tiny/eval-base-2shot-first3/report.json").is_file()
     assert run("generate", *COMMON, "--max-new-tokens", "4", "1 + 1?") == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_evaluate_goes_on_compares_and_refuses_other_settings(place, capsys):
+    argv = [*COMMON, "--max-new-tokens", "4", "--dense", "--no-adapter"]
+    assert run("evaluate", *argv) == 0
+    own = place / "outputs/tiny/eval-dense-base"
+    first = (own / "predictions.jsonl").read_text()
+    capsys.readouterr()
+    assert run("evaluate", *argv) == 0  # answers are kept: nothing is asked
+    assert "   gold " not in capsys.readouterr().out
+    assert (own / "predictions.jsonl").read_text() == first
+    small_model(seed=1).save_pretrained("model")
+    assert run("evaluate", *argv) == 2
+    assert "weights was" in capsys.readouterr().err
+    assert run("evaluate", *argv, "--out", "b", "--compare", str(own)) == 0
+    out = capsys.readouterr().out
+    assert "exact McNemar p = 1: they are right on the same" in out and out.count("   gold ") == 12
+    assert run("evaluate", *argv, "--restart") == 0
+    assert capsys.readouterr().out.count("   gold ") == 12
+
+    (place / "data" / "test_changed.jsonl").write_text((place / "data" / "dev.jsonl").read_text())
+    assert run("evaluate", *argv, "--split", "test_changed", "--compare", str(own)) == 0
+    assert "paired by index" in capsys.readouterr().out
+    assert (place / "outputs/tiny/eval-test_changed-dense-base").is_dir()
+    assert run("evaluate", *argv, "--compare", "nowhere") == 2
+    assert "nowhere/report.json" in capsys.readouterr().err
+    assert run("evaluate", *argv, "--split", "gsm_hard") == 2
+    assert "mini-GSM has the splits" in capsys.readouterr().err
 
 
 def test_base_is_reused_only_if_made_the_same_way(place, capsys):

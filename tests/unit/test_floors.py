@@ -176,7 +176,7 @@ QuantSpec NF4Spec GPTQOptions QuantizedTensor NF4Tensor pack unpack quantize_rtn
 Hessian gptq_quantize quant_matmul QuantizedLinear quantize_model dequantize_model inject_lora
 trainable_parameters use_adapter set_adapter merge_lora unmerge_lora save_adapter load_adapter
 save_quantized load_quantized load_profile format_gsm8k finetune TrainConfig Decoding generator
-evaluate extract_answer is_correct
+evaluate extract_answer is_correct compare drop load_gsm_hard run_canaries
 """.split()
 
 
