@@ -1,8 +1,6 @@
 """Adapters on disk, in PEFT's layout: safetensors and JSON, a folder an adapter."""
 
-import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,26 +9,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import atomic_folder, read_json, read_tensors
-from .lora import LoRAConfig, find_linears, inject_lora, lora_layers
+from .lora import LoRAConfig, add_adapters, base_fingerprint, lora_layers
+from .peft_config import describe, read_config
 from .results import ROOT
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the parts of the base that quantization leaves alone: embeddings and norms.
-
-    It names the model whatever its linears are stored in, so that an adapter trained on
-    a 4-bit base is recognised on the dense one. Values are hashed as what bf16 and fp16
-    can both hold, so that weights published in either are recognised in every dtype.
-    """
-    digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        if "norm" in name or "embed" in name:
-            digest.update(f"{name}{tuple(p.shape)}".encode())
-            bits = p.detach().cpu().bfloat16().half().contiguous().view(torch.int16)
-            digest.update(bits.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def save_adapter(
@@ -41,9 +24,10 @@ def save_adapter(
 ) -> None:
     """Write one adapter in PEFT's layout: adapter_model.safetensors, adapter_config.json.
 
-    dtype: of the stored A and B; bfloat16 halves the file, and is read back as fp32.
-    Raises ValueError when the model has no adapter of that name and when the folder holds
-    other files.
+    dtype: of the stored A and B; bfloat16 halves the file, and is read back as fp32. Ranks
+    and alphas that differ by layer are written as PEFT's rank_pattern and alpha_pattern.
+    Raises ValueError when the model has no adapter of that name, when its layers differ in
+    dropout or use_rslora, for which PEFT has one value, and when the folder holds other files.
     """
     layers = {n: m for n, m in lora_layers(model).items() if adapter in m.configs}
     if not layers:
@@ -53,18 +37,11 @@ def save_adapter(
         key = f"base_model.model.{path}"
         state[f"{key}.lora_A.weight"] = layer.lora_A[adapter].detach().to("cpu", dtype).contiguous()
         state[f"{key}.lora_B.weight"] = layer.lora_B[adapter].detach().to("cpu", dtype).contiguous()
-    config: LoRAConfig = next(iter(layers.values())).configs[adapter]
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": _portable(getattr(model.config, "_name_or_path", "")),
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.use_rslora,
-        "init_lora_weights": True if config.init == "kaiming" else config.init,
-        "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
-        "bias": "none",
+        **describe(model, {path: layer.configs[adapter] for path, layer in layers.items()}),
     }
     with atomic_folder(folder, ADAPTER_CONFIG) as scratch:
         metadata = {"format": "pt", "base": base_fingerprint(model)}
@@ -107,68 +84,75 @@ def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
 def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default") -> list[str]:
     """Read an adapter in PEFT's layout and put it on the model, frozen.
 
+    One that was saved here names its base by a hash, and another base is refused. One that
+    PEFT saved has no such mark: then ranks and shapes are all that is checked, and beside
+    other weights of the same shapes it loads and gives nonsense.
     Returns the paths of the adapted layers. Raises FileNotFoundError for a missing file,
-    ValueError for a corrupt file, an adapter for another base or shape, and settings
-    that this package does not have.
+    ValueError for a corrupt file, an adapter for another base, rank or shape, and settings
+    that this package does not have (peft_config.py).
     """
     folder = Path(folder)
     described, state = read_json(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER)
-    base = _adapter_base(folder)
-    if base is not None and base != base_fingerprint(model):
-        raise ValueError(f"the adapter in {folder} was trained on another base model")
-    _refuse_unsupported(folder / ADAPTER_CONFIG, described)
-    config = LoRAConfig(
-        rank=described["r"],
-        alpha=described["lora_alpha"],
-        dropout=described.get("lora_dropout", 0.0),
-        init="gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming",
-        use_rslora=described.get("use_rslora", False),
-    )
-    found = find_linears(model, described["target_modules"])
-    wanted = {}
-    for path, layer in found.items():
-        for part, shape in (
-            ("lora_A", (config.rank, layer.in_features)),
-            ("lora_B", (layer.out_features, config.rank)),
-        ):
-            key = f"base_model.model.{path}.{part}.weight"
-            if key not in state or tuple(state[key].shape) != shape:
-                got = tuple(state[key].shape) if key in state else "nothing"
-                raise ValueError(f"{folder}: {key} should be {shape}, found {got}")
-            wanted[path, part] = state.pop(key)
-    if state:
-        raise ValueError(f"{folder} holds tensors for layers this model lacks: {list(state)[:3]}")
-    frozen = {n: p.requires_grad for n, p in model.named_parameters()}
-    paths = inject_lora(model, described["target_modules"], adapter=adapter, **asdict(config))
-    for path, layer in lora_layers(model).items():
-        if path in found:
-            layer.lora_A[adapter].data.copy_(wanted[path, "lora_A"])
-            layer.lora_B[adapter].data.copy_(wanted[path, "lora_B"])
-    for name, p in model.named_parameters():  # loading trains nothing and freezes nothing
-        p.requires_grad_(frozen.get(name, False))
-    return paths
-
-
-def _refuse_unsupported(path: Path, described: dict) -> None:
-    """ValueError, by name, for PEFT settings that would change the result here."""
-    if described.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is a {described.get('peft_type')} adapter; only LORA is read")
-    lacking = [key for key in ("r", "lora_alpha", "target_modules") if key not in described]
-    if lacking:
-        raise ValueError(f"{path} lacks {lacking}; save the adapter again")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias",
-                "fan_in_fan_out", "layers_to_transform", "trainable_token_indices",
-                "layer_replication", "target_parameters", "alora_invocation_tokens",
-                "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora",
-                "velora_config"):
-        if described.get(key):
-            raise ValueError(f"{path}: {key}={described[key]!r} is not supported")
-    if described.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias={described['bias']!r} is not supported; use 'none'")
-    # These move a part of the base into the adapter, which is wrong beside the whole base.
-    init = str(described.get("init_lora_weights"))
-    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    base, own = _adapter_base(folder), base_fingerprint(model)
+    if base is not None and base != own:
         raise ValueError(
-            f"{path}: init_lora_weights={init!r} is not supported: it changes the base; save the "
-            "adapter with PEFT's path_initial_model_for_weight_conversion"
+            f"load the model that was trained ({base}; this one is {own}), or train an adapter "
+            f"for this one: the adapter in {folder} was trained on another base model"
         )
+    configs = read_config(folder / ADAPTER_CONFIG, described, model)
+    wanted = {path: _pair(folder, state, model, path, c) for path, c in configs.items()}
+    _drop_copies_of_the_base(folder, state, model)
+    if state:
+        raise ValueError(
+            f"{folder} holds tensors for layers this model lacks, or that its config does not "
+            f"choose: {list(state)[:3]}; is this the adapter's base?"
+        )
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    layers = add_adapters(model, configs, adapter)
+    for path, layer in layers.items():
+        layer.lora_A[adapter].data.copy_(wanted[path][0])
+        layer.lora_B[adapter].data.copy_(wanted[path][1])
+    for name, p in model.named_parameters():  # loading trains nothing and freezes nothing
+        p.requires_grad_(before.get(name, False))
+    return list(layers)
+
+
+def _drop_copies_of_the_base(folder: Path, state: dict, model: nn.Module) -> None:
+    """PEFT stores embeddings and head whole when one of them is adapted; they must be ours."""
+    for path, module in model.named_modules():
+        if not isinstance(getattr(module, "weight", None), nn.Parameter):
+            continue
+        path = path.removesuffix(".base")  # a layer that has an adapter already
+        for key in (f"base_model.model.{path}{kind}.weight" for kind in ("", ".base_layer")):
+            theirs = state.pop(key, None)
+            if theirs is not None and not torch.equal(
+                theirs.to(module.weight), module.weight.detach()
+            ):
+                raise ValueError(
+                    f"{folder}: {key} is not the weight of this model; load the base that the "
+                    "adapter was trained on (with its vocabulary, if that was enlarged)"
+                )
+
+
+def _pair(folder: Path, state: dict, model: nn.Module, path: str, config: LoRAConfig):
+    """A (rank, in) and B (out, rank) of one layer, taken out of `state`."""
+    layer, pair = model.get_submodule(path), []
+    for part, shape in (
+        ("lora_A", (config.rank, layer.in_features)),
+        ("lora_B", (layer.out_features, config.rank)),
+    ):
+        key = f"base_model.model.{path}.{part}.weight"
+        tensor = state.pop(key, None)
+        if tensor is None or tuple(tensor.shape) != shape:
+            got = "nothing" if tensor is None else tuple(tensor.shape)
+            raise ValueError(
+                f"{folder}: {key} should be {shape}, found {got}; the rank is r={config.rank} of "
+                f"{ADAPTER_CONFIG}, the other size is this model's: is it the adapter's base?"
+            )
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(
+                f"{folder}: {key} ({tensor.dtype}) holds NaN, Inf or no floating-point numbers; "
+                "the training diverged, or the file is broken: save the adapter again"
+            )
+        pair.append(tensor)
+    return pair

@@ -23,7 +23,8 @@ from .data import DATA, format_gsm8k, short_path, weights_id
 from .evaluation import EvalReport, Prompt, evaluate, few_shot
 from .generation import Decoding, generator
 from .grid import QuantSpec
-from .lora import ALL_LINEAR, ATTENTION, inject_lora, merge_lora
+from .lora import ALL_LINEAR, ATTENTION, inject_lora
+from .merge import merge_lora
 from .models import dequantize_model
 from .profiles import Profile, load_profile
 from .results import stamp, write_json_atomic

@@ -4,6 +4,7 @@ Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
 with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
 """
 
+import hashlib
 import math
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,10 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .gptq import GPTQOptions, Hessian, gptq_quantize
-from .grid import quantize_rtn
 from .linear import QuantizedLinear
-from .nf4 import NF4Spec, quantize_nf4
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
@@ -32,15 +30,48 @@ _chosen: ContextVar[dict] = ContextVar("chosen adapters", default={})
 def use_adapter(model: nn.Module, name: str | None):
     """Within the block, calls use this adapter (None: the base alone).
 
+    A block of the model under gradient checkpointing is recomputed with the adapter of its
+    forward pass, wherever and whenever backward runs. Where you call torch's `checkpoint`
+    yourself, wrap it in `keep_choice`.
     Raises ValueError when the model has no adapter of that name.
     """
     if name is not None and name not in adapter_names(model):
         raise ValueError(f"no adapter {name!r}; the model has {adapter_names(model)}")
+    for module in model.modules():  # those of transformers that checkpoint hold a function for it
+        if hasattr(module, "_gradient_checkpointing_func"):
+            kept = keep_choice(module._gradient_checkpointing_func)
+            module._gradient_checkpointing_func = kept
     token = _chosen.set({**_chosen.get(), **dict.fromkeys(lora_layers(model).values(), name)})
     try:
         yield model
     finally:
         _chosen.reset(token)
+
+
+def keep_choice(checkpoint):
+    """A checkpoint function like the given one, recomputing with the adapter of the forward pass.
+
+    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's
+    own (CUDA), which inherits no context variable: the block would run with the default
+    adapter, and the gradients would be those of another model.
+    """
+    if getattr(checkpoint, "keeps_choice", False):
+        return checkpoint
+
+    def checkpointed(function, *args, **kwargs):
+        chosen = _chosen.get()  # at the forward pass
+
+        def run(*args, **kwargs):
+            token = _chosen.set(chosen)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _chosen.reset(token)
+
+        return checkpoint(run, *args, **kwargs)
+
+    checkpointed.keeps_choice = True
+    return checkpointed
 
 
 @dataclass(frozen=True)
@@ -148,6 +179,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(n for m in lora_layers(model).values() for n in m.configs))
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer, dense or quantized, by path; a LoRALinear stands for those inside it."""
+    kinds, adapted = (nn.Linear, QuantizedLinear, LoRALinear), lora_layers(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    return {n: m for n, m in linears.items() if n.rpartition(".")[0] not in adapted}
+
+
 def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     """Linear layers, dense or quantized, whose last path component is a target.
 
@@ -156,12 +194,7 @@ def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     the model has, when a target matches nothing.
     """
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    inside = {f"{n}.base" for n in lora_layers(model)} | {f"{n}.merged" for n in lora_layers(model)}
-    linears = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, (nn.Linear, QuantizedLinear, LoRALinear)) and n not in inside
-    }
+    linears = linear_layers(model)
     names = {n: n.rpartition(".")[2] for n in linears}
     missing = set(targets) - set(names.values())
     if missing or not targets:
@@ -197,17 +230,33 @@ def inject_lora(
     """
     config = LoRAConfig(rank, alpha, dropout, init, use_rslora)
     found = find_linears(model, target_modules)
-    for layer in found.values():  # all of them before the first is changed
-        check_adapter(layer, adapter, config)
+    layers = add_adapters(model, dict.fromkeys(found, config), adapter)
     model.requires_grad_(False)  # embeddings, norms and head too
-    for path, layer in found.items():
+    for layer in layers.values():
+        layer.lora_A[adapter].requires_grad_(True)
+        layer.lora_B[adapter].requires_grad_(True)
+    return list(found)
+
+
+def add_adapters(
+    model: nn.Module, configs: dict[str, LoRAConfig], adapter: str
+) -> dict[str, LoRALinear]:
+    """Put an adapter on the linear layers at these paths, each with its own configuration.
+
+    Raises ValueError, with the layer's path, before the first layer is changed.
+    """
+    for path, config in configs.items():
+        try:
+            check_adapter(model.get_submodule(path), adapter, config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    for path, config in configs.items():
+        layer = model.get_submodule(path)
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer)
             replace_module(model, path, layer)
         layer.add(adapter, config)
-        layer.lora_A[adapter].requires_grad_(True)
-        layer.lora_B[adapter].requires_grad_(True)
-    return list(found)
+    return {path: model.get_submodule(path) for path in configs}
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -223,84 +272,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-@dataclass
-class MergeRow:
-    """One merged layer. Errors are relative Frobenius norms, |difference| / |update|."""
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of the parts of the base that quantization leaves alone: embeddings and norms.
 
-    name: str
-    update_norm: float  # |scaling * B A| / |W|
-    lost: float  # part of the update that rounding took away; 0 for dense weights
-
-
-def merge_lora(
-    model: nn.Module,
-    into: str = "dense",
-    hessians: dict[str, Hessian] | None = None,
-    options: GPTQOptions = GPTQOptions(),
-    unload: bool = False,
-) -> list[MergeRow]:
-    """Merge the active adapter of each layer into its weight: W + scaling * B A.
-
-    into: "dense" (a quantized base becomes dense: the weights that were trained against),
-    "rtn" or "gptq" (quantized again with the base's own spec; "gptq" needs the layers'
-    Hessians by path). The base is kept for `unmerge_lora`, unless `unload`, which leaves
-    plain layers. Returns what each layer lost. Raises ValueError for an unknown `into`,
-    for re-quantizing a dense base and for missing Hessians.
+    It names the model whatever its linears are stored in, so that an adapter trained on
+    a 4-bit base is recognised on the dense one. Values are hashed as what bf16 and fp16
+    can both hold, so that weights published in either are recognised in every dtype.
     """
-    if into not in ("dense", "rtn", "gptq"):
-        raise ValueError(f"into={into!r} must be 'dense', 'rtn' or 'gptq'")
-    layers = {n: m for n, m in lora_layers(model).items() if m.active in m.configs}
-    if into != "dense":  # all of them before the first is changed
-        for path, layer in layers.items():
-            _check_requantize(path, layer.base, into, hessians or {})
-    rows = []
-    dtype = next(model.parameters()).dtype  # of a quantized base that becomes dense
-    for path, layer in layers.items():
-        merged, row = _merge_layer(path, layer, into, dtype, hessians or {}, options)
-        rows.append(row)
-        layer.merged = merged
-        if unload:
-            replace_module(model, path, merged)
-    if not rows:
-        raise ValueError("nothing to merge: no layer has an active adapter")
-    return rows
-
-
-def _check_requantize(path: str, base: nn.Module, into: str, hessians: dict) -> None:
-    if not isinstance(base, QuantizedLinear):
-        raise ValueError(f"{path} is dense; merge into='dense', then quantize the model")
-    if into == "gptq" and not isinstance(base.spec, NF4Spec) and path not in hessians:
-        raise ValueError(f"into='gptq' needs the Hessian of {path}; pass hessians={{path: H}}")
-
-
-def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module, MergeRow]:
-    base, delta = layer.base, layer.delta(layer.active)
-    quantized = isinstance(base, QuantizedLinear)
-    dense = base.dequantize() if quantized else base.weight.detach().float()  # (out, in)
-    target = dense + delta
-    if into == "dense":
-        merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        merged.weight = nn.Parameter(
-            target.to(dtype if quantized else base.weight.dtype), requires_grad=False
-        )
-        if base.bias is not None:
-            merged.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
-        stored = merged.weight.float()
-    else:
-        if isinstance(base.spec, NF4Spec):
-            new = quantize_nf4(target, base.spec.block_size, base.spec.double_quant)
-        elif into == "rtn":
-            new = quantize_rtn(target, base.spec)
-        else:
-            new = gptq_quantize(target, hessians[path], base.spec, options)
-        merged = QuantizedLinear(new, base.bias)
-        stored = merged.dequantize()
-    size = delta.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    lost = float((target - stored).norm() / size)
-    return merged, MergeRow(path, float(size / dense.norm()), lost)
-
-
-def unmerge_lora(model: nn.Module) -> None:
-    """Undo merge_lora (without unload): base and adapter apart again, to the bit."""
-    for layer in lora_layers(model).values():
-        layer.merged = None
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if "norm" in name or "embed" in name:
+            digest.update(f"{name}{tuple(p.shape)}".encode())
+            bits = p.detach().cpu().bfloat16().half().contiguous().view(torch.int16)
+            digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()[:16]

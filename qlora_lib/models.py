@@ -115,11 +115,12 @@ def quantize_model(
 ) -> list[LayerReport]:
     """Quantize the target layers in place, block by block from the first to the last.
 
-    calibration: batches of input_ids and attention_mask, each (batch, seq); required by
-    "gptq", optional for the others, which then report no output error. Each layer is
-    calibrated on its own inputs as the layers before it, already quantized, produce
-    them; layers that share an input (q, k, v; gate, up) are done together, so that
-    o_proj sees the attention of the quantized q, k and v. Padding is left out.
+    calibration: batches of input_ids and attention_mask, each (batch, seq); without a mask
+    every token counts. Required by "gptq", optional for the others, which then report no
+    output error. Each layer is calibrated on its own inputs as the layers before it,
+    already quantized, produce them; layers that share an input (q, k, v; gate, up) are done
+    together, so that o_proj sees the attention of the quantized q, k and v. Padding is left
+    out.
     Raises ValueError for a method that does not fit the spec, targets that match
     nothing, a model with adapters or one that is quantized already.
     """
@@ -165,6 +166,20 @@ def quantize_model(
     return report
 
 
+def token_mask(batch: dict[str, Tensor]) -> Tensor:
+    """bool (batch, seq), False for padding; a batch without attention_mask has none.
+
+    Raises ValueError for a batch without input_ids, or with a mask of another shape.
+    """
+    if "input_ids" not in batch:
+        raise ValueError(f"a batch holds {sorted(batch)}, but needs input_ids (batch, seq)")
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}")
+    return mask.bool()
+
+
 class _Stop(Exception):
     """Ends a forward pass once the first block has been reached."""
 
@@ -191,7 +206,7 @@ def _first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tup
 
 
 @contextmanager
-def _watch(layers: dict[str, nn.Module], see):
+def watch_inputs(layers: dict[str, nn.Module], see):
     """Call see(path, input) whenever one of the layers runs."""
     handles = [
         layer.register_forward_pre_hook(lambda module, args, path=path: see(path, args[0]))
@@ -217,7 +232,7 @@ def _shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call) -> list
             stages.append([path])
         last = x
 
-    with _watch(layers, see):
+    with watch_inputs(layers, see):
         block(*call[0], **call[1])
     return stages
 
@@ -228,7 +243,7 @@ def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]
     if outside:
         raise ValueError(f"{outside} lie outside the decoder blocks; quantize them with 'rtn'")
     device = next(model.parameters()).device
-    masks = [b["attention_mask"].bool().to(device) for b in batches]  # (batch, seq)
+    masks = [token_mask(b).to(device) for b in batches]  # (batch, seq)
     calls, report = _first_block_inputs(model, blocks[0], batches), []
     for i, block in enumerate(tqdm(blocks, desc=f"{method}, blocks", disable=None)):
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
@@ -236,7 +251,7 @@ def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]
             hessian = Hessian(layers[stage[0]].in_features, device)  # one for the whole stage
             first = {stage[0]: layers[stage[0]]}
             for (args, kwargs), mask in zip(calls, masks):
-                with _watch(first, lambda path, x, mask=mask: hessian.update(x[mask])):
+                with watch_inputs(first, lambda path, x, mask=mask: hessian.update(x[mask])):
                     block(*args, **kwargs)
             report += [swap(path, hessian) for path in stage]
         for n, (args, kwargs) in enumerate(calls):  # the next block sees quantized outputs

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .data import IGNORE, collate, encode_example, pad_id
-from .lora import trainable_parameters
+from .lora import keep_choice, trainable_parameters
 from .models import dtype_name, resolve_dtype
 from .schedule import TrainConfig, learning_rate, schedule
 from .snapshots import load_last, save_last, save_parameters
@@ -218,7 +218,8 @@ def _training_mode(model, checkpointing: bool):
         # Not gradient_checkpointing_enable: it also makes the frozen embeddings' output need
         # a gradient, for good. Only reentrant checkpointing would want that: it gives no
         # gradient to a block whose input needs none.
-        model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        recompute = keep_choice(partial(checkpoint, use_reentrant=False))
+        model._set_gradient_checkpointing(True, recompute)
     try:
         yield
     finally:

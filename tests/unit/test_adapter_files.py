@@ -1,8 +1,13 @@
 """Adapters on disk: to the bit, for the right base, every damage named."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from lora_models import adapted, base_of, logits, rewrite
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_models import adapted, base_of, logits, rewrite, trained
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 
@@ -14,9 +19,18 @@ from qlora_lib.adapters import (
     save_adapter,
 )
 from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import lora_layers, use_adapter
+from qlora_lib.lora import (
+    LoRAConfig,
+    add_adapters,
+    inject_lora,
+    linear_layers,
+    lora_layers,
+    use_adapter,
+)
 from qlora_lib.models import quantize_model
 from qlora_lib.nf4 import NF4Spec
+from qlora_lib.peft_config import describe, read_config
+from tests.helpers import PROPERTY
 
 
 @pytest.mark.parametrize("kind", ["dense", "grid4", "nf4"])
@@ -148,18 +162,185 @@ def test_a_broken_adapter_config_is_named(adapter):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("peft_type", "IA3"), ("use_dora", True), ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"]), ("bias", "all"),
-        ("lora_bias", True), ("fan_in_fan_out", True), ("layers_to_transform", [0]),
-        ("trainable_token_indices", [1, 2]), ("use_qalora", True),
+        ("peft_type", "IA3"), ("use_dora", True), ("modules_to_save", ["lm_head"]),
+        ("bias", "all"), ("lora_bias", True), ("fan_in_fan_out", True),
+        ("trainable_token_indices", [1, 2]), ("use_qalora", True), ("arrow_config", {"top_k": 3}),
+        ("megatron_config", {"x": 1}), ("ensure_weight_tying", True), ("velora_config", {"x": 1}),
+        ("monteclora_config", {"x": 1}), ("use_next_years_idea", 0.5),  # unknown here
         ("alora_invocation_tokens", [5, 6]), ("layer_replication", [[0, 2]]),
         ("target_parameters", ["experts"]), ("use_bdlora", {"x": 1}), ("kasa_config", {"x": 1}),
         # these take part of the base into the adapter: B A alone is not the trained update
         ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "olora"), ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "mica"), ("init_lora_weights", "next_years_idea"),
     ],
 )  # fmt: skip
 def test_peft_settings_that_would_change_the_result_are_refused(adapter, key, value):
     rewrite(adapter, ADAPTER_CONFIG, lambda d: d.update({key: value}))
     refused(adapter, r"IA3 adapter; only LORA" if key == "peft_type" else f"{key}=.*not supported")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("r", "4", "r='4' should be int"), ("rank_pattern", [4], "should be dict"),
+        ("rank_pattern", {"q_proj": "4"}, "rank '4' and alpha 16 of .*q_proj must be numbers"),
+        ("target_modules", 3, "should be str or list"), ("use_rslora", "no", "should be bool"),
+        ("target_modules", "(q_proj", "target_modules holds '\\(q_proj', no valid regular"),
+        ("rank_pattern", {"(q_proj": 4}, "rank_pattern holds .*no valid regular"),
+        ("exclude_modules", "*", "exclude_modules holds .*no valid regular"),
+        ("target_modules", ["c_attn"], "choose no linear layer of this model, which has"),
+        ("target_modules", ["self_attn"], "choose model.layers.0.self_attn .LlamaAttention"),
+        ("target_modules", ["embed_tokens"], "choose model.embed_tokens .Embedding"),
+        ("exclude_modules", ["q_proj"], "config does not choose: .*q_proj"),
+        ("lora_dropout", 1.5, "dropout=1.5 must lie in"), ("lora_alpha", None, "lacks.*lora_alpha"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_named(adapter, key, value, message):
+    rewrite(adapter, ADAPTER_CONFIG, lambda d: d.update({key: value}))
+    refused(adapter, message)
+
+
+def test_expressions_and_layer_numbers_do_not_mix(adapter):
+    rewrite(adapter, ADAPTER_CONFIG, lambda d: d.update(
+        target_modules=".*_proj", layers_to_transform=[0]))  # fmt: skip
+    refused(adapter, "layers_to_transform and layers_pattern go with a list")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_of_a_diverged_training_are_named(adapter, value):
+    def spoil(state):
+        state["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"][0, 3] = value
+
+    without_base(adapter, spoil)
+    refused(adapter, "layers.1.mlp.up_proj.lora_A.weight .*holds NaN, Inf")
+
+
+def test_tensors_of_whole_numbers_are_named(adapter):
+    def spoil(state):
+        name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+        state[name] = state[name].int()
+
+    without_base(adapter, spoil)
+    refused(adapter, r"up_proj.lora_A.weight \(torch.int32\) holds .*no floating-point numbers")
+
+
+# --- ranks, alphas and layers that differ ------------------------------------------------------
+
+
+def mixed(targets=(("q_proj", 2, 16), ("v_proj", 4, 16), ("down_proj", 4, 3)), **given):
+    """A model whose adapter has another rank and alpha in each kind of layer."""
+    model = small_model()
+    for name, rank, alpha in targets:
+        inject_lora(model, (name,), rank=rank, alpha=alpha, **given)
+    return trained(model, std=0.1)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_mixed_ranks_and_alphas_come_back(rslora, tmp_path):
+    model = mixed(use_rslora=rslora)
+    save_adapter(model, tmp_path / "a")
+    described = json.loads((tmp_path / "a" / ADAPTER_CONFIG).read_text())
+    q, down = (f"model.layers.{{}}.{end}" for end in ("self_attn.q_proj", "mlp.down_proj"))
+    assert described["r"] == 4 and described["lora_alpha"] == 16
+    assert described["rank_pattern"] == {q.format(i): 2 for i in (0, 1)}
+    assert described["alpha_pattern"] == {down.format(i): 3 for i in (0, 1)}
+    again = small_model()
+    load_adapter(again, tmp_path / "a")
+    for path, layer in lora_layers(again).items():
+        assert layer.configs == lora_layers(model)[path].configs
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_pefts_file_has_one_value_for_must_not_differ(tmp_path):
+    model = small_model()
+    inject_lora(model, ("q_proj",), rank=2, dropout=0.1)
+    inject_lora(model, ("v_proj",), rank=2)
+    with pytest.raises(ValueError, match=r"the layers differ in dropout, \[0.0, 0.1\]"):
+        save_adapter(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_on_one_block_only_is_saved_by_whole_paths(tmp_path):
+    model = small_model()
+    paths = ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    add_adapters(model, dict.fromkeys(paths, LoRAConfig(rank=2)), "default")
+    save_adapter(trained(model), tmp_path / "a")
+    described = json.loads((tmp_path / "a" / ADAPTER_CONFIG).read_text())
+    assert described["target_modules"] == sorted(paths)
+    again = small_model()
+    assert sorted(load_adapter(again, tmp_path / "a")) == sorted(paths)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    "settings, paths",
+    [
+        (dict(target_modules="all-linear"), 14),
+        (dict(target_modules="All-Linear", exclude_modules=["mlp.down_proj"]), 12),
+        (dict(target_modules=r".*\.0\..*[qv]_proj"), 2),
+        (dict(target_modules=["q_proj", "c_attn"]), 2),  # one of them is enough, as in PEFT
+        (dict(target_modules=["proj"]), None),  # whole components only
+        (dict(target_modules=["self_attn.q_proj", "lm_head"]), 3),
+        (dict(target_modules=["q_proj"], layers_to_transform=1), 1),
+        (dict(target_modules=["q_proj"], layers_to_transform=[0, 1], layers_pattern="layers"), 2),
+        (dict(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=["h"]), None),
+        (dict(target_modules=["q_proj"], layers_to_transform=[]), 2),
+        (dict(target_modules=["model.layers.0.mlp.up_proj"], layers_to_transform=[1]), 1),
+        (dict(target_modules=["q_proj"], exclude_modules=r".*\.1\..*"), 1),
+    ],
+    ids=str,
+)
+def test_layers_are_chosen_as_in_peft(settings, paths):
+    described = dict(peft_type="LORA", r=2, lora_alpha=2, **settings)
+    model = small_model()
+    if paths is None:
+        with pytest.raises(ValueError, match="choose no linear layer"):
+            read_config(Path("c.json"), described, model)
+        return
+    found = read_config(Path("c.json"), described, model)
+    assert len(found) == paths
+    add_adapters(model, found, "default")  # the same layers under adapters
+    assert read_config(Path("c.json"), described, model) == found
+
+
+def test_patterns_fit_the_end_of_a_path_and_the_first_one_counts():
+    described = dict(
+        peft_type="LORA", r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"],
+        rank_pattern={"0.self_attn.q_proj": 4, ".*_proj": 8, "q_proj": 16, "proj": 32},
+    )  # fmt: skip
+    found = read_config(Path("c.json"), described, small_model())
+    assert {path[13:]: config.rank for path, config in found.items()} == {
+        "0.self_attn.q_proj": 4, "0.self_attn.v_proj": 8,
+        "1.self_attn.q_proj": 8, "1.self_attn.v_proj": 8,
+    }  # fmt: skip
+
+
+@PROPERTY
+@given(st.data())
+def test_what_is_described_is_read_back(data):
+    """Any choice of layers, ranks and alphas."""
+    model = small_model()
+    paths = data.draw(st.sets(st.sampled_from(sorted(linear_layers(model))), min_size=1))
+    configs = {
+        path: LoRAConfig(
+            rank=data.draw(st.integers(1, 8)), alpha=data.draw(st.sampled_from([1, 8, 2.5]))
+        )
+        for path in sorted(paths)
+    }
+    described = json.loads(json.dumps(describe(model, configs)))
+    assert read_config(Path("c.json"), {"peft_type": "LORA", **described}, model) == configs
+
+
+@pytest.mark.parametrize("key", ["lm_head.base_layer.weight", "model.embed_tokens.weight"])
+def test_copies_of_the_base_that_peft_adds_must_be_this_models(key, adapter):
+    def add(state):
+        state[f"base_model.model.{key}"] = small_model().lm_head.weight.detach() * scale
+
+    for scale in (1.0, 1.001):
+        without_base(adapter, add)
+        if scale == 1:
+            assert len(load_adapter(small_model(), adapter)) == 14
+        else:
+            refused(adapter, f"{key} is not the weight of this model; load the base that")

@@ -19,7 +19,7 @@ from qlora_lib.checkpoint import (
     save_quantized,
 )
 from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import merge_lora
+from qlora_lib.merge import merge_lora, unmerge_lora
 from qlora_lib.models import quantize_model, quantized_layers
 from tests.helpers import normal
 
@@ -104,9 +104,27 @@ def test_adapters_stay_out_of_the_base(tmp_path):
     assert not any("lora" in n or "base" in n for n in load_file(tmp_path / "m" / WEIGHTS))
     again, _ = load_quantized(tmp_path / "m", "cpu", "fp32")
     assert torch.equal(logits(again), base)
-    merge_lora(model)  # a merged copy stays out as well
-    save_quantized(model, small_tokenizer(), tmp_path / "m")
-    assert torch.equal(logits(load_quantized(tmp_path / "m", "cpu", "fp32")[0]), base)
+
+
+@pytest.mark.parametrize("into", ["dense", "rtn"])
+def test_a_merged_model_is_saved_neither_as_base_nor_by_half(into, tmp_path):
+    """To write its base would drop the adapter without a word."""
+    model = base_of("grid4")
+    base = logits(model)
+    adapted(model, targets=("q_proj", "up_proj"))
+    merge_lora(model, into=into)
+    merged = logits(model)
+    message = "4 layers, model.layers.0.self_attn.q_proj first, .*unmerge_lora; .*unload=True"
+    with pytest.raises(ValueError, match=message):
+        save_quantized(model, small_tokenizer(), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+    unmerge_lora(model)
+    save_quantized(model, small_tokenizer(), tmp_path / "base")
+    assert torch.equal(logits(load_quantized(tmp_path / "base", "cpu", "fp32")[0]), base)
+    merge_lora(model, into=into, unload=True)  # dense layers among packed ones, or all packed
+    save_quantized(model, small_tokenizer(), tmp_path / "merged")
+    assert torch.equal(logits(load_quantized(tmp_path / "merged", "cpu", "fp32")[0]), merged)
 
 
 def test_a_model_without_quantized_layers_is_refused(tmp_path):

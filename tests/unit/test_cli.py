@@ -194,4 +194,4 @@ def test_experiments_store_rows_and_do_not_measure_them_again(place, capsys):
     small_model(seed=1).save_pretrained("model")  # other weights: old rows are not theirs
     main([*argv, "--rows", "base_statement"])
     assert "is there" not in capsys.readouterr().out
-    assert len(TRAINED) == 4
+    assert len(TRAINED) == 5

@@ -1,6 +1,7 @@
 """LoRA: injection, several adapters and the choice of one. test_peft.py compares with PEFT."""
 
 import math
+from functools import partial
 from threading import Thread
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lora_models import IDS, base_of, logits, trained
 from small_models import small_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_lib.grid import QuantSpec, quantize_rtn
 from qlora_lib.linear import QuantizedLinear
@@ -18,6 +20,7 @@ from qlora_lib.lora import (
     adapter_names,
     find_linears,
     inject_lora,
+    keep_choice,
     lora_layers,
     replace_module,
     set_adapter,
@@ -268,6 +271,61 @@ def test_threads_do_not_see_each_others_choice():
     assert torch.equal(here, logits(small_model()))
     assert torch.equal(found["b"], default) and torch.equal(found["outside"], default)
     assert not torch.equal(found["a"], default)
+
+
+# --- gradient checkpointing --------------------------------------------------------------------
+
+
+def checkpointed(how: str, reentrant: bool = False):
+    model = two_adapters().train()
+    if how == "transformers":
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    elif how == "by hand":
+        function = keep_choice(partial(checkpoint, use_reentrant=reentrant))
+        assert keep_choice(function) is function
+        model._set_gradient_checkpointing(True, function)
+        if reentrant:  # it gives no gradient to a block whose input needs none
+            model.enable_input_require_grads()
+    return model
+
+
+def gradients_after(model, name, backward):
+    """Gradients of a loss made within use_adapter(name), with backward run by `backward`."""
+    with use_adapter(model, name):
+        loss = model(IDS, labels=IDS).loss
+    backward(loss)
+    grads = {n: p.grad for n, p in trainable_parameters(model).items()}
+    return {n: g for n, g in grads.items() if g is not None and g.any()}
+
+
+def in_another_thread(loss):
+    thread = Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+
+
+def within(model, loss):
+    with use_adapter(model, "a"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("how", ["transformers", "by hand"])
+@pytest.mark.parametrize("backward", ["here", "in another thread", "with another choice"])
+def test_a_recomputed_block_takes_the_adapter_of_its_forward_pass(how, reentrant, backward):
+    """After the block has ended, or in autograd's own thread: "b", which is not the default."""
+    model = checkpointed(how, reentrant)
+    run = {
+        "here": lambda loss: loss.backward(),
+        "in another thread": in_another_thread,
+        "with another choice": lambda loss: within(model, loss),
+    }[backward]
+    got = gradients_after(model, "b", run)
+    want = gradients_after(two_adapters().train(), "b", lambda loss: loss.backward())
+    assert got.keys() == want.keys() and all(".b" in n for n in got) and len(got) == 8
+    for name, grad in got.items():
+        assert torch.equal(grad, want[name]), name
+    assert torch.equal(logits(model.eval()), logits(two_adapters()))  # and the default is as before
 
 
 # --- dtypes ---------------------------------------------------------------------------------

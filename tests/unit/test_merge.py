@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from lora_models import base_of, logits, trained
+from lora_models import adapted, base_of, logits, trained
 from small_models import small_model
 from torch import nn
 
@@ -16,11 +16,10 @@ from qlora_lib.lora import (
     LoRALinear,
     inject_lora,
     lora_layers,
-    merge_lora,
     replace_module,
-    unmerge_lora,
     use_adapter,
 )
+from qlora_lib.merge import merge_into_original, merge_lora, unmerge_lora
 from tests.helpers import normal
 
 
@@ -127,3 +126,96 @@ def test_merging_refuses_what_it_cannot_do_and_then_leaves_the_model_alone():
         merge_lora(dense, into="rtn")
 
 
+def test_gptq_does_not_make_nf4_and_says_so():
+    model = base_of("nf4")
+    inject_lora(model, rank=4)
+    with pytest.raises(ValueError, match="q_proj is NF4, which GPTQ does not make; merge into="):
+        merge_lora(model, into="gptq", hessians={})
+
+
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize("into", ["rtn", "gptq"])
+def test_a_merge_that_fails_in_its_last_layer_leaves_none_merged(into, unload):
+    model = base_of("grid4")
+    inject_lora(model, rank=4)
+    trained(model)
+    last, layer = list(lora_layers(model).items())[-1]
+    layer.lora_B["default"].data[3, 1] = float("nan")
+    hessians = {path: Hessian(64) for path in lora_layers(model)}
+    for hessian in hessians.values():
+        hessian.update(normal(100, 64))
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=f"{last}: .*NaN or Inf"):
+        merge_lora(model, into=into, hessians=hessians, unload=unload)
+    assert all(m.merged is None for m in lora_layers(model).values())
+    assert dict(model.named_modules()) == before
+
+
+# --- into the original --------------------------------------------------------------------------
+
+
+def quantized_and_original(kind="grid4", dtype=torch.float32):
+    model, original = base_of(kind), small_model().to(dtype)
+    inject_lora(model, ALL_LINEAR, rank=4)
+    return trained(model), original
+
+
+@pytest.mark.parametrize("kind", ["dense", "grid3", "nf4"])
+def test_the_original_gets_the_update_and_not_the_quantization_error(kind):
+    model, original = quantized_and_original(kind)
+    rows = merge_into_original(model, original)
+    weights = dict(small_model().named_modules())
+    for row, (path, layer) in zip(rows, lora_layers(model).items(), strict=True):
+        w, update = weights[path].weight.detach(), layer.delta("default")
+        assert row.name == path and torch.equal(original.get_submodule(path).weight, w + update)
+        base = layer.base.weight if kind == "dense" else layer.base.dequantize()
+        assert abs(row.base_gap - float((w - base).norm() / update.norm())) < 1e-5
+        assert abs(row.update_norm - float(update.norm() / w.norm())) < 1e-6
+        assert row.lost < 1e-6 and (row.base_gap == 0) == (kind == "dense")
+    gap = (logits(original) - logits(model)).abs().max()
+    if kind == "dense":  # the same base: the same model
+        assert gap < 1e-4
+    else:  # another model than the one that was trained; merged into its own base it is that one
+        assert gap > 0.1
+        merge_lora(model, unload=True)
+        assert (logits(model) - logits(quantized_and_original(kind)[0])).abs().max() < 1e-4
+
+
+def test_the_original_keeps_its_dtype_and_tells_what_rounding_took():
+    model, original = quantized_and_original("nf4", torch.bfloat16)
+    rows = merge_into_original(model, original)
+    assert {p.dtype for p in original.parameters()} == {torch.bfloat16}
+    # Half a step of bf16's 8 bits, spread evenly, is 2^-9 / sqrt(3) to twice that of a weight.
+    for row in rows:
+        assert 2**-10.8 < row.lost * row.update_norm < 2**-8.8
+
+
+def test_tied_embeddings_are_not_dragged_along():
+    model, original = small_model(), small_model()
+    inject_lora(model, ("lm_head",), rank=4)
+    trained(model)
+    embeddings = original.model.embed_tokens.weight.detach().clone()
+    merge_into_original(model, original)
+    assert torch.equal(original.model.embed_tokens.weight, embeddings)
+    assert (logits(original) - logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "original, message",
+    [
+        (lambda: small_model(seed=1), "`original` is another model"),
+        (lambda: small_model(layers=3), "`original` is another model"),
+        (lambda: base_of("grid4"), r"0.self_attn.q_proj: .* \(64, 64\), found Quantized.*without ad"),
+        (lambda: adapted(small_model()), "q_proj: .*found LoRALinear"),
+    ],
+)
+def test_only_the_dense_original_takes_the_update(original, message):
+    model, original = base_of("grid4"), original()
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge_into_original(model, original)
+    inject_lora(model, rank=4)
+    trained(model)
+    before = logits(original)
+    with pytest.raises(ValueError, match=message):
+        merge_into_original(model, original)
+    assert torch.equal(logits(original), before)

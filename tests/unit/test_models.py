@@ -11,7 +11,8 @@ from qlora_lib import models
 from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
 from qlora_lib.grid import QuantSpec, quantize_rtn
 from qlora_lib.linear import QuantizedLinear
-from qlora_lib.lora import ALL_LINEAR, ATTENTION, inject_lora, lora_layers, merge_lora
+from qlora_lib.lora import ALL_LINEAR, ATTENTION, inject_lora, lora_layers
+from qlora_lib.merge import merge_lora
 from qlora_lib.models import (
     decoder_blocks,
     dequantize_model,
@@ -262,6 +263,42 @@ def test_dequantizing_keeps_outputs_and_adapters(kind):
         assert (logits(m) - before).abs().max() < 1e-4
     assert len(lora_layers(model)) == 8
     assert not model.get_submodule("model.layers.0.mlp.up_proj").weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["grid", "nf4"])
+def test_dequantized_weights_are_the_layers_own_and_adapters_stay(kind, dtype):
+    model = small_model().to(dtype)
+    quantize_model(model, None, *((SPEC, "rtn") if kind == "grid" else (NF4Spec(), "nf4")))
+    inject_lora(model, ("q_proj", "down_proj"), rank=4)
+    inject_lora(model, ("q_proj",), rank=2, adapter="second")
+    weights = {path: layer.dequantize(dtype) for path, layer in quantized_layers(model).items()}
+    adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert dequantize_model(model) == list(weights)
+    adapted = lora_layers(model)
+    for path, weight in weights.items():
+        layer = adapted[path].base if path in adapted else model.get_submodule(path)
+        assert type(layer) is nn.Linear and torch.equal(layer.weight, weight)
+    after = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(adapted) == 4 and after.keys() == adapters.keys()
+    assert all(p is adapters[n] for n, p in after.items())
+
+
+def test_a_batch_without_a_mask_has_no_padding():
+    models = small_model(), small_model()
+    for model, keys in zip(models, (("input_ids", "attention_mask"), ("input_ids",))):
+        quantize_model(model, [{k: b[k] for k in keys} for b in batches()], SPEC)
+    assert same(*models)
+    for batch, message in (
+        ({"attention_mask": torch.ones(1, 4)}, r"holds \['attention_mask'\], but needs input_ids"),
+        ({"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.ones(1, 5)},
+         r"attention_mask \(1, 5\) for input_ids \(1, 4\)"),
+    ):  # fmt: skip
+        model = small_model()
+        before = {n: m for n, m in model.named_modules()}
+        with pytest.raises(ValueError, match=message):
+            quantize_model(model, [batch], SPEC)
+        assert {n: m for n, m in model.named_modules()} == before
 
 
 def test_dequantizing_takes_merged_layers_along():

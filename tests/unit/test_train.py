@@ -2,6 +2,7 @@
 
 import json
 import math
+from threading import Thread
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_lib import train
 from qlora_lib.data import encode_example
 from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters
+from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters, use_adapter
 from qlora_lib.models import quantize_model
 from qlora_lib.schedule import epoch_order, learning_rate, schedule
 from qlora_lib.snapshots import load_parameters
@@ -72,6 +73,20 @@ def test_checkpointing_changes_no_gradient(quantized, monkeypatch):
         assert grads[name].abs().sum() > 0, name  # every lora_B, and after a step every lora_A
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-7)
     assert not any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.modules())
+
+
+def test_checkpointing_keeps_the_adapter_that_was_chosen_before_training():
+    """In autograd's own thread, as on CUDA, where no context variable is seen."""
+    model = adapted()
+    inject_lora(model, ALL_LINEAR, rank=2, adapter="second")
+    ids = torch.arange(3, 30).unsqueeze(0)
+    with use_adapter(model, "second"), train._training_mode(model, True):
+        loss = model(ids, labels=ids).loss
+        thread = Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    trained = [n for n, p in trainable_parameters(model).items() if p.grad is not None]
+    assert len(trained) == 2 * 2 * 7 and all(n.endswith(".second") for n in trained)
 
 
 def test_accumulated_batches_equal_one_large_batch():
