@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
 
 
-def _base_state(model: nn.Module) -> dict[str, Tensor]:
+def base_state(model: nn.Module) -> dict[str, Tensor]:
     """state_dict of the base alone, under the names it has without adapters."""
     adapted = lora_layers(model)
     state, seen = {}, set()
@@ -106,7 +106,7 @@ def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
     kinds = {QuantSpec: "grid", NF4Spec: "nf4"}
     specs = {n: {"kind": kinds[type(m.spec)], **asdict(m.spec)} for n, m in layers.items()}
     with atomic_folder(folder, QUANTIZATION) as scratch:
-        save_file(_base_state(model), scratch / WEIGHTS, metadata={"format": "pt"})
+        save_file(base_state(model), scratch / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps({"format": FORMAT, "layers": specs}, indent=1)
         (scratch / QUANTIZATION).write_text(text + "\n")
         model.config.save_pretrained(scratch)
@@ -121,17 +121,14 @@ def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto")
     are put in. Raises FileNotFoundError for missing files, ValueError for a corrupt or
     newer checkpoint or one that lacks tensors.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = Path(folder)
     described = read_json(folder / QUANTIZATION)
     if described.get("format", 0) > FORMAT:
         raise ValueError(f"{folder} has format {described['format']}, newer than {FORMAT}; upgrade")
     state = read_tensors(folder / WEIGHTS)
-    device = torch.device(device or default_device())
-    dtype = resolve_dtype(compute_dtype, device)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    model, dtype, device = empty_model(folder, device, compute_dtype)
     for path, described_spec in described["layers"].items():
         tensors = {n.removeprefix(f"{path}."): n for n in state if n.startswith(f"{path}.")}
         tensors = {short: state.pop(full) for short, full in tensors.items()}
@@ -139,17 +136,40 @@ def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto")
         shape = torch.Size((linear.out_features, linear.in_features))
         layer = _quantized_layer(path, tensors, dict(described_spec), shape)
         replace_module(model, path, layer)
+    model = fill(model, described["layers"], state, folder, dtype, device)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def empty_model(folder: Path, device=None, compute_dtype: str = "auto"):
+    """The model that config.json describes, without storage: (model, dtype, device)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = torch.device(device or default_device())
+    dtype = resolve_dtype(compute_dtype, device)
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):  # of the file, not of the model made from it
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), dtype, device
+
+
+def fill(model: nn.Module, packed, state: dict[str, Tensor], folder: Path, dtype, device):
+    """Put the dense tensors of `state` into a model whose `packed` paths hold theirs already.
+
+    Returns the model, frozen and in eval mode. Raises ValueError for missing and
+    unexpected tensors.
+    """
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    packed = tuple(f"{path}." for path in described["layers"])
+    inside = tuple(f"{path}." for path in packed)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = [n for n in missing if not n.startswith(packed) and n not in tied]
+    missing = [n for n in missing if not n.startswith(inside) and n not in tied]
     if missing or unexpected:
         raise ValueError(f"{folder}: missing {missing[:3]}, not expected {unexpected[:3]}")
     model.tie_weights()
     _materialize_buffers(model)
     model.requires_grad_(False)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    return model.to(device).eval()
 
 
 def _quantized_layer(path: str, tensors: dict, spec: dict, shape: torch.Size) -> QuantizedLinear:

@@ -11,7 +11,7 @@ import pytest
 import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
-FLOOR_1 = {"packing", "grid", "nf4", "gptq"}
+FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout"}
 FLOOR_2 = {"linear", "kernels", "lora"}
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
@@ -176,7 +176,7 @@ QuantSpec NF4Spec GPTQOptions QuantizedTensor NF4Tensor pack unpack quantize_rtn
 Hessian gptq_quantize quant_matmul QuantizedLinear quantize_model dequantize_model inject_lora
 trainable_parameters use_adapter set_adapter merge_lora unmerge_lora save_adapter load_adapter
 save_quantized load_quantized load_profile format_gsm8k finetune TrainConfig Decoding generator
-evaluate extract_answer is_correct
+evaluate extract_answer is_correct export_gptq import_gptq
 """.split()
 
 
