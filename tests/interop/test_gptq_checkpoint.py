@@ -157,8 +157,9 @@ def test_gptqmodel_loads_it(dense, tmp_path):
 # --- the other way ----------------------------------------------------------------------------
 
 
-def gptqmodel_quantizes(folder, **given) -> None:
-    """What GPTQModel itself makes of the random Llama."""
+def gptqmodel_quantizes(folder, monkeypatch, **given) -> None:
+    """folder/m: what GPTQModel itself makes of the random Llama."""
+    monkeypatch.chdir(folder)  # it writes logs/ into the working directory
     dense = folder / "dense"
     random_llama().save_pretrained(dense)
     small_tokenizer().save_pretrained(dense)
@@ -179,8 +180,8 @@ def gptqmodel_quantizes(folder, **given) -> None:
     ],
     ids=str,
 )
-def test_what_gptqmodel_wrote_has_its_logits_here(given, tmp_path):
-    gptqmodel_quantizes(tmp_path, **given)
+def test_what_gptqmodel_wrote_has_its_logits_here(given, tmp_path, monkeypatch):
+    gptqmodel_quantizes(tmp_path, monkeypatch, **given)
     with safe_open(next((tmp_path / "m").glob("*.safetensors")), "pt") as file:
         assert any(name.endswith(".qweight") for name in file.keys())
     model, tokenizer = import_gptq(tmp_path / "m", "cpu", "fp32")
@@ -202,12 +203,13 @@ def test_what_transformers_saved_again_comes_back(tmp_path):
 
 def test_what_transformers_mislabels_is_refused(tmp_path):
     """transformers 5.23 turns v1 into v2 when it loads, and saves it labelled v1."""
-    export_gptq(quantized(QuantSpec(4, 32, symmetric=True)), tmp_path / "m", "gptq")
+    model = quantized(QuantSpec(4, 32, symmetric=True))
+    export_gptq(model, tmp_path / "m", "gptq")
     in_transformers(tmp_path / "m").save_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="a zero-point is 9, not 8: .*wrong checkpoint_format"):
         import_gptq(tmp_path / "again", "cpu", "fp32")
-    relabel(tmp_path / "again", "gptq_v2")
-    import_gptq(tmp_path / "again", "cpu", "fp32")
+    relabel(tmp_path / "again", "gptq_v2")  # what the message says to look at
+    assert torch.equal(logits(import_gptq(tmp_path / "again", "cpu", "fp32")[0]), logits(model))
 
 
 # --- the traps --------------------------------------------------------------------------------
