@@ -20,6 +20,7 @@ _HOME = {
     "models": ["dequantize_model", "load_model", "quantize_model", "quantized_layers"],
     "checkpoint": ["load_quantized", "save_quantized"],
     "bnb_format": ["load_bnb_4bit"],
+    "gptq_format": ["export_gptq", "import_gptq"],
     "adapters": ["find_adapter", "load_adapter", "save_adapter"],
     "memory": ["MemoryLedger", "memory_ledger"],
     "data": ["format_gsm8k", "load_gsm8k", "load_gsm_hard", "load_minigsm"],

@@ -1,4 +1,4 @@
-"""`python -m qlora_lib quantize | finetune | evaluate | generate`, thin over the library.
+"""`python -m qlora_lib quantize | finetune | evaluate | generate | export`, thin over the library.
 
 A run lives in checkpoints/PROFILE: `base` (the quantized model), `adapter`, `training`
 (metrics and the checkpoint to resume from) and `run.json` (how the adapter was made).
@@ -11,6 +11,8 @@ import json
 import os
 import sys
 from pathlib import Path
+
+from .export import add_export, export
 
 # torch and transformers take seconds to import, so --help does without them.
 
@@ -76,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
             add("--out", type=Path, help="(default: outputs/PROFILE/eval, and what is special)")
             add("--restart", action="store_true", help="replace answers instead of going on")
             add("--compare", type=Path, metavar="REPORT", help="folder of another evaluation")
+    add_export(commands, shared)
     return top
 
 
@@ -295,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     commands = {"quantize": quantize, "finetune": finetune}
     commands |= {"evaluate": evaluate, "generate": generate}
+    commands["export"] = lambda args: export(open_profile(args), args)
     try:
         commands[args.command](args)
     except (ValueError, FileNotFoundError) as error:
