@@ -14,11 +14,11 @@ PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip --disable-pip-version-check
 BOOKS  := $(PYTHON) -m qlora_lib.classroom.books
 READY  := $(VENV)/.ready
-PEERS  := $(VENV)/.peers
+PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all test unit nbval store normal solved lab kernel pretrain experiments \
-        finetune evaluate clean
+.PHONY: help setup run-all test unit interop nbval store normal solved lab kernel pretrain \
+        experiments finetune evaluate clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]; below each target, the same without make"
@@ -30,6 +30,14 @@ help: ## this list
 	@echo "PY=python3.12   PIP_ARGS=\"...\" for pip, e.g. the index of PyTorch's CPU wheels"
 	@echo "SYSTEM_TORCH=1 keep the torch that this machine's Python already has   PORT=8888 of make lab"
 
+# A new environment in $(1), with a pip that knows the formats of today.
+define new_venv
+$(PY) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(1)
+@$(1)/bin/python -c 'import pip; v = pip.__version__; exit(tuple(map(int, v.split(".")[:2])) < (23, 1))' \
+    || $(1)/bin/python -m pip install --upgrade 'pip>=23.1' \
+    || { echo "pip 23.1 or newer is needed in $(1), and it could not be upgraded" >&2; exit 1; }
+endef
+
 setup: $(READY) ## install into .venv, once ## python3 -m venv .venv; python -m pip install -r requirements.txt; python -m pip install --no-deps -e .
 
 $(READY): requirements.txt pyproject.toml
@@ -40,10 +48,7 @@ $(READY): requirements.txt pyproject.toml
 	@echo "libraries that pip takes by default."
 	@echo "CPU only: stop with Ctrl-C, then make setup PIP_ARGS=\"--extra-index-url <PyTorch's CPU index>\""
 	@echo "(its Get started page names it). Torch is already here: make setup SYSTEM_TORCH=1."
-	$(PY) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
-	@$(PYTHON) -c 'import pip; v = pip.__version__; exit(tuple(map(int, v.split(".")[:2])) < (23, 1))' \
-	    || $(PIP) install --upgrade 'pip>=23.1' \
-	    || { echo "pip 23.1 or newer is needed in $(VENV), and it could not be upgraded" >&2; exit 1; }
+	$(call new_venv,$(VENV))
 ifneq ($(SYSTEM_TORCH),)
 	@$(PYTHON) -c 'import torch; v = torch.__version__; exit(tuple(map(int, v.split(".")[:2])) < (2, 11) and "torch %s is too old, 2.11 or newer is needed: make setup without SYSTEM_TORCH" % v)' \
 	    || { echo "SYSTEM_TORCH=1 needs a torch of 2.11 or newer that $(PY) can import" >&2; exit 1; }
@@ -54,8 +59,16 @@ endif
 	$(PIP) install $(PIP_ARGS) --no-deps -e .
 	@touch $@
 
-$(PEERS): $(READY) tests/requirements-peers.txt
-	$(PIP) install $(PIP_ARGS) -r tests/requirements-peers.txt -c $(VENV)/torch.txt
+$(PEERS)/.ready: $(READY) tests/requirements-interop.txt
+	@$(PYTHON) -c 'import os, shutil, sysconfig; cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]; exit(shutil.which(cc) is None)' \
+	    || { echo "gptqmodel needs a C compiler, for its pypcre, which has no wheels: install one" >&2; \
+	         echo "(Debian, Ubuntu: apt-get install gcc libpcre2-dev), then make interop" >&2; exit 1; }
+	@echo "Setting up $(PEERS), once: the libraries to compare with, 2 GB on disk."
+	$(call new_venv,$(PEERS))
+	@grep -v '^numpy==' $(VENV)/requirements.txt > $(PEERS)/requirements.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) \
+	    -r $(PEERS)/requirements.txt -r tests/requirements-interop.txt -c $(VENV)/torch.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) --no-deps -e .
 	@touch $@
 
 run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m qlora_lib.classroom.books run [--profile tiny] [--parameters "bits=3"] [01 02]
@@ -65,8 +78,11 @@ test: ## unit tests, then nbval
 	$(MAKE) --no-print-directory unit
 	$(MAKE) --no-print-directory nbval
 
-unit: $(PEERS) ## unit tests ## python -m pip install -r tests/requirements-peers.txt; python -m pytest -q tests
-	$(PYTHON) -m pytest -q tests
+unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
+	$(PYTHON) -m pytest -q tests/unit
+
+interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop
+	$(PEERS)/bin/python -m pytest -q tests/interop
 
 nbval: $(READY) ## run the notebooks again and compare with their stored outputs ## python -m pytest -q --nbval --nbval-current-env notebooks
 	$(PYTHON) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=900 \
@@ -106,4 +122,4 @@ evaluate: $(READY) ## score what finetune saved ## python -m qlora_lib evaluate 
 
 clean: ## remove build/, outputs/ and caches; keeps .venv and checkpoints/
 	rm -rf build outputs .pytest_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(PEERS)/*' -prune -exec rm -rf {} +

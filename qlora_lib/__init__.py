@@ -20,15 +20,18 @@ _HOME = {
     "models": ["dequantize_model", "load_model", "quantize_model", "quantized_layers"],
     "checkpoint": ["load_quantized", "save_quantized"],
     "bnb_format": ["load_bnb_4bit"],
+    "gptq_format": ["export_gptq", "import_gptq"],
     "adapters": ["find_adapter", "load_adapter", "save_adapter"],
     "memory": ["MemoryLedger", "memory_ledger"],
-    "data": ["format_gsm8k", "load_gsm8k", "load_minigsm"],
+    "data": ["format_gsm8k", "load_gsm8k", "load_gsm_hard", "load_minigsm"],
     "profiles": ["Profile", "load_profile"],
     "schedule": ["TrainConfig"],
     "train": ["History", "finetune"],
     "generation": ["Completion", "Decoding", "generator"],
     # Not evaluate.py: a submodule would hide the function of the same name.
     "evaluation": ["EvalReport", "evaluate", "extract_answer", "few_shot", "is_correct"],
+    "comparison": ["compare", "drop"],
+    "canaries": ["CanaryError", "run_canaries"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

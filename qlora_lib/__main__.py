@@ -1,4 +1,4 @@
-"""`python -m qlora_lib quantize | finetune | evaluate | generate`, thin over the library.
+"""`python -m qlora_lib quantize | finetune | evaluate | generate | export`, thin over the library.
 
 A run lives in checkpoints/PROFILE: `base` (the quantized model), `adapter`, `training`
 (metrics and the checkpoint to resume from) and `run.json` (how the adapter was made).
@@ -11,6 +11,8 @@ import json
 import os
 import sys
 from pathlib import Path
+
+from .export import add_export, export
 
 # torch and transformers take seconds to import, so --help does without them.
 
@@ -68,11 +70,15 @@ def parser() -> argparse.ArgumentParser:
         if name == "generate":
             add("question")
         else:
-            add("--split", default="test", choices=("dev", "test"))
+            splits = ("dev", "test", "test_changed", "test_larger", "gsm_hard")
+            add("--split", default="test", choices=splits, help="which problems (default: test)")
             add("--limit", type=int, help="only the first so many problems")
             add("--few-shot", type=int, default=0, metavar="K", help="solved problems before each")
             add("--batch-size", type=int, default=64)
-            add("--out", type=Path, help="(default: outputs/PROFILE/eval)")
+            add("--out", type=Path, help="(default: outputs/PROFILE/eval, and what is special)")
+            add("--restart", action="store_true", help="replace answers instead of going on")
+            add("--compare", type=Path, metavar="REPORT", help="folder of another evaluation")
+    add_export(commands, shared)
     return top
 
 
@@ -234,16 +240,19 @@ def make_generator(profile, args, batch_size: int):
 
 
 def evaluate(args) -> None:
+    from .comparison import report_difference
     from .data import format_gsm8k, short_path
+    from .evaluation import EvalReport, few_shot
     from .evaluation import evaluate as score
-    from .evaluation import few_shot
     from .results import stamp
 
+    other = EvalReport.load(args.compare) if args.compare else None  # missing: say so at once
     profile = open_profile(args)
     problems = profile.examples(args.split)[: args.limit]
     prompt = format_gsm8k
     if args.few_shot:
         prompt = few_shot(profile.examples("train"), args.few_shot)
+    out = args.out or Path("outputs") / profile.name / evaluation_name(args)
     generate = make_generator(profile, args, args.batch_size)
     adapter = None if args.no_adapter else short_path(args.folder / "adapter")
     generate.info |= {"adapter": adapter, "split": args.split, "few_shot": args.few_shot}
@@ -254,9 +263,24 @@ def evaluate(args) -> None:
         answer = prediction["strict_answer"] or "none"
         print(f"{mark} {answer:>8}   gold {prediction['gold']:>8}   {prediction['question']:.60}")
 
-    out = args.out or Path("outputs") / profile.name / "eval"
-    print(score(generate, problems, out, prompt, show, chunk=args.batch_size))
+    report = score(generate, problems, out, prompt, show, args.batch_size, restart=args.restart)
+    print(report)
     print(f"report in {short_path(out)}")
+    if other:
+        names = (short_path(args.compare), short_path(out))
+        print(report_difference(other, report, names))
+
+
+def evaluation_name(args) -> str:
+    """A folder for each kind of evaluation: eval, or eval-test_changed-3shot."""
+    special = {
+        args.split: args.split != "test",
+        "dense": args.dense,
+        "base": args.no_adapter,
+        f"{args.few_shot}shot": args.few_shot,
+        f"first{args.limit}": args.limit,
+    }
+    return "-".join(["eval", *(name for name, on in special.items() if on)])
 
 
 def generate(args) -> None:
@@ -274,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     commands = {"quantize": quantize, "finetune": finetune}
     commands |= {"evaluate": evaluate, "generate": generate}
+    commands["export"] = lambda args: export(open_profile(args), args)
     try:
         commands[args.command](args)
     except (ValueError, FileNotFoundError) as error:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from .results import ROOT
 
 DATA = ROOT / "data"  # the bundled files
 HUB_NAME = "openai/gsm8k"
+GSM_HARD_NAME = "reasoning-machines/gsm-hard"
+MINIGSM_SPLITS = ("train", "dev", "test", "test_changed", "test_larger")
 PROMPT = "Question: {question}\nAnswer:\n"
 IGNORE = -100  # a label that cross-entropy leaves out
 
@@ -41,16 +44,21 @@ def to_number(text: str) -> Fraction | None:
     return Fraction(text.replace(",", "").replace("$", ""))
 
 
+class GoldError(ValueError):
+    """A gold answer that is no number."""
+
+
 def gold_answer(entry: dict[str, str]) -> Fraction:
     """The number after `####` in entry["answer"].
 
-    Raises ValueError when there is no `####`, or something else than one number after it.
+    Raises GoldError (a ValueError) when there is no `####`, or something else than one
+    number after it.
     """
     _, mark, tail = _field(entry, "answer").rpartition("####")
     match = NUMBER.fullmatch(tail.strip())
     value = to_number(match.group()) if mark and match else None
     if value is None:
-        raise ValueError(
+        raise GoldError(
             f"the gold answer {entry['answer'][-60:]!r} does not end in `#### N`; "
             "mend the entry or leave it out of the data"
         )
@@ -98,10 +106,49 @@ def load_gsm8k(split: str, folder: str | Path | None = None) -> list[dict[str, s
         ) from error
 
 
+def load_gsm_hard(folder: str | Path | None = None) -> list[dict[str, str]]:
+    """GSM-Hard (Gao et al. 2022, arXiv 2211.10435): GSM8K's test questions, larger numbers.
+
+    Read from `folder`/gsmhardv2.jsonl when given, else from the Hugging Face hub. Its golds
+    are floats, some negative or with many decimals. The answer is the shortest decimal that
+    reads back as that float: 14053029.666666666 is compared within 1e-6, 9867630.0 becomes
+    the integer 9867630, which is compared exactly. Raises FileNotFoundError when it can't be
+    read, GoldError for NaN and infinities.
+    """
+    if folder is not None:
+        rows = read_jsonl(Path(folder) / "gsmhardv2.jsonl")
+    else:
+        try:
+            from datasets import load_dataset
+
+            rows = load_dataset(GSM_HARD_NAME, split="train")
+        except Exception as error:  # as in load_gsm8k
+            raise FileNotFoundError(
+                f"GSM-Hard could not be loaded from the hub ({type(error).__name__}: {error}). "
+                "Put gsmhardv2.jsonl from github.com/reasoning-machines/pal into a folder, and "
+                "name it with --data"
+            ) from error
+    return [{"question": row["input"], "answer": f"#### {_decimal(row['target'])}"} for row in rows]
+
+
+def _decimal(target: float) -> str:
+    """A float in digits, without an exponent and without ".0"."""
+    if not math.isfinite(target):
+        raise GoldError(f"a gold answer must be a number, got {target}")
+    text = format(Decimal(repr(target)), "f")
+    return text.removesuffix(".0")
+
+
 def load_minigsm(split: str, folder: str | Path | None = None) -> list[dict[str, str]]:
-    """mini-GSM's "train", "dev" or "test", bundled under data/minigsm."""
-    if split not in ("train", "dev", "test"):
-        raise ValueError(f"mini-GSM has the splits train, dev and test, not {split!r}")
+    """mini-GSM's "train", "dev" or "test", bundled under data/minigsm.
+
+    "test_changed" and "test_larger" are test problems with other numbers, line by line.
+    """
+    if split not in MINIGSM_SPLITS:
+        raise ValueError(
+            f"mini-GSM has the splits train, dev and test, and test with other numbers as "
+            f"test_changed and test_larger, not {split!r}"
+        )
     return read_jsonl(Path(folder or DATA / "minigsm") / f"{split}.jsonl")
 
 
@@ -234,7 +281,7 @@ def calibration_batches(
 def parse_gold(gold: object) -> Fraction:
     """A gold answer as a number: an answer text with `####`, a numeral, or a number.
 
-    Raises ValueError for anything else, NaN and infinities included.
+    Raises GoldError (a ValueError) for anything else, NaN and infinities included.
     """
     if isinstance(gold, str):
         if "####" in gold:
@@ -245,4 +292,4 @@ def parse_gold(gold: object) -> Fraction:
             return value
     elif isinstance(gold, (int, Fraction)) or isinstance(gold, float) and math.isfinite(gold):
         return Fraction(gold)
-    raise ValueError(f"a gold answer must be a number or end in `#### N`, got {gold!r:.80}")
+    raise GoldError(f"a gold answer must be a number or end in `#### N`, got {gold!r:.80}")

@@ -1,61 +1,36 @@
-"""Exact match on word problems: extract the answer, score, report.
+"""Exact match on word problems: ask, score, report, and go on after a kill.
 
-The model sees the prompt only, and every question counts in the denominator. Answers
-are compared as exact fractions. Not handled: sharing the work between processes.
+The model sees the prompt only, and every question counts in the denominator. How an answer
+is read is in `extraction.py`; `canaries.py` tests the whole path before it is used. Not
+handled: sharing the work between processes.
 """
 
 import json
-import re
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 
-from .data import NUMBER, format_gsm8k, parse_gold, to_number
+from .canaries import run_canaries
+from .data import format_gsm8k, parse_gold, read_jsonl, short_path
+from .extraction import equals, extract_answer, is_correct
 from .generation import Completion, Decoding, Generate, generator
-from .results import wilson, write_json_atomic
+from .results import content_hash, wilson, write_json_atomic
 
+__all__ = [
+    "Completion", "Decoding", "EvalReport", "evaluate", "extract_answer", "few_shot",
+    "generator", "is_correct",
+]  # fmt: skip
 Entry = dict[str, str]
 Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
-MAX_TEXT = 20_000  # characters of a completion that are read
-
-
-_MARKED = re.compile(r"####([^\n]*)")
-_ANSWER_IS = re.compile(r"\bthe answer is\b", re.IGNORECASE)
-
-
-def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
-    """The number a completion gives as its answer, or None.
-
-    Text from "Question:" on is a new question and is ignored. Strict: the first
-    `#### N` line that holds a number, else the last "The answer is N". Flexible: else
-    the last number of all. Raises ValueError for another mode, never for a text.
-    """
-    if mode not in ("strict", "flexible"):
-        raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
-    text = completion[:MAX_TEXT].split("Question:")[0]
-    said = [after.partition("\n")[0] for after in _ANSWER_IS.split(text)[1:]]
-    spans = _MARKED.findall(text) + said[::-1]
-    for span in spans:
-        # "= 5. Then ...": one sentence, and the right side of its last equals sign.
-        match = NUMBER.search(re.split(r"\.\s", span)[0].rpartition("=")[2])
-        if match:
-            return to_number(match.group())
-    numbers = NUMBER.findall(text) if mode == "flexible" else []
-    return to_number(numbers[-1]) if numbers else None
-
-
-def is_correct(completion: str, gold: object, mode: str = "strict") -> bool:
-    """Whether the extracted answer equals `gold` (an answer text, a numeral or a number).
-
-    Integers must be equal, other golds within 1e-6. No answer is never correct. Raises
-    ValueError for an unparsable gold.
-    """
-    expected, answer = parse_gold(gold), extract_answer(completion, mode)
-    if answer is None:
-        return False
-    return abs(answer - expected) <= (0 if expected.denominator == 1 else Fraction(1, 10**6))
+# What decides the completions; a folder holds the answers of one such set. Not among them:
+# date, machine, threads.
+SETTINGS = (
+    "model", "revision", "weights", "adapter", "compute_dtype", "decoding", "problems_hash",
+    "prompts_hash", "chunk", "vote",
+)  # fmt: skip
 
 
 def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
@@ -84,6 +59,34 @@ class EvalReport:
     seconds: float  # spent generating
     info: dict = field(default_factory=dict)  # model, compute_dtype, decoding
     predictions: list[dict] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def count(cls, predictions: list[dict], info: dict) -> "EvalReport":
+        """The report that these predictions make."""
+        counts = {
+            "strict_correct": sum(p["strict"] for p in predictions),
+            "flexible_correct": sum(p["flexible"] for p in predictions),
+            "formatted": sum(p["strict_answer"] is not None for p in predictions),
+            "truncated": sum(not p["finished"] for p in predictions),
+            "tokens": sum(p["tokens"] for p in predictions),
+            "seconds": sum(p["seconds"] for p in predictions),
+        }
+        return cls(len(predictions), **counts, info=info, predictions=predictions)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "EvalReport":
+        """The report that `evaluate` stored in report_folder.
+
+        Raises FileNotFoundError where there is none, or only an unfinished one.
+        """
+        path = Path(folder) / "report.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {short_path(path)}; an evaluation writes it when it is finished"
+            )
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        report = {f.name: saved[f.name] for f in fields(cls) if f.name != "predictions"}
+        return cls(**report, predictions=read_jsonl(Path(folder) / "predictions.jsonl"))
 
     @property
     def strict(self) -> float:
@@ -145,68 +148,138 @@ def evaluate(
     prompt: Prompt = format_gsm8k,
     callback: Callable[[dict], None] | None = None,
     chunk: int = 128,
+    vote: Callable[[list], str] | None = None,
+    canaries: bool = True,
+    restart: bool = False,
 ) -> EvalReport:
     """Ask every problem once and score the answers.
 
-    generate: prompts to completions (plain strings will do). prompt: entry to (prompt,
-    target), of which only the prompt is used. `chunk` questions are asked at a time;
-    each prediction (question, prompt, completion, gold, answers, verdicts) is written to
-    report_folder/predictions.jsonl and given to `callback` as its chunk is done, the sums
-    to report.json at the end. Raises ValueError for no problems, or an unparsable gold,
-    before anything is generated.
+    generate: prompts to completions (plain strings will do), or to lists of samples, of which
+    `vote` makes or picks the one that counts. prompt: entry to (prompt, target), of which
+    only the prompt is used. `chunk` questions are asked at a time. callback: called with
+    each new prediction (question, prompt, completion, gold, answers, verdicts). canaries:
+    first check the grader with models whose score is known, in milliseconds.
+
+    report_folder gets settings.json, predictions.jsonl as it grows, and report.json at the
+    end. A killed evaluation, called again, keeps the chunks it has and gives the same report
+    (but for the clock). Raises ValueError for a folder with answers of other settings, which
+    `restart` replaces; for no problems; GoldError for an unparsable gold, before anything is
+    generated; CanaryError for a grader or a prompt that can't be trusted.
     """
     if not problems:
         raise ValueError("there are no problems to evaluate on")
     golds = [parse_gold(entry["answer"]) for entry in problems]
     prompts = [prompt(entry)[0] for entry in problems]
-    report = EvalReport(len(problems), 0, 0, 0, 0, 0, 0.0, dict(getattr(generate, "info", {})))
-    stream = None
+    if canaries:
+        run_canaries(evaluate, problems, prompt)
+    info = dict(getattr(generate, "info", {})) | {
+        "problems_hash": questions_hash((e["question"], g) for e, g in zip(problems, golds)),
+        "prompts_hash": content_hash(prompts),
+        "chunk": chunk,
+        "vote": vote and getattr(vote, "__name__", str(vote)),
+    }
+    done: list[dict] = []
     if report_folder is not None:
-        Path(report_folder).mkdir(parents=True, exist_ok=True)
-        stream = open(Path(report_folder) / "predictions.jsonl", "w", encoding="utf-8")
-    try:
-        for start in range(0, len(problems), chunk):
-            asked = prompts[start : start + chunk]
-            began = time.perf_counter()
-            completions = generate(asked)
-            report.seconds += time.perf_counter() - began
-            if len(completions) != len(asked):
-                raise ValueError(f"{len(asked)} prompts gave {len(completions)} completions")
-            for i, completion in enumerate(completions, start):
-                prediction = _score(problems[i]["question"], prompts[i], completion, golds[i])
-                _count(report, prediction)
-                if stream:
-                    print(json.dumps(prediction, ensure_ascii=False), file=stream, flush=True)
-                if callback:
-                    callback(prediction)
-    finally:
-        if stream:
-            stream.close()
+        report_folder = Path(report_folder)
+        # Hashing a model reads all of it: worth it only where answers are kept.
+        info["weights"] = generate.fingerprint() if hasattr(generate, "fingerprint") else None
+        settings = {name: info.get(name) for name in SETTINGS}
+        done = _open_folder(report_folder, settings, len(problems), chunk, restart)
+    for start in range(len(done), len(problems), chunk):
+        asked = prompts[start : start + chunk]
+        began = time.perf_counter()
+        completions = generate(asked)
+        seconds = (time.perf_counter() - began) / len(asked)
+        if len(completions) != len(asked):
+            raise ValueError(f"{len(asked)} prompts gave {len(completions)} completions")
+        new = [
+            _score(problems[i]["question"], prompts[i], said, golds[i], vote, seconds)
+            for i, said in enumerate(completions, start)
+        ]
+        if report_folder is not None:
+            with open(report_folder / "predictions.jsonl", "a", encoding="utf-8") as stream:
+                stream.writelines(map(_line, new))
+        done += new
+        if callback:
+            for prediction in new:
+                callback(prediction)
+    report = EvalReport.count(done, info)
     if report_folder is not None:
-        write_json_atomic(Path(report_folder) / "report.json", report.summary())
+        write_json_atomic(report_folder / "report.json", report.summary())
     return report
 
 
-def _score(question: str, prompt: str, completion: str, gold: Fraction) -> dict:
+def questions_hash(pairs) -> str:
+    """SHA-256 of (question, gold) pairs, in order: two reports with the same can be paired."""
+    return content_hash([[question, str(gold)] for question, gold in pairs])
+
+
+def _score(
+    question: str, prompt: str, said: object, gold: Fraction, vote: Callable | None, seconds: float
+) -> dict:
+    samples = said if isinstance(said, list) else [said]
+    if isinstance(said, list) and vote is None:
+        raise ValueError(
+            f"{len(said)} samples for one prompt; give `vote`, a function from them to the "
+            "completion that counts"
+        )
+    completion = vote(samples) if vote else samples[0]
     strict, flexible = extract_answer(completion), extract_answer(completion, "flexible")
-    return {
+    prediction = {
         "question": question,
         "prompt": prompt,
         "completion": str(completion),
         "gold": str(gold),
         "strict_answer": None if strict is None else str(strict),
         "flexible_answer": None if flexible is None else str(flexible),
-        "strict": is_correct(completion, gold),
-        "flexible": is_correct(completion, gold, "flexible"),
-        "tokens": getattr(completion, "tokens", 0),
-        "finished": getattr(completion, "finished", True),
+        "strict": equals(strict, gold),
+        "flexible": equals(flexible, gold),
+        "tokens": sum(getattr(s, "tokens", 0) for s in samples),
+        "finished": all(getattr(s, "finished", True) for s in samples),
+        "seconds": seconds,
     }
+    return prediction | ({"samples": [str(s) for s in samples]} if vote else {})
 
 
-def _count(report: EvalReport, prediction: dict) -> None:
-    report.strict_correct += prediction["strict"]
-    report.flexible_correct += prediction["flexible"]
-    report.formatted += prediction["strict_answer"] is not None
-    report.truncated += not prediction["finished"]
-    report.tokens += prediction["tokens"]
-    report.predictions.append(prediction)
+def _line(prediction: dict) -> str:
+    # ASCII: a completion may hold half a surrogate pair, which UTF-8 cannot write.
+    return json.dumps(prediction) + "\n"
+
+
+def _open_folder(folder: Path, settings: dict, n: int, chunk: int, restart: bool) -> list[dict]:
+    """The predictions that the folder holds of this very evaluation, in whole chunks."""
+    own, answers = folder / "settings.json", folder / "predictions.jsonl"
+    settings = json.loads(json.dumps(settings))  # tuples to lists, as they are read back
+    if restart:
+        for path in (folder / "report.json", answers, own):
+            path.unlink(missing_ok=True)
+    remedy = "name another folder, or replace them with restart=True (--restart)"
+    if not own.is_file():
+        if answers.is_file():
+            raise ValueError(
+                f"{short_path(answers)} is there without settings.json, which says what made "
+                f"it; {remedy}"
+            )
+        write_json_atomic(own, settings)
+        return []
+    before = json.loads(own.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {before.get(name)}, is {settings.get(name)}"
+        for name in sorted(before.keys() | settings.keys())
+        if before.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{short_path(folder)} holds answers of other settings ({'; '.join(changed)}); {remedy}"
+        )
+    lines = []
+    if answers.is_file():
+        lines = answers.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
+    if len(whole) < n:  # sampling and rounding depend on which questions are asked together
+        whole = whole[: len(whole) // chunk * chunk]
+    if whole != lines:
+        part = answers.with_name(f".{answers.name}.{os.getpid()}")
+        part.write_text("".join(whole), encoding="utf-8")
+        os.replace(part, answers)
+    return read_jsonl(answers) if whole else []

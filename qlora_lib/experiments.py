@@ -2,6 +2,7 @@
 
 Each row is stored in data/results/tiny-accuracy.json as soon as it is measured; rows that
 are there are not measured again, unless with --force or when the weights have changed.
+Of some rows, wrong answers are kept to be read: tiny-wrong-answers.jsonl beside the table.
 All on the whole mini-GSM test set, greedy: the base in GSM8K's format, with three solved
 examples, and in the wording of its pretraining; then fine-tuned with LoRA and QLoRA; then
 the bundled adapter, merged, with all linears quantized at four widths. Each row keeps a
@@ -19,7 +20,7 @@ import torch
 
 from .adapters import load_adapter
 from .data import DATA, format_gsm8k, short_path, weights_id
-from .evaluation import Prompt, evaluate, few_shot
+from .evaluation import EvalReport, Prompt, evaluate, few_shot
 from .generation import Decoding, generator
 from .grid import QuantSpec
 from .lora import ALL_LINEAR, ATTENTION, inject_lora
@@ -38,10 +39,14 @@ TRAINED = {
     "lora_attention_r16": (ATTENTION, 16, None),
     "lora_all_r32": (ALL_LINEAR, 32, None),
     "qlora_attention_r16": (ATTENTION, 16, QuantSpec(bits=4, group_size=64)),
+    # about as many parameters as attention_r16: where against how many
+    "qlora_all_r8": (ALL_LINEAR, 8, QuantSpec(bits=4, group_size=64)),
     "qlora_all_r32": (ALL_LINEAR, 32, QuantSpec(bits=4, group_size=64)),
 }
 ADAPTER = DATA / "tiny-adapter"
 BASE = QuantSpec(bits=4, group_size=64)  # what the adapter was trained on
+WRONG = ("merged_fp32", "merged_gptq_2bit_row")  # rows whose wrong answers are kept,
+KEPT = 20  # so many of each
 # The merged model, quantized again: (method, spec)
 WIDTHS = {"merged_fp32": None} | {
     f"merged_{method}_{bits}bit_{group_size or 'row'}": (method, QuantSpec(bits, group_size))
@@ -72,14 +77,31 @@ def base_prompts(profile: Profile) -> dict[str, Prompt]:
     }
 
 
-def measure(model, tokenizer, profile: Profile, problems, prompt: Prompt = format_gsm8k) -> dict:
-    """A row: counts, accuracies and intervals over `problems`; "right": 1 or 0 a question
-    (strict), in the order of the problems."""
+def measure(
+    model, tokenizer, profile: Profile, problems, prompt: Prompt = format_gsm8k
+) -> EvalReport:
+    """The answers of `model` to `problems`, greedy, with their verdicts."""
     decoding = Decoding(max_new_tokens=profile.max_new_tokens, batch_size=BATCH)
     report = evaluate(generator(model, tokenizer, decoding), problems, prompt=prompt)
     print(report, flush=True)
+    return report
+
+
+def table_row(report: EvalReport) -> dict:
+    """Counts, accuracies and intervals; "right": 1 or 0 a question (strict), in their order."""
     right = "".join(str(int(p["strict"])) for p in report.predictions)
     return report.summary() | {"right": right}
+
+
+def keep_wrong(name: str, report: EvalReport, path: Path) -> None:
+    """Replace the wrong answers of row `name` in `path`: KEPT of them, evenly spaced."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    others = [line for line in lines if json.loads(line)["row"] != name]
+    wrong = [p for p in report.predictions if not p["strict"]]
+    picked = [wrong[i * len(wrong) // KEPT] for i in range(KEPT)] if len(wrong) > KEPT else wrong
+    fields = ("question", "gold", "completion")
+    new = [json.dumps({"row": name} | {k: p[k] for k in fields}) for p in picked]
+    path.write_text("\n".join([*others, *new]) + "\n", encoding="utf-8")
 
 
 def fine_tune(name: str, profile: Profile, config: TrainConfig):
@@ -165,18 +187,22 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: is there")
             continue
         print(f"{name}:", flush=True)
+        extra = {}
         if name in prompts:
             model, tokenizer = profile.load()
-            row = measure(model, tokenizer, profile, problems, prompts[name])
+            report = measure(model, tokenizer, profile, problems, prompts[name])
         elif name in WIDTHS:
             model, tokenizer = merged(profile, args.adapter)
             if WIDTHS[name]:
                 model = quantized(profile, args.adapter, *WIDTHS[name])
-            row = measure(model, tokenizer, profile, problems)
+            report = measure(model, tokenizer, profile, problems)
         else:
             model, tokenizer, training = fine_tune(name, profile, config)
-            row = measure(model, tokenizer, profile, problems) | {"training": training}
-        table[name] = row | {"weights": own, "stamp": stamp(SEED)}
+            report = measure(model, tokenizer, profile, problems)
+            extra = {"training": training}
+        if name in WRONG:
+            keep_wrong(name, report, args.out.with_name("tiny-wrong-answers.jsonl"))
+        table[name] = table_row(report) | extra | {"weights": own, "stamp": stamp(SEED)}
         write_json_atomic(args.out, {n: table[n] for n in names if n in table})
     print(f"stored in {short_path(args.out)}")
 

@@ -5,6 +5,7 @@ every row's last token is its prompt's. Not handled: stopping early at a stop st
 (text after it is generated, then cut).
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .data import encode_prompt, pad, pad_id, short_path
+from .lora import lora_layers
 from .models import dtype_name
 
 Generate = Callable[[Sequence[str]], list]  # prompts to completions, in the same order
@@ -61,8 +63,9 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
     """A function from a list of prompts to a list of Completions in the same order.
 
     With samples > 1 it returns a list of `samples` Completions for each prompt. Its
-    attribute `info` names what a report should. Prompts are batched by length and padded
-    on the left. Raises ValueError where a prompt and max_new_tokens exceed the context.
+    attributes `info` and `fingerprint()` say what a report should. Prompts are batched by
+    length and padded on the left. Raises ValueError where a prompt and max_new_tokens
+    exceed the context.
     """
     dtype = model.get_input_embeddings().weight.dtype
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
@@ -92,10 +95,25 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
 
     generate.info = {
         "model": short_path(Path(model.config._name_or_path)),
+        "revision": getattr(model.config, "_commit_hash", None),
         "compute_dtype": dtype_name(dtype),
         "decoding": asdict(decoding),
     }
+    generate.fingerprint = lambda: fingerprint(model)
     return generate
+
+
+def fingerprint(model) -> str:
+    """SHA-256 of what a model computes with, whatever it is called and wherever it lies: its
+    modules as printed, its LoRA settings, and the bytes of all parameters and buffers."""
+    digest = hashlib.sha256(str(model).encode())
+    for name, layer in lora_layers(model).items():
+        digest.update(f"{name} {layer.active} {layer.configs}".encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.inference_mode()

@@ -6,7 +6,11 @@ question and an answer and draws nothing, so the same problem with other numbers
 construction: the numbers that stand in the question decide the split, whatever the
 seed. Not handled: fractions, negative results, and steps that need world knowledge.
 
-`python -m qlora_lib.minigsm` writes the three files under data/minigsm.
+Two variants of test show what an accuracy rests on. Problem i of "test_changed" is problem i
+of test with other numbers of the same sizes: who has learned the steps, not the file, scores
+as well. In "test_larger" the numbers are larger than any in training.
+
+`python -m qlora_lib.minigsm` writes the five files under data/minigsm.
 """
 import argparse
 import dataclasses
@@ -20,8 +24,10 @@ from pathlib import Path
 from qlora_lib.minigsm_kinds import (
     BAKED, CONTAINERS, FRACTIONS, GIFTS, KINDS, OPERATIONS, PLACES, PRONOUNS, THINGS, Step,
 )
+from qlora_lib.minigsm_larger import LARGER
 
 SPLITS = ("train", "dev", "test")
+VARIANTS = ("test_changed", "test_larger")
 SIZES = {"train": 6000, "dev": 500, "test": 1000}
 SEED = 2025
 
@@ -124,16 +130,44 @@ def draw_problem(rng: random.Random, split: str, kind: str) -> Problem:
             return problem
 
 
+def vary(problems: Sequence[Problem], variant: str, seed: int = SEED) -> list[Problem]:
+    """Each problem with other numbers and another result; kind, wording and names stay.
+
+    "test_changed": numbers of the kind's own ranges that belong to test, so that no set of
+    them occurs in train. "test_larger": numbers above the kind's ranges in training, results
+    of up to four digits. The fraction of a "part" stays, since it is a word. Raises ValueError
+    for another variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; expected one of {VARIANTS}")
+    rng = random.Random(f"minigsm {variant} {seed}")
+    taken = {question_of(problem) for problem in problems}
+    varied = []
+    for problem in problems:
+        draw = LARGER[problem.kind] if variant == "test_larger" else _BY_NAME[problem.kind].draw
+        while True:
+            other = dataclasses.replace(problem, numbers=draw(rng))
+            question = question_of(other)
+            if (other.numbers.get("f") == problem.numbers.get("f") and question not in taken
+                    and (variant == "test_larger" or split_of(question) == "test")
+                    and solve(other)[-1][-1] != solve(problem)[-1][-1]):
+                break
+        taken.add(question)
+        varied.append(other)
+    return varied
+
+
 def problems(split: str, seed: int = SEED, n: int | None = None) -> list[dict[str, str]]:
-    """`n` entries {"question", "answer"} of `split`; n=None gives the bundled file's number."""
+    """`n` entries {"question", "answer"} of `split` or variant; n=None: the bundled file's."""
     return [entry for _, entry in labelled(split, seed, n)]
 
 
 def labelled(split: str, seed: int = SEED,
              n: int | None = None) -> Iterator[tuple[str, dict[str, str]]]:
     """The entries of `problems`, in the same order, each with the name of its kind."""
-    count = SIZES.get(split, 0) if n is None else n
-    for problem in draw(split, seed, count):
+    base = "test" if split in VARIANTS else split
+    found = draw(base, seed, SIZES.get(base, 0) if n is None else n)
+    for problem in vary(found, split, seed) if split in VARIANTS else found:
         yield problem.kind, render(problem)
 
 
@@ -144,13 +178,13 @@ def _fill(text: str, problem: Problem, **extra: str) -> str:
 
 
 def main() -> None:
-    """Write train.jsonl, dev.jsonl and test.jsonl, the same bytes at every call."""
+    """Write a file a split and variant, the same bytes at every call."""
     parser = argparse.ArgumentParser(description="write the mini-GSM problems")
     parser.add_argument("--out", type=Path, default=Path("data/minigsm"))
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
+    for split in SPLITS + VARIANTS:
         lines = [json.dumps(entry) + "\n" for entry in problems(split, options.seed)]
         path = options.out / f"{split}.jsonl"
         beside = path.with_suffix(".tmp")

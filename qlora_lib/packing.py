@@ -72,3 +72,25 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
     word = sum(stream[..., j] << (8 * j) for j in range(bits))  # (..., n/8)
     codes = torch.stack([(word >> (bits * i)) & (2**bits - 1) for i in range(8)], dim=-1)
     return codes.flatten(-2).to(torch.uint8)[..., :n].contiguous()
+
+
+def as_words(packed: Tensor) -> Tensor:
+    """The byte stream (..., 4 * n) read as 32-bit words: int32 (..., n), without a copy.
+
+    Raises ValueError for bytes that do not fill whole words.
+    """
+    if packed.dtype != torch.uint8 or packed.shape[-1] % 4:
+        raise ValueError(
+            f"words take uint8 bytes, a multiple of 4 in a row, "
+            f"got {packed.dtype} {tuple(packed.shape)}"
+        )
+    # Flat first: the stride of a single row is arbitrary, and view() asks for a multiple of 4.
+    words = packed.flatten().view(torch.int32)
+    return words.view(*packed.shape[:-1], packed.shape[-1] // 4)
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """Inverse of `as_words`: int32 (..., n) -> uint8 (..., 4 * n). ValueError for other dtypes."""
+    if words.dtype != torch.int32:
+        raise ValueError(f"words are int32, got {words.dtype}")
+    return words.flatten().view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])

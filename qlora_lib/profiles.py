@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .data import DATA, calibration_batches, format_gsm8k, load_gsm8k, load_minigsm, short_path
+from .data import (
+    DATA,
+    calibration_batches,
+    format_gsm8k,
+    load_gsm8k,
+    load_gsm_hard,
+    load_minigsm,
+    short_path,
+)
 from .grid import QuantSpec
 from .lora import ALL_LINEAR
 from .models import LayerReport, load_model, quantize_model
@@ -34,7 +42,8 @@ class Profile:
     target_modules: tuple[str, ...] = ALL_LINEAR  # that get an adapter
 
     def examples(self, split: str) -> list[Entry]:
-        """The entries (question, answer) of "train", "dev" or "test"."""
+        """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
+        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K."""
         return self.read(split)
 
     def load(
@@ -81,8 +90,11 @@ class Profile:
 
 
 def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
-    if split == "test":
-        return load_gsm8k("test", folder)
+    if split == "gsm_hard":  # a folder that holds only GSM8K leaves it to the hub
+        here = folder is not None and (Path(folder) / "gsmhardv2.jsonl").is_file()
+        return load_gsm_hard(folder if here else None)
+    if split not in ("train", "dev"):
+        return load_gsm8k(split, folder)  # test, or an error that names the splits
     entries = load_gsm8k("train", folder)
     return {"train": entries[:-GSM8K_DEV], "dev": entries[-GSM8K_DEV:]}[split]
 

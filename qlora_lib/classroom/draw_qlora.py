@@ -130,17 +130,20 @@ def _token_color(kind: str, mask: str) -> str:
 
 
 def draw_bases(axes, bits: dict[str, float], losses: dict[str, float], dense: float) -> None:
-    """Left: bits a weight of each base. Right: its held-out loss above the dense model's."""
-    colors = {"gptq": COLORS["gptq"], "nf4": COLORS["nf4"], "rtn": COLORS["rtn"]}
+    """Left: bits a weight of each base. Right: its held-out loss above the dense model's.
+
+    A name begins with its method: "gptq 4", "nf4", "rtn 2".
+    """
     names = list(bits)
-    for ax, values, fmt in ((axes[0], list(bits.values()), "{:.3f}"),
+    colors = [COLORS[name.split()[0]] for name in names]
+    for ax, values, fmt in ((axes[0], [bits[n] for n in names], "{:.3f}"),
                             (axes[1], [losses[n] - dense for n in names], "{:+.4f}")):
-        ax.barh(names, values, color=[colors[n] for n in names], height=0.6)
+        top = max(map(abs, values))
+        ax.barh(names, values, color=colors, height=0.6)
         for y, value in enumerate(values):
-            ax.text(max(value, 0) + 0.02 * max(map(abs, values)), y, fmt.format(value),
-                    va="center", fontsize=11)
-        low = min(0, 1.3 * min(values))
-        ax.set(xlim=(low, 1.3 * max(map(abs, values))), ylim=(len(names) - 0.5, -0.5))
+            ax.text(max(value, 0) + 0.02 * top, y, fmt.format(value), va="center", fontsize=11)
+        ax.set(xlim=(min(0, 1.3 * min(values)), 1.3 * top), ylim=(len(names) - 0.5, -0.5))
+        ax.locator_params(axis="x", nbins=5)
         ax.grid(axis="y", visible=False)
     axes[0].set_xlabel("bits a weight, everything counted")
     axes[1].set_xlabel("held-out loss above the dense model's")

@@ -1,8 +1,10 @@
 """The command line, from quantizing to a score, on a small random model."""
 
 import json
+import shlex
 
 import pytest
+import torch
 from small_models import small_model, small_tokenizer
 
 from qlora_lib.__main__ import main, parser
@@ -56,8 +58,37 @@ def test_finetune_evaluate_generate(place, capsys):
     argv = ["--no-adapter", "--few-shot", "2", "--limit", "3", "--max-new-tokens", "8"]
     assert run("evaluate", *COMMON, *argv) == 0
     assert "3 questions" in capsys.readouterr().out
+    assert (place / "outputs/tiny/eval-base-2shot-first3/report.json").is_file()
     assert run("generate", *COMMON, "--max-new-tokens", "4", "1 + 1?") == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_evaluate_goes_on_compares_and_refuses_other_settings(place, capsys):
+    argv = [*COMMON, "--max-new-tokens", "4", "--dense", "--no-adapter"]
+    assert run("evaluate", *argv) == 0
+    own = place / "outputs/tiny/eval-dense-base"
+    first = (own / "predictions.jsonl").read_text()
+    capsys.readouterr()
+    assert run("evaluate", *argv) == 0  # answers are kept: nothing is asked
+    assert "   gold " not in capsys.readouterr().out
+    assert (own / "predictions.jsonl").read_text() == first
+    small_model(seed=1).save_pretrained("model")
+    assert run("evaluate", *argv) == 2
+    assert "weights was" in capsys.readouterr().err
+    assert run("evaluate", *argv, "--out", "b", "--compare", str(own)) == 0
+    out = capsys.readouterr().out
+    assert "exact McNemar p = 1: they are right on the same" in out and out.count("   gold ") == 12
+    assert run("evaluate", *argv, "--restart") == 0
+    assert capsys.readouterr().out.count("   gold ") == 12
+
+    (place / "data" / "test_changed.jsonl").write_text((place / "data" / "dev.jsonl").read_text())
+    assert run("evaluate", *argv, "--split", "test_changed", "--compare", str(own)) == 0
+    assert "paired by index" in capsys.readouterr().out
+    assert (place / "outputs/tiny/eval-test_changed-dense-base").is_dir()
+    assert run("evaluate", *argv, "--compare", "nowhere") == 2
+    assert "nowhere/report.json" in capsys.readouterr().err
+    assert run("evaluate", *argv, "--split", "gsm_hard") == 2
+    assert "mini-GSM has the splits" in capsys.readouterr().err
 
 
 def test_base_is_reused_only_if_made_the_same_way(place, capsys):
@@ -94,6 +125,76 @@ def test_a_dense_run_is_not_taken_for_a_quantized_one(place, capsys):
     assert "leave out --dense" in capsys.readouterr().err
 
 
+def served(out: str) -> list[str]:
+    """The words of the command that export prints last."""
+    return shlex.split(out.strip().splitlines()[-1])
+
+
+def test_export_of_the_base_and_of_the_merged_model(place, capsys):
+    from lora_models import logits
+
+    from qlora_lib import import_gptq, load_adapter, load_quantized, merge_lora
+
+    def same_logits(folder, model):
+        model_of_folder, _ = import_gptq(folder, "cpu", "fp32")
+        return torch.equal(logits(model_of_folder), logits(model))
+
+    argv = [*COMMON, "--group-size", "32"]
+    assert run("quantize", *argv) == 0
+    assert run("export", *COMMON) == 0
+    run_folder = "checkpoints/tiny"
+    words = ["vllm", "serve", f"{run_folder}/gptq", "--dtype", "float16"]
+    assert served(capsys.readouterr().out) == words
+    base, _ = load_quantized(f"{run_folder}/base", "cpu", "fp32")
+    assert same_logits(f"{run_folder}/gptq", base)
+    assert run("export", *COMMON, "--merge", "rtn") == 2
+    assert "holds no adapter" in capsys.readouterr().err
+
+    assert run("finetune", *FAST, "--group-size", "32", "--lr", "0.1") == 0
+    assert run("export", *COMMON, "--out", "base") == 0
+    out = capsys.readouterr().out
+    assert "the adapter in checkpoints/tiny/adapter stays beside it" in out
+    lora = ["--enable-lora", "--lora-modules", f"adapter={run_folder}/adapter"]
+    assert served(out)[2:] == ["base", "--dtype", "float16", *lora, "--max-lora-rank", "8"]
+    assert same_logits("base", base)
+
+    for method in ("rtn", "gptq"):
+        assert run("export", *COMMON, "--merge", method) == 0
+        out = capsys.readouterr().out
+        assert f"merged into 14 layers by {method}; rounding error" in out
+        assert served(out) == ["vllm", "serve", f"{run_folder}/gptq-merged", "--dtype", "float16"]
+        assert not same_logits(f"{run_folder}/gptq-merged", base)
+        if method == "rtn":
+            load_adapter(base, f"{run_folder}/adapter")
+            merge_lora(base, "rtn", unload=True)
+            assert same_logits(f"{run_folder}/gptq-merged", base)
+            base, _ = load_quantized(f"{run_folder}/base", "cpu", "fp32")
+
+
+def test_export_leaves_out_an_adapter_of_a_dense_base(place, capsys):
+    assert run("quantize", *COMMON, "--method", "rtn") == 0
+    assert run("finetune", *FAST, "--method", "none") == 0
+    assert run("export", *COMMON) == 0
+    assert "--enable-lora" not in capsys.readouterr().out
+    assert run("export", *COMMON, "--merge", "rtn") == 2
+    assert "trained on a quantized base" in capsys.readouterr().err
+
+
+def test_export_refuses_nf4(place, capsys):
+    assert run("quantize", *COMMON, "--method", "nf4") == 0
+    assert run("export", *COMMON) == 2
+    assert "is NF4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank, room", [(1, "8"), (8, "8"), (9, "16"), (48, "64"), (300, "320")])
+def test_the_serve_command_leaves_room_for_the_rank(rank, room, tmp_path):
+    from qlora_lib.export import serve_command
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    words = shlex.split(serve_command(tmp_path / "with space", tmp_path))
+    assert words[2] == str(tmp_path / "with space") and words[-2:] == ["--max-lora-rank", room]
+
+
 def test_partly_quantized_base_fails_the_check(place, capsys):
     from qlora_lib.checkpoint import save_quantized
     from qlora_lib.grid import QuantSpec
@@ -117,6 +218,7 @@ def test_partly_quantized_base_fails_the_check(place, capsys):
         (["quantize", "--method", "none"], "gptq, rtn or nf4"),
         (["quantize", "--model", "./nowhere"], "holds no model"),
         (["finetune", "--data", "nowhere"], "train.jsonl"),
+        (["export"], "no quantized base"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(place, capsys, argv, message):
@@ -142,7 +244,7 @@ def test_help_names_every_command(capsys):
         parser().parse_args(["--help"])
     out = capsys.readouterr().out
     assert done.value.code == 0
-    for command in ("quantize", "finetune", "evaluate", "generate"):
+    for command in ("quantize", "finetune", "evaluate", "generate", "export"):
         assert command in out
         with pytest.raises(SystemExit):
             parser().parse_args([command, "--help"])
@@ -165,4 +267,4 @@ def test_experiments_store_rows_and_do_not_measure_them_again(place, capsys):
     small_model(seed=1).save_pretrained("model")  # other weights: old rows are not theirs
     main([*argv, "--rows", "base_statement"])
     assert "is there" not in capsys.readouterr().out
-    assert len(TRAINED) == 4
+    assert len(TRAINED) == 5

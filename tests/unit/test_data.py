@@ -1,5 +1,6 @@
 """Problems, prompts, token ids."""
 
+import json
 import sys
 from fractions import Fraction
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from small_models import PAIRS, small_tokenizer
 
 from qlora_lib import data
+from qlora_lib.extraction import equals, is_correct
 
 ENTRY = {
     "question": "Ava has 1,000 apples and sells half.",
@@ -153,6 +155,47 @@ def test_gsm8k_without_folder_and_hub_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "q", "answer": "#### 1"}')
     assert len(data.load_gsm8k("test")) == 1
+
+
+@pytest.mark.parametrize(
+    "target, gold",
+    [
+        (9867630.0, "9867630"),
+        (-9867630.0, "-9867630"),
+        (14053029.666666666, "14053029.666666666"),
+        (0.0016791648, "0.0016791648"),
+        (9284017268534.4, "9284017268534.4"),
+        (1e22, "10000000000000000000000"),
+        (1.5e-7, "0.00000015"),
+        (0.0, "0"),
+    ],
+)
+def test_gsm_hard_golds_are_the_floats_to_the_digit(tmp_path, target, gold):
+    row = {"input": "How many?", "target": target, "code": "def solution(): ..."}
+    (tmp_path / "gsmhardv2.jsonl").write_text(json.dumps(row) + "\n")
+    (entry,) = data.load_gsm_hard(tmp_path)
+    assert entry == {"question": "How many?", "answer": f"#### {gold}"}
+    assert float(data.gold_answer(entry)) == target
+    assert is_correct(entry["answer"], entry["answer"])
+    # An integer is compared exactly, any other gold within 1e-6.
+    near = data.gold_answer(entry) + Fraction(9, 10**7)
+    assert equals(near, data.gold_answer(entry)) == (target != int(target))
+    assert not equals(near + Fraction(2, 10**7), data.gold_answer(entry))
+
+
+def test_gsm_hard_errors(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="gsmhardv2.jsonl"):
+        data.load_gsm_hard(tmp_path)
+    (tmp_path / "gsmhardv2.jsonl").write_text('{"input": "q", "target": Infinity}')
+    with pytest.raises(data.GoldError, match="inf"):
+        data.load_gsm_hard(tmp_path)
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
+    with pytest.raises(FileNotFoundError, match="no route.*--data"):
+        data.load_gsm_hard()
 
 
 def test_pad_sides():

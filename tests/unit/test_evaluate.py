@@ -1,104 +1,24 @@
-"""Extraction, scoring, the canaries, and generation from a real (random) model."""
+"""Scoring, reports that resume, and generation from a real (random) model."""
 
 import json
-import random
 import warnings
-from fractions import Fraction
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_models import PAIRS, small_model, small_tokenizer
 
 from qlora_lib.data import PROMPT, load_minigsm
-from qlora_lib.evaluation import (
-    Completion,
-    Decoding,
-    evaluate,
-    extract_answer,
-    few_shot,
-    generator,
-    is_correct,
-)
+from qlora_lib.evaluation import EvalReport, evaluate, few_shot
+from qlora_lib.generation import Completion, Decoding, fingerprint, generator
+from qlora_lib.lora import inject_lora
 
 PROBLEMS = load_minigsm("test")[:200]
 PROMPTS = [prompt for prompt, _ in PAIRS]
 
 
-@pytest.mark.parametrize(
-    "text, strict, flexible",
-    [
-        ("3+4=7\n#### 7", 7, 7),
-        ("#### 1,234", 1234, 1234),
-        ("#### $5.25.", Fraction(21, 4), Fraction(21, 4)),
-        ("#### \u22123", -3, -3),
-        ("#### -$3", -3, -3),
-        ("#### 3 + 4 = 7 apples", 7, 7),
-        ("#### none\n#### 8", 8, 8),
-        ("#### 8\n#### 9", 8, 8),
-        ("The answer is 5.", 5, 5),
-        ("The answer is: $70,000. Check: 1+1=2", 70000, 70000),
-        ("The answer is 4. No, the answer is 6", 6, 6),
-        ("The answer is 4\n#### 5", 5, 5),
-        ("so 10-3", None, 3),
-        ("Ava has 12 apples and 5.5 pears.", None, Fraction(11, 2)),
-        ("about .5", None, Fraction(1, 2)),
-        ("1,2345", None, 2345),
-        ("nothing", None, None),
-        ("", None, None),
-        ("#### 7\nQuestion: What is 2+2?\nAnswer:\n#### 4", 7, 7),
-        ("Question: 3 apples. The answer is 3", None, None),
-        ("#### " + "9" * 5000, None, None),
-    ],
-)
-def test_extraction(text, strict, flexible):
-    assert extract_answer(text) == strict
-    assert extract_answer(text, "flexible") == flexible
-
-
-def test_unknown_mode_is_an_error():
-    with pytest.raises(ValueError, match="strict"):
-        extract_answer("5", "lenient")
-
-
-ALPHABET = "0123456789.,#$-\u2212= \n%/()[]\\{}*eE\u0663\u00bdTheanswris:Qtio\ud800"
-
-
-PARTS = ["####", "The answer is", "9" * 30, ",", "1,000", "-", "$", "=", ".", "\n", "Question:"]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(ALPHABET) | st.lists(st.sampled_from(PARTS)).map("".join))
-def test_extraction_never_crashes(text):
-    strict, flexible = extract_answer(text), extract_answer(text, "flexible")
-    assert strict is None or strict == flexible  # strict answers are flexible ones too
-    for answer in (strict, flexible):
-        assert answer is None or isinstance(answer, Fraction)
-
-
-@pytest.mark.parametrize("text", ["1," * 200_000, "9" * 400_000, "#" * 400_000, "1,111" * 100_000])
-def test_extraction_of_huge_texts_ends(text):
-    extract_answer(text, "flexible")
-
-
-def test_is_correct_is_exact():
-    assert is_correct("#### 70,000", "70000") and not is_correct("#### 70003", 70000)
-    assert not is_correct("#### 5", 500) and not is_correct("#### 5.4", 5)
-    assert is_correct("#### 0.3333333", Fraction(1, 3)) and not is_correct("#### 0.33", "0.3333333")
-    assert is_correct("#### 2", "1+1\n#### 2")
-    assert not is_correct("", 0) and not is_correct("2", 2) and is_correct("2", 2, "flexible")
-    for gold in ("", "many", float("nan"), float("inf"), None, "#### x"):
-        with pytest.raises(ValueError, match="gold"):
-            is_correct("#### 1", gold)
-
-
 def silent(prompts):
     return [""] * len(prompts)
-
-
-def echo(prompts):
-    return list(prompts)
 
 
 def answers_in_order(entries):
@@ -107,20 +27,6 @@ def answers_in_order(entries):
         PROMPT.format(question=q["question"]): a["answer"] for q, a in zip(PROBLEMS, entries)
     }
     return lambda prompts: [by_prompt[p] for p in prompts]
-
-
-def test_canaries():
-    shuffled = PROBLEMS[:]
-    random.Random(0).shuffle(shuffled)
-    for model, low, high in [
-        (silent, 0, 0),
-        (echo, 0, 0),
-        (answers_in_order(PROBLEMS), 1, 1),
-        (answers_in_order(shuffled), 0, 0.1),
-    ]:
-        report = evaluate(model, PROBLEMS)
-        assert report.n == len(PROBLEMS) == len(report.predictions)
-        assert low <= report.strict <= high and low <= report.flexible <= high
 
 
 def test_silent_questions_stay_in_the_denominator():
@@ -165,6 +71,162 @@ def test_empty_and_unparsable_problems_are_errors():
         evaluate(lambda prompts: pytest.fail("asked"), [{"question": "q", "answer": "x"}])
     with pytest.raises(ValueError, match="gave 1 completions"):
         evaluate(lambda prompts: [""], PROBLEMS)
+
+
+def test_a_vote_makes_one_completion_of_several():
+    def model(prompts):
+        return [[Completion("#### 1", 3, True), Completion("#### 2", 4, False)] for _ in prompts]
+
+    problems = [{"question": "q", "answer": "#### 2"}]
+    report = evaluate(model, problems, vote=lambda samples: samples[-1])
+    assert report.strict == 1 and report.tokens == 7 and report.truncated == 1
+    assert report.predictions[0]["samples"] == ["#### 1", "#### 2"]
+    with pytest.raises(ValueError, match="2 samples for one prompt; give `vote`"):
+        evaluate(model, problems)
+
+
+# --- A killed evaluation ------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def model(kill_after=10**6, seed=0):
+    """Right on every third question; `asked` collects its prompts. Killed before it answers
+    more than `kill_after` chunks."""
+
+    def generate(prompts):
+        if len(generate.chunks) == kill_after:
+            raise Killed
+        generate.chunks.append(list(prompts))
+        said = [ANSWERS[p] if len(p) % 3 == seed else "5\ud800" for p in prompts]
+        return [Completion(text, 7, True) for text in said]
+
+    generate.chunks = []
+    generate.info = {"model": "m", "compute_dtype": "fp32", "decoding": {"stop": ("Question:",)}}
+    generate.fingerprint = lambda: f"weights {seed}"
+    return generate
+
+
+ANSWERS = {PROMPT.format(question=e["question"]): e["answer"] for e in PROBLEMS}
+
+
+def without_clock(report):
+    predictions = [{k: v for k, v in p.items() if k != "seconds"} for p in report.predictions]
+    return replace(report, seconds=0.0, predictions=predictions)
+
+
+@pytest.mark.parametrize(
+    "left, kept",
+    [
+        (lambda lines: lines, 90),
+        (lambda lines: [*lines, '{"question": "half a li'], 90),
+        (lambda lines: [*lines[:-1], lines[-1][:-10]], 60),  # its chunk is not whole
+        (lambda lines: lines[:70], 60),  # sampling depends on what is asked together
+        (lambda lines: [], 0),
+    ],
+)
+def test_a_killed_evaluation_goes_on_and_gives_the_same_report(tmp_path, left, kept):
+    whole = evaluate(model(), PROBLEMS, tmp_path / "whole", chunk=30)
+    with pytest.raises(Killed):
+        evaluate(model(kill_after=3), PROBLEMS, tmp_path / "part", chunk=30)
+    answers = tmp_path / "part" / "predictions.jsonl"
+    assert not (tmp_path / "part" / "report.json").exists()
+    with pytest.raises(FileNotFoundError, match="when it is finished"):
+        EvalReport.load(tmp_path / "part")
+    lines = answers.read_text().splitlines(keepends=True)
+    assert len(lines) == 90
+    answers.write_text("".join(left(lines)))
+    again = model()
+    resumed = evaluate(again, PROBLEMS, tmp_path / "part", chunk=30)
+    assert sum(again.chunks, []) == list(ANSWERS)[kept:]
+    assert without_clock(resumed) == without_clock(whole)
+    assert 0 < whole.strict < 1
+    loaded = EvalReport.load(tmp_path / "part")
+    assert loaded.strict_correct == whole.strict_correct and loaded.n == 200
+    assert [p["completion"] for p in loaded.predictions] == [
+        p["completion"] for p in whole.predictions
+    ]
+    assert resumed.seconds == sum(p["seconds"] for p in loaded.predictions)
+
+
+def test_a_finished_evaluation_asks_nothing_again(tmp_path):
+    evaluate(model(), PROBLEMS[:50], tmp_path, chunk=30)
+    again = model()
+    assert evaluate(again, PROBLEMS[:50], tmp_path, chunk=30).n == 50
+    assert not again.chunks
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("weights", lambda: (model(seed=1), PROBLEMS[:50], {})),
+        ("problems_hash", lambda: (model(), PROBLEMS[:49], {})),
+        ("problems_hash", lambda: (model(), [*PROBLEMS[1:50], PROBLEMS[0]], {})),
+        ("prompts_hash", lambda: (model(), PROBLEMS[:50], {"prompt": few_shot(PAIR, 1)})),
+        ("chunk", lambda: (model(), PROBLEMS[:50], {"chunk": 25})),
+        ("vote", lambda: (model(), PROBLEMS[:50], {"vote": max})),
+        ("decoding", lambda: (hotter(), PROBLEMS[:50], {})),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused_by_name(tmp_path, name, change):
+    evaluate(model(), PROBLEMS[:50], tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    generate, problems, options = change()
+    with pytest.raises(ValueError, match=f"other settings .*{name} was .*, is .*restart"):
+        evaluate(generate, problems, tmp_path, **options)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    if name == "weights":
+        report = evaluate(generate, problems, tmp_path, restart=True, **options)
+        assert report.info["weights"] == "weights 1" and len(generate.chunks) == 1
+
+
+PAIR = load_minigsm("train")[:1]
+
+
+def hotter():
+    generate = model()
+    generate.info["decoding"] = {"temperature": 1.0}
+    return generate
+
+
+def test_predictions_of_unknown_settings_are_refused(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="without settings.json"):
+        evaluate(silent, PROBLEMS, tmp_path)
+
+
+def test_a_fingerprint_is_of_the_content():
+    same = fingerprint(small_model())
+    assert same == fingerprint(small_model()) != fingerprint(small_model(seed=1))
+    changed = small_model()
+    with torch.no_grad():
+        changed.model.norm.weight[3] += 1e-3
+    assert fingerprint(changed) != same
+    assert fingerprint(small_model().bfloat16()) != same
+    adapted = [small_model(), small_model()]
+    for alpha, one in zip((8, 16), adapted):
+        torch.manual_seed(0)
+        inject_lora(one, ("q_proj",), rank=2, alpha=alpha)
+    prints = [same, *map(fingerprint, adapted)]  # alpha stands in no tensor
+    assert len(set(prints)) == 3
+
+
+def test_reports_name_model_and_hashes(tmp_path):
+    net, tokenizer = small_model(), small_tokenizer()
+    generate = generator(net, tokenizer, Decoding(max_new_tokens=2))
+    problems = [{"question": "Ava has 2?", "answer": "#### 2"}]
+    info = evaluate(generate, problems, tmp_path).info
+    assert info["weights"] == fingerprint(net) and "revision" in info
+    assert info["decoding"]["temperature"] == 0 and len(info["problems_hash"]) == 64
+    assert info == json.loads((tmp_path / "report.json").read_text())["info"] | {
+        "decoding": info["decoding"]
+    }
+    assert "weights" not in evaluate(generate, problems).info  # nothing is hashed for no folder
+
+
+# --- Prompts and generation ---------------------------------------------------------------
 
 
 def test_few_shot():

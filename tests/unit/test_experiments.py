@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import small_model, small_tokenizer
 
+from qlora_lib import experiments
 from qlora_lib.adapters import save_adapter
 from qlora_lib.experiments import WIDTHS, main
 from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters
@@ -46,6 +47,19 @@ def test_widths_are_stored_with_a_verdict_a_question(argv, capsys, tmp_path):
     make_adapter(tmp_path / "adapter", seed=2)  # another adapter: old rows are not its own
     main([*argv, "--limit", "3", "--rows", "merged_fp32"])
     assert "is there" not in capsys.readouterr().out
+
+
+def test_wrong_answers_are_kept_to_be_read(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "KEPT", 2)
+    path = tmp_path / "tiny-wrong-answers.jsonl"
+    path.write_text(json.dumps({"row": "merged_gptq_2bit_row"}) + "\n" +
+                    json.dumps({"row": "merged_fp32"}) + "\n")
+    main([*argv, "--rows", "merged_fp32"])
+    first, *new = map(json.loads, path.read_text().splitlines())
+    assert first == {"row": "merged_gptq_2bit_row"}  # another row's stay
+    assert [entry["row"] for entry in new] == ["merged_fp32"] * 2
+    assert [entry["question"] for entry in new] == ["0 + 1?", "3 + 1?"]
+    assert all(entry["gold"] and "completion" in entry for entry in new)
 
 
 def test_without_an_adapter_it_says_what_to_give(argv, capsys, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
-FLOOR_1 = {"packing", "grid", "nf4", "gptq"}
+FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout"}
 FLOOR_2 = {"linear", "kernels", "lora", "merge"}
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
@@ -175,8 +175,9 @@ PUBLIC = """
 QuantSpec NF4Spec GPTQOptions QuantizedTensor NF4Tensor pack unpack quantize_rtn quantize_nf4
 Hessian gptq_quantize quant_matmul QuantizedLinear quantize_model dequantize_model inject_lora
 trainable_parameters use_adapter set_adapter merge_lora merge_into_original merge_report
-merge_hessians unmerge_lora save_adapter load_adapter load_bnb_4bit save_quantized load_quantized load_profile format_gsm8k finetune TrainConfig Decoding generator
-evaluate extract_answer is_correct
+merge_hessians unmerge_lora save_adapter load_adapter load_bnb_4bit save_quantized load_quantized
+load_profile format_gsm8k finetune TrainConfig Decoding generator evaluate extract_answer
+is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq
 """.split()
 
 

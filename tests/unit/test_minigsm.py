@@ -138,7 +138,59 @@ def test_unknown_split_is_refused():
         minigsm.draw("valid", 0, 1)
 
 
-@pytest.mark.parametrize("split, size", [("train", 6000), ("dev", 500), ("test", 1000)])
+@pytest.fixture(scope="module")
+def tests():
+    return minigsm.draw("test", minigsm.SEED, 1000)
+
+
+@pytest.mark.parametrize("variant", minigsm.VARIANTS)
+def test_a_variant_tells_the_same_stories_with_other_numbers(tests, variant):
+    varied = minigsm.vary(tests, variant)
+    assert len(varied) == len(tests)
+    for one, other in zip(tests, varied):
+        assert (one.kind, one.wording, one.slots) == (other.kind, other.wording, other.slots)
+        before, after = minigsm.render(one), minigsm.render(other)
+        for key in ("question", "answer"):
+            assert re.sub(r"\d+", "N", before[key]) == re.sub(r"\d+", "N", after[key])
+        result = int(after["answer"].split("#### ")[1])
+        assert result == EXPECTED[other.kind](**other.numbers) != int(before["answer"].split()[-1])
+    questions = [minigsm.question_of(p) for p in varied]
+    assert len(set(questions)) == 1000
+    assert not set(questions) & {minigsm.question_of(p) for p in tests}
+    assert minigsm.vary(tests[:50], variant) == varied[:50]
+
+
+def test_changed_numbers_stay_in_the_test_split_and_its_ranges(tests):
+    train = {frozenset(re.findall(r"\d+", e["question"])) for e in minigsm.problems("train")}
+    for problem in minigsm.vary(tests, "test_changed"):
+        question = minigsm.question_of(problem)
+        assert minigsm.split_of(question) == "test" and numbers_in(question) not in train
+        assert all(2 <= value < 1000 for *_, value in minigsm.solve(problem))
+
+
+def test_larger_numbers_are_above_those_of_training(tests, drawn):
+    """`a` (in "share" k) exceeds all that training draws; steps are exact, results 2 to 9,999."""
+    seen = {}
+    for p in drawn:
+        for key, number in p.numbers.items():
+            seen[p.kind, key] = max(number, seen.get((p.kind, key), 0))
+    longest = 0
+    for problem in minigsm.vary(tests, "test_larger"):
+        key = "k" if problem.kind == "share" else "a"
+        assert problem.numbers[key] > seen[problem.kind, key], problem
+        for step, x, y, value in minigsm.solve(problem):
+            assert 2 <= value <= 9999 and (step.op != "/" or x % y == 0), problem
+            longest = max(longest, value)
+    assert longest > 9000
+
+
+def test_unknown_variant_is_refused(tests):
+    with pytest.raises(ValueError, match="'test'.*test_changed.*test_larger"):
+        minigsm.vary(tests, "test")
+
+
+@pytest.mark.parametrize("split, size", [("train", 6000), ("dev", 500), ("test", 1000),
+                                         ("test_changed", 1000), ("test_larger", 1000)])
 def test_bundled_files_are_what_the_generator_makes(split, size):
     lines = (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == size

@@ -82,3 +82,15 @@ def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(profiles, "load_model", gated)
     with pytest.raises(FileNotFoundError, match="gated repo.*MODEL="):
         load_profile("llama2-7b").load()
+
+
+def test_harder_test_sets(tmp_path):
+    tiny = load_profile("tiny")
+    assert [len(tiny.examples(s)) for s in ("test_changed", "test_larger")] == [1000, 1000]
+    (tmp_path / "gsmhardv2.jsonl").write_text('{"input": "q", "target": -2.5, "code": ""}')
+    hard = load_profile("llama2-7b", data=tmp_path).examples("gsm_hard")
+    assert hard == [{"question": "q", "answer": "#### -2.5"}]
+    with pytest.raises(ValueError, match="GSM8K has the splits"):
+        load_profile("llama2-7b", data=tmp_path).examples("test_changed")
+    with pytest.raises(ValueError, match="mini-GSM has the splits"):
+        tiny.examples("gsm_hard")
