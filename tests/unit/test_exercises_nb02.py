@@ -41,6 +41,7 @@ def test_unsolved_goes_on_with_the_reference(name, capsys):
 def test_obs_step_is_the_least_squares_answer(case):
     weight, h, column, target = (t.double() if isinstance(t, torch.Tensor) else t
                                  for t in example("obs_step", case))
+    h = (h + h.T) / 2  # x^T x in fp32 need not be symmetric to the bit; Cholesky reads one half
     root = torch.linalg.cholesky(h, upper=True)  # H = R^T R: R stands for inputs with this H
     free = [k for k in range(weight.shape[1]) if k != column]
     # Minimise |R_free d_free + R_column d_column|: an ordinary least-squares problem.
