@@ -1,4 +1,4 @@
-"""bitsandbytes' layout, written by hand from our own NF4; test_bitsandbytes.py uses the real one."""
+"""bitsandbytes' layout, written by hand from our NF4; test_bitsandbytes.py has the real one."""
 
 import json
 
@@ -41,7 +41,7 @@ def layout(q: NF4Tensor) -> dict[str, torch.Tensor]:
     double_quant=st.booleans(),
 )
 def test_any_weight_is_read_to_the_bit(out, features, block, double_quant):
-    """Odd numbers of weights and blocks, blocks across rows, more blocks than a nested one holds."""
+    """Odd numbers of weights and blocks, blocks across rows, more than one nested block."""
     q = quantize_nf4(normal(out, features, seed=out), block, double_quant)
     again = _nf4_tensor(layout(q), q.shape)
     assert again.spec == q.spec and torch.equal(again.codes, q.codes)

@@ -18,7 +18,7 @@ from qlora_lib.gptq_format import INDEX, MARKER, export_gptq, import_gptq
 from qlora_lib.gptq_layout import from_gptq, to_gptq
 from qlora_lib.grid import QuantizedTensor, QuantSpec, assemble, quantize_rtn
 from qlora_lib.linear import QuantizedLinear
-from qlora_lib.lora import merge_lora
+from qlora_lib.merge import merge_lora
 from qlora_lib.models import quantize_model, quantized_layers
 from qlora_lib.packing import BITS
 from tests.helpers import PROPERTY, normal

@@ -24,26 +24,22 @@ def obs_step(weight: Tensor, hessian: Tensor, column: int, target: Tensor) -> Te
     return weight - torch.outer(error, inverse[column])
 
 
-def _step_sign(weight, hessian, column, target):
-    inverse = torch.linalg.inv(hessian)
-    error = (weight[:, column] - target) / inverse[column, column]
-    return weight + torch.outer(error, inverse[column])
+def _step(sign=-1, divisor=torch.linalg.inv, row=torch.linalg.inv):
+    """A step with another sign, divisor or row; both are read off a matrix made of H."""
+    def wrong(weight, hessian, column, target):
+        error = (weight[:, column] - target) / divisor(hessian)[column, column]
+        return weight + sign * torch.outer(error, row(hessian)[column])
+    return wrong
 
 
-def _step_not_divided(weight, hessian, column, target):
-    inverse = torch.linalg.inv(hessian)
-    return weight - torch.outer(weight[:, column] - target, inverse[column])
+def _itself(hessian):
+    return hessian
 
 
-def _step_with_hessian(weight, hessian, column, target):
-    error = (weight[:, column] - target) / hessian[column, column]
-    return weight - torch.outer(error, hessian[column])
-
-
-def _step_divided_by_hessian(weight, hessian, column, target):
-    inverse = torch.linalg.inv(hessian)
-    error = (weight[:, column] - target) / hessian[column, column]
-    return weight - torch.outer(error, inverse[column])
+_step_sign = _step(sign=1)
+_step_not_divided = _step(divisor=torch.ones_like)
+_step_with_hessian = _step(divisor=_itself, row=_itself)
+_step_divided_by_hessian = _step(divisor=_itself)
 
 
 def _step_of_the_column_only(weight, hessian, column, target):
@@ -114,19 +110,23 @@ def masked_hessian(x: Tensor, mask: Tensor) -> Tensor:
     return real.T @ real / len(real)
 
 
-def _padding_counted(x, mask):
-    flat = x.flatten(0, 1).float()
-    return flat.T @ flat / len(flat)
+def _real(x, mask):
+    return x[mask.bool()].float()  # (batch, seq, in) -> (tokens, in)
 
 
-def _mean_over_padding(x, mask):
-    real = x[mask.bool()].float()
-    return real.T @ real / mask.numel()
+def _moment(take=_real, count=lambda taken, mask: len(taken)):
+    """A second moment of other tokens, or divided by another count."""
+    def wrong(x, mask):
+        taken = take(x, mask)
+        return taken.T @ taken / count(taken, mask)
+    return wrong
 
 
-def _summed(x, mask):
-    real = x[mask.bool()].float()
-    return real.T @ real
+_padding_counted = _moment(take=lambda x, mask: x.flatten(0, 1).float())
+_mean_over_padding = _moment(count=lambda taken, mask: mask.numel())
+_summed = _moment(count=lambda taken, mask: 1)
+_left_in_input_dtype = _moment(take=lambda x, mask: x[mask.bool()])
+_centered = _moment(take=lambda x, mask: _real(x, mask) - _real(x, mask).mean(0))
 
 
 def _doubled(x, mask):
@@ -134,19 +134,7 @@ def _doubled(x, mask):
 
 
 def _in_input_dtype(x, mask):
-    real = x[mask.bool()]
-    return (real.T @ real / len(real)).float()
-
-
-def _left_in_input_dtype(x, mask):
-    real = x[mask.bool()]
-    return real.T @ real / len(real)
-
-
-def _centered(x, mask):
-    real = x[mask.bool()].float()
-    real = real - real.mean(0)
-    return real.T @ real / len(real)
+    return _left_in_input_dtype(x, mask).float()
 
 
 def _indexed_by_int(x, mask):
@@ -211,34 +199,24 @@ def lazy_update(weight: Tensor, errors: Tensor, factor: Tensor, start: int, end:
     return moved
 
 
-def _update_sign(weight, errors, factor, start, end):
-    moved = weight.clone()
-    moved[:, end:] += errors @ factor[start:end, end:]
-    return moved
+def _update(sign=-1, rows=lambda start, end: slice(start, end), first=lambda start, end: end):
+    """A lazy update with another sign, rows of the factor, or first column that moves."""
+    def wrong(weight, errors, factor, start, end):
+        moved, columns = weight.clone(), slice(first(start, end), None)
+        moved[:, columns] += sign * (errors @ factor[rows(start, end), columns])
+        return moved
+    return wrong
 
 
-def _update_local_rows(weight, errors, factor, start, end):
-    moved = weight.clone()
-    moved[:, end:] -= errors @ factor[:end - start, end:]
-    return moved
+def _local_rows(start, end):
+    return slice(0, end - start)
 
 
-def _update_sign_and_local_rows(weight, errors, factor, start, end):
-    moved = weight.clone()
-    moved[:, end:] += errors @ factor[:end - start, end:]
-    return moved
-
-
-def _update_local_columns(weight, errors, factor, start, end):
-    moved = weight.clone()
-    moved[:, end - start:] -= errors @ factor[start:end, end - start:]
-    return moved
-
-
-def _update_whole_row(weight, errors, factor, start, end):
-    moved = weight.clone()
-    moved[:, start:] -= errors @ factor[start:end, start:]
-    return moved
+_update_sign = _update(sign=1)
+_update_local_rows = _update(rows=_local_rows)
+_update_sign_and_local_rows = _update(sign=1, rows=_local_rows)
+_update_local_columns = _update(first=lambda start, end: end - start)
+_update_whole_row = _update(first=lambda start, end: start)
 
 
 def _update_divided_again(weight, errors, factor, start, end):
