@@ -186,6 +186,21 @@ def test_export_refuses_nf4(place, capsys):
     assert "is NF4" in capsys.readouterr().err
 
 
+def test_hessians_for_the_merge_leave_padding_out():
+    from lora_models import IDS, adapted, base_of
+
+    from qlora_lib.export import merge_hessians
+
+    model = adapted(base_of("grid4"))
+    whole = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    padded = {n: torch.nn.functional.pad(t, (0, 5)) for n, t in whole.items()}
+    want, got = merge_hessians(model, [whole]), merge_hessians(model, [padded])
+    assert len(got) == 14 and want.keys() == got.keys()
+    for path, hessian in got.items():
+        assert hessian.tokens == IDS.numel()
+        assert torch.allclose(hessian.matrix, want[path].matrix, rtol=1e-4, atol=1e-5)  # fp32 sums
+
+
 @pytest.mark.parametrize("rank, room", [(1, "8"), (8, "8"), (9, "16"), (48, "64"), (300, "320")])
 def test_the_serve_command_leaves_room_for_the_rank(rank, room, tmp_path):
     from qlora_lib.export import serve_command

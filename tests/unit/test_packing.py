@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lib.packing import BITS, pack, packed_width, unpack
+from qlora_lib.packing import BITS, as_bytes, as_words, pack, packed_width, unpack
 from tests.helpers import PROPERTY
 
 
@@ -132,3 +132,23 @@ def test_bytes_that_disagree_with_the_shape_are_refused():
             unpack(packed, 4, shape)
     with pytest.raises(ValueError, match="got torch.int32"):
         unpack(packed.int(), 4, (2, 12))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_words_and_bytes_are_two_readings_of_one_stream(rows):
+    packed = pack(codes(64, rows, 8).t(), 8)  # (rows, 64), whose strides are arbitrary for 1 row
+    words = as_words(packed)
+    assert words.shape == (rows, 16) and words.dtype == torch.int32
+    first = int.from_bytes(bytes(packed[0, :4].tolist()), "little", signed=True)
+    assert int(words[0, 0]) == first
+    assert torch.equal(as_bytes(words), packed)
+    assert torch.equal(as_bytes(words.t().contiguous().t()), packed)
+
+
+def test_what_is_no_stream_of_words_is_refused():
+    with pytest.raises(ValueError, match=r"multiple of 4 in a row, got torch.uint8 \(2, 6\)"):
+        as_words(pack(codes(2, 12, 4), 4))
+    with pytest.raises(ValueError, match="uint8 bytes.* got torch.int32"):
+        as_words(torch.zeros(2, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="words are int32, got torch.uint8"):
+        as_bytes(torch.zeros(2, 4, dtype=torch.uint8))
