@@ -2,7 +2,7 @@
 
 Each row is stored in data/results/tiny-accuracy.json as soon as it is measured; rows that
 are there are not measured again, unless with --force or when the weights have changed.
-Of some rows, wrong answers are kept to be read: tiny-wrong-answers.jsonl beside the table.
+What each way to merge that adapter costs is in tiny-merges.json. Of some rows, wrong answers are kept to be read: tiny-wrong-answers.jsonl beside the table.
 All on the whole mini-GSM test set, greedy: the base in GSM8K's format, with three solved
 examples, and in the wording of its pretraining; then fine-tuned with LoRA and QLoRA; then
 the bundled adapter, merged, with all linears quantized at four widths. Each row keeps a
@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 
 from .adapters import load_adapter
-from .data import DATA, format_gsm8k, short_path, weights_id
+from .data import DATA, calibration_batches, format_gsm8k, short_path, weights_id
 from .evaluation import EvalReport, Prompt, evaluate, few_shot
 from .generation import Decoding, generator
 from .grid import QuantSpec
 from .lora import ALL_LINEAR, ATTENTION, inject_lora
-from .merge import merge_lora
+from .merge import merge_into_original, merge_lora
+from .merge_loss import merge_report
 from .models import dequantize_model
 from .profiles import Profile, load_profile
 from .results import stamp, write_json_atomic
@@ -150,6 +151,29 @@ def quantized(profile: Profile, adapter: Path, method: str, spec: QuantSpec):
     return model
 
 
+def merges(profile: Profile, adapter: Path, problems) -> list[dict]:
+    """What each way to merge the adapter costs: update, logits on dev problems, exact match.
+
+    "original" adds it to the weights that the base was quantized from: another model.
+    """
+    model, tokenizer = profile.load(quantize=BASE)
+    load_adapter(model, adapter)
+    train, dev = (
+        calibration_batches(tokenizer, [format_gsm8k(e) for e in profile.examples(split)])
+        for split in ("train", "dev")
+    )
+
+    def exact_match(model) -> dict:
+        return table_row(measure(model, tokenizer, profile, problems))
+
+    rows = merge_report(model, dev, ("dense", "rtn", "gptq"), train, measure=exact_match)
+    original, _ = profile.load()
+    gaps = [row.base_gap for row in merge_into_original(model, original)]
+    print("original:", flush=True)
+    last = {"method": "original", "base_gap": sum(gaps) / len(gaps)}
+    return [vars(row) for row in rows] + [last | {"measured": exact_match(original)}]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="measure the tiny profile's accuracy table")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -159,11 +183,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-steps", type=int, help="fewer training steps, for a trial")
     parser.add_argument("--model", help="other weights")
     parser.add_argument("--data", help="other problems: a folder with {split}.jsonl")
+    parser.add_argument("--merges", action="store_true", help="only tiny-merges.json")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="of the merged rows")
     args = parser.parse_args(argv)
 
     profile = load_profile("tiny", model=args.model, data=args.data)
     problems = profile.examples("test")[: args.limit]
+    if args.merges:
+        rows = merges(profile, args.adapter, problems)
+        record = {"rows": rows, "stamp": stamp(SEED)}
+        write_json_atomic(args.out.with_name("tiny-merges.json"), record)
+        return
     config = profile.train
     if args.max_steps:
         config = TrainConfig(**vars(config) | {"max_steps": args.max_steps})

@@ -62,6 +62,7 @@ def merge_adapter(model, tokenizer, adapter: Path, method: str, profile) -> None
     from . import merge_lora
     from .adapters import load_adapter
     from .data import calibration_batches, format_gsm8k
+    from .merge_loss import merge_hessians
 
     load_adapter(model, adapter)
     hessians = None
@@ -75,34 +76,6 @@ def merge_adapter(model, tokenizer, adapter: Path, method: str, profile) -> None
         f"merged into {len(rows)} layers by {method}; rounding error over the adapter's update: "
         f"{sum(lost) / len(lost):.2f} on average, {max(lost):.2f} at most"
     )
-
-
-def merge_hessians(model, batches) -> dict:
-    """Hessians of the adapted layers' inputs, by path, in the model with its adapter."""
-    import torch
-
-    from .gptq import Hessian
-    from .lora import lora_layers
-
-    layers = lora_layers(model)
-    device = next(model.parameters()).device
-    hessians = {path: Hessian(layer.in_features, device) for path, layer in layers.items()}
-    mask = None  # of the current batch: padding is left out
-
-    def watch(path):
-        return lambda module, args: hessians[path].update(args[0][mask])
-
-    handles = [m.register_forward_pre_hook(watch(path)) for path, m in layers.items()]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                batch = {name: t.to(device) for name, t in batch.items()}
-                mask = batch["attention_mask"].bool()  # (batch, seq)
-                model(**batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return hessians
 
 
 def serve_command(folder: Path, adapter: Path | None = None) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import (
-    WEIGHTS, atomic_folder, base_state, empty_model, fill, read_json, read_tensors,
+    WEIGHTS, atomic_folder, base_state, empty_model, fill, read_json, read_weights,
 )  # fmt: skip
 from .gptq_layout import FORMATS, check_shape, from_gptq, to_gptq
 from .grid import CLIP_NORM, QuantSpec
@@ -162,7 +162,7 @@ def import_gptq(folder: Path | str, device=None, compute_dtype: str = "auto"):
 
     folder = Path(folder)
     spec, v1 = _read_config(folder)
-    state = _read_weights(folder)
+    state = read_weights(folder)
     model, dtype, device = empty_model(folder, device, compute_dtype)
     paths = [n.removesuffix(".qweight") for n in state if n.endswith(".qweight")]
     if not paths:
@@ -209,13 +209,3 @@ def _read_config(folder: Path) -> tuple[QuantSpec, bool]:
         clip_search=isinstance(clip, (int, float)) and clip > 0,
     )
     return spec, version == "gptq"
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    files = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    state = {}
-    for file in files:
-        state |= read_tensors(folder / file)
-    return state

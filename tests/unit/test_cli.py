@@ -189,7 +189,7 @@ def test_export_refuses_nf4(place, capsys):
 def test_hessians_for_the_merge_leave_padding_out():
     from lora_models import IDS, adapted, base_of
 
-    from qlora_lib.export import merge_hessians
+    from qlora_lib.merge_loss import merge_hessians
 
     model = adapted(base_of("grid4"))
     whole = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

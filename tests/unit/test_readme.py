@@ -15,7 +15,10 @@ LABELS = {
     "base_bare_question": "the base, the bare question",
     "base_statement":
         "the base, the question without its last sentence (its pretraining's wording)",
+    "lora_attention_r16": "LoRA on the dense base, r=16 on q, k, v, o",
+    "lora_all_r32": "LoRA on the dense base, r=32 on all seven linears",
     "qlora_attention_r16": "QLoRA on a 4-bit GPTQ base, r=16 on q, k, v, o",
+    "qlora_all_r8": "QLoRA on a 4-bit GPTQ base, r=8 on all seven linears",
     "qlora_all_r32": "QLoRA on a 4-bit GPTQ base, r=32 on all seven linears",
 }
 
@@ -30,6 +33,23 @@ def test_a_result_is_the_recorded_one(name):
     row = RECORDED[name]
     assert f"| {LABELS[name]} | {percent(row, 'strict')} | {percent(row, 'flexible')} |" in README
     assert f"{row['n']:,} test problems" in README
+
+
+@pytest.mark.parametrize("bits", (8, 4, 3, 2))
+def test_a_width_is_the_recorded_one(bits):
+    rows = [RECORDED[f"merged_{m}_{bits}bit_{g}"] for g in ("row", "64") for m in ("gptq", "rtn")]
+    assert f"| {bits} | " + " | ".join(percent(row, "strict") for row in rows) + " |" in README
+
+
+def test_gptq_beats_rounding_by_more_than_the_intervals():
+    for name in ("3bit_row", "2bit_row", "2bit_64"):
+        gptq, rtn = (RECORDED[f"merged_{m}_{name}"]["strict_interval"] for m in ("gptq", "rtn"))
+        assert gptq[0] > rtn[1]
+
+
+def test_fine_tuning_beats_the_best_prompt():
+    best = max(RECORDED[name]["flexible"] for name in LABELS if name.startswith("base"))
+    assert RECORDED["qlora_all_r32"]["strict"] >= max(0.8, best + 0.6)
 
 
 def test_every_make_target_exists():
