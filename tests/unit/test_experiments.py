@@ -28,7 +28,7 @@ def argv(tmp_path, monkeypatch):
     small_tokenizer().save_pretrained("model")
     (tmp_path / "data").mkdir()
     lines = [json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(6)]
-    for split in ("train", "test"):
+    for split in ("train", "dev", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
     make_adapter(tmp_path / "adapter", seed=1)
     return ["--model", "model", "--data", "data", "--out", "table.json", "--adapter", "adapter"]
@@ -60,6 +60,16 @@ def test_wrong_answers_are_kept_to_be_read(argv, tmp_path, monkeypatch):
     assert [entry["row"] for entry in new] == ["merged_fp32"] * 2
     assert [entry["question"] for entry in new] == ["0 + 1?", "3 + 1?"]
     assert all(entry["gold"] and "completion" in entry for entry in new)
+
+
+def test_each_way_to_merge_is_measured(argv, tmp_path):
+    main([*argv, "--limit", "2", "--merges"])
+    rows = json.loads((tmp_path / "tiny-merges.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "rtn", "gptq", "original"]
+    assert all(row["measured"]["n"] == 2 for row in rows)
+    dense, rtn, gptq, original = rows
+    assert dense["logit_error"] < 1e-5 < min(rtn["logit_error"], gptq["logit_error"])
+    assert original["base_gap"] > 0
 
 
 def test_without_an_adapter_it_says_what_to_give(argv, capsys, tmp_path):

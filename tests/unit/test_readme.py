@@ -41,6 +41,13 @@ def test_a_width_is_the_recorded_one(bits):
     assert f"| {bits} | " + " | ".join(percent(row, "strict") for row in rows) + " |" in README
 
 
+def test_merges_are_the_recorded_ones():
+    path = ROOT / "data/results/tiny-merges.json"
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        error = f"{row['logit_error']:.1e}" if "logit_error" in row else "not comparable"
+        assert f"| {error} | {percent(row['measured'], 'strict')} |" in README
+
+
 def test_gptq_beats_rounding_by_more_than_the_intervals():
     for name in ("3bit_row", "2bit_row", "2bit_64"):
         gptq, rtn = (RECORDED[f"merged_{m}_{name}"]["strict_interval"] for m in ("gptq", "rtn"))
