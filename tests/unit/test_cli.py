@@ -203,7 +203,7 @@ def test_hessians_for_the_merge_leave_padding_out():
 
 @pytest.mark.parametrize("rank, room", [(1, "8"), (8, "8"), (9, "16"), (48, "64"), (300, "320")])
 def test_the_serve_command_leaves_room_for_the_rank(rank, room, tmp_path):
-    from qlora_lib.export import serve_command
+    from qlora_lib.cli.export import serve_command
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
     words = shlex.split(serve_command(tmp_path / "with space", tmp_path))

@@ -22,9 +22,9 @@ def add_export(commands, shared) -> None:
 
 def export(profile, args) -> None:
     """Export args.folder/base, with the adapter merged into it if args.merge says how."""
-    from .checkpoint import load_quantized
-    from .data import short_path
-    from .gptq_format import export_gptq
+    from ..checkpoint import load_quantized
+    from ..data import short_path
+    from ..gptq_format import export_gptq
 
     base, adapter = args.folder / "base", trained_adapter(args.folder)
     if not base.is_dir():
@@ -50,7 +50,7 @@ def export(profile, args) -> None:
 
 def trained_adapter(folder: Path) -> Path | None:
     """The run's adapter, if it was trained on the quantized base."""
-    from .checkpoint import read_json
+    from ..checkpoint import read_json
 
     if not (folder / "run.json").is_file() or read_json(folder / "run.json")["method"] == "none":
         return None
@@ -59,10 +59,10 @@ def trained_adapter(folder: Path) -> Path | None:
 
 def merge_adapter(model, tokenizer, adapter: Path, method: str, profile) -> None:
     """Merge in place; "gptq" calibrates on the problems that the base was calibrated on."""
-    from . import merge_lora
-    from .adapters import load_adapter
-    from .data import calibration_batches, format_gsm8k
-    from .merge_loss import merge_hessians
+    from .. import merge_lora
+    from ..adapters import load_adapter
+    from ..data import calibration_batches, format_gsm8k
+    from ..merge_loss import merge_hessians
 
     load_adapter(model, adapter)
     hessians = None

@@ -1,0 +1,1 @@
+"""The commands of `python -m qlora_lib`, a file for each group."""

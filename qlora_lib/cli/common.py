@@ -1,0 +1,83 @@
+"""What the commands share: options, the profile, a run's base and adapter."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+# torch and transformers take seconds to import, so --help does without them.
+
+
+def shared_options() -> argparse.ArgumentParser:
+    """Options of every command."""
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--profile", default="tiny", help="tiny (default), smollm2 or llama2-7b")
+    add("--model", default=os.environ.get("MODEL"), help="other weights, folder or hub id; $MODEL")
+    add("--data", help="folder with {split}.jsonl; for GSM8K also $GSM8K_DIR")
+    add("--folder", type=Path, help="of the run (default: checkpoints/PROFILE)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    add("--compute-dtype", choices=("auto", "bf16", "fp16", "fp32"), help="(default: profile's)")
+    add("--seed", type=int, default=0)
+    return shared
+
+
+def add_run_options(add) -> None:
+    """Options of the commands that ask a run's model."""
+    add("--dense", action="store_true", help="for a run made with --method none")
+    add("--no-adapter", action="store_true", help="the base model alone")
+    add("--max-new-tokens", type=int, help="(default: the profile's)")
+
+
+def open_profile(args):
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..profiles import load_profile
+
+    disable_progress_bar()
+    data = args.data or (None if args.profile == "tiny" else os.environ.get("GSM8K_DIR"))
+    profile = load_profile(args.profile, model=args.model, data=data)
+    args.folder = args.folder or Path("checkpoints") / profile.name
+    args.compute_dtype = args.compute_dtype or profile.compute_dtype
+    return profile
+
+
+def open_run(profile, args):
+    """Base and adapter of args.folder, the base checked to be quantized unless args.dense."""
+    from ..adapters import load_adapter
+    from ..checkpoint import load_quantized
+    from ..data import short_path
+    from ..lora import ALL_LINEAR, find_linears
+    from ..models import quantized_layers
+
+    command = f"python -m qlora_lib finetune --profile {profile.name}"
+    how = args.folder / "run.json"
+    if not args.no_adapter:
+        if not how.is_file():
+            raise FileNotFoundError(f"{short_path(args.folder)} holds no finished run; `{command}`")
+        if (json.loads(how.read_text())["method"] == "none") != args.dense:
+            found = f"the adapter in {short_path(args.folder)} was trained on a "
+            if args.dense:
+                raise ValueError(found + "quantized base; leave out --dense")
+            raise ValueError(
+                f"{found}dense base: its layers are not quantized; give --dense, or `{command}`"
+            )
+    if args.dense:
+        model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
+    else:
+        base = args.folder / "base"
+        if not base.is_dir():
+            raise FileNotFoundError(f"there is no quantized base {short_path(base)}; `{command}`")
+        model, tokenizer = load_quantized(base, args.device, args.compute_dtype)
+        linears, quantized = find_linears(model, ALL_LINEAR), quantized_layers(model)
+        dense = sorted(set(linears) - set(quantized))
+        if dense:
+            raise ValueError(
+                f"{short_path(base)}: {len(dense)} layers are not quantized, "
+                f"such as {dense[0]}; `{command}`"
+            )
+        specs = ", ".join(sorted({str(layer.spec) for layer in quantized.values()}))
+        print(f"checked: all {len(quantized)} linear layers are quantized, {specs}")
+    if not args.no_adapter:
+        print(f"adapter on {len(load_adapter(model, args.folder / 'adapter'))} layers")
+    return model, tokenizer
