@@ -31,6 +31,10 @@ _HOME = {
     # Not evaluate.py: a submodule would hide the function of the same name.
     "evaluation": ["EvalReport", "evaluate", "extract_answer", "few_shot", "is_correct"],
     "comparison": ["compare", "drop"],
+    "sampling": [
+        "best_score", "likelihood", "majority", "pass_at_k", "weighted_vote", "with_scores",
+    ],
+    "verifier": ["Verifier", "train_verifier"],
     "canaries": ["CanaryError", "run_canaries"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -1,7 +1,8 @@
-"""`python -m qlora_lib quantize | finetune | evaluate | generate | export`, thin over the library.
+"""`python -m qlora_lib quantize | finetune | verifier | evaluate | generate | export`.
 
-A run lives in checkpoints/PROFILE: `base` (the quantized model), `adapter`, `training`
-(metrics and the checkpoint to resume from) and `run.json` (how the adapter was made).
+Thin over the library. A run lives in checkpoints/PROFILE: `base` (the quantized model),
+`adapter`, `training` (metrics and the checkpoint to resume from), `run.json` (how the adapter
+was made) and, where one was trained, `verifier`.
 Only the command line reads environment variables: MODEL and GSM8K_DIR.
 """
 
@@ -12,12 +13,14 @@ from .cli.common import open_profile, shared_options
 from .cli.evaluate import add_evaluate_and_generate, evaluate, generate
 from .cli.export import add_export, export
 from .cli.finetune import add_quantize_and_finetune, finetune, quantize
+from .cli.verifier import add_verifier
+from .cli.verifier import train as verifier
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m qlora_lib", description=__doc__.split("\n")[0])
     commands, shared = top.add_subparsers(dest="command", required=True), shared_options()
-    for add in (add_quantize_and_finetune, add_evaluate_and_generate, add_export):
+    for add in (add_quantize_and_finetune, add_verifier, add_evaluate_and_generate, add_export):
         add(commands, shared)
     return top
 
@@ -28,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     args = parser().parse_args(argv)
     commands = {"quantize": quantize, "finetune": finetune}
-    commands |= {"evaluate": evaluate, "generate": generate}
+    commands |= {"verifier": verifier, "evaluate": evaluate, "generate": generate}
     commands["export"] = lambda args: export(open_profile(args), args)
     try:
         commands[args.command](args)

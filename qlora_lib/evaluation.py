@@ -29,7 +29,7 @@ Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
 # date, machine, threads.
 SETTINGS = (
     "model", "revision", "weights", "adapter", "compute_dtype", "decoding", "problems_hash",
-    "prompts_hash", "chunk", "vote",
+    "prompts_hash", "chunk", "vote", "score",
 )  # fmt: skip
 
 
@@ -238,7 +238,11 @@ def _score(
         "finished": all(getattr(s, "finished", True) for s in samples),
         "seconds": seconds,
     }
-    return prediction | ({"samples": [str(s) for s in samples]} if vote else {})
+    if vote:
+        prediction["samples"] = [str(s) for s in samples]
+        if all(hasattr(s, "score") for s in samples):
+            prediction["scores"] = [s.score for s in samples]
+    return prediction
 
 
 def _line(prediction: dict) -> str:

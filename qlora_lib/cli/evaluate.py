@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from .common import add_run_options, open_profile, open_run
+from .verifier import open_verifier
 
 SPLITS = ("dev", "test", "test_changed", "test_larger", "gsm_hard")
+VOTES = ("majority", "verifier", "weighted", "likelihood")
 
 
 def add_evaluate_and_generate(commands, shared) -> None:
@@ -19,18 +21,52 @@ def add_evaluate_and_generate(commands, shared) -> None:
     add("--out", type=Path, help="(default: outputs/PROFILE/eval, and what is special)")
     add("--restart", action="store_true", help="replace answers instead of going on")
     add("--compare", type=Path, metavar="REPORT", help="folder of another evaluation")
+    add("--samples", type=int, default=1, metavar="K", help="completions a question")
+    add("--vote", choices=VOTES, help="which of the samples counts (default: majority)")
+    add("--temperature", type=float, help="(default: 0, with --samples 0.7)")
+    add("--top-p", type=float, default=1.0, help="only the likeliest tokens, this much together")
+    add("--verifier", type=Path, help="(default: verifier in the run's folder)")
 
     add = commands.add_parser("generate", parents=[shared], help="answer one question").add_argument
     add_run_options(add)
     add("question")
 
 
-def make_generator(profile, args, batch_size: int):
-    from ..generation import Decoding, generator
+def make_decoding(profile, args, **settings):
+    from ..generation import Decoding
 
     length = args.max_new_tokens or profile.max_new_tokens
+    return Decoding(max_new_tokens=length, **settings)
+
+
+def sampler(profile, args):
+    """(function from prompts to completions, vote or None) as the options say."""
+    from .. import sampling
+    from ..generation import generator
+
+    if args.vote and args.samples < 2:
+        raise ValueError(f"--vote {args.vote} chooses among samples; give --samples 2 or more")
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 0.7 if args.samples > 1 else 0.0
+    decoding = make_decoding(
+        profile, args, temperature=temperature, top_p=args.top_p, samples=args.samples,
+        seed=args.seed, batch_size=max(1, args.batch_size // args.samples),
+    )  # fmt: skip
     model, tokenizer = open_run(profile, args)
-    return generator(model, tokenizer, Decoding(max_new_tokens=length, batch_size=batch_size))
+    generate = generator(model, tokenizer, decoding)
+    if args.samples == 1:
+        return generate, None
+    vote = args.vote or "majority"
+    if vote in ("verifier", "weighted"):
+        verifier = open_verifier(model, tokenizer, profile, args)
+        # After it: the adapter takes part in what the fingerprint covers.
+        generate = sampling.with_scores(generate, verifier, "verifier")
+    elif vote == "likelihood":
+        score = sampling.likelihood(model, tokenizer)
+        generate = sampling.with_scores(generate, score, "likelihood")
+    votes = {"majority": sampling.majority, "weighted": sampling.weighted_vote}
+    return generate, votes.get(vote, sampling.best_score)
 
 
 def evaluate(args) -> None:
@@ -47,7 +83,7 @@ def evaluate(args) -> None:
     if args.few_shot:
         prompt = few_shot(profile.examples("train"), args.few_shot)
     out = args.out or Path("outputs") / profile.name / evaluation_name(args)
-    generate = make_generator(profile, args, args.batch_size)
+    generate, vote = sampler(profile, args)
     adapter = None if args.no_adapter else short_path(args.folder / "adapter")
     generate.info |= {"adapter": adapter, "split": args.split, "few_shot": args.few_shot}
     generate.info |= stamp(args.seed)
@@ -57,7 +93,9 @@ def evaluate(args) -> None:
         answer = prediction["strict_answer"] or "none"
         print(f"{mark} {answer:>8}   gold {prediction['gold']:>8}   {prediction['question']:.60}")
 
-    report = score(generate, problems, out, prompt, show, args.batch_size, restart=args.restart)
+    report = score(
+        generate, problems, out, prompt, show, args.batch_size, vote, restart=args.restart
+    )
     print(report)
     print(f"report in {short_path(out)}")
     if other:
@@ -73,13 +111,17 @@ def evaluation_name(args) -> str:
         "base": args.no_adapter,
         f"{args.few_shot}shot": args.few_shot,
         f"first{args.limit}": args.limit,
+        f"{args.vote or 'majority'}{args.samples}": args.samples > 1,
     }
     return "-".join(["eval", *(name for name, on in special.items() if on)])
 
 
 def generate(args) -> None:
     from ..data import PROMPT
+    from ..generation import generator
 
     profile = open_profile(args)
-    (completion,) = make_generator(profile, args, 1)([PROMPT.format(question=args.question)])
+    model, tokenizer = open_run(profile, args)
+    ask = generator(model, tokenizer, make_decoding(profile, args, batch_size=1))
+    (completion,) = ask([PROMPT.format(question=args.question)])
     print(completion)

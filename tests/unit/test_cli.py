@@ -283,3 +283,45 @@ def test_experiments_store_rows_and_do_not_measure_them_again(place, capsys):
     main([*argv, "--rows", "base_statement"])
     assert "is there" not in capsys.readouterr().out
     assert len(TRAINED) == 5
+
+
+def test_votes_and_a_verifier(place, capsys):
+    assert run("finetune", *FAST) == 0
+    sampling = ["--max-new-tokens", "4", "--limit", "4", "--samples", "3"]
+    assert run("evaluate", *COMMON, *sampling, "--vote", "verifier") == 2
+    assert "there is no verifier checkpoints/tiny/verifier; `python" in capsys.readouterr().err
+    hot = ["--limit", "6", "--samples", "4", "--temperature", "2", "--max-new-tokens", "4"]
+    assert run("verifier", *COMMON, *hot) == 2  # a random model solves nothing
+    assert "0 of them right; a verifier needs" in capsys.readouterr().err
+    for vote in ("majority", "likelihood"):
+        assert run("evaluate", *COMMON, *sampling, "--vote", vote) == 0
+        folder = place / f"outputs/tiny/eval-first4-{vote}3"
+        report = json.loads((folder / "report.json").read_text())
+        assert report["n"] == 4 and report["info"]["decoding"]["samples"] == 3
+        assert report["info"]["decoding"]["temperature"] == 0.7
+        first = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])
+        assert len(first["samples"]) == 3 and first["completion"] in first["samples"]
+        assert ("scores" in first) == (vote == "likelihood")
+    assert run("evaluate", *COMMON, "--vote", "majority") == 2
+    assert "give --samples 2 or more" in capsys.readouterr().err
+
+
+def test_a_verifier_is_trained_saved_and_votes(place, capsys, monkeypatch):
+    """Labels by the length of the text stand for verdicts, of which a random model has one kind."""
+    monkeypatch.setattr("qlora_lib.extraction.is_correct", lambda said, gold: len(said) % 2 == 0)
+    assert run("finetune", *FAST) == 0
+    hot = ["--limit", "6", "--samples", "4", "--temperature", "2", "--max-new-tokens", "4"]
+    assert run("verifier", *COMMON, *hot, "--rank", "2") == 0
+    out = capsys.readouterr().out
+    assert "24 solutions of 6 train problems" in out and "checkpoints/tiny/verifier" in out
+    folder = place / "checkpoints/tiny/verifier"
+    assert {p.name for p in folder.iterdir()} == {"adapter", "head.safetensors", "verifier.json"}
+    assert json.loads((folder / "verifier.json").read_text())["solutions"] == 24
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    for vote in ("verifier", "weighted"):
+        argv = ["--samples", "3", "--vote", vote, "--limit", "4", "--max-new-tokens", "4"]
+        assert run("evaluate", *COMMON, *argv) == 0
+        lines = (place / f"outputs/tiny/eval-first4-{vote}3/predictions.jsonl").read_text()
+        scores = json.loads(lines.splitlines()[0])["scores"]
+        assert len(scores) == 3 and all(0 < s < 1 for s in scores)

@@ -177,7 +177,8 @@ Hessian gptq_quantize quant_matmul QuantizedLinear quantize_model dequantize_mod
 trainable_parameters use_adapter set_adapter merge_lora merge_into_original merge_report
 merge_hessians unmerge_lora save_adapter load_adapter load_bnb_4bit save_quantized load_quantized
 load_profile format_gsm8k finetune TrainConfig Decoding generator evaluate extract_answer
-is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq
+is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq majority best_score
+weighted_vote with_scores likelihood pass_at_k Verifier train_verifier
 """.split()
 
 

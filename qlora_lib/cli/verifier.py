@@ -1,0 +1,77 @@
+"""`python -m qlora_lib verifier`: train a judge of the run's own solutions."""
+
+import dataclasses
+
+from .common import add_run_options, open_profile, open_run
+
+
+def add_verifier(commands, shared) -> None:
+    """The command and its options."""
+    text = "sample solutions of train problems, label them, train a verifier on them"
+    add = commands.add_parser("verifier", parents=[shared], help=text).add_argument
+    add_run_options(add)
+    add("--limit", type=int, default=1000, help="train problems to sample for (default: 1000)")
+    add("--samples", type=int, default=8, metavar="K", help="solutions of each (default: 8)")
+    add("--temperature", type=float, default=0.7)
+    add("--epochs", type=int, default=1, help="passes over the solutions")
+    add("--batch-size", type=int, default=64, help="solutions at a time")
+    add("--rank", type=int, default=16, help="of the adapter")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+
+
+def train(args) -> None:
+    """Write args.folder/verifier."""
+    import torch
+    from tqdm import tqdm
+
+    from ..data import format_gsm8k, short_path
+    from ..extraction import is_correct
+    from ..generation import Decoding, generator
+    from ..results import stamp, write_json_atomic
+    from ..schedule import TrainConfig
+    from ..verifier import Verifier, train_verifier
+
+    profile = open_profile(args)
+    entries = profile.examples("train")[: args.limit]
+    decoding = Decoding(
+        temperature=args.temperature, samples=args.samples, seed=args.seed,
+        max_new_tokens=args.max_new_tokens or profile.max_new_tokens,
+        batch_size=max(1, args.batch_size // args.samples),
+    )  # fmt: skip
+    model, tokenizer = open_run(profile, args)
+    prompts = [format_gsm8k(entry)[0] for entry in entries]
+    groups = generator(model, tokenizer, decoding)(prompts)
+    groups = [group if isinstance(group, list) else [group] for group in groups]
+    asked = [p for p, group in zip(prompts, groups) for _ in group]
+    said = [s for group in groups for s in group]
+    right = [is_correct(s, e["answer"]) for e, group in zip(entries, groups) for s in group]
+    print(f"{len(said)} solutions of {len(prompts)} train problems, {sum(right)} of them right")
+    torch.manual_seed(args.seed)
+    verifier = Verifier(model, tokenizer, args.rank, profile.target_modules)
+    config = TrainConfig(
+        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed
+    )
+
+    def show(metrics):
+        if metrics["step"] % 25 == 0:
+            tqdm.write(f"  step {metrics['step']:>5}   loss {metrics['loss']:.4f}")
+
+    steps = train_verifier(verifier, asked, said, right, config, show)
+    out = args.folder / "verifier"
+    verifier.save(out)
+    how = {"decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right)}
+    how |= {"loss": steps[-1]["loss"], "stamp": stamp(args.seed)}
+    write_json_atomic(out / "verifier.json", how)
+    print(f"verifier saved to {short_path(out)}")
+
+
+def open_verifier(model, tokenizer, profile, args):
+    """The verifier in args.verifier or the run's folder, on `model`."""
+    from ..data import short_path
+    from ..verifier import Verifier
+
+    folder = args.verifier or args.folder / "verifier"
+    if not folder.is_dir():
+        command = f"python -m qlora_lib verifier --profile {profile.name}"
+        raise FileNotFoundError(f"there is no verifier {short_path(folder)}; `{command}`")
+    return Verifier.load(model, tokenizer, folder)
