@@ -1,0 +1,123 @@
+"""What notebook 08 draws: next tokens, votes, what k samples give and what they cost.
+
+Pure functions of their arguments (see `classroom/plots.py`), with fixed axes so that the
+settings of a slider compare. Intervals are Wilson's, 95%.
+"""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..results import wilson
+from ..sampling import token_probabilities
+from .plots import COLORS
+
+FP, MAJORITY, LIKELIHOOD, VERIFIER, WEIGHTED, BEST, MUTED = (
+    COLORS[k] for k in ("fp", "gptq", "rtn", "lora", "other", "nf4", "muted"))
+METHODS = {  # name: (label, colour), in the order of the legends
+    "greedy": ("greedy", FP),
+    "majority": ("majority", MAJORITY),
+    "likelihood": ("likelihood", LIKELIHOOD),
+    "verifier": ("verifier", VERIFIER),
+    "weighted": ("weighted vote", WEIGHTED),
+    "best": ("best of k", BEST),
+}
+
+
+def draw_next_token(ax, temperature: float, top_p: float, logits: Tensor,
+                    tokens: Sequence[str]) -> None:
+    """Probabilities of the next token. logits (vocab,); tokens: texts of the most likely ones,
+    by falling logit."""
+    p = token_probabilities(logits, temperature, top_p)
+    order = logits.argsort(descending=True, stable=True)[:len(tokens)]
+    shown = p[order].tolist()
+    cut = [x == 0 for x in shown]
+    ax.bar(range(len(tokens)), shown, color=[MUTED if c else MAJORITY for c in cut], width=0.7)
+    for x, (value, gone) in enumerate(zip(shown, cut)):
+        ax.text(x, value + 0.015, "cut" if gone else f"{value:.2f}", ha="center", fontsize=10,
+                color=MUTED if gone else "black")
+    rest = max(0.0, 1 - sum(shown))
+    ax.set(ylim=(0, 1.12), xticks=range(len(tokens)), ylabel="probability",
+           title=f"{int((p > 0).sum())} tokens can be drawn; {rest:.3f} on those not shown")
+    ax.set_xticklabels(tokens, fontfamily="monospace")
+    ax.grid(axis="x", visible=False)
+
+
+def draw_votes(ax, answers: Sequence[str | None], gold: str, greedy: str | None) -> None:
+    """How many samples give each answer, most first; the right one in green."""
+    counts: dict[str, int] = {}
+    for answer in answers:
+        counts[answer or "none"] = counts.get(answer or "none", 0) + 1
+    rows = sorted(counts.items(), key=lambda item: -item[1])
+    ax.barh(range(len(rows)), [n for _, n in rows], height=0.6,
+            color=[BEST if a == gold else MUTED for a, _ in rows])
+    labels = [f"{a} (greedy)" if a == (greedy or "none") else a for a, _ in rows]
+    ax.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.4, -0.6),
+           xlabel=f"of {len(answers)} samples", title=f"right: {gold}")
+    ax.grid(axis="y", visible=False)
+
+
+def draw_temperature(ax, temperature: float,
+                     curves: dict[float, dict[str, Sequence[float]]], greedy: float,
+                     ks: Sequence[int]) -> None:
+    """Accuracy over the number of samples at one temperature.
+
+    curves: {temperature: {"best" | "majority" | "single": accuracies at `ks`}}.
+    """
+    curve = curves[temperature]
+    ax.axhline(100 * greedy, color=FP, linestyle="--", label="greedy")
+    for name, label, color in (("best", "best of k", BEST), ("majority", "majority", MAJORITY)):
+        ax.plot(ks, [100 * a for a in curve[name]], "o-", color=color, label=label)
+    ax.set(xlim=(0.5, max(ks) + 0.5), ylim=(25, 102), xlabel="samples k", xticks=ks,
+           ylabel="right answers in %", title=f"temperature {temperature:g}")
+    ax.legend(loc="lower right", ncols=3, fontsize=10)
+
+
+def draw_compute(axes, k: int, curves: dict[str, dict[int, tuple[float, float]]],
+                 counts: dict[int, dict[str, tuple[int, int]]]) -> None:
+    """Left: accuracy over compute, a curve a method. Right: all of them at k samples.
+
+    curves: {method: {k: (thousand tokens through the model a question, accuracy)}};
+    counts: {k: {method: (right, n)}}, whole samples, for the intervals.
+    """
+    left, right = axes
+    for name, points in curves.items():
+        label, color = METHODS[name]
+        xs, ys = zip(*points.values())
+        if name == "greedy":
+            left.plot(xs, [100 * y for y in ys], "s", color=color, markersize=9, label=label)
+            continue
+        left.plot(xs, [100 * y for y in ys], "-", color=color, label=label,
+                  linestyle=":" if name == "best" else "-")
+        if k in points:
+            x, y = points[k]
+            left.plot(x, 100 * y, "o", color=color, markersize=8)
+    left.set(xscale="log", xlabel="thousand tokens through the model, a question",
+             ylabel="right answers in %", ylim=(55, 101), title="accuracy over compute")
+    left.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
+    left.minorticks_off()
+    left.legend(loc="lower right", fontsize=10)
+    for y, (name, (correct, n)) in enumerate(counts[k].items()):
+        label, color = METHODS[name]
+        p, (low, high) = correct / n, wilson(correct, n)
+        right.errorbar(100 * p, y, xerr=[[100 * (p - low)], [100 * (high - p)]], fmt="o",
+                       color=color, markersize=6, capsize=4, linewidth=2)
+        right.text(100 * high + 0.8, y, f"{100 * p:.1f}", va="center", fontsize=11)
+    names = list(counts[k])
+    right.set(yticks=range(len(names)), yticklabels=[METHODS[n][0] for n in names],
+              ylim=(len(names) - 0.5, -0.5), xlim=(65, 104), xlabel="right answers in %",
+              title=f"{k} samples, 95% intervals")
+
+
+def draw_scores(ax, scores: Sequence[float], right: Sequence[bool]) -> None:
+    """Histograms of a score for right and wrong solutions, each scaled to its own number."""
+    values = torch.tensor(scores)
+    edges = torch.linspace(0, 1, 21)
+    for wanted, color, label in ((True, BEST, "right"), (False, COLORS["qlora"], "wrong")):
+        own = values[torch.tensor([r == wanted for r in right])]
+        shares = torch.histogram(own, edges).hist / max(len(own), 1)
+        ax.stairs((100 * shares).tolist(), edges.tolist(), color=color, linewidth=2.2,
+                  label=f"{label}, {len(own):,}", fill=False)
+    ax.set(xlim=(0, 1), ylim=(0, None), xlabel="verifier: probability of being right",
+           ylabel="% of these solutions")
+    ax.legend(loc="upper center")
