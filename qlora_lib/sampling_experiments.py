@@ -39,7 +39,7 @@ TEMPERATURES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 SEED = 0
 BATCH = 512  # samples at a time
 CHUNK = 250  # problems between two lines of progress
-TRAIN = TrainConfig(epochs=3, batch_size=64, lr=3e-3)
+TRAIN = TrainConfig(epochs=2, batch_size=64, lr=2e-3)
 RANK = 16
 
 
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="other problems: a folder with {split}.jsonl")
     parser.add_argument("--force", action="store_true", help="make all stages again")
     parser.add_argument("--dev", type=int, default=250, help="problems that choose")
-    parser.add_argument("--train", type=int, default=1500, help="problems of the verifier")
+    parser.add_argument("--train", type=int, default=2500, help="problems of the verifier")
     parser.add_argument("--test", type=int, default=1000, help="problems of the report")
     parser.add_argument("--samples", type=int, default=16, help="of a test problem; others have 8")
     parser.add_argument("--max-steps", type=int, help="of the verifier's training, for a trial")

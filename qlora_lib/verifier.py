@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adapters import load_adapter, save_adapter
 from .checkpoint import read_tensors
-from .data import IGNORE, collate, encode_example, pad_id
+from .data import collate, encode_example, pad_id
 from .lora import ALL_LINEAR, adapter_names, inject_lora, lora_layers, set_adapter, use_adapter
 from .results import content_hash
 from .schedule import TrainConfig, learning_rate, schedule
@@ -90,12 +90,14 @@ class Verifier:
                 own[f"{path}.A"], own[f"{path}.B"] = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         return own
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Log-odds of "right" after each token: fp32 (batch, seq)."""
+    def log_odds(self, batch: dict[str, Tensor]) -> Tensor:
+        """Log-odds of "right", read after each solution's end token: fp32 (batch,)."""
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
         with use_adapter(self.model, ADAPTER):
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return self.head(hidden.float()).squeeze(-1)  # (batch, seq, hidden) -> (batch, seq)
+        last = inputs["attention_mask"].sum(1) - 1  # padded on the right: the end token's place
+        hidden = hidden[torch.arange(len(last)), last]  # (batch, seq, hidden) -> (batch, hidden)
+        return self.head(hidden.float()).squeeze(-1)
 
     @torch.no_grad()
     def __call__(
@@ -108,9 +110,7 @@ class Verifier:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = self._batch([encoded[i] for i in chosen])
-            last = batch["attention_mask"].sum(1) - 1  # (batch,): the end token's position
-            logits = self.logits(batch).gather(1, last[:, None]).squeeze(1)
-            for i, p in zip(chosen, logits.sigmoid().tolist()):
+            for i, p in zip(chosen, self.log_odds(batch).sigmoid().tolist()):
                 results[i] = p
         return results
 
@@ -119,10 +119,8 @@ class Verifier:
         return content_hash([p.tolist() for p in self.head.parameters()])
 
     def loss(self, batch: dict[str, Tensor], right: Tensor) -> Tensor:
-        """Binary cross-entropy over all tokens of the solutions; right (batch,) of 0 and 1."""
-        logits, kept = self.logits(batch), batch["labels"] != IGNORE  # (batch, seq)
-        wanted = right[:, None].expand_as(logits)
-        return nn.functional.binary_cross_entropy_with_logits(logits[kept], wanted[kept])
+        """Mean binary cross-entropy a solution; right (batch,) of 0.0 and 1.0."""
+        return nn.functional.binary_cross_entropy_with_logits(self.log_odds(batch), right)
 
     def _encode(self, prompts, completions) -> list[tuple[list[int], list[int]]]:
         room = 2**31  # nothing is cut

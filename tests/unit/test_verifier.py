@@ -63,21 +63,19 @@ def test_only_the_adapter_and_the_head_get_a_gradient():
     assert len(own) == 2 * 14 + 2
 
 
-def test_the_loss_is_over_the_tokens_of_the_solution_only():
+def test_the_loss_reads_each_solution_after_its_end_token():
     verifier = new()
     torch.nn.init.normal_(verifier.head.weight)
     encoded = verifier._encode(PROMPTS[:3], ["#### 1", "#### 1,000", "no"])
-    batch, right = verifier._batch(encoded), torch.tensor([1.0, 0.0, 1.0])
     values = []
-    for (ids, labels), y in zip(encoded, right):
-        alone = verifier._batch([(ids, labels)])
-        odds = verifier.logits(alone)[0]
-        values += [
-            torch.nn.functional.softplus(-odds[i] if y else odds[i])
-            for i, label in enumerate(labels)
-            if label != -100
-        ]
-    torch.testing.assert_close(verifier.loss(batch, right), torch.stack(values).mean())
+    for (ids, _), right in zip(encoded, (1, 0, 1)):
+        assert ids[-1] == small_tokenizer().eos_token_id
+        with torch.no_grad():
+            hidden = verifier.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        odds = verifier.head(hidden)  # B is 0: the adapter changes nothing yet
+        values.append(torch.nn.functional.softplus(-odds if right else odds))
+    loss = verifier.loss(verifier._batch(encoded), torch.tensor([1.0, 0.0, 1.0]))
+    torch.testing.assert_close(loss, torch.cat(values).mean())
 
 
 def test_padding_and_order_do_not_change_a_score():
