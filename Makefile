@@ -111,8 +111,9 @@ kernel: $(READY) ## offer this environment to a JupyterLab that already runs ## 
 pretrain: $(READY) ## train the bundled tiny model again, from its seed ## python -m qlora_lib.pretrain
 	$(PYTHON) -m qlora_lib.pretrain
 
-experiments: $(READY) ## make the recorded results in data/results again ## python -m qlora_lib.experiments
+experiments: $(READY) ## make the recorded results in data/results again ## python -m qlora_lib.experiments; python -m qlora_lib.sampling_experiments
 	$(PYTHON) -m qlora_lib.experiments
+	$(PYTHON) -m qlora_lib.sampling_experiments
 
 finetune: $(READY) ## calibrate, quantize, train an adapter, save both ## python -m qlora_lib finetune --profile tiny
 	$(PYTHON) -m qlora_lib finetune --profile $(PROFILE)

@@ -87,7 +87,7 @@ def draw_compute(axes, k: int, curves: dict[str, dict[int, tuple[float, float]]]
         if name == "greedy":
             left.plot(xs, [100 * y for y in ys], "s", color=color, markersize=9, label=label)
             continue
-        left.plot(xs, [100 * y for y in ys], "-", color=color, label=label,
+        left.plot(xs, [100 * y for y in ys], color=color, label=label,
                   linestyle=":" if name == "best" else "-")
         if k in points:
             x, y = points[k]
