@@ -105,6 +105,34 @@ def quantize_weight(
     return gptq_quantize(weight, hessian, spec, options)
 
 
+def check_method(method: str, spec: QuantSpec | NF4Spec, calibration) -> None:
+    """Raises ValueError for an unknown method, one that does not fit the spec, and for gptq
+    without calibration."""
+    if method not in ("gptq", "rtn", "nf4"):
+        raise ValueError(f"method={method!r} must be 'gptq', 'rtn' or 'nf4'")
+    if (method == "nf4") != isinstance(spec, NF4Spec):
+        raise ValueError(f"method={method!r} does not go with {spec}")
+    if method == "gptq" and not calibration:
+        raise ValueError("method='gptq' needs calibration batches; pass some, or use 'rtn'")
+
+
+def quantize_layer(
+    path: str, layer: nn.Linear, spec, method: str, hessian: Hessian | None, options: GPTQOptions
+) -> tuple[QuantizedLinear, LayerReport]:
+    """One layer and its row of the report; errors name its path."""
+    began, weight = time.perf_counter(), layer.weight.detach()
+    try:
+        quantized = quantize_weight(weight, spec, method, hessian, options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    error = None
+    if hessian is not None:
+        error = output_error(weight, quantized.dequantize(), hessian)
+    new, seconds = QuantizedLinear.from_linear(layer, quantized), time.perf_counter() - began
+    sizes = (weight.nbytes, quantized.nbytes, quantized.bits_per_weight)
+    return new, LayerReport(path, tuple(weight.shape), *sizes, error, seconds)
+
+
 def quantize_model(
     model: nn.Module,
     calibration: list[dict[str, Tensor]] | None,
@@ -124,12 +152,7 @@ def quantize_model(
     Raises ValueError for a method that does not fit the spec, targets that match
     nothing, a model with adapters or one that is quantized already.
     """
-    if method not in ("gptq", "rtn", "nf4"):
-        raise ValueError(f"method={method!r} must be 'gptq', 'rtn' or 'nf4'")
-    if (method == "nf4") != isinstance(spec, NF4Spec):
-        raise ValueError(f"method={method!r} does not go with {spec}")
-    if method == "gptq" and not calibration:
-        raise ValueError("method='gptq' needs calibration batches; pass some, or use 'rtn'")
+    check_method(method, spec, calibration)
     targets = find_linears(model, target_modules)
     for path, layer in targets.items():
         if not isinstance(layer, nn.Linear):
@@ -139,22 +162,10 @@ def quantize_model(
             )
 
     def swap(path: str, hessian: Hessian | None) -> LayerReport:
-        began, layer = time.perf_counter(), targets[path]
-        weight = layer.weight.detach()
-        try:
-            quantized = quantize_weight(weight, spec, method, hessian, options)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        error = None
-        if hessian is not None:
-            error = output_error(weight, quantized.dequantize(), hessian)
-        replace_module(model, path, QuantizedLinear.from_linear(layer, quantized))
+        layer, row = quantize_layer(path, targets[path], spec, method, hessian, options)
+        replace_module(model, path, layer)
         del targets[path]  # the dense weight goes as soon as its layer is done
-        seconds = time.perf_counter() - began
-        size, shape = weight.nbytes, tuple(weight.shape)
-        return LayerReport(
-            path, shape, size, quantized.nbytes, quantized.bits_per_weight, error, seconds
-        )
+        return row
 
     if not calibration:
         return [swap(path, None) for path in tqdm(list(targets), desc=method, disable=None)]
@@ -184,7 +195,7 @@ class _Stop(Exception):
     """Ends a forward pass once the first block has been reached."""
 
 
-def _first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tuple[tuple, dict]]:
+def first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tuple[tuple, dict]]:
     """What the first block is called with, for each batch: (args, kwargs)."""
     calls = []
 
@@ -237,6 +248,32 @@ def _shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call) -> list
     return stages
 
 
+def quantize_block(
+    block: nn.Module, layers: dict[str, nn.Module], calls, masks, swap
+) -> list[LayerReport]:
+    """Call swap(path, hessian) for each layer of a block, in the order of their calls.
+
+    calls: (args, kwargs) of the block for each batch; masks: bool (batch, seq), real tokens.
+    """
+    report = []
+    for stage in _shared_inputs(block, layers, calls[0]) if layers else []:
+        first = {stage[0]: layers[stage[0]]}
+        device = first[stage[0]].weight.device
+        hessian = Hessian(first[stage[0]].in_features, device)  # one for the whole stage
+        for (args, kwargs), mask in zip(calls, masks):
+            with watch_inputs(first, lambda path, x, mask=mask: hessian.update(x[mask])):
+                block(*args, **kwargs)
+        report += [swap(path, hessian) for path in stage]
+    return report
+
+
+def next_call(block: nn.Module, call: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """What the next block is called with, once this one has run."""
+    args, kwargs = call
+    out = block(*args, **kwargs)
+    return (out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs
+
+
 def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]:
     path_of_blocks, blocks = decoder_blocks(model)
     outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
@@ -244,20 +281,12 @@ def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]
         raise ValueError(f"{outside} lie outside the decoder blocks; quantize them with 'rtn'")
     device = next(model.parameters()).device
     masks = [token_mask(b).to(device) for b in batches]  # (batch, seq)
-    calls, report = _first_block_inputs(model, blocks[0], batches), []
+    calls, report = first_block_inputs(model, blocks[0], batches), []
     for i, block in enumerate(tqdm(blocks, desc=f"{method}, blocks", disable=None)):
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
-        for stage in _shared_inputs(block, layers, calls[0]) if layers else []:
-            hessian = Hessian(layers[stage[0]].in_features, device)  # one for the whole stage
-            first = {stage[0]: layers[stage[0]]}
-            for (args, kwargs), mask in zip(calls, masks):
-                with watch_inputs(first, lambda path, x, mask=mask: hessian.update(x[mask])):
-                    block(*args, **kwargs)
-            report += [swap(path, hessian) for path in stage]
-        for n, (args, kwargs) in enumerate(calls):  # the next block sees quantized outputs
-            out = block(*args, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
-            calls[n] = ((out, *args[1:]), kwargs)
+        report += quantize_block(block, layers, calls, masks, swap)
+        for n, call in enumerate(calls):  # the next block sees quantized outputs
+            calls[n] = next_call(block, call)
     return report
 
 

@@ -1,0 +1,57 @@
+"""GGUF files, llama.cpp's format, read through transformers into an ordinary dense model.
+
+The weights come out in full precision, but they lie on the file's own grid (Q4_1: 16 values in
+a block of 32), which can't be finer than what wrote it. Needs the packages gguf and accelerate.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+NEEDED = ("gguf", "accelerate")
+
+
+def gguf_file(path: Path | str) -> Path | None:
+    """The GGUF file that `path` names, or that is the only one in the folder `path`.
+
+    None where there is none, or where the folder holds safetensors. Raises ValueError for a
+    folder with several.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        return path
+    if not path.is_dir() or list(path.glob("*.safetensors")):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(f.name for f in found)
+        raise ValueError(f"{path} holds several GGUF files ({names}); name one of them")
+    return found[0] if found else None
+
+
+def load_gguf(path: Path, dtype: torch.dtype):
+    """(model, tokenizer) from a GGUF file, on the CPU.
+
+    Raises ImportError, naming the packages to install, ValueError for a damaged file and
+    architectures that transformers does not read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{path.name} is a GGUF file, and to read it takes {' and '.join(missing)}: "
+            f"python -m pip install {' '.join(missing)}"
+        )
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    # transformers takes it for quantized, and would neither save nor move it.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = str(path)
+    return model, tokenizer
