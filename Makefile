@@ -17,7 +17,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all test unit interop nbval store normal solved lab kernel pretrain \
+.PHONY: help setup run-all rehearsal test unit interop nbval store normal solved lab kernel pretrain \
         experiments finetune evaluate clean
 
 help: ## this list
@@ -72,7 +72,12 @@ $(PEERS)/.ready: $(READY) tests/requirements-interop.txt
 	@touch $@
 
 run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m qlora_lib.classroom.books run [--profile tiny] [--parameters "bits=3"] [01 02]
-	$(BOOKS) run --profile $(PROFILE) --parameters "$(P)" $(NB)
+	$(BOOKS) run --profile $(PROFILE) --parameters "$(P)$(if $(filter-out tiny,$(PROFILE)),$(if $(MODEL), weights_from='$(MODEL)')$(if $(GSM8K_DIR), data_from='$(GSM8K_DIR)'))" $(NB)
+
+rehearsal: $(READY) ## 04 and 05 as they run LLaMA-2-7B, on a small random model in its folder layout
+	$(PYTHON) tests/random_llama.py build/random-llama
+	$(BOOKS) run --profile llama2-7b --parameters \
+	    "weights_from=build/random-llama data_from=data/minigsm steps=6 live_problems=8"
 
 test: ## unit tests, then nbval
 	$(MAKE) --no-print-directory unit
