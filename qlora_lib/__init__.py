@@ -10,6 +10,7 @@ _HOME = {
     "packing": ["pack", "unpack"],
     "grid": ["QuantSpec", "QuantizedTensor", "quantize_rtn", "quant_matmul"],
     "nf4": ["NF4Spec", "NF4Tensor", "quantize_nf4"],
+    "adam8bit": ["Adam8bit"],
     "gptq": ["GPTQOptions", "Hessian", "gptq_quantize", "output_error"],
     "linear": ["QuantizedLinear"],
     "lora": [
