@@ -27,7 +27,8 @@ _HOME = {
     "data": ["format_gsm8k", "load_gsm8k", "load_gsm_hard", "load_minigsm"],
     "profiles": ["Profile", "load_profile"],
     "schedule": ["TrainConfig"],
-    "train": ["History", "finetune"],
+    "history": ["History"],
+    "train": ["finetune"],
     "generation": ["Completion", "Decoding", "generator"],
     # Not evaluate.py: a submodule would hide the function of the same name.
     "evaluation": ["EvalReport", "evaluate", "extract_answer", "few_shot", "is_correct"],
