@@ -86,7 +86,7 @@ def gather(value) -> list:
     longest = max(int(n) for n in sizes)
     rows = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(rows, torch.nn.functional.pad(data, (0, longest - len(data))))
-    return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, sizes)]
+    return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, sizes)]
 
 
 def on_first(work: Callable):
