@@ -10,6 +10,7 @@ _HOME = {
     "packing": ["pack", "unpack"],
     "grid": ["QuantSpec", "QuantizedTensor", "quantize_rtn", "quant_matmul"],
     "nf4": ["NF4Spec", "NF4Tensor", "quantize_nf4"],
+    "adam8bit": ["Adam8bit"],
     "gptq": ["GPTQOptions", "Hessian", "gptq_quantize", "output_error"],
     "linear": ["QuantizedLinear"],
     "lora": [
@@ -26,7 +27,8 @@ _HOME = {
     "data": ["format_gsm8k", "load_gsm8k", "load_gsm_hard", "load_minigsm"],
     "profiles": ["Profile", "load_profile"],
     "schedule": ["TrainConfig"],
-    "train": ["History", "finetune"],
+    "history": ["History"],
+    "train": ["finetune"],
     "generation": ["Completion", "Decoding", "generator"],
     # Not evaluate.py: a submodule would hide the function of the same name.
     "evaluation": ["EvalReport", "evaluate", "extract_answer", "few_shot", "is_correct"],

@@ -3,11 +3,15 @@
 Thin over the library. A run lives in checkpoints/PROFILE: `base` (the quantized model),
 `adapter`, `training` (metrics and the checkpoint to resume from), `run.json` (how the adapter
 was made) and, where one was trained, `verifier`.
-Only the command line reads environment variables: MODEL and GSM8K_DIR.
+Several processes share `finetune` and `evaluate`: torchrun --nproc-per-node 2 -m qlora_lib ...,
+or accelerate launch. Only the command line reads environment variables: MODEL, GSM8K_DIR, and
+those by which a launcher numbers its processes.
 """
 
 import argparse
+import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 
 from .cli.common import open_profile, shared_options
 from .cli.evaluate import add_evaluate_and_generate, evaluate, generate
@@ -30,14 +34,26 @@ def main(argv: list[str] | None = None) -> int:
     # Lines appear at once in a pipe too, and a terminal without the check mark gets a "?".
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     args = parser().parse_args(argv)
+    from . import processes  # and with it torch, which --help does without
+
     commands = {"quantize": quantize, "finetune": finetune}
     commands |= {"verifier": verifier, "evaluate": evaluate, "generate": generate}
     commands["export"] = lambda args: export(open_profile(args), args)
     try:
-        commands[args.command](args)
+        if processes.launched() > 1 and args.command not in ("finetune", "evaluate"):
+            raise ValueError(
+                f"{args.command} runs in one process, {processes.launched()} were launched; start "
+                f"it as python -m qlora_lib {args.command}"
+            )
+        args.device = processes.start(args.device)
+        # One process speaks for all; errors are each one's own.
+        with nullcontext() if processes.first() else redirect_stdout(open(os.devnull, "w")):
+            commands[args.command](args)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        processes.stop()
     return 0
 
 

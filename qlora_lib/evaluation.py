@@ -1,8 +1,7 @@
 """Exact match on word problems: ask, score, report, and go on after a kill.
 
 The model sees the prompt only, and every question counts in the denominator. How an answer
-is read is in `extraction.py`; `canaries.py` tests the whole path before it is used. Not
-handled: sharing the work between processes.
+is read is in `extraction.py`; `canaries.py` tests the whole path before it is used.
 """
 
 import json
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 
+from . import processes
 from .canaries import run_canaries
 from .data import format_gsm8k, parse_gold, read_jsonl, short_path
 from .extraction import equals, extract_answer, is_correct
@@ -56,7 +56,7 @@ class EvalReport:
     formatted: int  # completions with a strict answer, right or wrong
     truncated: int  # completions cut by the limit of new tokens
     tokens: int  # generated
-    seconds: float  # spent generating
+    seconds: float  # spent generating, by all processes together
     info: dict = field(default_factory=dict)  # model, compute_dtype, decoding
     predictions: list[dict] = field(default_factory=list, repr=False)
 
@@ -160,6 +160,10 @@ def evaluate(
     each new prediction (question, prompt, completion, gold, answers, verdicts). canaries:
     first check the grader with models whose score is known, in milliseconds.
 
+    Several processes take a chunk each, so that questions are asked together just as by one
+    process, with the same completions, and a run may go on with another number of them. All
+    call it with the same arguments and return the same report; the first writes the files.
+
     report_folder gets settings.json, predictions.jsonl as it grows, and report.json at the
     end. A killed evaluation, called again, keeps the chunks it has and gives the same report
     (but for the clock). Raises ValueError for a folder with answers of other settings, which
@@ -184,19 +188,30 @@ def evaluate(
         # Hashing a model reads all of it: worth it only where answers are kept.
         info["weights"] = generate.fingerprint() if hasattr(generate, "fingerprint") else None
         settings = {name: info.get(name) for name in SETTINGS}
-        done = _open_folder(report_folder, settings, len(problems), chunk, restart)
-    for start in range(len(done), len(problems), chunk):
+        for name, value in settings.items():
+            processes.agree(name, value)
+        done = processes.on_first(
+            lambda: _open_folder(report_folder, settings, len(problems), chunk, restart)
+        )
+    writes = report_folder is not None and processes.first()
+
+    def ask(start: int) -> list[dict]:
         asked = prompts[start : start + chunk]
         began = time.perf_counter()
         completions = generate(asked)
         seconds = (time.perf_counter() - began) / len(asked)
         if len(completions) != len(asked):
             raise ValueError(f"{len(asked)} prompts gave {len(completions)} completions")
-        new = [
+        return [
             _score(problems[i]["question"], prompts[i], said, golds[i], vote, seconds)
             for i, said in enumerate(completions, start)
         ]
-        if report_folder is not None:
+
+    starts = range(len(done), len(problems), chunk)
+    for i in range(0, len(starts), processes.world()):
+        own = processes.share(starts[i : i + processes.world()])  # one chunk, or none at the end
+        new = sum(processes.gather(ask(own[0]) if own else []), [])
+        if writes:
             with open(report_folder / "predictions.jsonl", "a", encoding="utf-8") as stream:
                 stream.writelines(map(_line, new))
         done += new
@@ -204,7 +219,7 @@ def evaluate(
             for prediction in new:
                 callback(prediction)
     report = EvalReport.count(done, info)
-    if report_folder is not None:
+    if writes:
         write_json_atomic(report_folder / "report.json", report.summary())
     return report
 

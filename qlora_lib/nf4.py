@@ -21,7 +21,7 @@ NF4_LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
 # fmt: on
-NESTED_BLOCK = 256  # absmax values that share a scale under double quantization
+NESTED_BLOCK = 256  # values that share an absmax in 8 bits, as under double quantization
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,38 @@ def nf4_formula() -> Tensor:
     return levels / levels.max()
 
 
-def dynamic_map() -> Tensor:
-    """The signed 8-bit "dynamic exponent" map of bitsandbytes; fp32 (256,), ascending.
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The 8-bit "dynamic exponent" map of bitsandbytes; fp32 (256,), ascending.
 
     One sign bit, a run of zeros that is the decimal exponent (0 to -6), and the bits
     that are left as a linear fraction: the smaller the value, the fewer bits are left.
+    Unsigned, the sign's bit goes to the fraction.
     (Dettmers et al. 2022, arXiv 2110.02861, section 2.1)
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1)
         fractions = (edges[:-1] + edges[1:]) / 2
         magnitude = (10.0 ** (exponent - 6)) * fractions
-        values += magnitude.tolist() + (-magnitude).tolist()
+        values += magnitude.tolist() + ((-magnitude).tolist() if signed else [])
     return torch.tensor(values).sort().values
+
+
+def quantize_8bit(flat: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 (n,) -> uint8 codes (n,) of the 256 levels, and fp32 absmax (ceil(n / 256),).
+
+    Each block of 256 is divided by its absmax; the nearest level is taken."""
+    blocks = _blocks(flat, NESTED_BLOCK)  # (blocks, 256)
+    absmax = blocks.abs().amax(1)  # (blocks,)
+    # A block of zeros has absmax 0; dividing by 1 sends it to the level 0, exactly.
+    unit = blocks / torch.where(absmax > 0, absmax, 1).unsqueeze(1)
+    return _nearest(unit, levels).flatten()[: flat.numel()].to(torch.uint8), absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
+    """What `quantize_8bit` made, as fp32 (n,)."""
+    values = _blocks(levels[codes.int()], NESTED_BLOCK) * absmax.unsqueeze(1)  # (blocks, 256)
+    return values.flatten()[: codes.numel()]
 
 
 def _nearest(x: Tensor, levels: Tensor) -> Tensor:
@@ -102,9 +120,8 @@ class NF4Tensor:
         """fp32 (blocks,): the absmax of each block, as decoded."""
         if self.nested_absmax is None:
             return self.absmax
-        values = dynamic_map().to(self.absmax.device)[self.absmax.int()]  # (blocks,)
-        values = _blocks(values, NESTED_BLOCK) * self.nested_absmax.unsqueeze(1)
-        return values.flatten()[: self.absmax.numel()] + self.offset
+        levels = dynamic_map().to(self.absmax.device)
+        return dequantize_8bit(self.absmax, self.nested_absmax, levels) + self.offset
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weights (out, in) in `dtype`."""
@@ -147,11 +164,8 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         return NF4Tensor(packed, absmax, None, None, weight.shape, spec)
     # absmax values are positive and much alike; their mean taken off, they spread around 0.
     offset = absmax.mean()
-    centred = _blocks(absmax - offset, NESTED_BLOCK)  # (nested blocks, 256)
-    nested = centred.abs().amax(1)  # (nested blocks,)
-    unit = centred / torch.where(nested > 0, nested, 1).unsqueeze(1)
-    codes8 = _nearest(unit, dynamic_map().to(weight.device)).flatten()[: absmax.numel()]
-    return NF4Tensor(packed, codes8.to(torch.uint8), nested, offset, weight.shape, spec)
+    codes8, nested = quantize_8bit(absmax - offset, dynamic_map().to(weight.device))
+    return NF4Tensor(packed, codes8, nested, offset, weight.shape, spec)
 
 
 def nf4_codes(quantized: NF4Tensor) -> Tensor:

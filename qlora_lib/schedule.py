@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+OPTIMIZERS = ("adamw", "adam8bit")
 POOL = 16  # steps whose examples are sorted by length together
 
 
@@ -21,6 +22,7 @@ class TrainConfig:
     max_steps: int | None = None  # optimizer steps; when given, instead of epochs
     batch_size: int = 32  # examples in one forward pass: what memory allows
     accumulation: int = 1  # forward passes in one optimizer step
+    optimizer: str = "adamw"  # or adam8bit: a quarter of the bytes of its moments
     lr: float = 2e-4  # peak learning rate
     warmup_ratio: float = 0.05  # part of the steps in which lr rises to its peak
     weight_decay: float = 0.0  # decoupled (AdamW)
@@ -42,6 +44,10 @@ class TrainConfig:
             raise ValueError(
                 "epochs, max_steps, batch_size, accumulation, eval_every and save_every must be "
                 f"at least 1, got {self}"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}"
             )
         if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0):
             raise ValueError(

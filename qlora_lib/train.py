@@ -2,9 +2,10 @@
 
 AdamW on the trainable parameters (adapters, or a whole model), linear warm-up, then
 cosine to zero. The loss is the mean over the supervised tokens of one optimizer step,
-however they are cut into batches. A run that was killed goes on from its last checkpoint
-and gives, on one machine, the bits of the uninterrupted one: the order of the data
-follows from (seed, epoch), dropout from (seed, step). Not handled: several processes.
+however they are cut into batches or shared among processes. A run that was killed goes on
+from its last checkpoint and gives, on one machine and with as many processes, the bits of
+the uninterrupted one: the order of the data follows from (seed, epoch), dropout from (seed,
+step, process).
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,51 +24,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from . import processes
+from .adam8bit import Adam8bit
 from .data import IGNORE, collate, encode_example, pad_id
+from .history import History, peak_memory, start_metrics
 from .lora import keep_choice, trainable_parameters
+from .loss import chunk_for, loss_sum
 from .models import dtype_name, resolve_dtype
 from .schedule import TrainConfig, learning_rate, schedule
 from .snapshots import load_last, save_last, save_parameters
 
 Pair = tuple[str, str]  # prompt, target
 Encoded = tuple[list[int], list[int]]  # input_ids, labels
-
-
-@dataclass
-class History:
-    """What happened, a dict a step: step, epoch, loss, lr, grad_norm, tokens,
-    tokens_per_second, peak_memory (bytes), seconds (since the start), and dev_loss where
-    it was measured."""
-
-    compute_dtype: str
-    trained_parameters: int
-    steps: list[dict] = field(default_factory=list)
-    resumed_from: int = 0  # the step of the checkpoint that the run went on from
-
-    @property
-    def losses(self) -> list[float]:
-        return [s["loss"] for s in self.steps]
-
-    @property
-    def dev(self) -> list[tuple[int, float]]:
-        """(step, dev loss) wherever it was measured."""
-        return [(s["step"], s["dev_loss"]) for s in self.steps if "dev_loss" in s]
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """(step, dev loss) of the lowest dev loss."""
-        return min(self.dev, key=lambda pair: pair[1], default=None)
-
-    def __str__(self) -> str:
-        first, last = self.steps[0], self.steps[-1]
-        dev = f", dev loss {self.dev[-1][1]:.4f}" if self.dev else ""
-        if self.dev:
-            dev += f" (best {self.best[1]:.4f} at step {self.best[0]})"
-        return (
-            f"{last['step']} steps in {last['seconds']:.0f} s, loss {first['loss']:.4f} -> "
-            f"{last['loss']:.4f}{dev}; {self.trained_parameters:,} trained parameters, "
-            f"compute dtype {self.compute_dtype}, peak memory {last['peak_memory'] / 1e9:.2f} GB"
-        )
 
 
 def finetune(
@@ -84,8 +52,15 @@ def finetune(
     gets each step's metrics. With config.folder: `metrics.jsonl`, a line a step;
     `last.safetensors` (parameters and optimizer, to resume from); `best.safetensors`
     (parameters at the lowest dev loss). Reseeds torch's global generator at each step.
+
+    In several processes, all call it with the same arguments and the same frozen weights:
+    each takes its share of every step's examples and gradients are summed, so that the steps
+    are those of one process but for rounding (and for dropout's masks). The first process
+    writes the files; parameters start as its own; each returns the same history.
+
     Raises ValueError for no examples, nothing to train, a prompt that fills max_length,
-    a checkpoint of another run, and a loss or gradient that is not finite.
+    a checkpoint of another run, processes that differ in their settings or examples, and a
+    loss or gradient that is not finite.
     """
     if not examples or (dev is not None and not dev):
         raise ValueError("there are no examples to train on (or an empty dev set was given)")
@@ -103,9 +78,8 @@ def finetune(
     window = config.batch_size * config.accumulation  # examples in an optimizer step
     per_epoch = math.ceil(len(encoded) / window)
     total = config.max_steps or config.epochs * per_epoch
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    kind = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}[config.optimizer]
+    optimizer = kind(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = History(dtype_name(dtype), sum(p.numel() for p in parameters.values()))
     identity = _identity(config, history.compute_dtype, encoded)
@@ -113,28 +87,36 @@ def finetune(
     if folder and config.resume:
         history.steps = load_last(folder, parameters, optimizer, scaler, identity)
         history.resumed_from = len(history.steps)
-    if folder:
-        _start_metrics(folder, history.steps)
-
     done = len(history.steps)
+    for name, value in (identity | {"the checkpoint's step": done}).items():
+        processes.agree(name, value)
+    processes.copy_from_first(parameters.values())
+    folder = folder if processes.first() else None  # where to write
+    if folder:
+        start_metrics(folder, history.steps)
+
+    loss_of = partial(loss_sum, model, dtype=dtype, chunk=chunk_for(model, dtype))
     before = history.steps[-1]["seconds"] if done else 0.0
     began = time.perf_counter()
     bar = tqdm(
         total=total,
         initial=done,
         file=sys.stderr,
-        disable=None if config.progress is None else not config.progress,
+        disable=not processes.first() or (None if config.progress is None else not config.progress),
     )
     with _training_mode(model, config.gradient_checkpointing), bar:
         for step, epoch, chosen in schedule(lengths, window, config.seed, total, done):
             started = time.perf_counter()
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout
+            # Dropout; another one in each process, whose examples are others.
+            torch.manual_seed((processes.rank() << 40) + config.seed * 1_000_003 + step)
             lr = learning_rate(step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batches = _batches([encoded[i] for i in chosen], config.batch_size, tokenizer, device)
-            loss, norm = _step(model, parameters, optimizer, scaler, batches, dtype, config, step)
-            tokens = sum(int(b["attention_mask"].sum()) for b in batches)
+            asked = [encoded[i] for i in chosen]
+            own = _batches(processes.share(asked), config.batch_size, tokenizer, device)
+            count = _supervised(asked)
+            loss, norm = _step(loss_of, parameters, optimizer, scaler, own, count, config, step)
+            tokens = sum(lengths[i] for i in chosen)
             metrics = {
                 "step": step,
                 "epoch": epoch,
@@ -149,7 +131,7 @@ def finetune(
                 step == total
                 or (step % config.eval_every == 0 if config.eval_every else end_of_epoch)
             ):
-                metrics["dev_loss"] = _mean_loss(model, tokenizer, encoded_dev, config, dtype)
+                metrics["dev_loss"] = _mean_loss(model, loss_of, tokenizer, encoded_dev, config)
             metrics["peak_memory"] = peak_memory(device)
             metrics["seconds"] = before + time.perf_counter() - began
             history.steps.append(metrics)
@@ -168,22 +150,13 @@ def finetune(
 
 
 def validation_loss(model, tokenizer, pairs: Sequence[Pair], config: TrainConfig) -> float:
-    """Mean loss a supervised token over all pairs, in config's compute dtype and lengths."""
-    device = next(model.parameters()).device
-    dtype = resolve_dtype(config.compute_dtype, device)
-    return _mean_loss(model, tokenizer, _encode(tokenizer, pairs, config), config, dtype)
+    """Mean loss a supervised token over all pairs, in config's compute dtype and lengths.
 
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak so far: allocated on a GPU, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kB
+    Of several processes each takes its share; all must call it.
+    """
+    dtype = resolve_dtype(config.compute_dtype, next(model.parameters()).device)
+    loss_of = partial(loss_sum, model, dtype=dtype, chunk=chunk_for(model, dtype))
+    return _mean_loss(model, loss_of, tokenizer, _encode(tokenizer, pairs, config), config)
 
 
 def _encode(tokenizer, pairs: Sequence[Pair], config: TrainConfig) -> list[Encoded]:
@@ -196,17 +169,6 @@ def _identity(config: TrainConfig, compute_dtype: str, encoded: Sequence[Encoded
     identity = {k: v for k, v in asdict(config).items() if k not in free}
     digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
     return identity | {"compute_dtype": compute_dtype, "examples": digest}
-
-
-def _start_metrics(folder: Path, steps: Sequence[dict]) -> None:
-    """metrics.jsonl with the steps that are kept; those after the checkpoint come again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not steps:  # a new run: an older one's checkpoints would be mistaken for its own
-        for name in ("last.safetensors", "best.safetensors"):
-            (folder / name).unlink(missing_ok=True)
-    beside = folder / "metrics.jsonl.part"
-    beside.write_text("".join(json.dumps(s) + "\n" for s in steps), encoding="utf-8")
-    beside.replace(folder / "metrics.jsonl")
 
 
 @contextmanager
@@ -234,37 +196,30 @@ def _batches(examples: Sequence[Encoded], size: int, tokenizer, device) -> list[
     return [{k: v.to(device) for k, v in batch.items()} for batch in batches]
 
 
-def _loss_sum(model, batch: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Cross-entropy summed over the supervised tokens, fp32 scalar."""
-    mixed = dtype != torch.float32
-    with torch.autocast(batch["input_ids"].device.type, dtype, enabled=mixed):
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits  # (batch, seq, vocab)
-    targets = batch["labels"][:, 1:]  # position t predicts token t + 1
-    kept = targets != IGNORE
-    logits = logits[:, :-1][kept].float()  # (supervised, vocab)
-    return torch.nn.functional.cross_entropy(logits, targets[kept], reduction="sum")
-
-
-def _supervised(batch: dict[str, Tensor]) -> int:
-    return int((batch["labels"][:, 1:] != IGNORE).sum())
+def _supervised(examples: Sequence[Encoded]) -> int:
+    """The tokens that the loss of these examples sums over: none predicts the first."""
+    return sum(label != IGNORE for _, labels in examples for label in labels[1:])
 
 
 def _step(
-    model, parameters, optimizer, scaler, batches, dtype, config: TrainConfig, step: int
+    loss_of, parameters, optimizer, scaler, batches, supervised: int, config: TrainConfig, step: int
 ) -> tuple[float, float | None]:
-    """One optimizer step; (loss, gradient norm before clipping, None if fp16 overflowed)."""
-    # Of the whole step, not of each batch: a token weighs the same in a short batch.
-    supervised = sum(map(_supervised, batches))
+    """One optimizer step; (loss, gradient norm before clipping, None if fp16 overflowed).
+
+    supervised: tokens of the whole step, not of each batch or process: a token weighs the
+    same in a short one.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss = 0.0
     for batch in batches:
-        part = _loss_sum(model, batch, dtype) / supervised
+        part = loss_of(batch) / supervised
         loss += part.item()
-        if not math.isfinite(loss):
-            raise ValueError(_diverged("loss", step, config))
         scaler.scale(part).backward()
+    # Summed before any check, so that all processes find the same.
+    loss = processes.total(loss, next(iter(parameters.values())).device)
+    processes.sum_gradients(parameters.values())
+    if not math.isfinite(loss):
+        raise ValueError(_diverged("loss", step, config))
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
     if not math.isfinite(norm) and not scaler.is_enabled():
@@ -283,12 +238,12 @@ def _diverged(what: str, step: int, config: TrainConfig) -> str:
 
 
 @torch.no_grad()
-def _mean_loss(model, tokenizer, encoded, config: TrainConfig, dtype: torch.dtype) -> float:
+def _mean_loss(model, loss_of, tokenizer, encoded, config: TrainConfig) -> float:
     device = next(model.parameters()).device
     by_length = sorted(encoded, key=lambda example: len(example[0]))
-    batches = _batches(by_length, config.batch_size, tokenizer, device)
+    batches = _batches(processes.share(by_length), config.batch_size, tokenizer, device)
     was_training = model.training
     model.eval()
-    total = sum(_loss_sum(model, batch, dtype).item() for batch in batches)
+    loss = processes.total(sum(loss_of(batch).item() for batch in batches), device)
     model.train(was_training)
-    return total / sum(map(_supervised, batches))
+    return loss / _supervised(encoded)

@@ -28,6 +28,7 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--max-steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, help="problems at a time; the rest of a step is accumulated")
     add("--accumulation", type=int, help="batches in a step (default: keeps the profile's step)")
+    add("--optimizer", choices=("adamw", "adam8bit"), help="(default: adamw)")
     add("--lr", type=float, help="peak learning rate")
     add("--max-length", type=int, help="tokens of prompt and target")
     add("--eval-every", type=int, help="steps between dev losses (default: each epoch's end)")
@@ -41,7 +42,16 @@ def add_quantize_and_finetune(commands, shared) -> None:
 
 def quantized_base(profile, args):
     """(model, tokenizer) from args.folder/base if made of the same weights in the same way,
-    else quantized now and saved there."""
+    else quantized now and saved there: by the first process, while the others wait."""
+    from .. import processes
+    from ..checkpoint import load_quantized
+
+    made = []
+    processes.on_first(lambda: made.append(_quantized_base(profile, args)))
+    return made[0] if made else load_quantized(args.folder / "base", args.device, args.compute_dtype)
+
+
+def _quantized_base(profile, args):
     from ..checkpoint import load_quantized, save_quantized
     from ..data import short_path, weights_id
     from ..grid import QuantSpec
@@ -82,8 +92,8 @@ def quantize(args) -> None:
 
 def train_config(profile, args):
     """The profile's settings, changed by the options that were given."""
-    names = ("epochs", "max_steps", "batch_size", "accumulation", "lr", "max_length", "seed",
-             "compute_dtype", "eval_every", "gradient_checkpointing", "resume")  # fmt: skip
+    names = ("epochs", "max_steps", "batch_size", "accumulation", "optimizer", "lr", "max_length",
+             "seed", "compute_dtype", "eval_every", "gradient_checkpointing", "resume")  # fmt: skip
     changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.batch_size and not args.accumulation:  # less memory, the same optimizer step
         step = profile.train.batch_size * profile.train.accumulation
@@ -95,6 +105,7 @@ def finetune(args) -> None:
     import torch
     from tqdm import tqdm
 
+    from .. import processes
     from ..adapters import save_adapter
     from ..data import format_gsm8k, short_path
     from ..lora import ALL_LINEAR, ATTENTION, inject_lora, trainable_parameters
@@ -116,7 +127,11 @@ def finetune(args) -> None:
     count = sum(p.numel() for p in trainable_parameters(model).values())
     print(f"LoRA: {lora} on {len(layers)} layers, {count:,} parameters to train")
     pairs, dev = ([format_gsm8k(e) for e in profile.examples(s)] for s in ("train", "dev"))
-    print(f"training on {len(pairs)} problems, {config.batch_size} x {config.accumulation} a step")
+    shared = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
+    print(
+        f"training on {len(pairs)} problems, {config.batch_size} x {config.accumulation} a step"
+        f"{shared}"
+    )
 
     def show(metrics):
         if metrics["step"] % 25 == 0 or "dev_loss" in metrics:
@@ -128,6 +143,8 @@ def finetune(args) -> None:
 
     history = train(model, tokenizer, pairs, config, dev, show)
     print(history)
+    if not processes.first():
+        return
     save_adapter(model, args.folder / "adapter")
     how = {"method": args.method, "targets": targets, "lora": lora, "training": str(history)}
     write_json_atomic(args.folder / "run.json", how | {"stamp": stamp(args.seed)})

@@ -106,11 +106,14 @@ def test_base_is_reused_only_if_made_the_same_way(place, capsys):
 
 
 def test_killed_run_resumes(place, capsys):
-    assert run("finetune", *FAST, "--method", "rtn") == 0
-    assert run("finetune", *FAST, "--method", "rtn", "--resume") == 0
+    argv = ["finetune", *FAST, "--method", "rtn", "--optimizer", "adam8bit"]
+    assert run(*argv) == 0
+    assert run(*argv, "--resume") == 0
     assert "is there, with these settings" in capsys.readouterr().out
-    assert run("finetune", *FAST, "--method", "rtn", "--resume", "--lr", "1") == 2
+    assert run(*argv, "--resume", "--lr", "1") == 2
     assert "lr was" in capsys.readouterr().err
+    assert run(*argv[:-2], "--resume") == 2
+    assert "optimizer was 'adam8bit', is 'adamw'" in capsys.readouterr().err
 
 
 def test_a_dense_run_is_not_taken_for_a_quantized_one(place, capsys):

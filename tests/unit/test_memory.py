@@ -20,9 +20,9 @@ from qlora_lib import (
     trainable_parameters,
 )
 from qlora_lib.lora import ALL_LINEAR, ATTENTION
+from qlora_lib.loss import loss_sum
 from qlora_lib.memory import PARTS, AllocationMeter, packed_bytes
 from qlora_lib.models import DTYPES
-from qlora_lib.train import _loss_sum
 
 LLAMA2_7B = LlamaConfig(
     vocab_size=32_000,
@@ -206,7 +206,7 @@ def test_total_is_an_upper_bound_of_a_training_step(checkpointing, compute_dtype
     parameters = trainable_parameters(model).values()
     optimizer = torch.optim.AdamW(parameters)
     with AllocationMeter() as meter:
-        _loss_sum(model, batch_of(ids), dtype).backward()
+        loss_sum(model, batch_of(ids), dtype).backward()
         optimizer.step()
     ledger = memory_ledger(
         SMALL, "qlora", BATCH, SEQ, RANK, spec=SPEC, checkpointing=checkpointing,

@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from small_models import PAIRS, small_model, small_tokenizer
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lib import train
+from qlora_lib import adam8bit, train
 from qlora_lib.data import encode_example
 from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters, use_adapter
-from qlora_lib.models import quantize_model
+from qlora_lib.lora import (
+    ALL_LINEAR, inject_lora, lora_layers, trainable_parameters, use_adapter,
+)  # fmt: skip
+from qlora_lib.models import DTYPES, quantize_model
 from qlora_lib.schedule import epoch_order, learning_rate, schedule
 from qlora_lib.snapshots import load_parameters
 from qlora_lib.train import TrainConfig, finetune, validation_loss
@@ -122,10 +124,13 @@ def kill_at(step):
     return callback
 
 
-@pytest.mark.parametrize("killed", [3, 5])
-def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, killed):
+@pytest.mark.parametrize("killed, optimizer", [(3, "adam8bit"), (5, "adamw")])
+def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(
+    tmp_path, killed, optimizer, monkeypatch
+):
+    monkeypatch.setattr(adam8bit, "SMALLEST", 256)  # 8 bits, though the adapters are small
     settings = {"max_steps": 8, "batch_size": 4, "accumulation": 2, "save_every": 2}
-    settings |= {"eval_every": 3, "weight_decay": 0.01}
+    settings |= {"eval_every": 3, "weight_decay": 0.01, "optimizer": optimizer}
     whole = adapted(quantized=True, dropout=0.2)
     expected = run(whole, config(folder=tmp_path / "a", **settings), dev=PAIRS[:5])
     model, folder = adapted(quantized=True, dropout=0.2), tmp_path / "b"
@@ -137,6 +142,10 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, killed):
     assert history.resumed_from == killed - 1
     assert history.losses == expected.losses and history.dev == expected.dev
     assert equal(weights(fresh), weights(whole))
+    states = [load_file(tmp_path / name / "last.safetensors") for name in ("a", "b")]
+    assert equal(*states)
+    dtypes = {t.dtype for n, t in states[0].items() if n.startswith("exp_avg/")}
+    assert (torch.uint8 in dtypes) == (optimizer == "adam8bit")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
     # A finished run resumes to itself.
@@ -214,10 +223,16 @@ def test_clipping_bounds_the_gradient():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_compute_keeps_adapters_in_fp32(dtype):
-    model = adapted()
+    """Base weights and the outputs of all layers in 16 bits; adapters, gradients, moments not."""
+    model, seen = small_model().to(DTYPES[dtype]), set()
+    inject_lora(model, ALL_LINEAR, rank=4, alpha=8)
+    for layer in lora_layers(model).values():
+        layer.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
     history = run(model, config(max_steps=8, compute_dtype=dtype))
     assert history.compute_dtype == dtype and history.losses[-1] < history.losses[0]
-    assert all(p.dtype == torch.float32 for p in trainable_parameters(model).values())
+    assert seen == {DTYPES[dtype]} == {p.dtype for p in model.parameters() if not p.requires_grad}
+    for p in trainable_parameters(model).values():
+        assert p.dtype == p.grad.dtype == torch.float32
 
 
 def test_errors_say_what_to_do():
@@ -231,6 +246,8 @@ def test_errors_say_what_to_do():
         run(small_model().half(), config(compute_dtype="fp16"))
     with pytest.raises(ValueError, match="at least 1"):
         TrainConfig(batch_size=0)
+    with pytest.raises(ValueError, match="optimizer='sgd' must be one of adamw, adam8bit"):
+        TrainConfig(optimizer="sgd")
     with pytest.raises(ValueError, match="lr > 0"):
         TrainConfig(lr=0)
 

@@ -1,0 +1,106 @@
+"""What test_processes.py runs by itself, and again in two processes that share the work:
+
+python shared_run.py FOLDER PORT PORT PORT, with RANK and WORLD_SIZE in the environment.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from small_models import PAIRS, small_model, small_tokenizer
+
+from qlora_lib import processes
+from qlora_lib.__main__ import main
+from qlora_lib.evaluation import evaluate
+from qlora_lib.generation import Decoding, fingerprint, generator
+from qlora_lib.lora import inject_lora
+from qlora_lib.train import TrainConfig, finetune
+
+PROBLEMS = [{"question": f"{i} + {i}?", "answer": f"#### {2 * i}"} for i in range(11)]
+CLI = ["--model", "model", "--data", "data", "--max-new-tokens", "4"]
+COMMANDS = {
+    "finetune": ["finetune", *CLI[:4], "--method", "rtn", "--max-steps", "2", "--rank", "2"],
+    "evaluate": ["evaluate", *CLI, "--batch-size", "5", "--out", "cli"],
+}
+
+
+class Killed(Exception):
+    pass
+
+
+def kill(metrics):
+    if metrics["step"] == 3:
+        raise Killed
+
+
+def train_and_evaluate(folder: Path, seed: int = 0) -> dict:
+    """A run that is killed and goes on, of 13 examples: steps of 12, 1, 12, 1; then samples."""
+    model, tokenizer = small_model(), small_tokenizer()
+    torch.manual_seed(seed)
+    inject_lora(model, ("q_proj", "down_proj"), rank=2)
+    config = TrainConfig(
+        max_steps=4, batch_size=3, accumulation=4, lr=1e-2, compute_dtype="fp32", save_every=2,
+        folder=folder / "training", resume=True, optimizer="adam8bit",
+    )  # fmt: skip
+    with contextlib.suppress(Killed):
+        finetune(model, tokenizer, PAIRS[:13], config, PAIRS[13:16], kill)
+    history = finetune(model, tokenizer, PAIRS[:13], config, PAIRS[13:16])
+    decoding = Decoding(temperature=1.0, max_new_tokens=4, batch_size=2)
+    asked = []
+
+    def generate(prompts, real=generator(model, tokenizer, decoding)):
+        asked.append(len(prompts))
+        return real(prompts)
+
+    report = evaluate(generate, PROBLEMS, folder / "eval", chunk=4)
+    return {
+        "losses": history.losses, "dev": history.dev, "resumed": history.resumed_from,
+        "norms": [s["grad_norm"] for s in history.steps], "weights": fingerprint(model),
+        "asked": asked, "completions": [p["completion"] for p in report.predictions],
+        "strict": report.strict_correct,
+    }  # fmt: skip
+
+
+def errors() -> list[str]:
+    """What the processes say that differ, or of which the first one fails."""
+
+    def fail():
+        raise FileNotFoundError("no such file")
+
+    said = []
+    for call in (lambda: processes.agree("rank", processes.rank()), lambda: processes.on_first(fail)):
+        try:
+            call()
+        except (ValueError, FileNotFoundError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def summed() -> list:
+    """Gradients of three parameters: of both processes, of one of them, of none."""
+    three = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    three[0].grad = torch.full((2,), 1.0 + processes.rank())
+    if processes.first():
+        three[1].grad = torch.ones(2)
+    processes.sum_gradients(three)
+    return [p.grad if p.grad is None else p.grad.tolist() for p in three]
+
+
+if __name__ == "__main__":
+    place, (library, *ports) = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    os.environ["MASTER_PORT"] = library
+    processes.start()
+    # Another adapter in each: that of the first counts.
+    result = train_and_evaluate(place / "two", seed=processes.rank())
+    result |= {"errors": errors(), "summed": summed(), "share": list(processes.share(range(5)))}
+    (place / f"{processes.rank()}.json").write_text(json.dumps(result))
+    processes.stop()
+    os.chdir(place / "two")
+    for port, argv in zip(ports, COMMANDS.values()):
+        os.environ["MASTER_PORT"] = port
+        code = main(argv)
+        assert code == 0, code
