@@ -12,7 +12,7 @@ import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
 FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout"}
-FLOOR_2 = {"linear", "kernels", "lora", "merge"}
+FLOOR_2 = {"linear", "kernels", "lora", "lora_init", "merge"}
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
 PEERS = {"bitsandbytes", "peft", "gptqmodel", "auto_gptq", "optimum", "hqq", "torchao"}
