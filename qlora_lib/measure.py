@@ -96,7 +96,7 @@ def measure_step(
         raise ValueError("step and optimizer go together: give both, or none")
     if step is None:
         optimizer = _optimizer(ledger, parameters)
-        step = _random_step(ledger, model, optimizer)
+        step = random_step(ledger, model, optimizer)
     measured, gradients = _stored(model, parameters), {}
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: gradients.update({id(p): p.grad.nbytes}))
@@ -147,14 +147,17 @@ def _optimizer(ledger, parameters):
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
 
 
-def _random_step(ledger, model, optimizer) -> Callable[[], None]:
+def random_step(ledger, model, optimizer) -> Callable[[], None]:
+    """A training step on random tokens, all of them supervised: forward, backward, optimizer;
+    of the ledger's batch, length and compute dtype."""
     draw = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (ledger.batch, ledger.seq), generator=draw).to(model.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def step() -> None:
-        _loss_sum(model, batch, DTYPES[ledger.compute_dtype]).backward()
+        loss = _loss_sum(model, batch, DTYPES[ledger.compute_dtype])
+        (loss / ids.numel()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

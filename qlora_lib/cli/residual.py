@@ -1,6 +1,5 @@
 """The base of a fine-tuning run whose adapter starts from it: LoftQ and PiSSA."""
 
-
 from pathlib import Path
 
 
