@@ -24,6 +24,7 @@ _HOME = {
     "gptq_format": ["export_gptq", "import_gptq"],
     "adapters": ["find_adapter", "load_adapter", "save_adapter"],
     "memory": ["MemoryLedger", "memory_ledger"],
+    "measure": ["NotEnoughMemory", "check_fits"],
     "data": ["format_gsm8k", "load_gsm8k", "load_gsm_hard", "load_minigsm"],
     "profiles": ["Profile", "load_profile"],
     "schedule": ["TrainConfig"],

@@ -1,15 +1,18 @@
 """Adapters on disk, in PEFT's layout: safetensors and JSON, a folder an adapter."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import atomic_folder, read_json, read_tensors
-from .lora import LoRAConfig, add_adapters, base_fingerprint, lora_layers
+from .lora import LoRAConfig, LoRALinear, add_adapters, base_fingerprint, lora_layers
+from .lora_init import residual_fingerprint
 from .peft_config import describe, read_config
 from .results import ROOT
 
@@ -26,27 +29,59 @@ def save_adapter(
 
     dtype: of the stored A and B; bfloat16 halves the file, and is read back as fp32. Ranks
     and alphas that differ by layer are written as PEFT's rank_pattern and alpha_pattern.
+    PiSSA over a dense base is written as what it learned, B A - (B A at step 0): plain LoRA of
+    rank 2 r for the original model (PEFT converts in the same way). Over a quantized base,
+    LoftQ and PiSSA fit that base alone, which the file names by a hash: keep it too
+    (save_quantized).
     Raises ValueError when the model has no adapter of that name, when its layers differ in
-    dropout or use_rslora, for which PEFT has one value, and when the folder holds other files.
+    dropout or use_rslora, for which PEFT has one value, when PiSSA's difference would be
+    stored in 16 bits, and when the folder holds other files.
     """
     layers = {n: m for n, m in lora_layers(model).items() if adapter in m.configs}
     if not layers:
         raise ValueError(f"the model has no adapter {adapter!r} to save")
-    state = {}
+    if dtype != torch.float32 and any(_learned_is_a_difference(m, adapter) for m in layers.values()):
+        raise ValueError(
+            f"dtype={dtype}: what PiSSA learned is a small difference of two large products, "
+            "which 16 bits would lose; save it as float32"
+        )
+    state, configs, metadata = {}, {}, {"format": "pt", "base": base_fingerprint(model)}
     for path, layer in layers.items():
         key = f"base_model.model.{path}"
-        state[f"{key}.lora_A.weight"] = layer.lora_A[adapter].detach().to("cpu", dtype).contiguous()
-        state[f"{key}.lora_B.weight"] = layer.lora_B[adapter].detach().to("cpu", dtype).contiguous()
+        configs[path], b, a = _update(layer, adapter)
+        state[f"{key}.lora_A.weight"] = a.to(dtype).contiguous()
+        state[f"{key}.lora_B.weight"] = b.to(dtype).contiguous()
+    residual = {p: m for p, m in layers.items() if m.residual_of == adapter and not m.start}
+    if residual:
+        metadata |= {"init": layers[next(iter(residual))].configs[adapter].init}
+        metadata |= {"residual base": residual_fingerprint(residual)}
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": _portable(getattr(model.config, "_name_or_path", "")),
-        **describe(model, {path: layer.configs[adapter] for path, layer in layers.items()}),
+        **describe(model, configs),
     }
     with atomic_folder(folder, ADAPTER_CONFIG) as scratch:
-        metadata = {"format": "pt", "base": base_fingerprint(model)}
         save_file(state, scratch / ADAPTER, metadata=metadata)
         (scratch / ADAPTER_CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def _learned_is_a_difference(layer: LoRALinear, adapter: str) -> bool:
+    """Whether this adapter began as a part of the dense weight (PiSSA)."""
+    return layer.residual_of == adapter and layer.start is not None
+
+
+def _update(layer: LoRALinear, adapter: str) -> tuple[LoRAConfig, Tensor, Tensor]:
+    """Configuration, B and A (on the CPU) of what an adapter adds to the original weight."""
+    config = layer.configs[adapter]
+    b, a = layer.lora_B[adapter].detach().cpu(), layer.lora_A[adapter].detach().cpu()
+    if not _learned_is_a_difference(layer, adapter):
+        return config, b, a
+    b0, a0 = layer.start  # W = residual + scaling * B0 A0, hence B A - B0 A0 on top of W
+    # Twice the rank; alpha so that the scaling stays.
+    alpha = config.alpha * (math.sqrt(2) if config.use_rslora else 2)
+    config = replace(config, rank=2 * config.rank, alpha=alpha, init="kaiming")
+    return config, torch.cat([b, -b0], dim=1), torch.cat([a, a0], dim=0)
 
 
 def _portable(name: str) -> str:
@@ -55,10 +90,11 @@ def _portable(name: str) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else name
 
 
-def _adapter_base(folder: Path) -> str | None:
-    """Fingerprint of the base that an adapter was trained on; None if it names none."""
+def _metadata(folder: Path) -> dict[str, str]:
+    """"base": fingerprint of the base that an adapter was trained on, where it names one;
+    "init" and "residual base": where it fits one quantized base alone."""
     with safe_open(folder / ADAPTER, "pt") as file:
-        return (file.metadata() or {}).get("base")
+        return file.metadata() or {}
 
 
 def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
@@ -69,7 +105,7 @@ def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
     wanted, found = base_fingerprint(model), []
     for folder in map(Path, folders):
         try:
-            base = _adapter_base(folder)
+            base = _metadata(folder).get("base")
         except (OSError, SafetensorError):
             base = "no readable adapter"
         if base == wanted:
@@ -88,18 +124,29 @@ def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default")
     PEFT saved has no such mark: then ranks and shapes are all that is checked, and beside
     other weights of the same shapes it loads and gives nonsense.
     Returns the paths of the adapted layers. Raises FileNotFoundError for a missing file,
-    ValueError for a corrupt file, an adapter for another base, rank or shape, and settings
-    that this package does not have (peft_config.py).
+    ValueError for a corrupt file, an adapter for another base, rank or shape, LoftQ's and
+    PiSSA's beside another quantized base than their own, and settings that this package does
+    not have (peft_config.py).
     """
     folder = Path(folder)
     described, state = read_json(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER)
-    base, own = _adapter_base(folder), base_fingerprint(model)
+    marks, own = _metadata(folder), base_fingerprint(model)
+    base = marks.get("base")
     if base is not None and base != own:
         raise ValueError(
             f"load the model that was trained ({base}; this one is {own}), or train an adapter "
             f"for this one: the adapter in {folder} was trained on another base model"
         )
     configs = read_config(folder / ADAPTER_CONFIG, described, model)
+    residual = marks.get("residual base")
+    if residual is not None:
+        own = residual_fingerprint({path: model.get_submodule(path) for path in configs})
+        if own != residual:
+            raise ValueError(
+                f"{folder}: init={marks.get('init')!r} made this adapter together with its "
+                f"quantized base ({residual}; this model's is {own}), and it fits no other; "
+                "load the base that was saved beside it (save_quantized, load_quantized)"
+            )
     wanted = {path: _pair(folder, state, model, path, c) for path, c in configs.items()}
     _drop_copies_of_the_base(folder, state, model)
     if state:
@@ -112,6 +159,7 @@ def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default")
     for path, layer in layers.items():
         layer.lora_A[adapter].data.copy_(wanted[path][0])
         layer.lora_B[adapter].data.copy_(wanted[path][1])
+        layer.residual_of = adapter if residual is not None else layer.residual_of
     for name, p in model.named_parameters():  # loading trains nothing and freezes nothing
         p.requires_grad_(before.get(name, False))
     return list(layers)

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .grid import QuantSpec
 from .linear import QuantizedLinear
+from .lora_init import RESIDUAL_INITS, check_dense, start_from_base
+from .nf4 import NF4Spec
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
 
 # The adapter of the current call, by layer: a name, or None for the bare base; a layer that
 # is not in it makes its own choice. By layer, so that a second model in the same block keeps
@@ -104,6 +107,11 @@ def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
     taken = layer.configs.get(name, config) if isinstance(layer, LoRALinear) else config
     if taken != config:
         raise ValueError(f"adapter {name!r} exists with {taken}, not {config}")
+    if getattr(layer, "residual_of", None) not in (None, name):
+        raise ValueError(
+            f"the base is what init left beside adapter {layer.residual_of!r}, no model by itself; "
+            "merge that one first (merge_lora(unload=True)), or start from a fresh model"
+        )
     shape = (layer.out_features, layer.in_features)
     if config.rank > min(shape):
         raise ValueError(f"rank={config.rank} exceeds the rank of a layer {shape}")
@@ -116,6 +124,8 @@ class LoRALinear(nn.Module):
     lora_A    {name: (rank, in_features)}, fp32
     lora_B    {name: (out_features, rank)}, fp32
     merged    None, or the layer that stands for base and adapter together
+    residual_of  None, or the adapter whose initialization made the base (lora_init.py)
+    start     None, or B and A at step 0 of that adapter, beside a dense base
     """
 
     def __init__(self, base: nn.Linear | QuantizedLinear):
@@ -126,6 +136,8 @@ class LoRALinear(nn.Module):
         self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
         self.merged: nn.Module | None = None
+        self.residual_of: str | None = None
+        self.start: tuple[Tensor, Tensor] | None = None
 
     def add(self, name: str, config: LoRAConfig) -> None:
         """Add an adapter, B = 0. The first one becomes the active one.
@@ -139,10 +151,10 @@ class LoRALinear(nn.Module):
         device = next(t.device for t in [*self.base.parameters(), *self.base.buffers()])
         # fp32 even on a bf16 base: an update of 1e-4 would vanish in bf16's 8 bits.
         a = torch.empty(config.rank, self.in_features, device=device)
-        if config.init == "kaiming":  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        else:
+        if config.init == "gaussian":
             nn.init.normal_(a, std=1 / config.rank)
+        else:  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT; LoftQ and PiSSA overwrite it
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(a)
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, config.rank, device=device))
         self.configs[name] = config
@@ -218,19 +230,32 @@ def inject_lora(
     alpha: float = 16,
     dropout: float = 0.0,
     init: str = "kaiming",
+    spec: QuantSpec | NF4Spec | None = None,
     use_rslora: bool = False,
     adapter: str = "default",
 ) -> list[str]:
-    """Freeze the model and put an adapter on each target layer; its outputs do not change.
+    """Freeze the model and put an adapter on each target layer.
 
-    target_modules: last path components, e.g. ("q_proj", "v_proj"). Calling it again
-    with the same configuration changes nothing. Random draws come from torch's global
-    generator. Returns the paths of the adapted layers. Raises ValueError for targets
-    that match nothing, a rank out of range, or a name in use.
+    target_modules: last path components, e.g. ("q_proj", "v_proj"). init: with "kaiming"
+    and "gaussian" the outputs do not change. "loftq" and "pissa" take dense layers, and
+    replace their bases by residuals, quantized as `spec` says ("pissa" alone does without:
+    a dense residual); outputs change by what rounding leaves (lora_init.py). Calling it
+    again with the same configuration changes nothing. Random draws come from torch's global
+    generator. Returns the paths of the adapted layers. Raises ValueError, before anything
+    is changed, for targets that match nothing, a rank out of range, a name in use, a spec
+    with other inits, and layers that "loftq" and "pissa" can't take.
     """
     config = LoRAConfig(rank, alpha, dropout, init, use_rslora)
     found = find_linears(model, target_modules)
+    new = [path for path, m in found.items() if adapter not in getattr(m, "configs", {})]
+    if init in RESIDUAL_INITS:
+        for path in new:
+            check_dense(path, found[path], config, spec)
+    elif spec is not None:
+        raise ValueError(f"spec={spec} goes with {RESIDUAL_INITS}; quantize_model quantizes first")
     layers = add_adapters(model, dict.fromkeys(found, config), adapter)
+    for path in new if init in RESIDUAL_INITS else ():
+        start_from_base(layers[path], adapter, spec)
     model.requires_grad_(False)  # embeddings, norms and head too
     for layer in layers.values():
         layer.lora_A[adapter].requires_grad_(True)

@@ -2,27 +2,29 @@
 
 Weights, scales, adapters, gradients and optimizer are exact: shapes are those of the model
 itself, built on the meta device, bytes those of the layout in which they are stored.
-Activations are what autograd saves in transformers' Llama blocks with SDPA attention and no
-padding; for other architectures they are an estimate. Not handled: several GPUs, 8-bit or
-paged optimizers, what an allocator loses to fragments, the CUDA context (some 0.5 GB).
+Activations are what autograd saves in transformers' Llama blocks (Mistral's and Qwen2's are
+like them) with SDPA attention and no padding; for other architectures they are an estimate.
+Not handled: several GPUs, paged optimizers, what an allocator loses to fragments, the CUDA
+context (some 0.5 GB).
 """
 
+import json
 import math
-import weakref
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from .grid import SCALE_DTYPE, QuantSpec
 from .lora import ALL_LINEAR, find_linears
+from .measure import AllocationMeter, Measurement, measure_step
 from .models import DTYPES
 from .nf4 import NESTED_BLOCK, NF4Spec
 
+__all__ = ["AllocationMeter", "MemoryLedger", "memory_ledger"]
 METHODS = ("full", "lora", "qlora")
+OPTIMIZERS = ("adamw", "adam8bit")
+LIKE_LLAMA = ("llama", "mistral", "qwen2")  # blocks whose activations are counted, not estimated
 PARTS = ("weights", "packed weights", "scales", "adapters", "gradients", "optimizer",
          "activations", "logits", "dequantized layer")  # fmt: skip
 
@@ -31,17 +33,38 @@ PARTS = ("weights", "packed weights", "scales", "adapters", "gradients", "optimi
 class MemoryLedger:
     """Bytes by part, in the order of PARTS. Parts that are not needed are 0.
 
-    The parts do not all peak at the same moment, so `total` is an upper bound.
+    `total` is their sum, `peak` what is alive at once: the logits are gone when backward
+    dequantizes its first layer or, under checkpointing, recomputes its first block.
+    Gradients and activations are taken as alive together, as they are when gradients of
+    several batches are accumulated.
     """
 
     setting: str  # what it was made for, in words
     parameters: int  # of the base model
     trained: int  # parameters that get a gradient
     parts: dict[str, int]
+    batch: int
+    seq: int
+    compute_dtype: str
+    checkpointing: bool
+    optimizer: str
+    recomputed: int  # of the activations, what checkpointing makes again, a block at a time
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def peak(self) -> int:
+        in_backward = self.parts["dequantized layer"] + self.recomputed
+        return self.total - min(self.parts["logits"], in_backward)
+
+    def measure(self, model, step=None, optimizer=None) -> Measurement:
+        """Train `model` for two steps, and set what they took beside the prediction.
+
+        The arguments and errors are those of `measure_step`.
+        """
+        return measure_step(self, model, step, optimizer)
 
     @property
     def bits_per_parameter(self) -> float:
@@ -70,21 +93,30 @@ def memory_ledger(
     spec: QuantSpec | NF4Spec = NF4Spec(),
     checkpointing: bool = False,
     compute_dtype: str = "bf16",
+    optimizer: str = "adamw",
+    logit_tokens: int | None = None,
 ) -> MemoryLedger:
     """Predicted peak memory of training the model that `config` describes.
 
-    config: a transformers config of the Llama family. method: "full" trains every
-    parameter; "lora" adapters of `rank` on `targets` over a dense base; "qlora" the same
-    over decoder linears stored as `spec` says. batch sequences of seq tokens at a time.
-    compute_dtype: bf16, fp16 or fp32, of the dense weights and activations.
-    Raises ValueError for another method or dtype and for targets that match nothing.
+    config: a transformers config, of a decoder whose linears have Llama's names (of several
+    modalities, the text's). method: "full" trains every parameter; "lora" adapters of
+    `rank` on `targets` over a dense base; "qlora" the same over decoder linears stored as
+    `spec` says. batch sequences of seq tokens at a time. compute_dtype: bf16, fp16 or fp32,
+    of the dense weights and activations. optimizer: "adamw", or "adam8bit" with moments in
+    8 bits. logit_tokens: tokens whose logits exist at once; None: all, and never more.
+    Raises ValueError for another method, dtype, optimizer or kind of decoder, and for
+    targets that match nothing.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
     if compute_dtype not in DTYPES:
         raise ValueError(f"compute_dtype={compute_dtype!r} must be one of {', '.join(DTYPES)}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
+    config = config.get_text_config()
     size = DTYPES[compute_dtype].itemsize
-    parameters, shapes = _model_shapes(config.to_json_string(), type(config))
+    counts, shapes = _model_shapes(config.to_json_string(), type(config))
+    parameters = sum(counts)
     linears = {path: s for path, s in shapes.items() if _last(path) in ALL_LINEAR}
     parts = dict.fromkeys(PARTS, 0)
     dense = parameters
@@ -93,41 +125,62 @@ def memory_ledger(
         packed = [packed_bytes(s, spec) for s in linears.values()]
         parts["packed weights"] = sum(codes for codes, _ in packed)
         parts["scales"] = sum(scales for _, scales in packed)
-        # Decoded in fp32, then cast: both are alive for a moment.
-        largest = max(math.prod(s) for s in linears.values())
-        parts["dequantized layer"] = largest * (4 + size * (size < 4))
+        parts["dequantized layer"] = _decoding(max(map(math.prod, linears.values())), spec, size)
     parts["weights"] = dense * size
     if method == "full":
         # Mixed precision as in ZeRO (arXiv 1910.02054, section 3.1): gradients in the
         # compute dtype; Adam's two moments in fp32, and an fp32 copy of 16-bit weights.
         trained, targets = parameters, ALL_LINEAR
         parts["gradients"] = parameters * size
-        parts["optimizer"] = parameters * (8 + 4 * (size < 4))
+        parts["optimizer"] = moments_bytes(counts, optimizer) + 4 * parameters * (size < 4)
     else:
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
         missing = set(targets) - {_last(path) for path in linears}
         if missing or not targets:
             raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
         # A (rank, in) and B (out, rank) a layer, in fp32 whatever the compute dtype.
-        trained = sum(rank * sum(s) for path, s in linears.items() if _last(path) in targets)
+        pairs = [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
+        trained = sum(pairs)
         parts["adapters"] = parts["gradients"] = 4 * trained
-        parts["optimizer"] = 8 * trained
+        parts["optimizer"] = moments_bytes(pairs, optimizer)
     tokens = batch * seq
-    # Rotary cosines and sines, and the 16-bit copies of A and B that autocast keeps.
-    parts["activations"] = 2 * seq * _head_dim(config) * size
-    parts["activations"] += trained * size if method != "full" and size < 4 else 0
-    parts["activations"] += tokens * _activations(
-        config, method, rank, targets, checkpointing, size
-    )
-    # Logits, their fp32 copy, and its gradient.
-    parts["logits"] = tokens * config.vocab_size * (size + 4 + 4)
+    block, rest = _activations(config, method, rank, targets, checkpointing, size)
+    copies = trained * size if method != "full" and size < 4 else 0  # autocast's, of A and B
+    recomputed = tokens * block + copies if checkpointing else 0
+    # Rotary cosines and sines first.
+    parts["activations"] = 2 * seq * _head_dim(config) * size + copies + tokens * (block + rest)
+    parts["logits"] = logits_bytes(min(tokens, logit_tokens or tokens), config.vocab_size, size)
     setting = f"{method}, batch {batch} x {seq} tokens, {compute_dtype}"
     setting += ", checkpointing" if checkpointing else ""
     if method != "full":
         setting += f", rank {rank}"
     if method == "qlora":
         setting += f", {spec}"
-    return MemoryLedger(setting, parameters, trained, parts)
+    setting += ", 8-bit Adam" if optimizer == "adam8bit" else ""
+    if config.model_type not in LIKE_LLAMA:
+        setting += f", activations of {config.model_type} estimated"
+    how = (batch, seq, compute_dtype, checkpointing, optimizer, recomputed)
+    return MemoryLedger(setting, parameters, trained, parts, *how)
+
+
+def logits_bytes(tokens: int, vocab_size: int, size: int) -> int:
+    """Logits of so many tokens, `size` bytes a number; their fp32 copy, and its gradient."""
+    return tokens * vocab_size * (size + 4 + 4)
+
+
+def moments_bytes(counts: list[int], optimizer: str) -> int:
+    """Adam's two moments of tensors of these sizes, in fp32; with "adam8bit" a byte each and
+    an fp32 absmax a block of 256, but fp32 in tensors below 4096 elements (adam8bit.py)."""
+    if optimizer == "adamw":
+        return 8 * sum(counts)
+    return sum(8 * n if n < 4096 else 2 * (n + 4 * math.ceil(n / NESTED_BLOCK)) for n in counts)
+
+
+def _decoding(numbers: int, spec: QuantSpec | NF4Spec, size: int) -> int:
+    """A layer's weight while it is decoded: in fp32, beside the codes one by one (uint8, or
+    int32 for two of NF4), which are gone when fp32 is cast to 16 bits."""
+    codes = 2 if isinstance(spec, NF4Spec) else 1
+    return numbers * (4 + max(codes, size if size < 4 else 0))
 
 
 def packed_bytes(shape: tuple[int, int], spec: QuantSpec | NF4Spec) -> tuple[int, int]:
@@ -141,8 +194,9 @@ def packed_bytes(shape: tuple[int, int], spec: QuantSpec | NF4Spec) -> tuple[int
     return codes, out * spec.groups(n) * (SCALE_DTYPE.itemsize + 1)  # scale, zero_point
 
 
-def _activations(config, method, rank, targets, checkpointing: bool, size: int) -> int:
-    """Bytes a token that autograd keeps from the forward pass, `size` bytes a number."""
+def _activations(config, method, rank, targets, checkpointing: bool, size: int) -> tuple[int, int]:
+    """Bytes a token that autograd keeps from the forward pass, `size` bytes a number: of one
+    block, and of all the rest."""
     h, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     heads, head = config.num_attention_heads, _head_dim(config)
     q, kv = head * heads, head * config.num_key_value_heads
@@ -161,10 +215,9 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
     block += 2 * norm
     last = norm + size * h * full  # the final norm, and the input of a trained head
     if checkpointing:
-        # Each block's input, and all of the one block that is being computed again.
-        return blocks * size * h + block + last
+        return block, blocks * size * h + last  # each block's input
     # No gradient flows to frozen embeddings: the first norm keeps nothing.
-    return blocks * block + last - (0 if full else norm)
+    return block, (blocks - 1) * block + last - (0 if full else norm)
 
 
 def _head_dim(config) -> int:
@@ -177,50 +230,18 @@ def _last(path: str) -> str:
 
 
 @cache
-def _model_shapes(config_json: str, kind) -> tuple[int, dict[str, tuple[int, int]]]:
-    """Number of parameters (tied ones once), and the shape of each linear by path."""
-    import json
-
+def _model_shapes(config_json: str, kind) -> tuple[list[int], dict[str, tuple[int, int]]]:
+    """Size of each parameter (tied ones once), and the shape of each linear by path."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(config_json)))
-    linears = find_linears(model, ALL_LINEAR)
+    try:
+        linears = find_linears(model, ALL_LINEAR)
+    except ValueError as error:
+        raise ValueError(
+            f"the ledger knows decoders whose linears are named as Llama's, and not "
+            f"{model.config.model_type}: {error}"
+        ) from None
     shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
-    return sum(p.numel() for p in model.parameters()), shapes
-
-
-class AllocationMeter(TorchDispatchMode):
-    """Bytes of the tensors made within its block: `alive` now, at the `peak`, and in the
-    `trace` after each operation.
-
-    What torch.cuda.max_memory_allocated says on a GPU, for any device. What an operation
-    allocates and frees inside is not seen.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.peak = 0
-        self.trace: list[int] = []
-        self._known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata in given or storage in self._known:
-                continue  # a view, or written in place
-            self._known.add(storage)
-            self.alive += storage.nbytes()
-            weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.alive)
-        self.trace.append(self.alive)
-        return out
-
-    def _free(self, nbytes: int) -> None:
-        self.alive -= nbytes
-
-
-def _tensors(nested) -> list[Tensor]:
-    return [x for x in tree_iter(nested) if isinstance(x, Tensor)]
+    return [p.numel() for p in model.parameters()], shapes

@@ -128,7 +128,8 @@ class NF4Tensor:
         n = self.shape.numel()
         levels = torch.tensor(NF4_LEVELS, device=self.codes.device)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
-        values = pairs[self.codes.int()].flatten()[:n]  # (out * in,): a byte holds two weights
+        # A byte holds two weights. index_select: pairs[...] would copy its indices to int64.
+        values = pairs.index_select(0, self.codes.int()).flatten()[:n]  # (out * in,)
         # In place: one dense weight is alive at a time, not three.
         w = _blocks(values, self.spec.block_size).mul_(self.block_scales().unsqueeze(1))
         return w.flatten()[:n].view(self.shape).to(dtype)

@@ -81,3 +81,38 @@ def open_run(profile, args):
     if not args.no_adapter:
         print(f"adapter on {len(load_adapter(model, args.folder / 'adapter'))} layers")
     return model, tokenizer
+
+
+def check_memory(profile, args, config, targets, rank: int) -> None:
+    """Refuse, before anything is loaded, a training that would not fit into memory.
+
+    Predicted for the longest sequences that are allowed. Where there is no config yet, or
+    no ledger for such a model, it says so and lets the run go on.
+    """
+    from ..grid import QuantSpec
+    from ..measure import check_fits
+    from ..memory import memory_ledger
+    from ..models import default_device, dtype_name, resolve_dtype
+    from ..nf4 import NF4Spec
+
+    device = args.device or default_device()
+    nf4 = args.method == "nf4"
+    try:
+        from transformers import AutoConfig
+
+        ledger = memory_ledger(
+            AutoConfig.from_pretrained(profile.model),
+            "lora" if args.method == "none" else "qlora",
+            config.batch_size,
+            config.max_length,
+            rank,
+            targets,
+            NF4Spec() if nf4 else QuantSpec(args.bits, args.group_size or None),
+            config.gradient_checkpointing,
+            dtype_name(resolve_dtype(args.compute_dtype, device)),
+        )
+    except (OSError, ValueError) as error:  # what is wrong with it, loading says better
+        print(f"memory: not predicted ({str(error).splitlines()[0]})")
+        return
+    check_fits(ledger, device)
+    print(f"memory: {ledger.peak / 1e9:.2f} GB predicted at the peak of training")

@@ -5,9 +5,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .common import open_profile
+from .common import check_memory, open_profile
+from .residual import residual_base
 
 METHODS = ("gptq", "rtn", "nf4", "none")
+INITS = ("kaiming", "gaussian", "loftq", "pissa")
 
 
 def add_quantize_and_finetune(commands, shared) -> None:
@@ -36,6 +38,8 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--rank", type=int, help="of the adapter")
     add("--alpha", type=float, help="LoRA's scale is alpha / rank (default: 2 * rank)")
     add("--dropout", type=float, default=0.0)
+    add("--init", choices=INITS, default="kaiming", help="of A and B; loftq: with nf4 or rtn")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")
     add("--targets", default="all", help="all (default), attention, or names: q_proj,v_proj")
     add("--resume", action="store_true", default=None, help="go on from the last checkpoint")
 
@@ -109,21 +113,27 @@ def finetune(args) -> None:
     from ..adapters import save_adapter
     from ..data import format_gsm8k, short_path
     from ..lora import ALL_LINEAR, ATTENTION, inject_lora, trainable_parameters
+    from ..lora_init import RESIDUAL_INITS
     from ..results import stamp, write_json_atomic
     from ..train import finetune as train
 
     profile = open_profile(args)
     config = train_config(profile, args)
-    if args.method == "none":
-        model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
-    else:
-        model, tokenizer = quantized_base(profile, args)
     groups = {"all": ALL_LINEAR, "attention": ATTENTION}
     targets = groups.get(args.targets) or tuple(args.targets.split(","))
     rank = args.rank or profile.rank
     lora = {"rank": rank, "alpha": args.alpha or 2 * rank, "dropout": args.dropout}
-    torch.manual_seed(args.seed)
-    layers = inject_lora(model, targets, **lora)
+    lora |= {"init": args.init, "use_rslora": args.rslora}
+    check_memory(profile, args, config, targets, rank)
+    if args.init in RESIDUAL_INITS:
+        model, tokenizer, layers = residual_base(profile, args, targets, lora)
+    else:
+        if args.method == "none":
+            model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
+        else:
+            model, tokenizer = quantized_base(profile, args)
+        torch.manual_seed(args.seed)
+        layers = inject_lora(model, targets, **lora)
     count = sum(p.numel() for p in trainable_parameters(model).values())
     print(f"LoRA: {lora} on {len(layers)} layers, {count:,} parameters to train")
     pairs, dev = ([format_gsm8k(e) for e in profile.examples(s)] for s in ("train", "dev"))

@@ -128,6 +128,46 @@ def test_a_dense_run_is_not_taken_for_a_quantized_one(place, capsys):
     assert "leave out --dense" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "method, init, targets", [("nf4", "loftq", "attention"), ("none", "pissa", "all")]
+)
+def test_an_adapter_that_starts_from_its_base(place, capsys, method, init, targets):
+    """Trained, saved, and asked again: on its own base, and on no other."""
+    argv = [*FAST, "--method", method, "--init", init, "--targets", targets, "--rslora"]
+    assert run("finetune", *argv, "--lr", "0.01") == 0
+    out = capsys.readouterr().out
+    assert f"'init': '{init}', 'use_rslora': True" in out
+    dense = ["--dense"] if method == "none" else []
+    assert run("evaluate", *COMMON, *dense, "--limit", "2", "--max-new-tokens", "2") == 0
+    out = capsys.readouterr().out
+    assert f"adapter on {14 if targets == 'all' else 8} layers" in out
+    assert dense or "all 14 linear layers are quantized" in out  # those without adapters too
+    if not dense:  # another base in its place: refused
+        assert run("quantize", *COMMON, "--method", method) == 0
+        assert run("evaluate", *COMMON, "--limit", "2") == 2
+        assert "init='loftq' made this adapter together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--init", "loftq"], "GPTQ's codes are made by calibration"),
+        (["--init", "loftq", "--method", "none"], "--method none quantizes nothing"),
+    ],
+)
+def test_inits_that_do_not_go_with_a_method(place, capsys, argv, message):
+    assert run("finetune", *FAST, *argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_before_loading(place, capsys, monkeypatch):
+    monkeypatch.setattr("qlora_lib.measure.available_memory", lambda device: 1e6)
+    assert run("finetune", *FAST, "--method", "nf4") == 2
+    captured = capsys.readouterr()
+    assert "cpu has 0.00 GB free; take fewer or shorter sequences" in captured.err
+    assert "packed weights" in captured.err and "quantizing" not in captured.out
+
+
 def served(out: str) -> list[str]:
     """The words of the command that export prints last."""
     return shlex.split(out.strip().splitlines()[-1])

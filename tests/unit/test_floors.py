@@ -12,7 +12,7 @@ import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
 FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout", "adam8bit"}
-FLOOR_2 = {"linear", "kernels", "lora", "merge"}
+FLOOR_2 = {"linear", "kernels", "lora", "lora_init", "merge"}
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
 PEERS = {"bitsandbytes", "peft", "gptqmodel", "auto_gptq", "optimum", "hqq", "torchao"}
@@ -179,6 +179,7 @@ merge_hessians unmerge_lora save_adapter load_adapter load_bnb_4bit save_quantiz
 load_profile format_gsm8k finetune TrainConfig Decoding generator evaluate extract_answer
 is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq majority best_score
 weighted_vote with_scores likelihood pass_at_k Verifier train_verifier Adam8bit
+memory_ledger check_fits NotEnoughMemory
 """.split()
 
 

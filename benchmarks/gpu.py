@@ -1,0 +1,217 @@
+"""QLoRA's memory and speed on a GPU, in one command and under 8 minutes, without network:
+
+    python benchmarks/gpu.py [--smollm2 PATH] [--out data/results/gpu.json]
+    python benchmarks/gpu.py --small        everything at a small size, on a CPU too
+
+Models of the shapes of LLaMA-2-7B and SmolLM2-135M with random weights, which are packed on
+the device as they are drawn: NF4, and 4-bit grids in groups of 64 as GPTQ stores them. LoRA
+r=16 on all linears, 512 tokens, batch 1 and 4. For each: tokens a second of training, peak
+memory beside the ledger's prediction, tokens a second of decoding; then single linears, packed
+and in cuBLAS's 16 bits. Random weights: nothing about accuracy. What is skipped says why.
+Needs torch, transformers, safetensors and tqdm (and triton, where kernels are used).
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # works without an installation
+
+from qlora_lib.linear import QuantizedLinear  # noqa: E402
+from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters  # noqa: E402
+from qlora_lib.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
+from qlora_lib.memory import memory_ledger  # noqa: E402
+from qlora_lib.models import dtype_name, load_model, quantize_model, quantize_weight  # noqa: E402
+from qlora_lib.models import resolve_dtype  # noqa: E402
+from qlora_lib.results import stamp, write_json_atomic  # noqa: E402
+from qlora_lib.step_experiments import SEED, SPECS, random_packed_model  # noqa: E402
+from qlora_lib.train import _training_mode  # noqa: E402
+
+RANK = 16
+# (batch, gradient checkpointing)
+ROWS = ((1, True), (4, True), (1, False))
+
+
+def shapes(small: bool) -> dict:
+    """Configurations by name."""
+    from transformers import LlamaConfig
+
+    if small:
+        sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=300)
+        return {"small": LlamaConfig(num_hidden_layers=1, **sizes)}
+    smollm2 = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    return {"llama2-7b": LlamaConfig(), "smollm2-135m": smollm2}  # the defaults are LLaMA-7B's
+
+
+def seconds(run, device: torch.device, repeats: int) -> float:
+    """Median time of a call, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def training(model, config, spec, seq: int, repeats: int, skipped: list[str]) -> list[dict]:
+    """Peak memory and speed of QLoRA steps; `model` has its adapter."""
+    rows, device = [], model.device
+    for batch, checkpointing in ROWS:
+        ledger = memory_ledger(
+            config, "qlora", batch, seq, RANK, spec=spec, checkpointing=checkpointing,
+            compute_dtype=dtype_name(model.dtype),
+        )  # fmt: skip
+        try:
+            check_fits(ledger_beside(model, ledger), device)
+        except NotEnoughMemory as error:
+            skipped.append(f"{ledger.setting}: {str(error).splitlines()[0]}")
+            continue
+        optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-4)
+        step = random_step(ledger, model, optimizer)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        result = ledger.measure(model, step, optimizer)
+        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+        with _training_mode(model, checkpointing):
+            took = seconds(step, device, repeats)
+        rows.append({
+            "setting": ledger.setting, "batch": batch, "seq": seq, "checkpointing": checkpointing,
+            "tokens_per_second": batch * seq / took, "peak_bytes": result.measured["peak"],
+            "reserved_bytes": reserved, "predicted_bytes": ledger.parts | {"peak": ledger.peak},
+            "measured_bytes": result.measured, "ratio": result.ratio,
+        })  # fmt: skip
+        print(f"  {ledger.setting}: {rows[-1]['tokens_per_second']:.0f} tokens/s\n{result}")
+    return rows
+
+
+def ledger_beside(model, ledger):
+    """The ledger less what is on the device already: the model and its adapter."""
+    from dataclasses import replace
+
+    there = dict.fromkeys(("weights", "packed weights", "scales", "adapters"), 0)
+    return replace(ledger, parts=ledger.parts | there)
+
+
+@torch.no_grad()
+def decode(model, tokens: int, repeats: int) -> float:
+    """Tokens a second of greedy decoding at batch 1, with a cache of keys and values."""
+
+    def run():
+        ids, cache = torch.ones(1, 8, dtype=torch.long, device=model.device), None
+        for _ in range(tokens):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)  # (1, 1)
+
+    return tokens / seconds(run, model.device, repeats)
+
+
+@torch.no_grad()
+def linears(config, dtype, device, seq: int, repeats: int) -> list[dict]:
+    """Milliseconds of one linear: in 16 bits (cuBLAS on a GPU), and packed."""
+    h, inner, rows = config.hidden_size, config.intermediate_size, []
+    draw = torch.Generator(device).manual_seed(SEED)
+    for out, n in ((h, h), (inner, h), (h, inner)):
+        weight = torch.randn(out, n, generator=draw, device=device) * 0.02
+        calls = {dtype_name(dtype): torch.nn.Linear(n, out, False, device, dtype)}
+        for name, spec in SPECS.items():
+            calls[name] = QuantizedLinear(quantize_weight(weight, spec, name))
+        for tokens in (1, seq):
+            x = torch.randn(tokens, n, generator=draw, device=device).to(dtype)
+            times = {k: 1e3 * seconds(lambda f=f: f(x), device, repeats) for k, f in calls.items()}
+            rows.append({"shape": [out, n], "tokens": tokens, "milliseconds": times})
+            shown = ", ".join(f"{k} {t:.3f}" for k, t in times.items())
+            print(f"  {out} x {n}, {tokens} tokens: {shown} ms")
+    return rows
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="python benchmarks/gpu.py")
+    options.add_argument("--small", action="store_true", help="seconds, on a CPU too")
+    options.add_argument("--smollm2", type=Path, help="folder with SmolLM2-135M's weights")
+    options.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "gpu.json")
+    args = options.parse_args(argv)
+    gpu = torch.cuda.is_available()
+    if not gpu and not args.small:
+        print("skipped: torch sees no CUDA GPU; --small runs it all at a small size on the CPU",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    device = torch.device("cuda" if gpu else "cpu")
+    dtype = resolve_dtype("auto", device)
+    seq, tokens, repeats = (16, 2, 1) if args.small else (512, 64, 5)
+    skipped = [] if gpu else ["GPU memory, cuBLAS: torch sees no CUDA GPU; these are the CPU's"]
+    result = {"what": "random weights: memory and time, nothing about accuracy", "models": {}}
+    result |= {"linears": {}, "skipped": skipped}
+    extra = {"cuda": torch.version.cuda, "dtype": dtype_name(dtype), "small": args.small}
+    if gpu:
+        extra["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    result["stamp"] = stamp(SEED, **extra)
+    began = time.perf_counter()
+
+    def measure(name: str, model, spec) -> None:
+        row = {"seconds_to_build": round(time.perf_counter() - started, 1)}
+        row["decoded_tokens_per_second"] = decode(model, tokens, repeats=1 if args.small else 2)
+        print(f"{name}: {row['decoded_tokens_per_second']:.1f} tokens/s decoded")
+        torch.manual_seed(SEED)
+        inject_lora(model, ALL_LINEAR, rank=RANK)
+        row["training"] = training(model, model.config, spec, seq, repeats, skipped)
+        result["models"][name] = row
+        write_json_atomic(args.out, result)  # kept, should the next one be killed
+
+    configs = shapes(args.small)
+    for shape, config in configs.items():
+        for method, spec in SPECS.items():
+            started = time.perf_counter()
+            try:
+                model = random_packed_model(config, spec, dtype, device)
+            except torch.OutOfMemoryError as error:
+                skipped.append(f"{shape}, {method}: {str(error).splitlines()[0]}")
+                continue
+            measure(f"{shape}, {method}", model, spec)
+            del model
+            release(device)
+    if args.smollm2:
+        for method, spec in SPECS.items():
+            started = time.perf_counter()
+            model, _ = load_model(str(args.smollm2), device, dtype_name(dtype))
+            quantize_model(model, None, spec, method)
+            measure(f"smollm2-135m with its own weights, {method}", model, spec)
+            del model
+            release(device)
+    else:
+        skipped.append("SmolLM2 with its own weights: no --smollm2 PATH was given")
+    for shape, config in configs.items():
+        print(f"{shape}, one linear")
+        result["linears"][shape] = linears(config, dtype, device, seq, 1 if args.small else 20)
+        release(device)
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    write_json_atomic(args.out, result)
+    for reason in skipped:
+        print(f"skipped: {reason}")
+    print(f"{result['seconds']} s; {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The base of a fine-tuning run whose adapter starts from it: LoftQ and PiSSA."""
+
+from pathlib import Path
+
+
+def residual_base(profile, args, targets: tuple[str, ...], lora: dict):
+    """(model, tokenizer, paths of the adapted layers), the dense model taken apart.
+
+    With a method, targets become quantized residuals, the other linears are quantized as
+    always, and the base is saved to args.folder/base: the adapter fits no other. Raises
+    ValueError for inits that do not go with the method.
+    """
+    from ..checkpoint import save_quantized
+    from ..data import short_path, weights_id
+    from ..grid import QuantSpec
+    from ..lora import ALL_LINEAR, inject_lora, linear_layers
+    from ..models import quantize_model
+    from ..nf4 import NF4Spec
+    from ..results import write_json_atomic
+
+    init, method = args.init, args.method
+    if method == "gptq":
+        raise ValueError(
+            f"--init {init} quantizes W - B A by itself, and GPTQ's codes are made by calibration, "
+            "for the whole W and its inputs; give --method nf4 or rtn"
+        )
+    if method == "none" and init == "loftq":
+        raise ValueError(
+            "--init loftq mends what quantization breaks, and --method none quantizes nothing; "
+            "give --method nf4 or rtn (or --init pissa, which takes a dense base too)"
+        )
+    model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
+    if method == "none":
+        return model, tokenizer, inject_lora(model, targets, **lora)
+    spec = NF4Spec() if method == "nf4" else QuantSpec(args.bits, args.group_size or None)
+    print(f"base: {short_path(Path(profile.model))} taken apart by {init}, quantized with {method}")
+    layers = inject_lora(model, targets, spec=spec, **lora)
+    names = {path.rpartition(".")[2] for path in linear_layers(model)}
+    others = tuple(sorted(names & set(ALL_LINEAR) - set(targets)))
+    if others:
+        quantize_model(model, None, spec, method, target_modules=others)
+    save_quantized(model, tokenizer, args.folder / "base")
+    how = {"init": init, "rank": lora["rank"], "targets": targets}
+    recipe = {"method": method, "spec": str(spec), "weights": weights_id(profile.model)} | how
+    write_json_atomic(args.folder / "base" / "recipe.json", recipe)
+    return model, tokenizer, layers
