@@ -90,7 +90,7 @@ def quantize_checkpoint(
     target_modules: as for quantize_model. spill: a folder to keep activations in. blocks: make
     a model of only the first so many. progress: called with each row as soon as it is there.
     A killed run goes on where it stopped; with the same number of threads its result is that
-    of an uninterrupted one, bit for bit.
+    of an uninterrupted one, bit for bit. A finished one is not made again.
     Raises ValueError for what quantize_model refuses, for tensors that are missing, unknown or
     of another shape, and for an unfinished run of other settings or weights (told apart by
     Shards.identity); FileNotFoundError for missing files.
@@ -120,6 +120,9 @@ def quantize_checkpoint(
         "calibration": content_hash([{k: v.tolist() for k, v in b.items()} for b in calibration])
         if calibration else None,
     }  # fmt: skip
+
+    if (out / REPORT).is_file() and read_json(out / REPORT)["made_from"] == made_from:
+        return _rows(read_json(out / REPORT))  # finished before
 
     with atomic_folder(out, QUANTIZATION, keep=True) as scratch:
         count = len(modules) + 1  # the first shard holds what lies outside the blocks
@@ -220,6 +223,10 @@ def _report(made_from: dict, rows: list[LayerReport]) -> dict:
     return {"made_from": made_from, "layers": [asdict(row) for row in rows]}
 
 
+def _rows(report: dict) -> list[LayerReport]:
+    return [LayerReport(**row | {"shape": tuple(row["shape"])}) for row in report["layers"]]
+
+
 def _resume(scratch: Path, made_from: dict) -> list[LayerReport]:
     """The rows of an unfinished run; ValueError, naming what differs, for that of another."""
     for part in scratch.glob(".*"):  # files that a kill left half written
@@ -234,4 +241,4 @@ def _resume(scratch: Path, made_from: dict) -> list[LayerReport]:
             f"{scratch} holds an unfinished run of other settings: {'; '.join(differ)}. Give "
             "the same ones to go on, or delete that folder to start anew"
         )
-    return [LayerReport(**row | {"shape": tuple(row["shape"])}) for row in report["layers"]]
+    return _rows(report)

@@ -49,16 +49,17 @@ def make_folder(folder: Path, shape: dict, blocks: int | None = None) -> None:
 
     config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
-        shapes = {n: t.shape for n, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {n: t.shape for n, t in model.state_dict().items()}
     seeds = {name: SEED + i for i, name in enumerate(shapes)}  # a tensor is the same in any subset
     if blocks is not None:
         late = [f"layers.{i}." for i in range(blocks, config.num_hidden_layers)]
         shapes = {n: s for n, s in shapes.items() if not any(part in n for part in late)}
     files, size = [[]], 0
-    for name, shape in shapes.items():
-        size += 2 * shape.numel()
+    for name, dims in shapes.items():
+        size += 2 * dims.numel()
         if size > SHARD:
-            files, size = [*files, []], 2 * shape.numel()
+            files, size = [*files, []], 2 * dims.numel()
         files[-1].append(name)
     weight_map = {
         name: f"model-{k:05}-of-{len(files):05}.safetensors"
@@ -136,7 +137,8 @@ def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill
 
     def show(row) -> None:
         ends.append(time.perf_counter() - began)
-        print(f"  {ends[-1]:6.0f} s   {row.name:<34} output error {row.output_error:.4f}", flush=True)
+        error = f"output error {row.output_error:.4f}"
+        print(f"  {ends[-1]:6.0f} s   {row.name:<34} {error}", flush=True)
 
     with PeakMemory() as memory:
         rows = quantize_checkpoint(
@@ -204,9 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.folder / "model", shape, args.blocks if args.part else None)
     targets = {"all": ALL_LINEAR, "attention": ATTENTION}[args.targets]
     spill = args.folder / "spill" if args.spill else None
-    result = measure(
-        args.folder / "model", args.folder / "quantized", args.blocks, args.sequences, targets, spill
-    )
+    out = args.folder / "quantized"
+    result = measure(args.folder / "model", out, args.blocks, args.sequences, targets, spill)
     write_json_atomic(args.out, result | {"stamp": stamp(SEED)})
     print(
         f"peak anonymous memory {result['peak_anonymous_bytes'] / 1e9:.2f} GB "
