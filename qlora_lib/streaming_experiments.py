@@ -8,9 +8,12 @@ model; output errors are not: random weights and random tokens only show that al
 import argparse
 import json
 import math
+import os
+import shutil
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -107,7 +110,8 @@ class PeakMemory:
     """Within its block, a thread reads RssAnon a hundred times a second; `peak` in bytes."""
 
     def __enter__(self):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        with suppress(OSError):  # not every container allows it
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         self.before = self.peak = memory_status()["RssAnon"]
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -133,7 +137,9 @@ def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill
         config.vocab_size, (sequences, LENGTH), generator=torch.Generator().manual_seed(SEED)
     )
     batches = [{"input_ids": ids[i : i + BATCH]} for i in range(0, sequences, BATCH)]
-    began, ends = time.perf_counter(), []
+    for old in (out, out.with_name(out.name + ".unfinished")):  # a whole run is measured
+        shutil.rmtree(old, ignore_errors=True)
+    began, ends, load = time.perf_counter(), [], os.getloadavg()[0]
 
     def show(row) -> None:
         ends.append(time.perf_counter() - began)
@@ -165,6 +171,10 @@ def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill
         "peak_anonymous_bytes": memory.peak,
         "anonymous_bytes_before": memory.before,
         "peak_resident_bytes": memory.resident,
+        # Of how many processes the cores were asked meanwhile: above their number, seconds
+        # say more of the others than of this run.
+        "cores": os.cpu_count(),
+        "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
         "seconds": round(seconds, 1),
         "seconds_a_block": round(seconds / blocks, 1),
         "seconds_quantizing": round(sum(row.seconds for row in rows), 1),
