@@ -20,6 +20,7 @@ _HOME = {
     "merge_loss": ["merge_hessians", "merge_report"],
     "models": ["dequantize_model", "load_model", "quantize_model", "quantized_layers"],
     "checkpoint": ["load_quantized", "save_quantized"],
+    "streaming": ["quantize_checkpoint"],
     "bnb_format": ["load_bnb_4bit"],
     "gptq_format": ["export_gptq", "import_gptq"],
     "adapters": ["find_adapter", "load_adapter", "save_adapter"],

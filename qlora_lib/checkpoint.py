@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .grid import QuantizedTensor, QuantSpec
@@ -23,25 +23,28 @@ from .nf4 import NF4Spec, NF4Tensor
 
 FORMAT = 1  # raised when the layout changes; older readers then refuse the file
 WEIGHTS, QUANTIZATION = "model.safetensors", "quantization.json"
+INDEX = f"{WEIGHTS}.index.json"  # of weights in shards: which file holds which tensor
 
 
 @contextmanager
-def atomic_folder(folder: Path | str, marker: str):
+def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
     """A scratch folder beside `folder` that takes its place when the block succeeds.
 
-    Raises ValueError when `folder` holds files but not `marker`, the file that each
+    keep: a block that fails leaves its scratch folder, and the next one finds it. Raises ValueError when `folder` holds files but not `marker`, the file that each
     checkpoint of the kind has: to replace it would delete what is there.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files; give a folder of its own")
-    scratch = folder.with_name(folder.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch = folder.with_name(folder.name + (".unfinished" if keep else ".part"))
+    if not keep:
+        shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True, exist_ok=keep)
     try:
         yield scratch
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(scratch, ignore_errors=True)
         raise
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -52,19 +55,28 @@ def atomic_folder(folder: Path | str, marker: str):
     except OSError:
         if old.exists():
             old.rename(folder)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(scratch, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; ValueError when it is truncated or corrupt."""
+@contextmanager
+def open_tensors(path: Path):
+    """A safetensors file to read from; ValueError when it is truncated or corrupt."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is this the right folder?")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupt ({error}); save it again") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; errors as those of open_tensors."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_json(path: Path) -> dict:
@@ -82,11 +94,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     Raises FileNotFoundError and ValueError, naming the file, as read_tensors does.
     """
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
+    if not (folder / INDEX).is_file():
         return read_tensors(folder / WEIGHTS)
     state = {}
-    for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+    for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values())):
         state |= read_tensors(folder / name)
     return state
 
@@ -125,19 +136,28 @@ def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("no layer is quantized; call quantize_model, or use save_pretrained")
-    kinds = {QuantSpec: "grid", NF4Spec: "nf4"}
-    specs = {n: {"kind": kinds[type(m.spec)], **asdict(m.spec)} for n, m in layers.items()}
     with atomic_folder(folder, QUANTIZATION) as scratch:
         save_file(base_state(model), scratch / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps({"format": FORMAT, "layers": specs}, indent=1)
-        (scratch / QUANTIZATION).write_text(text + "\n")
-        model.config.save_pretrained(scratch)
-        model.generation_config.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        describe(model, tokenizer, {n: m.spec for n, m in layers.items()}, scratch)
+
+
+def describe(model, tokenizer, specs: dict[str, QuantSpec | NF4Spec], folder: Path) -> None:
+    """Write all that stands beside the weights: specs by layer, config, tokenizer."""
+    layers = {path: spec_as_json(spec) for path, spec in specs.items()}
+    text = json.dumps({"format": FORMAT, "layers": layers}, indent=1)
+    (folder / QUANTIZATION).write_text(text + "\n")
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def spec_as_json(spec: QuantSpec | NF4Spec) -> dict:
+    """A spec as quantization.json holds it."""
+    return {"kind": {QuantSpec: "grid", NF4Spec: "nf4"}[type(spec)], **asdict(spec)}
 
 
 def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto"):
-    """Read what save_quantized wrote. Returns (model in eval mode, tokenizer).
+    """Read what save_quantized or quantize_checkpoint wrote: (model in eval mode, tokenizer).
 
     The dense model never exists: it is built without storage and the packed tensors
     are put in. Raises FileNotFoundError for missing files, ValueError for a corrupt or
@@ -149,26 +169,37 @@ def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto")
     described = read_json(folder / QUANTIZATION)
     if described.get("format", 0) > FORMAT:
         raise ValueError(f"{folder} has format {described['format']}, newer than {FORMAT}; upgrade")
-    state = read_tensors(folder / WEIGHTS)
+    state = read_weights(folder)
     model, dtype, device = empty_model(folder, device, compute_dtype)
-    for path, described_spec in described["layers"].items():
-        tensors = {n.removeprefix(f"{path}."): n for n in state if n.startswith(f"{path}.")}
-        tensors = {short: state.pop(full) for short, full in tensors.items()}
-        linear = model.get_submodule(path)
-        shape = torch.Size((linear.out_features, linear.in_features))
-        layer = _quantized_layer(path, tensors, dict(described_spec), shape)
-        replace_module(model, path, layer)
+    put_packed(model, described["layers"], state)
     model = fill(model, described["layers"], state, folder, dtype, device)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def empty_model(folder: Path, device=None, compute_dtype: str = "auto"):
-    """The model that config.json describes, without storage: (model, dtype, device)."""
+def put_packed(model: nn.Module, layers: dict[str, dict], state: dict[str, Tensor]) -> None:
+    """Replace the linears at these paths by packed ones, whose tensors are taken out of `state`.
+
+    layers: specs by path, as in quantization.json. Raises ValueError for tensors that do not
+    make a layer.
+    """
+    for path, spec in layers.items():
+        tensors = {n.removeprefix(f"{path}."): n for n in state if n.startswith(f"{path}.")}
+        tensors = {short: state.pop(full) for short, full in tensors.items()}
+        linear = model.get_submodule(path)
+        shape = torch.Size((linear.out_features, linear.in_features))
+        replace_module(model, path, _quantized_layer(path, tensors, dict(spec), shape))
+
+
+def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **changes):
+    """The model that config.json describes, without storage: (model, dtype, device).
+
+    changes: entries of the config that are to be others.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = torch.device(device or default_device())
     dtype = resolve_dtype(compute_dtype, device)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **changes)
     if hasattr(config, "quantization_config"):  # of the file, not of the model made from it
         del config.quantization_config
     with torch.device("meta"):
@@ -189,7 +220,7 @@ def fill(model: nn.Module, packed, state: dict[str, Tensor], folder: Path, dtype
     if missing or unexpected:
         raise ValueError(f"{folder}: missing {missing[:3]}, not expected {unexpected[:3]}")
     model.tie_weights()
-    _materialize_buffers(model)
+    materialize_buffers(model)
     model.requires_grad_(False)
     return model.to(device).eval()
 
@@ -210,9 +241,9 @@ def _quantized_layer(path: str, tensors: dict, spec: dict, shape: torch.Size) ->
         raise ValueError(f"{path}: tensors {names} do not make a layer ({error})") from None
 
 
-def _materialize_buffers(model: nn.Module) -> None:
+def materialize_buffers(model: nn.Module, device="cpu") -> None:
     """Give storage and values to buffers that no checkpoint holds (rotary frequencies)."""
     for module in model.modules():
         if any(b is not None and b.is_meta for b in module._buffers.values()):
-            module.to_empty(device="cpu", recurse=False)
+            module.to_empty(device=device, recurse=False)
             model._init_weights(module)

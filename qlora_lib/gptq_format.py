@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import (
-    WEIGHTS, atomic_folder, base_state, empty_model, fill, read_json, read_weights,
+    INDEX, WEIGHTS, atomic_folder, base_state, empty_model, fill, read_json, read_weights,
 )  # fmt: skip
 from .gptq_layout import FORMATS, check_shape, from_gptq, to_gptq
 from .grid import CLIP_NORM, QuantSpec
@@ -27,7 +27,6 @@ from .packing import BITS
 # A copy of the quantization_config, which older readers want. Only GPTQ checkpoints have it,
 # so an export over another model's folder is refused.
 MARKER = "quantize_config.json"
-INDEX = f"{WEIGHTS}.index.json"
 
 
 def export_gptq(

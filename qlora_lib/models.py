@@ -1,7 +1,7 @@
 """Whole models: loading, dtypes, quantizing layer by layer."""
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -192,7 +192,7 @@ def token_mask(batch: dict[str, Tensor]) -> Tensor:
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the first block has been reached."""
+    """Ends a forward pass at the layer that was waited for."""
 
 
 def first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tuple[tuple, dict]]:
@@ -207,10 +207,8 @@ def first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tupl
     device = next(model.parameters()).device
     try:
         for batch in batches:
-            try:
+            with suppress(_Stop):
                 model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
-            except _Stop:
-                pass
     finally:
         handle.remove()
     return calls
@@ -261,7 +259,12 @@ def quantize_block(
         device = first[stage[0]].weight.device
         hessian = Hessian(first[stage[0]].in_features, device)  # one for the whole stage
         for (args, kwargs), mask in zip(calls, masks):
-            with watch_inputs(first, lambda path, x, mask=mask: hessian.update(x[mask])):
+
+            def see(path, x, mask=mask):
+                hessian.update(x[mask])
+                raise _Stop  # what comes after this layer is not needed
+
+            with watch_inputs(first, see), suppress(_Stop):
                 block(*args, **kwargs)
         report += [swap(path, hessian) for path in stage]
     return report

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from .data import (
     DATA,
     calibration_batches,
@@ -78,15 +80,18 @@ class Profile:
         return model, tokenizer
 
     def quantize(
-        self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None
-    ) -> list[LayerReport]:
-        """Quantize all linears of the decoder blocks in place; a row a layer."""
+        self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None,
+        target_modules=ALL_LINEAR,
+    ) -> list[LayerReport]:  # fmt: skip
+        """Quantize these linears of the decoder blocks in place; a row a layer."""
         method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
-        batches = None
-        if method == "gptq":
-            pairs = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
-            batches = calibration_batches(tokenizer, pairs, max_length=self.train.max_length)
-        return quantize_model(model, batches, spec, method)
+        batches = self.calibration(tokenizer) if method == "gptq" else None
+        return quantize_model(model, batches, spec, method, target_modules=target_modules)
+
+    def calibration(self, tokenizer) -> list[dict[str, Tensor]]:
+        """Batches of train problems, input_ids and attention_mask (batch, seq), for GPTQ."""
+        pairs = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
+        return calibration_batches(tokenizer, pairs, max_length=self.train.max_length)
 
 
 def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:

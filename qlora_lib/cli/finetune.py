@@ -20,11 +20,19 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--bits", type=int, default=4, help="2, 3, 4 or 8 (default 4); not for nf4")
     add("--group-size", type=int, default=64, help="weights that share a scale; 0: a whole row")
 
-    commands.add_parser("quantize", parents=[shared, base], help="calibrate, quantize, save")
+    alone = commands.add_parser(
+        "quantize", parents=[shared, base], help="calibrate, quantize, save"
+    )
+    add = alone.add_argument
+    add("--targets", dest="quantized", choices=("all", "attention"), default="all",
+        help="linears to quantize: all (default), or q, k, v, o alone")  # fmt: skip
+    add("--stream", action="store_true", help="one block in memory at a time; --model is a folder")
+    add("--spill", type=Path, help="with --stream: a folder to keep activations in")
 
     train = commands.add_parser(
         "finetune", parents=[shared, base], help="quantize, inject LoRA, train, save"
     )
+    train.set_defaults(quantized="all")  # its --targets are those of the adapter
     add = train.add_argument
     add("--epochs", type=int, help="passes over the train problems")
     add("--max-steps", type=int, help="optimizer steps, instead of --epochs")
@@ -44,23 +52,12 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--resume", action="store_true", default=None, help="go on from the last checkpoint")
 
 
-def quantized_base(profile, args):
-    """(model, tokenizer) from args.folder/base if made of the same weights in the same way,
-    else quantized now and saved there: by the first process, while the others wait."""
-    from .. import processes
-    from ..checkpoint import load_quantized
-
-    made = []
-    processes.on_first(lambda: made.append(_quantized_base(profile, args)))
-    return made[0] if made else load_quantized(args.folder / "base", args.device, args.compute_dtype)
-
-
-def _quantized_base(profile, args):
-    from ..checkpoint import load_quantized, save_quantized
-    from ..data import short_path, weights_id
+def base_recipe(profile, args):
+    """(spec, targets, what the base is made of and how)."""
+    from ..data import weights_id
     from ..grid import QuantSpec
+    from ..lora import ALL_LINEAR, ATTENTION
     from ..nf4 import NF4Spec
-    from ..results import write_json_atomic
 
     nf4 = args.method == "nf4"
     spec = NF4Spec() if nf4 else QuantSpec(bits=args.bits, group_size=args.group_size or None)
@@ -70,17 +67,46 @@ def _quantized_base(profile, args):
         "weights": weights_id(profile.model),
         "compute_dtype": args.compute_dtype,
     }
-    folder = args.folder / "base"
-    if (folder / "recipe.json").is_file():
-        if json.loads((folder / "recipe.json").read_text()) == recipe:
-            print(f"base: {short_path(folder)} is there, with these settings")
-            return load_quantized(folder, args.device, args.compute_dtype)
+    if args.quantized == "attention":
+        recipe["targets"] = ATTENTION
+    return spec, ATTENTION if args.quantized == "attention" else ALL_LINEAR, recipe
+
+
+def base_is_there(folder: Path, recipe: dict) -> bool:
+    """Whether the folder holds a base that was made so."""
+    from ..data import short_path
+
+    file = folder / "recipe.json"
+    # Compared as JSON holds it, which has no tuples.
+    same = file.is_file() and json.loads(file.read_text()) == json.loads(json.dumps(recipe))
+    if same:
+        print(f"base: {short_path(folder)} is there, with these settings")
+    return same
+
+
+def show_row(row) -> None:
+    from tqdm import tqdm
+
+    error = "" if row.output_error is None else f"   output error {row.output_error:.4f}"
+    # print would break a progress bar
+    tqdm.write(f"  {row.name:<34} {row.bits_per_weight:.2f} bits a weight{error}")
+
+
+def quantized_base(profile, args):
+    """(model, tokenizer) from args.folder/base if made of the same weights in the same way,
+    else quantized now and saved there."""
+    from ..checkpoint import load_quantized, save_quantized
+    from ..data import short_path
+    from ..results import write_json_atomic
+
+    (spec, targets, recipe), folder = base_recipe(profile, args), args.folder / "base"
+    if base_is_there(folder, recipe):
+        return load_quantized(folder, args.device, args.compute_dtype)
     print(f"base: quantizing {short_path(Path(profile.model))} with {args.method}")
     model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
-    report = profile.quantize(model, tokenizer, spec, args.method)
+    report = profile.quantize(model, tokenizer, spec, args.method, targets)
     for row in report:
-        error = "" if row.output_error is None else f"   output error {row.output_error:.4f}"
-        print(f"  {row.name:<34} {row.bits_per_weight:.2f} bits a weight{error}")
+        show_row(row)
     save_quantized(model, tokenizer, folder)
     write_json_atomic(folder / "recipe.json", recipe)
     before, after = sum(r.bytes_before for r in report), sum(r.bytes_after for r in report)
@@ -88,10 +114,44 @@ def _quantized_base(profile, args):
     return model, tokenizer
 
 
+def stream_base(profile, args) -> None:
+    """The same base, with one decoder block in memory at a time; a killed run goes on."""
+    from transformers import AutoTokenizer
+
+    from ..data import short_path
+    from ..results import write_json_atomic
+    from ..streaming import REPORT, quantize_checkpoint
+
+    if not (Path(profile.model) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--stream reads a folder on disk, and {profile.model} is none; download it "
+            "(`hf download NAME --local-dir FOLDER`) and give --model FOLDER"
+        )
+    (spec, targets, recipe), folder = base_recipe(profile, args), args.folder / "base"
+    if base_is_there(folder, recipe):
+        return
+    print(f"base: streaming {short_path(Path(profile.model))} through {args.method}")
+    batches = None
+    if args.method == "gptq":
+        batches = profile.calibration(AutoTokenizer.from_pretrained(profile.model))
+    quantize_checkpoint(
+        profile.model, folder, spec, batches, args.method, target_modules=targets,
+        compute_dtype=args.compute_dtype, device=args.device, spill=args.spill, progress=show_row,
+    )  # fmt: skip
+    write_json_atomic(folder / "recipe.json", recipe)
+    made = json.loads((folder / REPORT).read_text())
+    print(
+        f"  {made['weight_bytes']:,} bytes for {made['parameters']:,} parameters, "
+        f"{made['bits_per_parameter']:.2f} bits each, saved to {short_path(folder)}"
+    )
+
+
 def quantize(args) -> None:
     if args.method == "none":
         raise ValueError("quantize needs a method: gptq, rtn or nf4")
-    quantized_base(open_profile(args), args)
+    if args.spill and not args.stream:
+        raise ValueError("--spill keeps the activations of --stream on disk; give both")
+    (stream_base if args.stream else quantized_base)(open_profile(args), args)
 
 
 def train_config(profile, args):
