@@ -11,16 +11,15 @@ from .models import default_device, resolve_dtype
 from .data import short_path
 
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
-# What transformers writes into the errors of its downloads, and what it means.
+# What transformers writes into its errors, and what it means
 REASONS = {
     "gated repo": "its hub page gives access only after a request: make one there, then "
     "`hf auth login`",
     "couldn't connect": "the hub can't be reached, and the files are not in its cache",
-    "offline mode": "the hub is switched off by HF_HUB_OFFLINE, and the files are not in its cache",
     "not a valid model identifier": "there is no such folder here, and no such public model on "
     "the hub",
-    "safetensors": "it has no safetensors, and pickled weights are not read: download it with "
-    "`hf download`, name that folder, and you get the command that converts it",
+    ".safetensors": "it has no safetensors, and pickled weights are not read; for a local folder "
+    "with some, the error has the command that converts them",
 }
 
 
@@ -67,10 +66,11 @@ def _from_safetensors(path: str, dtype: torch.dtype):
             )
     except OSError as error:
         text = str(error)
-        known = next((why for sign, why in REASONS.items() if sign in text), None)
+        reason = text.strip().splitlines()[0].rstrip(".")
+        reason = next((why for sign, why in REASONS.items() if sign in text), reason)
         raise FileNotFoundError(
-            f"{path} could not be loaded: {known or text.strip().splitlines()[0]}. A local folder "
-            "or a GGUF file does instead: MODEL=, --model"
+            f"{path} could not be loaded: {reason}. A local folder or a GGUF file does instead: "
+            "MODEL=, --model"
         ) from error
     if quantized is not None:
         method = dict(quantized if isinstance(quantized, dict) else vars(quantized))
