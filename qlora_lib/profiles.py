@@ -8,21 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .data import (
-    DATA,
-    calibration_batches,
-    format_gsm8k,
-    load_gsm8k,
-    load_gsm_hard,
-    load_minigsm,
-    short_path,
-)
+from torch import Tensor
+
+from .data import DATA, calibration_batches, format_gsm8k
 from .grid import QuantSpec
 from .lora import ALL_LINEAR
 from .loading import load_model
 from .models import LayerReport, quantize_model
 from .nf4 import NF4Spec
+from .overlap import NGRAM
 from .schedule import TrainConfig
+from .sources import load_gsm8k, load_gsm_hard, load_minigsm
 
 Entry = dict[str, str]
 GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems are held out
@@ -35,12 +31,13 @@ class Profile:
 
     name: str
     model: str  # a hub id, a folder, or a GGUF file
-    read: Callable[[str], list[Entry]]  # split to entries
+    read: Callable[[str], list[Entry]]  # a split's name to its problems
     compute_dtype: str  # auto, bf16, fp16 or fp32
     max_new_tokens: int  # room for the longest solutions
     rank: int  # of the LoRA adapter
     train: TrainConfig
     target_modules: str | tuple[str, ...] = ALL_LINEAR  # that get an adapter
+    ngram: int | None = NGRAM  # words in a row that no training text shares with a test question
 
     def examples(self, split: str) -> list[Entry]:
         """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
@@ -71,15 +68,24 @@ class Profile:
         return model, tokenizer
 
     def quantize(
-        self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None
+        self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None, examples=None
     ) -> list[LayerReport]:
-        """Quantize all linears of the decoder blocks in place; a row a layer."""
+        """Quantize all linears of the decoder blocks in place; a row a layer.
+
+        examples: what GPTQ is calibrated on, as `finetune` takes them; train problems unless
+        given.
+        """
         method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
-        batches = None
-        if method == "gptq":
-            pairs = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
-            batches = calibration_batches(tokenizer, pairs, max_length=self.train.max_length)
+        batches = self.calibration(tokenizer, examples) if method == "gptq" else None
         return quantize_model(model, batches, spec, method)
+
+    def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:
+        """Batches of train problems, input_ids and attention_mask (batch, seq), for GPTQ."""
+        if examples is None:
+            examples = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
+        return calibration_batches(
+            tokenizer, examples[:CALIBRATION], max_length=self.train.max_length
+        )
 
 
 def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
@@ -116,23 +122,32 @@ INSTEAD = {
 
 
 def load_profile(
-    name: str, model: str | Path | None = None, data: str | Path | None = None
+    name: str,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    problems: str | None = None,
 ) -> Profile:
     """The profile "tiny", "smollm2" or "llama2-7b".
 
-    model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with its
-    problems as {split}.jsonl. Raises ValueError for another name.
+    model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
+    its problems as {split}.jsonl. problems: "minigsm" or "gsm8k", where others than the
+    profile's are wanted. Raises ValueError for other names.
     """
     if name not in _MODELS:
         raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_MODELS)}")
     tiny = name == "tiny"
+    problems = problems or ("minigsm" if tiny else "gsm8k")
+    readers = {"minigsm": load_minigsm, "gsm8k": _gsm8k}
+    if problems not in readers:
+        raise ValueError(f"there are no problems {problems!r}; expected {', '.join(readers)}")
     return Profile(
         name=name,
         model=str(model or _MODELS[name]),
-        read=partial(load_minigsm if tiny else _gsm8k, folder=data),
+        read=partial(readers[problems], folder=data),
         compute_dtype="fp32" if tiny else "auto",
         max_new_tokens=128 if tiny else 320,
         rank=32 if tiny else 16,
         train=_TRAIN[name],
         target_modules="all" if model else ALL_LINEAR,  # another model may name them otherwise
+        ngram=None if problems == "minigsm" else NGRAM,  # templates share long phrases by design
     )

@@ -24,9 +24,9 @@ def add_quantize_and_finetune(commands, shared) -> None:
         "finetune", parents=[shared, base], help="quantize, inject LoRA, train, save"
     )
     add = train.add_argument
-    add("--epochs", type=int, help="passes over the train problems")
+    add("--epochs", type=int, help="passes over the training examples")
     add("--max-steps", type=int, help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=int, help="problems at a time; the rest of a step is accumulated")
+    add("--batch-size", type=int, help="examples at a time; the rest of a step is accumulated")
     add("--accumulation", type=int, help="batches in a step (default: keeps the profile's step)")
     add("--lr", type=float, help="peak learning rate")
     add("--max-length", type=int, help="tokens of prompt and target")
@@ -36,7 +36,25 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--alpha", type=float, help="LoRA's scale is alpha / rank (default: 2 * rank)")
     add("--dropout", type=float, default=0.0)
     add("--targets", default="all", help="all (default), attention, or names: q_proj,v_proj")
+    add("--keep-notes", action="store_true",
+        help="learn GSM8K's calculator notes too; solutions then need --max-new-tokens 512")
+    add("--keep-overlap", action="store_true",
+        help="train also on examples that hold test questions (default: they are left out)")
     add("--resume", action="store_true", default=None, help="go on from the last checkpoint")
+
+
+def training_data(profile, args, tokenizer):
+    """What to train on, read once a run and said on the way."""
+    from ..training_data import prepare
+
+    if not hasattr(args, "prepared"):
+        length = getattr(args, "max_length", None) or profile.train.max_length
+        keep = {k: getattr(args, f"keep_{k}", False) for k in ("notes", "overlap")}
+        args.prepared = prepare(
+            profile, tokenizer, args.source, length, keep["notes"], keep["overlap"]
+        )
+        print(args.prepared)
+    return args.prepared
 
 
 def quantized_base(profile, args):
@@ -56,6 +74,8 @@ def quantized_base(profile, args):
         "weights": weights_id(profile.model),
         "compute_dtype": args.compute_dtype,
     }
+    if args.source and args.method == "gptq":
+        recipe["calibrated_on"] = args.source
     folder = args.folder / "base"
     if (folder / "recipe.json").is_file():
         if json.loads((folder / "recipe.json").read_text()) == recipe:
@@ -63,7 +83,10 @@ def quantized_base(profile, args):
             return load_quantized(folder, args.device, args.compute_dtype)
     print(f"base: quantizing {short_path(Path(profile.model))} with {args.method}")
     model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
-    report = profile.quantize(model, tokenizer, spec, args.method)
+    examples = None
+    if "calibrated_on" in recipe:
+        examples = training_data(profile, args, tokenizer).train
+    report = profile.quantize(model, tokenizer, spec, args.method, examples)
     for row in report:
         error = "" if row.output_error is None else f"   output error {row.output_error:.4f}"
         print(f"  {row.name:<34} {row.bits_per_weight:.2f} bits a weight{error}")
@@ -96,8 +119,8 @@ def finetune(args) -> None:
     from tqdm import tqdm
 
     from ..adapters import save_adapter
-    from ..data import format_gsm8k, short_path
-    from ..lora import ALL_LINEAR, ATTENTION, inject_lora, trainable_parameters
+    from ..data import short_path
+    from ..lora import WORDS, inject_lora, trainable_parameters
     from ..results import stamp, write_json_atomic
     from ..train import finetune as train
 
@@ -107,16 +130,15 @@ def finetune(args) -> None:
         model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
     else:
         model, tokenizer = quantized_base(profile, args)
-    groups = {"all": ALL_LINEAR, "attention": ATTENTION}
-    targets = groups.get(args.targets) or tuple(args.targets.split(","))
+    targets = args.targets if args.targets in WORDS else tuple(args.targets.split(","))
     rank = args.rank or profile.rank
     lora = {"rank": rank, "alpha": args.alpha or 2 * rank, "dropout": args.dropout}
     torch.manual_seed(args.seed)
     layers = inject_lora(model, targets, **lora)
     count = sum(p.numel() for p in trainable_parameters(model).values())
     print(f"LoRA: {lora} on {len(layers)} layers, {count:,} parameters to train")
-    pairs, dev = ([format_gsm8k(e) for e in profile.examples(s)] for s in ("train", "dev"))
-    print(f"training on {len(pairs)} problems, {config.batch_size} x {config.accumulation} a step")
+    data = training_data(profile, args, tokenizer)
+    print(f"training on {len(data.train)} examples, {config.batch_size} x {config.accumulation} a step")
 
     def show(metrics):
         if metrics["step"] % 25 == 0 or "dev_loss" in metrics:
@@ -126,9 +148,10 @@ def finetune(args) -> None:
                 f"{metrics['tokens_per_second']:.0f} tokens/s   {metrics['seconds']:.0f} s"
             )
 
-    history = train(model, tokenizer, pairs, config, dev, show)
+    history = train(model, tokenizer, data.train, config, data.dev or None, show)
     print(history)
     save_adapter(model, args.folder / "adapter")
     how = {"method": args.method, "targets": targets, "lora": lora, "training": str(history)}
+    how["data"] = data.report()
     write_json_atomic(args.folder / "run.json", how | {"stamp": stamp(args.seed)})
     print(f"adapter saved to {short_path(args.folder / 'adapter')}")
