@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         # One process speaks for all; errors are each one's own.
         with nullcontext() if processes.first() else redirect_stdout(open(os.devnull, "w")):
             commands[args.command](args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .conv1d import linear_from_conv1d
 from .grid import QuantizedTensor, QuantSpec
 from .linear import QuantizedLinear
 from .lora import lora_layers, replace_module
@@ -203,7 +204,9 @@ def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **change
     if hasattr(config, "quantization_config"):  # of the file, not of the model made from it
         del config.quantization_config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), dtype, device
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linear_from_conv1d(model)
+    return model, dtype, device
 
 
 def fill(model: nn.Module, packed, state: dict[str, Tensor], folder: Path, dtype, device):
@@ -244,6 +247,10 @@ def _quantized_layer(path: str, tensors: dict, spec: dict, shape: torch.Size) ->
 def materialize_buffers(model: nn.Module, device="cpu") -> None:
     """Give storage and values to buffers that no checkpoint holds (rotary frequencies)."""
     for module in model.modules():
-        if any(b is not None and b.is_meta for b in module._buffers.values()):
-            module.to_empty(device=device, recurse=False)
+        empty = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+        if empty:
+            for parameter in module.parameters(recurse=False):  # Gemma's embeddings have both
+                parameter._is_hf_initialized = True  # transformers then leaves its values alone
             model._init_weights(module)

@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from .results import ROOT
 
+Pair = tuple[str, str]  # prompt, target
+Encoded = tuple[list[int], list[int]]  # input_ids, labels
+
 DATA = ROOT / "data"  # the bundled files
-HUB_NAME = "openai/gsm8k"
-GSM_HARD_NAME = "reasoning-machines/gsm-hard"
-MINIGSM_SPLITS = ("train", "dev", "test", "test_changed", "test_larger")
 PROMPT = "Question: {question}\nAnswer:\n"
 IGNORE = -100  # a label that cross-entropy leaves out
 
@@ -83,99 +82,46 @@ def _field(entry: dict[str, str], name: str) -> str:
     return entry[name]
 
 
-def load_gsm8k(split: str, folder: str | Path | None = None) -> list[dict[str, str]]:
-    """GSM8K's "train" (7,473 entries) or "test" (1,319).
-
-    Read from `folder`/{split}.jsonl when given, else from data/gsm8k when it is there,
-    else from the Hugging Face hub. Raises FileNotFoundError when none of them can be
-    read, ValueError for an unknown split.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"GSM8K has the splits train and test, not {split!r}")
-    if folder is not None or (DATA / "gsm8k").is_dir():
-        return read_jsonl(Path(folder or DATA / "gsm8k") / f"{split}.jsonl")
-    try:
-        from datasets import load_dataset
-
-        return [dict(entry) for entry in load_dataset(HUB_NAME, "main", split=split)]
-    except Exception as error:  # the hub client raises many kinds, all with one remedy
-        raise FileNotFoundError(
-            f"GSM8K could not be loaded from the hub ({type(error).__name__}: {error}). "
-            f"Put train.jsonl and test.jsonl from github.com/openai/grade-school-math into "
-            f"{short_path(DATA / 'gsm8k')}, or name their folder with --data or GSM8K_DIR"
-        ) from error
-
-
-def load_gsm_hard(folder: str | Path | None = None) -> list[dict[str, str]]:
-    """GSM-Hard (Gao et al. 2022, arXiv 2211.10435): GSM8K's test questions, larger numbers.
-
-    Read from `folder`/gsmhardv2.jsonl when given, else from the Hugging Face hub. Its golds
-    are floats, some negative or with many decimals. The answer is the shortest decimal that
-    reads back as that float: 14053029.666666666 is compared within 1e-6, 9867630.0 becomes
-    the integer 9867630, which is compared exactly. Raises FileNotFoundError when it can't be
-    read, GoldError for NaN and infinities.
-    """
-    if folder is not None:
-        rows = read_jsonl(Path(folder) / "gsmhardv2.jsonl")
-    else:
-        try:
-            from datasets import load_dataset
-
-            rows = load_dataset(GSM_HARD_NAME, split="train")
-        except Exception as error:  # as in load_gsm8k
-            raise FileNotFoundError(
-                f"GSM-Hard could not be loaded from the hub ({type(error).__name__}: {error}). "
-                "Put gsmhardv2.jsonl from github.com/reasoning-machines/pal into a folder, and "
-                "name it with --data"
-            ) from error
-    return [{"question": row["input"], "answer": f"#### {_decimal(row['target'])}"} for row in rows]
-
-
-def _decimal(target: float) -> str:
-    """A float in digits, without an exponent and without ".0"."""
-    if not math.isfinite(target):
-        raise GoldError(f"a gold answer must be a number, got {target}")
-    text = format(Decimal(repr(target)), "f")
-    return text.removesuffix(".0")
-
-
-def load_minigsm(split: str, folder: str | Path | None = None) -> list[dict[str, str]]:
-    """mini-GSM's "train", "dev" or "test", bundled under data/minigsm.
-
-    "test_changed" and "test_larger" are test problems with other numbers, line by line.
-    """
-    if split not in MINIGSM_SPLITS:
-        raise ValueError(
-            f"mini-GSM has the splits train, dev and test, and test with other numbers as "
-            f"test_changed and test_larger, not {split!r}"
-        )
-    return read_jsonl(Path(folder or DATA / "minigsm") / f"{split}.jsonl")
-
-
-def read_jsonl(path: Path) -> list[dict[str, str]]:
-    """The entries of a JSONL file.
+def read_rows(path: Path) -> list[tuple[str, dict]]:
+    """(where, row) for each row of a JSONL file or of a JSON list; where: "FILE, line 3".
 
     Raises FileNotFoundError, or ValueError naming the line that is not a JSON object.
     """
+    name = short_path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {short_path(path)}; expected a file with `question` and `answer` a line"
-        )
-    entries = []
-    # Not splitlines(): a JSON text may hold characters like U+2028 that it would split at.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{short_path(path)}, line {number} is not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{short_path(path)}, line {number} is not a JSON object: {line:.80}")
-        entries.append(entry)
-    if not entries:
-        raise ValueError(f"{short_path(path)} holds no entries")
-    return entries
+        raise FileNotFoundError(f"there is no {name}; expected a file with a JSON object a line")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            found = [(f"{name}, entry {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        else:
+            found = []
+            # Not splitlines(): a JSON text may hold characters like U+2028 that it would split at.
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    found.append((f"{name}, line {number}", _json(line, f"{name}, line {number}")))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error}); convert it") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not found:
+        raise ValueError(f"{name} holds no entries")
+    for where, row in found:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is not a JSON object: {str(row):.80}")
+    return found
+
+
+def _json(line: str, where: str):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSONL file; errors as read_rows."""
+    return [row for _, row in read_rows(path)]
 
 
 def short_path(path: Path) -> str:
@@ -188,8 +134,10 @@ def short_path(path: Path) -> str:
 
 
 def weights_id(model: str) -> str:
-    """A hash of a local folder's weights; a hub id stands for itself."""
-    files = sorted(Path(model).glob("*.safetensors"))
+    """A hash of a local folder's or file's weights; a hub id stands for itself."""
+    path = Path(model)
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+    files = [path] if path.is_file() else files
     if not files:
         return model
     digest = hashlib.sha256()
@@ -227,6 +175,23 @@ def encode_example(
     return input_ids, labels
 
 
+def encode(tokenizer, example: Pair | Encoded, max_length: int) -> Encoded:
+    """(input_ids, labels) of a training example, a (prompt, target) pair or encoded before.
+
+    What exceeds `max_length` is cut from the end. Raises ValueError when nothing supervised
+    is left.
+    """
+    if isinstance(example[0], str):
+        return encode_example(tokenizer, *example, max_length)
+    input_ids, labels = (ids[:max_length] for ids in example)
+    if all(label == IGNORE for label in labels):
+        raise ValueError(
+            f"the first {max_length} tokens of an example of {len(example[0])} hold nothing to "
+            "learn; raise max_length or shorten the prompt"
+        )
+    return input_ids, labels
+
+
 def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
     """int64 (batch, longest), filled up with `value` on one side."""
     width = max(map(len, sequences))
@@ -256,12 +221,12 @@ def pad_id(tokenizer) -> int:
 
 def calibration_batches(
     tokenizer,
-    examples: Iterable[tuple[str, str]],
+    examples: Iterable[Pair | Encoded],
     n: int = 128,
     max_length: int = 512,
     batch_size: int = 16,
 ) -> list[dict[str, Tensor]]:
-    """The first `n` (prompt, target) pairs as batches for `quantize_model`.
+    """The first `n` examples, as `encode` takes them, as batches for `quantize_model`.
 
     Each batch has input_ids and attention_mask, int64 (batch, seq). Examples of equal
     length share a batch, to keep padding small. Raises ValueError for no examples.
@@ -269,7 +234,7 @@ def calibration_batches(
     pairs = list(examples)[:n]
     if not pairs:
         raise ValueError("calibration needs at least one example; got none")
-    encoded = [encode_example(tokenizer, p, t, max_length) for p, t in pairs]
+    encoded = [encode(tokenizer, example, max_length) for example in pairs]
     encoded.sort(key=lambda example: len(example[0]))
     batches = []
     for i in range(0, len(encoded), batch_size):

@@ -15,8 +15,8 @@ NEEDED = ("gguf", "accelerate")
 def gguf_file(path: Path | str) -> Path | None:
     """The GGUF file that `path` names, or that is the only one in the folder `path`.
 
-    None where there is none, or where the folder holds safetensors. Raises ValueError for a
-    folder with several.
+    None where there is none, or where the folder holds safetensors. Raises FileNotFoundError
+    for a file that is not there, ValueError for a folder with several.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -47,8 +47,19 @@ def load_gguf(path: Path, dtype: torch.dtype):
             f"python -m pip install {' '.join(missing)}"
         )
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # its reader raises whatever a damaged file leads to
+        raise ValueError(
+            f"{path} could not be read ({type(error).__name__}: {error}); is it damaged, or of an "
+            "architecture that transformers does not read from GGUF?"
+        ) from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ValueError(f"{path} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     # transformers takes it for quantized, and would neither save nor move it.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .blocks import WORDS, linears_in_blocks
 from .grid import QuantSpec
 from .linear import QuantizedLinear
 from .lora_init import RESIDUAL_INITS, check_dense, start_from_base
 from .nf4 import NF4Spec
 
+# Llama's names, which many families share.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
 INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
@@ -199,14 +201,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
-    """Linear layers, dense or quantized, whose last path component is a target.
+    """Linear layers, dense or quantized, by path: the targets.
 
-    Whole components are compared: "k_proj" does not match "block_proj". Layers inside a
-    LoRALinear are found under the LoRALinear's path. Raises ValueError, listing what
-    the model has, when a target matches nothing.
+    target_modules: "all" or "attention" (blocks.py says which these are in any family), or
+    last path components. Whole components are compared: "k_proj" does not match
+    "block_proj". Layers inside a LoRALinear are found under the LoRALinear's path. Raises
+    ValueError, listing what the model has, when a target matches nothing.
     """
-    targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
     linears = linear_layers(model)
+    if target_modules in WORDS:
+        return {n: linears[n] for n in linears_in_blocks(model, linears, target_modules)}
+    targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
     names = {n: n.rpartition(".")[2] for n in linears}
     missing = set(targets) - set(names.values())
     if missing or not targets:
@@ -236,7 +241,7 @@ def inject_lora(
 ) -> list[str]:
     """Freeze the model and put an adapter on each target layer.
 
-    target_modules: last path components, e.g. ("q_proj", "v_proj"). init: with "kaiming"
+    target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). init: with "kaiming"
     and "gaussian" the outputs do not change. "loftq" and "pissa" take dense layers, and
     replace their bases by residuals, quantized as `spec` says ("pissa" alone does without:
     a dense residual); outputs change by what rounding leaves (lora_init.py). Calling it
@@ -298,15 +303,15 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the parts of the base that quantization leaves alone: embeddings and norms.
+    """A hash of the base's parameters outside of linear layers: embeddings and norms.
 
     It names the model whatever its linears are stored in, so that an adapter trained on
     a 4-bit base is recognised on the dense one. Values are hashed as what bf16 and fp16
     can both hold, so that weights published in either are recognised in every dtype.
     """
-    digest = hashlib.sha256()
+    digest, linears = hashlib.sha256(), tuple(f"{path}." for path in linear_layers(model))
     for name, p in sorted(model.named_parameters()):
-        if "norm" in name or "embed" in name:
+        if not name.startswith(linears):
             digest.update(f"{name}{tuple(p.shape)}".encode())
             bits = p.detach().cpu().bfloat16().half().contiguous().view(torch.int16)
             digest.update(bits.numpy().tobytes())

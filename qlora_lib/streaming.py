@@ -28,7 +28,7 @@ from .checkpoint import (
 )  # fmt: skip
 from .gptq import GPTQOptions
 from .grid import QuantSpec
-from .lora import ALL_LINEAR, find_linears, replace_module
+from .lora import find_linears, replace_module
 from .models import (
     LayerReport, check_method, dtype_name, next_call, quantize_block, quantize_layer, token_mask,
 )  # fmt: skip
@@ -75,7 +75,7 @@ def quantize_checkpoint(
     calibration: list[dict[str, Tensor]] | None = None,
     method: str = "gptq",
     options: GPTQOptions = GPTQOptions(),
-    target_modules=ALL_LINEAR,
+    target_modules="all",
     compute_dtype: str = "auto",
     device=None,
     spill: Path | str | None = None,

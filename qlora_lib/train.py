@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from . import processes
 from .adam8bit import Adam8bit
-from .data import IGNORE, collate, encode_example, pad_id
+from .data import IGNORE, Encoded, Pair, collate, encode, pad_id
 from .history import History, peak_memory, start_metrics
 from .lora import keep_choice, trainable_parameters
 from .loss import chunk_for, loss_sum
@@ -34,22 +34,19 @@ from .models import dtype_name, resolve_dtype
 from .schedule import TrainConfig, learning_rate, schedule
 from .snapshots import load_last, save_last, save_parameters
 
-Pair = tuple[str, str]  # prompt, target
-Encoded = tuple[list[int], list[int]]  # input_ids, labels
-
 
 def finetune(
     model,
     tokenizer,
-    examples: Sequence[Pair],
+    examples: Sequence[Pair | Encoded],
     config: TrainConfig = TrainConfig(),
-    dev: Sequence[Pair] | None = None,
+    dev: Sequence[Pair | Encoded] | None = None,
     callback: Callable[[dict], None] | None = None,
 ) -> History:
     """Train the parameters of `model` that require a gradient, in place.
 
-    examples, dev: (prompt, target) pairs; only target and eos are supervised. `callback`
-    gets each step's metrics. With config.folder: `metrics.jsonl`, a line a step;
+    examples, dev: (prompt, target) pairs, of which only target and eos are supervised, or
+    (input_ids, labels) made before. `callback` gets each step's metrics. With config.folder: `metrics.jsonl`, a line a step;
     `last.safetensors` (parameters and optimizer, to resume from); `best.safetensors`
     (parameters at the lowest dev loss). Reseeds torch's global generator at each step.
 
@@ -159,8 +156,8 @@ def validation_loss(model, tokenizer, pairs: Sequence[Pair], config: TrainConfig
     return _mean_loss(model, loss_of, tokenizer, _encode(tokenizer, pairs, config), config)
 
 
-def _encode(tokenizer, pairs: Sequence[Pair], config: TrainConfig) -> list[Encoded]:
-    return [encode_example(tokenizer, p, t, config.max_length) for p, t in pairs]
+def _encode(tokenizer, examples, config: TrainConfig) -> list[Encoded]:
+    return [encode(tokenizer, example, config.max_length) for example in examples]
 
 
 def _identity(config: TrainConfig, compute_dtype: str, encoded: Sequence[Encoded]) -> dict:

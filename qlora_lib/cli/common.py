@@ -13,8 +13,10 @@ def shared_options() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--profile", default="tiny", help="tiny (default), smollm2 or llama2-7b")
-    add("--model", default=os.environ.get("MODEL"), help="other weights, folder or hub id; $MODEL")
-    add("--data", help="folder with {split}.jsonl; for GSM8K also $GSM8K_DIR")
+    add("--model", default=os.environ.get("MODEL"), help="other weights: a hub id, folder or GGUF file; $MODEL")
+    add("--data", help="gsm8k, or a folder with {split}.jsonl to use instead of the profile's "
+        "problems; to train on, also metamathqa, mathinstruct, or a file or folder of your own "
+        "(formats: qlora_lib/examples.py). GSM8K's folder is also $GSM8K_DIR")  # fmt: skip
     add("--folder", type=Path, help="of the run (default: checkpoints/PROFILE)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--compute-dtype", choices=("auto", "bf16", "fp16", "fp32"), help="(default: profile's)")
@@ -35,11 +37,32 @@ def open_profile(args):
     from ..profiles import load_profile
 
     disable_progress_bar()
-    data = args.data or (None if args.profile == "tiny" else os.environ.get("GSM8K_DIR"))
-    profile = load_profile(args.profile, model=args.model, data=data)
+    problems, folder = problems_of(args)
+    profile = load_profile(args.profile, args.model, folder, problems)
     args.folder = args.folder or Path("checkpoints") / profile.name
     args.compute_dtype = args.compute_dtype or profile.compute_dtype
     return profile
+
+
+def problems_of(args) -> tuple[str | None, str | None]:
+    """(minigsm, gsm8k or None for the profile's, folder): where --data says that problems are.
+
+    Sets that are only for training leave the problems to be GSM8K's, your own files leave them
+    as they are; args.source then says what to train on, else it is None.
+    """
+    from ..sources import TRAINING_SETS, holds_problems
+
+    args.source, gsm8k = None, os.environ.get("GSM8K_DIR")
+    if args.data == "gsm8k" or args.data in TRAINING_SETS:
+        args.source = None if args.data == "gsm8k" else args.data
+        return "gsm8k", gsm8k
+    if args.data and not Path(args.data).exists():
+        names = ", ".join(("gsm8k", *TRAINING_SETS))
+        raise FileNotFoundError(f"there is no folder or file {args.data}; --data also takes {names}")
+    if args.data and holds_problems(Path(args.data)):
+        return None, args.data
+    args.source = args.data
+    return None, None if args.profile == "tiny" else gsm8k
 
 
 def open_run(profile, args):
@@ -47,7 +70,7 @@ def open_run(profile, args):
     from ..adapters import load_adapter
     from ..checkpoint import load_quantized
     from ..data import short_path
-    from ..lora import ALL_LINEAR, find_linears
+    from ..lora import find_linears
     from ..models import quantized_layers
 
     command = f"python -m qlora_lib finetune --profile {profile.name}"
@@ -69,7 +92,7 @@ def open_run(profile, args):
         if not base.is_dir():
             raise FileNotFoundError(f"there is no quantized base {short_path(base)}; `{command}`")
         model, tokenizer = load_quantized(base, args.device, args.compute_dtype)
-        linears, quantized = find_linears(model, ALL_LINEAR), quantized_layers(model)
+        linears, quantized = find_linears(model, "all"), quantized_layers(model)
         dense = sorted(set(linears) - set(quantized))
         if dense:
             raise ValueError(
@@ -90,12 +113,15 @@ def check_memory(profile, args, config, targets, rank: int) -> None:
     no ledger for such a model, it says so and lets the run go on.
     """
     from ..grid import QuantSpec
+    from ..lora import ALL_LINEAR, ATTENTION
+    from ..loss import CHUNK
     from ..measure import check_fits
     from ..memory import memory_ledger
     from ..models import default_device, dtype_name, resolve_dtype
     from ..nf4 import NF4Spec
 
     device = args.device or default_device()
+    names = {"all": ALL_LINEAR, "attention": ATTENTION}
     nf4 = args.method == "nf4"
     try:
         from transformers import AutoConfig
@@ -106,10 +132,12 @@ def check_memory(profile, args, config, targets, rank: int) -> None:
             config.batch_size,
             config.max_length,
             rank,
-            targets,
+            names.get(targets, targets),
             NF4Spec() if nf4 else QuantSpec(args.bits, args.group_size or None),
             config.gradient_checkpointing,
             dtype_name(resolve_dtype(args.compute_dtype, device)),
+            config.optimizer,
+            CHUNK,
         )
     except (OSError, ValueError) as error:  # what is wrong with it, loading says better
         print(f"memory: not predicted ({str(error).splitlines()[0]})")

@@ -3,17 +3,18 @@
 from pathlib import Path
 
 
-def residual_base(profile, args, targets: tuple[str, ...], lora: dict):
+def residual_base(profile, args, targets: str | tuple[str, ...], lora: dict):
     """(model, tokenizer, paths of the adapted layers), the dense model taken apart.
 
     With a method, targets become quantized residuals, the other linears are quantized as
     always, and the base is saved to args.folder/base: the adapter fits no other. Raises
     ValueError for inits that do not go with the method.
     """
+    from .. import processes
     from ..checkpoint import save_quantized
     from ..data import short_path, weights_id
     from ..grid import QuantSpec
-    from ..lora import ALL_LINEAR, inject_lora, linear_layers
+    from ..lora import find_linears, inject_lora
     from ..models import quantize_model
     from ..nf4 import NF4Spec
     from ..results import write_json_atomic
@@ -35,10 +36,12 @@ def residual_base(profile, args, targets: tuple[str, ...], lora: dict):
     spec = NF4Spec() if method == "nf4" else QuantSpec(args.bits, args.group_size or None)
     print(f"base: {short_path(Path(profile.model))} taken apart by {init}, quantized with {method}")
     layers = inject_lora(model, targets, spec=spec, **lora)
-    names = {path.rpartition(".")[2] for path in linear_layers(model)}
-    others = tuple(sorted(names & set(ALL_LINEAR) - set(targets)))
+    last = {path: path.rpartition(".")[2] for path in find_linears(model, "all")}
+    others = tuple(sorted(set(last.values()) - {last[path] for path in layers}))
     if others:
         quantize_model(model, None, spec, method, target_modules=others)
+    if not processes.first():
+        return model, tokenizer, layers  # all of them made the same
     save_quantized(model, tokenizer, args.folder / "base")
     how = {"init": init, "rank": lora["rank"], "targets": targets}
     recipe = {"method": method, "spec": str(spec), "weights": weights_id(profile.model)} | how

@@ -40,7 +40,7 @@ def test_finetune_evaluate_generate(place, capsys):
     assert run("finetune", *FAST) == 0
     out = capsys.readouterr().out
     assert "quantizing model with gptq" in out and "bits a weight" in out
-    assert "on 14 layers" in out and "fp32" in out and "12 problems, 4 x 1 a step" in out
+    assert "on 14 layers" in out and "fp32" in out and "12 examples, 4 x 1 a step" in out
     folder = place / "checkpoints" / "tiny"
     assert {p.name for p in folder.iterdir()} == {"base", "adapter", "training", "run.json"}
     assert len((folder / "training" / "metrics.jsonl").read_text().splitlines()) == 2
@@ -275,7 +275,7 @@ def test_partly_quantized_base_fails_the_check(place, capsys):
         (["finetune", "--profile", "small"], "no profile"),
         (["quantize", "--method", "none"], "gptq, rtn or nf4"),
         (["quantize", "--model", "./nowhere"], "holds no model"),
-        (["finetune", "--data", "nowhere"], "train.jsonl"),
+        (["finetune", "--data", "nowhere"], "no folder or file nowhere"),
         (["export"], "no quantized base"),
     ],
 )

@@ -12,7 +12,7 @@ import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
 FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout", "adam8bit"}
-FLOOR_2 = {"linear", "kernels", "lora", "lora_init", "merge"}
+FLOOR_2 = {"blocks", "linear", "kernels", "lora", "lora_init", "merge"}
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
 PEERS = {"bitsandbytes", "peft", "gptqmodel", "auto_gptq", "optimum", "hqq", "torchao"}
@@ -70,7 +70,7 @@ GRAPH = {name: imports(name, path) for name, path in FILES.items()}
 
 def test_the_reader_of_imports_reads_this_package():
     assert {"grid", "packing"} <= GRAPH["gptq"][0] | GRAPH["grid"][0]
-    assert "torch" in GRAPH["grid"][1] and "transformers" in GRAPH["models"][1]  # in a function
+    assert "torch" in GRAPH["grid"][1] and "transformers" in GRAPH["loading"][1]  # in a function
     assert FLOOR_1 <= set(FILES) and {"linear", "lora"} <= set(FILES)
 
 

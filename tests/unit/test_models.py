@@ -17,7 +17,6 @@ from qlora_lib.models import (
     decoder_blocks,
     dequantize_model,
     dtype_name,
-    load_model,
     quantize_model,
     quantized_layers,
     resolve_dtype,
@@ -345,16 +344,3 @@ def test_decoder_blocks_are_found_or_named():
     odd.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match="LlamaForCausalLM has no list of 5 decoder blocks"):
         decoder_blocks(odd)
-
-
-def test_load_model_reads_a_folder_in_the_compute_dtype(tmp_path):
-    small_model().save_pretrained(tmp_path)
-    small_tokenizer().save_pretrained(tmp_path)
-    model, tokenizer = load_model(str(tmp_path), "cpu", "fp32")
-    assert not model.training and torch.equal(logits(model), logits(small_model()))
-    assert tokenizer.pad_token_id == 0
-    model, _ = load_model(tmp_path, "cpu", "bf16")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="no file named model.safetensors"):
-        load_model(tmp_path, "cpu", "fp32")

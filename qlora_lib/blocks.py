@@ -1,0 +1,53 @@
+"""The decoder blocks of a model, and what "all" and "attention" mean among their linears.
+
+Families name their layers each in their own way (q_proj, c_attn, query_key_value), so these two
+words go by where a layer is, not by its name.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+WORDS = ("all", "attention")
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder blocks; raises ValueError when there is no such list."""
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} has no config that counts its decoder blocks")
+    count = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks")
+
+
+def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list[str]:
+    """Those of the linear layers at `paths` that a word means.
+
+    "all": every one in a decoder block, so not the head. "attention": of these, the ones inside
+    a module that is named for it (self_attn, attn, self_attention ...).
+    Raises ValueError when that is none, and for "all" where a block has other matrices too, such
+    as stacked experts, which would stay as they are.
+    """
+    prefix, blocks = decoder_blocks(model)
+    inside = [path for path in paths if path.startswith(f"{prefix}.")]
+    if word == "all":
+        parts = tuple(f"{path}." for path in inside)
+        matrices = (f"{prefix}.{n}" for n, p in blocks.named_parameters() if p.dim() > 1)
+        others = [n for n in matrices if not n.startswith(parts)]
+        if others:
+            raise ValueError(
+                f"the blocks of {type(model).__name__} have matrices outside of linear layers, "
+                f"such as {others[0]}, so 'all' can't mean all; name target_modules to leave "
+                "these as they are"
+            )
+    else:
+        inside = [path for path in inside if any(map(_is_attention, path.split(".")[:-1]))]
+    if not inside:
+        raise ValueError(f"{word!r} matches no linear layer of {type(model).__name__}")
+    return inside
+
+
+def _is_attention(name: str) -> bool:
+    return "attn" in name or "attention" in name

@@ -1,0 +1,83 @@
+"""Training examples that hold test questions: found, counted, left out.
+
+Texts are compared as words, without case, spaces and punctuation. Like GPT-3's check (Brown et
+al. 2020, arXiv 2005.14165, appendix C): 13 words in a row in common are an overlap.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+NGRAM = 13  # words in a row
+SHORTEST = 8  # words of a question that are looked for within a longer text
+_WORD = re.compile(r"\w+")
+
+
+@dataclass
+class Overlap:
+    """Indices of the examples that overlap with the test set; each is counted once."""
+
+    examples: int  # that were compared
+    questions: int  # of the test set
+    ngram: int | None
+    equal: list[int] = field(default_factory=list)  # a text of theirs is a test question
+    contain: list[int] = field(default_factory=list)  # a text of theirs contains one
+    share: list[int] = field(default_factory=list)  # ngram words in a row are the same
+
+    @property
+    def found(self) -> set[int]:
+        return {*self.equal, *self.contain, *self.share}
+
+    def __str__(self) -> str:
+        share = f", {len(self.share)} share {self.ngram} words in a row with one"
+        return (
+            f"of {self.examples:,} examples, {len(self.equal)} equal one of {self.questions:,} "
+            f"test questions, {len(self.contain)} contain one{share if self.ngram else ''}"
+        )
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words and numbers of a text, in one case, without punctuation."""
+    return tuple(_WORD.findall(text.casefold()))
+
+
+def find_overlap(
+    examples: Sequence[Sequence[str]], questions: Sequence[str], ngram: int | None = NGRAM
+) -> Overlap:
+    """Which examples, each given as its texts, overlap with the questions of a test set.
+
+    ngram: None compares whole questions only, for problems made from templates, which share
+    long phrases by design. A question of fewer than SHORTEST words must be equal.
+    """
+    asked = {words(question) for question in questions}
+    # For each length, the runs of words that give an overlap away, and the questions they are of.
+    runs: dict[int, dict[tuple, list[tuple]]] = {}
+    for question in asked:
+        length = len(question) if ngram is None else min(ngram, len(question))
+        if len(question) >= SHORTEST:
+            for run in _runs(question, length):
+                runs.setdefault(length, {}).setdefault(run, []).append(question)
+    overlap = Overlap(len(examples), len(questions), ngram)
+    for i, texts in enumerate(examples):
+        texts = [words(text) for text in texts]
+        if any(text in asked for text in texts):
+            overlap.equal.append(i)
+            continue
+        suspects = [
+            (text, question)
+            for text in texts
+            for length, known in runs.items()
+            if not known.keys().isdisjoint(_runs(text, length))
+            for run in _runs(text, length)
+            for question in known.get(run, ())
+        ]
+        if any(question in _runs(text, len(question)) for text, question in suspects):
+            overlap.contain.append(i)
+        elif suspects:
+            overlap.share.append(i)
+    return overlap
+
+
+def _runs(text: tuple[str, ...], length: int):
+    """All runs of `length` words, in order."""
+    return zip(*(text[i:] for i in range(length)))
