@@ -24,14 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation
 
 from qlora_lib.linear import QuantizedLinear  # noqa: E402
+from qlora_lib.loading import load_model  # noqa: E402
 from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters  # noqa: E402
 from qlora_lib.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
 from qlora_lib.memory import memory_ledger  # noqa: E402
-from qlora_lib.models import dtype_name, load_model, quantize_model, quantize_weight  # noqa: E402
+from qlora_lib.models import dtype_name, quantize_model, quantize_weight  # noqa: E402
 from qlora_lib.models import resolve_dtype  # noqa: E402
 from qlora_lib.results import stamp, write_json_atomic  # noqa: E402
 from qlora_lib.step_experiments import SEED, SPECS, random_packed_model  # noqa: E402
-from qlora_lib.train import _training_mode  # noqa: E402
+from qlora_lib.train import training_mode  # noqa: E402
 
 RANK = 16
 # (batch, gradient checkpointing)
@@ -88,7 +89,7 @@ def training(model, config, spec, seq: int, repeats: int, skipped: list[str]) ->
             torch.cuda.empty_cache()
         result = ledger.measure(model, step, optimizer)
         reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-        with _training_mode(model, checkpointing):
+        with training_mode(model, checkpointing):
             took = seconds(step, device, repeats)
         rows.append({
             "setting": ledger.setting, "batch": batch, "seq": seq, "checkpointing": checkpointing,

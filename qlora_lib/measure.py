@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .lora import trainable_parameters
+from .loss import loss_sum
 from .models import DTYPES, quantized_layers
-from .train import _loss_sum, _training_mode
+from .train import training_mode
 
 WORKING = "activations, logits, one layer"  # what lives only within a step
 
@@ -105,7 +106,7 @@ def measure_step(
     before = _state_bytes(optimizer)
     device = parameters[0].device
     stored = sum(measured.values())
-    with _training_mode(model, ledger.checkpointing):
+    with training_mode(model, ledger.checkpointing):
         if device.type == "cuda":
             others = torch.cuda.memory_allocated(device) - stored - before
             torch.cuda.reset_peak_memory_stats(device)
@@ -156,7 +157,7 @@ def random_step(ledger, model, optimizer) -> Callable[[], None]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def step() -> None:
-        loss = _loss_sum(model, batch, DTYPES[ledger.compute_dtype])
+        loss = loss_sum(model, batch, DTYPES[ledger.compute_dtype], ledger.logit_tokens)
         (loss / ids.numel()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -49,6 +49,7 @@ class MemoryLedger:
     checkpointing: bool
     optimizer: str
     recomputed: int  # of the activations, what checkpointing makes again, a block at a time
+    logit_tokens: int | None  # whose logits exist at once; None: all
 
     @property
     def total(self) -> int:
@@ -76,6 +77,7 @@ class MemoryLedger:
         rows = [self.setting]
         rows += [f"  {part:<18}{n / 1e9:9.3f} GB" for part, n in self.parts.items() if n]
         rows.append(f"  {'total':<18}{self.total / 1e9:9.3f} GB")
+        rows.append(f"  {'at the peak':<18}{self.peak / 1e9:9.3f} GB")
         rows.append(
             f"  base {self.bits_per_parameter:.2f} bits a parameter; "
             f"{self.trained:,} of {self.parameters:,} parameters trained"
@@ -159,7 +161,7 @@ def memory_ledger(
     setting += ", 8-bit Adam" if optimizer == "adam8bit" else ""
     if config.model_type not in LIKE_LLAMA:
         setting += f", activations of {config.model_type} estimated"
-    how = (batch, seq, compute_dtype, checkpointing, optimizer, recomputed)
+    how = (batch, seq, compute_dtype, checkpointing, optimizer, recomputed, logit_tokens)
     return MemoryLedger(setting, parameters, trained, parts, *how)
 
 

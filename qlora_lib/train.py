@@ -101,7 +101,7 @@ def finetune(
         file=sys.stderr,
         disable=not processes.first() or (None if config.progress is None else not config.progress),
     )
-    with _training_mode(model, config.gradient_checkpointing), bar:
+    with training_mode(model, config.gradient_checkpointing), bar:
         for step, epoch, chosen in schedule(lengths, window, config.seed, total, done):
             started = time.perf_counter()
             # Dropout; another one in each process, whose examples are others.
@@ -169,7 +169,7 @@ def _identity(config: TrainConfig, compute_dtype: str, encoded: Sequence[Encoded
 
 
 @contextmanager
-def _training_mode(model, checkpointing: bool):
+def training_mode(model, checkpointing: bool):
     """Training mode, with activations recomputed if `checkpointing`; as before afterwards."""
     was_training = model.training
     model.train()

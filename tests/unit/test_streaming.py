@@ -18,7 +18,8 @@ from qlora_lib.__main__ import main
 from qlora_lib.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
 from qlora_lib.grid import QuantSpec
 from qlora_lib.lora import ATTENTION
-from qlora_lib.models import load_model, quantize_model, quantized_layers
+from qlora_lib.loading import load_model
+from qlora_lib.models import quantize_model, quantized_layers
 from qlora_lib.nf4 import NF4Spec
 from qlora_lib.shards import Shards
 from qlora_lib.streaming import REPORT, quantize_checkpoint

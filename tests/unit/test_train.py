@@ -82,7 +82,7 @@ def test_checkpointing_keeps_the_adapter_that_was_chosen_before_training():
     model = adapted()
     inject_lora(model, ALL_LINEAR, rank=2, adapter="second")
     ids = torch.arange(3, 30).unsqueeze(0)
-    with use_adapter(model, "second"), train._training_mode(model, True):
+    with use_adapter(model, "second"), train.training_mode(model, True):
         loss = model(ids, labels=ids).loss
         thread = Thread(target=loss.backward)
         thread.start()
