@@ -13,7 +13,8 @@ def shared_options() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--profile", default="tiny", help="tiny (default), smollm2 or llama2-7b")
-    add("--model", default=os.environ.get("MODEL"), help="other weights: a hub id, folder or GGUF file; $MODEL")
+    weights = "other weights: a hub id, a folder or a GGUF file; also $MODEL"
+    add("--model", default=os.environ.get("MODEL"), help=weights)
     add("--data", help="gsm8k, or a folder with {split}.jsonl to use instead of the profile's "
         "problems; to train on, also metamathqa, mathinstruct, or a file or folder of your own "
         "(formats: qlora_lib/examples.py). GSM8K's folder is also $GSM8K_DIR")  # fmt: skip
@@ -37,32 +38,34 @@ def open_profile(args):
     from ..profiles import load_profile
 
     disable_progress_bar()
-    problems, folder = problems_of(args)
+    problems, folder, args.source = read_data_option(args)
     profile = load_profile(args.profile, args.model, folder, problems)
     args.folder = args.folder or Path("checkpoints") / profile.name
     args.compute_dtype = args.compute_dtype or profile.compute_dtype
     return profile
 
 
-def problems_of(args) -> tuple[str | None, str | None]:
-    """(minigsm, gsm8k or None for the profile's, folder): where --data says that problems are.
+def read_data_option(args) -> tuple[str | None, str | None, str | None]:
+    """(kind of problems, None for the profile's; their folder; what to train on, None for them).
 
-    Sets that are only for training leave the problems to be GSM8K's, your own files leave them
-    as they are; args.source then says what to train on, else it is None.
+    Sets that are only for training go with GSM8K's problems, your own files with the profile's.
     """
     from ..sources import TRAINING_SETS, holds_problems
 
-    args.source, gsm8k = None, os.environ.get("GSM8K_DIR")
-    if args.data == "gsm8k" or args.data in TRAINING_SETS:
-        args.source = None if args.data == "gsm8k" else args.data
-        return "gsm8k", gsm8k
-    if args.data and not Path(args.data).exists():
+    data, gsm8k = args.data, os.environ.get("GSM8K_DIR")
+    if data == "gsm8k" or data in TRAINING_SETS:
+        return "gsm8k", gsm8k, None if data == "gsm8k" else data
+    if data and not Path(data).exists():
         names = ", ".join(("gsm8k", *TRAINING_SETS))
-        raise FileNotFoundError(f"there is no folder or file {args.data}; --data also takes {names}")
-    if args.data and holds_problems(Path(args.data)):
-        return None, args.data
-    args.source = args.data
-    return None, None if args.profile == "tiny" else gsm8k
+        raise FileNotFoundError(f"there is no folder or file {data}; --data also takes {names}")
+    if data and holds_problems(Path(data)):
+        return None, data, None
+    if data and args.command not in ("quantize", "finetune"):
+        raise ValueError(
+            f"--data {data} is something to train on; {args.command} asks problems: name a folder "
+            "with test.jsonl (question and answer a line), or leave --data out"
+        )
+    return None, None if args.profile == "tiny" else gsm8k, data
 
 
 def open_run(profile, args):

@@ -6,10 +6,11 @@ import pytest
 
 from qlora_lib import evaluation
 from qlora_lib.canaries import AT_MOST, CanaryError, run_canaries, sample
-from qlora_lib.data import PROMPT, format_gsm8k, load_minigsm, parse_gold
+from qlora_lib.data import PROMPT, format_gsm8k, parse_gold
 from qlora_lib.evaluation import evaluate, few_shot
 from qlora_lib.experiments import bare_question, statement
 from qlora_lib.extraction import numbers
+from qlora_lib.sources import load_minigsm
 
 PROBLEMS = load_minigsm("test")
 SHOTS = few_shot(load_minigsm("train"), 3)

@@ -116,6 +116,42 @@ def test_killed_run_resumes(place, capsys):
     assert "optimizer was 'adam8bit', is 'adamw'" in capsys.readouterr().err
 
 
+def test_training_on_a_file_of_ones_own(place, capsys):
+    rows = [{"prompt": f"Count to {i}: ", "completion": f"{i}"} for i in range(20)]
+    rows[4]["completion"] = "Ava asks 2 + 2? and the answer is 4, which is what 2 + 2 makes"
+    (place / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--model", "model", "--data", "mine.jsonl", "--group-size", "32"]
+    fast = ["--max-steps", "1", "--batch-size", "4", "--rank", "2"]
+    assert run("finetune", *argv, *fast, "--keep-notes") == 0
+    out = capsys.readouterr().out
+    assert "data: mine.jsonl (prompt and completion); calculator notes kept; 2 held out" in out
+    assert "training on 18 examples" in out and "0 of them padding" in out
+    said = json.loads((place / "checkpoints/tiny/run.json").read_text())["data"]
+    assert said["calculator_notes"] == "kept" and said["tokens"]["examples"] == 18
+    recipe = json.loads((place / "checkpoints/tiny/base/recipe.json").read_text())
+    assert recipe["calibrated_on"] == "mine.jsonl"
+    assert run("quantize", *argv) == 0
+    assert "is there, with these settings" in capsys.readouterr().out
+    assert run("evaluate", *argv[:4]) == 2
+    assert "evaluate asks problems: name a folder" in capsys.readouterr().err
+
+
+def test_what_data_may_be(place, monkeypatch):
+    from qlora_lib.cli.common import read_data_option
+
+    def read(data, command="finetune", profile="tiny"):
+        argv = [command, "--profile", profile, *(["--data", data] if data else [])]
+        return read_data_option(parser().parse_args(argv))
+
+    monkeypatch.setenv("GSM8K_DIR", "gsm")
+    assert read(None) == (None, None, None) and read(None, profile="smollm2") == (None, "gsm", None)
+    assert read("gsm8k") == ("gsm8k", "gsm", None)
+    assert read("metamathqa", "evaluate") == ("gsm8k", "gsm", "metamathqa")
+    assert read("data", "evaluate") == (None, "data", None)  # problems
+    (place / "own").mkdir()
+    assert read("own") == (None, None, "own") and read("own", profile="smollm2")[1] == "gsm"
+
+
 def test_a_dense_run_is_not_taken_for_a_quantized_one(place, capsys):
     assert run("finetune", *FAST, "--method", "none", "--targets", "q_proj,v_proj") == 0
     assert "on 4 layers" in capsys.readouterr().out

@@ -1,7 +1,5 @@
 """Problems, prompts, token ids."""
 
-import json
-import sys
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -10,7 +8,6 @@ import torch
 from small_models import PAIRS, small_tokenizer
 
 from qlora_lib import data
-from qlora_lib.extraction import equals, is_correct
 
 ENTRY = {
     "question": "Ava has 1,000 apples and sells half.",
@@ -116,89 +113,41 @@ def test_calibration_batches_hold_every_example_once():
         data.calibration_batches(small_tokenizer(), [])
 
 
-def test_minigsm_is_parsable_and_its_splits_share_no_question():
-    splits = {s: data.load_minigsm(s) for s in ("train", "dev", "test")}
-    questions = [e["question"] for entries in splits.values() for e in entries]
-    assert len(questions) == len(set(questions))
-    for entries in splits.values():
-        for entry in entries:
-            prompt, target = data.format_gsm8k(entry)
-            assert prompt.endswith("Answer:\n") and "<<" not in target
-    with pytest.raises(ValueError, match="train, dev and test"):
-        data.load_minigsm("validation")
-
-
-def test_gsm8k_folder(tmp_path):
-    line = '{"question": "A\u2028b?", "answer": "#### 1"}\n\n'
-    (tmp_path / "test.jsonl").write_text(line, encoding="utf-8")
-    assert data.load_gsm8k("test", tmp_path) == [{"question": "A\u2028b?", "answer": "#### 1"}]
-    with pytest.raises(FileNotFoundError, match="train.jsonl"):
-        data.load_gsm8k("train", tmp_path)
-    with pytest.raises(ValueError, match="train and test"):
-        data.load_gsm8k("dev", tmp_path)
-    (tmp_path / "train.jsonl").write_text(line + '{"question": "cut')
-    with pytest.raises(ValueError, match="line 3"):
-        data.load_gsm8k("train", tmp_path)
-    (tmp_path / "train.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="no entries"):
-        data.load_gsm8k("train", tmp_path)
-
-
-def test_gsm8k_without_folder_and_hub_says_what_to_do(tmp_path, monkeypatch):
-    def offline(*args, **kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(data, "DATA", tmp_path)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
-    with pytest.raises(FileNotFoundError, match="GSM8K_DIR"):
-        data.load_gsm8k("test")
-    (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "q", "answer": "#### 1"}')
-    assert len(data.load_gsm8k("test")) == 1
-
-
-@pytest.mark.parametrize(
-    "target, gold",
-    [
-        (9867630.0, "9867630"),
-        (-9867630.0, "-9867630"),
-        (14053029.666666666, "14053029.666666666"),
-        (0.0016791648, "0.0016791648"),
-        (9284017268534.4, "9284017268534.4"),
-        (1e22, "10000000000000000000000"),
-        (1.5e-7, "0.00000015"),
-        (0.0, "0"),
-    ],
-)
-def test_gsm_hard_golds_are_the_floats_to_the_digit(tmp_path, target, gold):
-    row = {"input": "How many?", "target": target, "code": "def solution(): ..."}
-    (tmp_path / "gsmhardv2.jsonl").write_text(json.dumps(row) + "\n")
-    (entry,) = data.load_gsm_hard(tmp_path)
-    assert entry == {"question": "How many?", "answer": f"#### {gold}"}
-    assert float(data.gold_answer(entry)) == target
-    assert is_correct(entry["answer"], entry["answer"])
-    # An integer is compared exactly, any other gold within 1e-6.
-    near = data.gold_answer(entry) + Fraction(9, 10**7)
-    assert equals(near, data.gold_answer(entry)) == (target != int(target))
-    assert not equals(near + Fraction(2, 10**7), data.gold_answer(entry))
-
-
-def test_gsm_hard_errors(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="gsmhardv2.jsonl"):
-        data.load_gsm_hard(tmp_path)
-    (tmp_path / "gsmhardv2.jsonl").write_text('{"input": "q", "target": Infinity}')
-    with pytest.raises(data.GoldError, match="inf"):
-        data.load_gsm_hard(tmp_path)
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
-    with pytest.raises(FileNotFoundError, match="no route.*--data"):
-        data.load_gsm_hard()
-
-
 def test_pad_sides():
     assert data.pad([[1], [2, 3]], 0).tolist() == [[1, 0], [2, 3]]
     assert data.pad([[1], [2, 3]], 0, side="left").tolist() == [[0, 1], [2, 3]]
     assert data.pad([[1]], 0).dtype == torch.int64
+
+
+def test_examples_that_are_encoded_already_are_only_cut():
+    pair = PAIRS[3]
+    whole = data.encode(small_tokenizer(), pair, 512)
+    assert whole == data.encode_example(small_tokenizer(), *pair, 512)
+    start = whole[1].count(data.IGNORE)
+    for length in (start + 1, 512):
+        cut = data.encode(small_tokenizer(), whole, length)
+        assert cut == data.encode(small_tokenizer(), pair, length)
+    with pytest.raises(ValueError, match=f"first {start} tokens .* nothing to learn"):
+        data.encode(small_tokenizer(), whole, start)
+
+
+def test_rows_are_lines_or_a_list_and_broken_ones_are_named(tmp_path):
+    file = tmp_path / "rows.json"
+    for text, places in (('\ufeff{"a": 1}\n\n{"a": 2}\n', ("line 1", "line 3")),
+                         ('\n[{"a": 1},\n {"a": 2}]', ("entry 1", "entry 2"))):  # fmt: skip
+        file.write_text(text, encoding="utf-8")
+        assert data.read_rows(file) == [(f"{file}, {p}", {"a": i}) for i, p in enumerate(places, 1)]
+    for text, message in (
+        ('{"a": 1}\n{"a": ', "rows.json, line 2 is not JSON"),
+        ('{"a": 1}\n3', "rows.json, line 2 is not a JSON object: 3"),
+        ("[{}, []]", "rows.json, entry 2 is not a JSON object"),
+        ("[{},", "rows.json is not JSON"),
+        ("[]", "holds no entries"),
+        (" \n", "holds no entries"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data.read_rows(file)
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match="not UTF-8"):
+        data.read_rows(file)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from small_models import PAIRS, small_model, small_tokenizer
 
-from qlora_lib.data import PROMPT, load_minigsm
+from qlora_lib.data import PROMPT
 from qlora_lib.evaluation import EvalReport, evaluate, few_shot
 from qlora_lib.generation import Completion, Decoding, fingerprint, generator
 from qlora_lib.lora import inject_lora
+from qlora_lib.sources import load_minigsm
 
 PROBLEMS = load_minigsm("test")[:200]
 PROMPTS = [prompt for prompt, _ in PAIRS]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lib import extraction
-from qlora_lib.data import DATA, GoldError, load_gsm8k, load_minigsm
+from qlora_lib.data import DATA, GoldError
 from qlora_lib.extraction import (
     MAX_TEXT,
     QUANTITY,
@@ -22,6 +22,7 @@ from qlora_lib.extraction import (
     plain,
     value,
 )
+from qlora_lib.sources import load_gsm8k, load_minigsm
 
 HALF = Fraction(1, 2)
 
