@@ -8,14 +8,24 @@ take over its error (eq. 2; Optimal Brain Surgeon, Hassibi & Stork 1993):
     W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, j+1:],     H^-1 = U^T U.
 Row j of the Cholesky factor U holds what column j needs of the inverse Hessian of the
 columns from j on, so that H^-1 is never updated (section 3.3, step 3).
+
+The loop below does the same with R = U^-1, which takes no inverse. H = R R^T makes the loss
+|E R|^2 with E = W - Q; column j of E R is E[:, j] R[j, j] + sum_{i<j} E[:, i] R[i, j], zero at
+    Q[:, j] = W[:, j] + sum_{i<j} E[:, i] R[i, j] / R[j, j],
+and no later column can change it. Rounding this target is what the updates above amount to:
+a triangular system solved from its first unknown to the last, each rounded as it is found
+(the "nearest plane" of lattices: Chen et al. 2025, arXiv 2507.18553).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .grid import QuantizedTensor, QuantSpec, as_float, assemble, check_weight, encode, fit_grid
+
+SUB_BLOCK = 16  # columns between two updates of the rest of their block
 
 
 @dataclass(frozen=True)
@@ -65,32 +75,45 @@ class Hessian:
         return self._sum / self.tokens
 
 
-def inverse_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
-    """Upper triangular U (in, in) with U^T U = (H + damping)^-1.
+def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
+    """Upper triangular R (in, in) with R R^T = H + damping: the U of eq. above is R^-1.
 
-    order: (in,), the order in which the columns are gone through; U is of H[order][:, order].
+    order: (in,), the order in which the columns are gone through; R is of H[order][:, order].
+    Cholesky gives a lower factor, H = L L^T. Of H with its rows and columns reversed it gives
+    one that, reversed again, is upper: J H J = L L^T, so H = (J L J) (J L J)^T. And R R^T = H
+    means R^-T R^-1 = H^-1: as Cholesky factors are unique, U = R^-1. The paper's three steps
+    (factor H, invert, factor the inverse) take four times the operations and more memory.
     Columns that no input ever excites ("dead": H[j, j] = 0) get the mean diagonal, so
     they are simply rounded to nearest. Raises ValueError, naming the column, when the
     damped H is not positive definite.
     """
     order = torch.arange(len(h), device=h.device) if order is None else order
-    h = h[order][:, order]  # a copy
+    last_first = order.flip(0)
+    h = h.index_select(0, last_first).index_select(1, last_first)  # a copy
     diagonal = h.diagonal()
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=h.dtype)
     diagonal[dead] = mean
     diagonal += damp_percent * mean  # relative: the same whatever the scale of the inputs
     lower, info = torch.linalg.cholesky_ex(h)
-    if not info:
-        # Three factorizations where the paper's text has one: H = L L^T gives a stable
-        # inverse, and the factor of that inverse is what the loop reads.
-        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if info:
         raise ValueError(
-            f"the Hessian is not positive definite at column {int(order[int(info) - 1])} with "
-            f"damp_percent={damp_percent}; raise it (0.05, 0.1), or use more calibration tokens"
+            "the Hessian is not positive definite at column "
+            f"{int(last_first[int(info) - 1])} with damp_percent={damp_percent}; "
+            "raise it (0.05, 0.1), or use more calibration tokens"
         )
-    return upper
+    del h  # two matrices of this size at a time, no more
+    return lower.flip(0, 1)
+
+
+def inverse_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
+    """Upper triangular U (in, in) with U^T U = (H + damping)^-1, as Algorithm 1 reads it.
+
+    Arguments and errors as for `hessian_factor`, whose inverse it is.
+    """
+    r = hessian_factor(h, damp_percent, order)
+    eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
+    return torch.linalg.solve_triangular(r, eye, upper=True)
 
 
 def gptq_quantize(
@@ -116,9 +139,10 @@ def gptq_quantize(
     # One grid a row must be fitted before the loop: later, half the row is rounded.
     static = options.static_groups or spec.group_size is None
     if static:
-        scale, zero = fit_grid(w.unflatten(1, (groups, size)), spec)  # (out, groups)
+        grids = fit_grid(w.unflatten(1, (groups, size)), spec)  # scale, zero: (out, groups)
+        scale, zero = (grid.t().contiguous() for grid in grids)
     else:
-        scale, zero = w.new_empty(out, groups), w.new_empty(out, groups)
+        scale, zero = w.new_empty(groups, out), w.new_empty(groups, out)
 
     order = torch.arange(n, device=w.device)
     if options.desc_act:
@@ -127,32 +151,43 @@ def gptq_quantize(
     # made of the columns as the loop meets them: those need g_idx in the result.
     group_of = (order if static else torch.arange(n, device=w.device)) // size
     group_at = group_of.tolist()  # plain ints: no device synchronisation in the loop
-    step = options.block_size
-    if not static:  # let blocks end where groups end: a grid is then fitted on current weights
-        step = size * max(1, step // size)
+    step, sub = options.block_size, SUB_BLOCK
+    if not static:  # a grid is fitted on current targets: let blocks begin where groups begin
+        step, sub = size * max(1, step // size), math.gcd(size, SUB_BLOCK)
 
-    u = inverse_factor(h, options.damp_percent, order)
+    r = hessian_factor(h, options.damp_percent, order)
+    r /= r.diagonal()  # columns with 1 on the diagonal: R[i, j] / R[j, j]
     # A column of W is strided, a row of W^T is contiguous: the loop runs over rows of W^T.
+    # Row j holds column j until it is rounded, and its error from then on.
     wt = w.t()[order].contiguous()  # (in, out), a copy
-    codes = torch.empty_like(wt)
+    codes = torch.empty(n, out, dtype=torch.uint8, device=w.device)
     for start in range(0, n, step):
         end = min(start + step, n)
-        block, u_block = wt[start:end], u[start:end, start:end]  # views
-        errors = torch.empty_like(block)  # (block, out)
-        for j in range(end - start):
-            g = group_at[start + j]
-            if not static and (start + j) % size == 0:
-                scale[:, g], zero[:, g] = fit_grid(block[j : j + size].t(), spec)
-            q = encode(block[j], scale[:, g], zero[:, g], spec.max_code)  # (out,)
-            codes[start + j] = q
-            errors[j] = (block[j] - (q - zero[:, g]) * scale[:, g]) / u_block[j, j]
-            block[j + 1 :].addr_(u_block[j, j + 1 :], errors[j], alpha=-1)
-        # The lazy update: everything right of the block, once, as one matrix product.
-        wt[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
+        # The errors of all columns before the block reach it at once, in one matrix product,
+        target = torch.addmm(wt[start:end], r[:start, start:end].t(), wt[:start])  # (block, out)
+        for j in range(start, end):
+            first = j - (j - start) % sub  # of the sub-block
+            t = target[j - start]  # (out,)
+            if j > first:  # those of its own sub-block column by column,
+                t.addmv_(wt[first:j].t(), r[first:j, j])
+            elif j > start:  # and those of one sub-block reach the rest of the block at once.
+                target[j - start :].addmm_(r[j - sub : j, j:end].t(), wt[j - sub : j])
+            g = group_at[j]
+            if not static and j % size == 0:
+                # The group's columns as they would end if none of them were rounded.
+                group = slice(j, j + size)
+                pull = target[j - start : j - start + size] - wt[group]  # (size, out)
+                free = wt[group] + torch.linalg.solve_triangular(
+                    r[group, group].t(), pull, upper=False, unitriangular=True
+                )
+                scale[g], zero[g] = fit_grid(free.t(), spec)
+            codes[j] = q = encode(t, scale[g], zero[g], spec.max_code)  # (out,)
+            wt[j] -= q.sub_(zero[g]).mul_(scale[g])  # W - Q
 
     back = order.argsort()
     g_idx = None if static or not options.desc_act else group_of[back]
-    return assemble(codes[back].t(), scale, zero, g_idx, spec)
+    scale, zero = scale.t().contiguous(), zero.t().contiguous()
+    return assemble(codes[back].t().contiguous(), scale, zero, g_idx, spec)
 
 
 def output_error(weight: Tensor, approx: Tensor, hessian: Hessian | Tensor) -> float:

@@ -17,6 +17,7 @@ from .packing import check_bits, pack, unpack
 SCALE_DTYPE = torch.float16  # the dtype in which scales are stored
 CLIP_RATIOS = 1 - torch.arange(0, 60) / 80  # 1.00 down to 0.26 of the range
 CLIP_NORM = 2.4  # |error|**2.4: a little more weight on large errors than MSE
+SEARCH_AT_ONCE = 1 << 18, 1 << 24  # weights searched at once: what a CPU caches; elsewhere
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ def as_float(x: Tensor) -> Tensor:
 
 
 def encode(w: Tensor, scale: Tensor, zero_point: Tensor, max_code: int) -> Tensor:
-    """Nearest codes, still in the dtype of `w`. All arguments broadcast.
+    """Nearest codes, still in the dtype of `w`. Scale and zero-point broadcast over it.
 
     Ties go to the even integer, as torch.round does.
     """
-    return (w / scale + zero_point).round().clamp(0, max_code)
+    return (w / scale).add_(zero_point).round_().clamp_(0, max_code)
 
 
 def _grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -146,20 +147,38 @@ def fit_grid(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
             f"weights span {float((high - low).max()):.3g}, more than an fp16 scale can hold; "
             "rescale the layer"
         )
-    scale, zero = _grid_of_range(low, high, spec)
     if not spec.clip_search:
-        return scale, zero
-    best = None
+        return _grid_of_range(low, high, spec)
+    groups, piece = w.reshape(-1, w.shape[-1]), SEARCH_AT_ONCE[w.device.type != "cpu"]
+    found = [_search(part, spec) for part in groups.split(max(1, piece // w.shape[-1]))]
+    scale, zero = (torch.cat(parts).view(low.shape) for parts in zip(*found))
+    return scale, zero
+
+
+def _search(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The best grid of each row of w (groups, group_size), among all CLIP_RATIOS."""
+    least, most = w.amin(-1), w.amax(-1)  # (groups,)
+    low, high = least.clamp(max=0), most.clamp(min=0)
+    scale, zero = torch.empty_like(low), torch.empty_like(low)
+    best = torch.full_like(low, torch.inf)
+    open_ = torch.arange(len(w), device=w.device)  # groups whose search goes on
     for ratio in CLIP_RATIOS.tolist():
         s, z = _grid_of_range(low * ratio, high * ratio, spec)
+        # A grid spans max_code steps. What it leaves uncovered of a group's range, its two
+        # ends bear, at least as |cut / 2|**2.4 each, and ever more as the range shrinks: once
+        # that alone is no less than the best error, the group is done.
+        cut = (most - least - spec.max_code * s).clamp_(min=0)
+        hope = 2 * (cut / 2).pow_(CLIP_NORM) < best[open_]
+        if not hope.all():
+            if not hope.any():
+                break
+            least, most, low, high, s, z = (t[hope] for t in (least, most, low, high, s, z))
+            w, open_ = w[hope], open_[hope]
         q = encode(w, s.unsqueeze(-1), z.unsqueeze(-1), spec.max_code)
-        error = ((q - z.unsqueeze(-1)) * s.unsqueeze(-1) - w).abs().pow(CLIP_NORM).sum(-1)
-        if best is None:
-            best = error
-            continue
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        error = q.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(w).abs_().pow_(CLIP_NORM).sum(-1)
+        better = error < best[open_]
+        won = open_[better]
+        best[won], scale[won], zero[won] = error[better], s[better], z[better]
     return scale, zero
 
 

@@ -39,12 +39,15 @@ def pack(q: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return q.to(torch.uint8).contiguous()
     # Eight codes fill exactly `bits` bytes at every width, so eight is the unit of work.
-    q = torch.nn.functional.pad(q, (0, -n % 8))
-    word = torch.zeros(*q.shape[:-1], q.shape[-1] // 8, dtype=torch.int64, device=q.device)
-    for i in range(8):
-        word |= q[..., i::8].long() << (bits * i)
-    stream = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], dim=-1)  # (..., n/8, bits)
-    return stream.flatten(-2).to(torch.uint8)[..., : packed_width(n, bits)].contiguous()
+    q = torch.nn.functional.pad(q.to(torch.uint8), (0, -n % 8))
+    if 8 % bits == 0:  # whole codes in each byte
+        stream = q[..., :: 8 // bits].clone()
+        for i in range(1, 8 // bits):
+            stream |= q[..., i :: 8 // bits] << (bits * i)
+    else:
+        word = sum(q[..., i::8].int() << (bits * i) for i in range(8))  # (..., n/8): 24 bits
+        stream = torch.stack([(word >> (8 * j)) & 255 for j in range(bits)], -1).flatten(-2)
+    return stream.to(torch.uint8)[..., : packed_width(n, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -11,7 +11,14 @@ from slow_gptq import (
 )
 from torch import Tensor
 
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize, inverse_factor, output_error
+from qlora_lib.gptq import (
+    GPTQOptions,
+    Hessian,
+    gptq_quantize,
+    hessian_factor,
+    inverse_factor,
+    output_error,
+)
 from qlora_lib.grid import QuantSpec, quantize_rtn
 from qlora_lib.packing import unpack
 from tests.helpers import ar1, normal, relative
@@ -228,10 +235,11 @@ def test_hessian_refuses_what_it_cannot_use():
 @pytest.mark.parametrize("desc_act", [True, False])
 def test_not_positive_definite_names_the_column_and_what_to_do(desc_act):
     h = torch.diag(torch.linspace(1, 2, 8))  # act-order: 7, 6, ... 0
-    h[2, 5] = h[5, 2] = 3.0  # an indefinite pair: the later one of the two fails
+    # An indefinite pair. The factor is made from the loop's end: its earlier one fails.
+    h[2, 5] = h[5, 2] = 3.0
     with pytest.raises(ValueError) as info:
         gptq_quantize(normal(4, 8), h, QuantSpec(4, None), GPTQOptions(desc_act))
-    failed = 2 if desc_act else 5
+    failed = 5 if desc_act else 2
     assert f"not positive definite at column {failed} " in str(info.value)
     assert "damp_percent=0.01" in str(info.value) and "raise it" in str(info.value)
 
@@ -252,6 +260,18 @@ def test_inverse_factor_inverts_the_damped_hessian():
     assert torch.equal(u, u.triu())
     eye = torch.eye(IN, dtype=torch.float64)
     assert (u.T @ u @ damped(h, 0.01) - eye).abs().max() < 1e-9
+
+
+def test_hessian_factor_is_the_inverse_of_the_papers_factor():
+    """Three steps in the paper: H = L L^T, its inverse from L, and the factor of the inverse."""
+    _, h = layer()
+    order = h.diagonal().argsort(descending=True)
+    r = hessian_factor(h, 0.01, order)
+    assert torch.equal(r, r.triu())
+    d = damped(h, 0.01)[order][:, order]
+    assert relative(r @ r.T, d) < 1e-12
+    paper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(d)), upper=True)
+    assert relative(inverse_factor(h, 0.01, order), paper) < 1e-10
 
 
 def test_output_error_is_the_relative_error_on_the_inputs():

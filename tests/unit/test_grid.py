@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
 from qlora_lib.grid import (
     CLIP_NORM,
+    CLIP_RATIOS,
     QuantSpec,
+    _grid_of_range,
     encode,
     fit_grid,
     quant_matmul,
@@ -156,6 +158,30 @@ def test_clip_search_is_never_worse_in_its_own_norm(bits, symmetric):
     assert (error(True) <= error(False)).all()
     if bits <= 3:  # few levels: cutting the tails pays
         assert error(True).sum() < 0.9 * error(False).sum()
+
+
+def every_ratio(w, spec):
+    """The search without its shortcuts: each group on each of the grids."""
+    low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    grids = [_grid_of_range(low * r, high * r, spec) for r in CLIP_RATIOS.tolist()]
+    scale, zero = (torch.stack(parts) for parts in zip(*grids))  # (ratios, groups)
+    q = encode(w, scale[..., None], zero[..., None], spec.max_code)  # (ratios, groups, size)
+    errors = ((q - zero[..., None]) * scale[..., None] - w).abs().pow(CLIP_NORM).sum(-1)
+    best = errors.argmin(0, keepdim=True)  # the first of equals, as in the search
+    return scale.gather(0, best)[0], zero.gather(0, best)[0]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_groups_that_leave_the_search_early_had_their_best_grid(bits, symmetric, size):
+    w = normal(160, size) * normal(160, 1, seed=1).exp() * 0.02
+    w[:40] = w[:40] ** 3  # heavy tails
+    w[40:60], w[60:80] = w[40:60].abs(), -w[60:80].abs()
+    w[80:90], w[90:100], w[100:110] = 0, 0.3, w[100:110] * 1e-6  # subnormal scales
+    spec = QuantSpec(bits, None, symmetric)
+    for got, want in zip(fit_grid(w.double(), spec), every_ratio(w.double(), spec), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
