@@ -39,11 +39,11 @@ def kill(metrics):
 def train_and_evaluate(folder: Path, seed: int = 0) -> dict:
     """A run that is killed and goes on, of 13 examples: steps of 12, 1, 12, 1; then samples."""
     model, tokenizer = small_model(), small_tokenizer()
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # of the adapter: in two processes that of the first counts
     inject_lora(model, ("q_proj", "down_proj"), rank=2)
     config = TrainConfig(
         max_steps=4, batch_size=3, accumulation=4, lr=1e-2, compute_dtype="fp32", save_every=2,
-        folder=folder / "training", resume=True, optimizer="adam8bit",
+        folder=folder / "training", resume=True,
     )  # fmt: skip
     with contextlib.suppress(Killed):
         finetune(model, tokenizer, PAIRS[:13], config, PAIRS[13:16], kill)
@@ -71,7 +71,8 @@ def errors() -> list[str]:
         raise FileNotFoundError("no such file")
 
     said = []
-    for call in (lambda: processes.agree("rank", processes.rank()), lambda: processes.on_first(fail)):
+    calls = (lambda: processes.agree("rank", processes.rank()), lambda: processes.on_first(fail))
+    for call in calls:
         try:
             call()
         except (ValueError, FileNotFoundError) as error:
@@ -94,7 +95,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["MASTER_PORT"] = library
     processes.start()
-    # Another adapter in each: that of the first counts.
     result = train_and_evaluate(place / "two", seed=processes.rank())
     result |= {"errors": errors(), "summed": summed(), "share": list(processes.share(range(5)))}
     (place / f"{processes.rank()}.json").write_text(json.dumps(result))
