@@ -31,6 +31,7 @@ def benchmark(monkeypatch):
 
 def test_the_whole_benchmark_at_a_small_size(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(benchmark, "ROWS", benchmark.ROWS[1:])  # two are enough here
     assert benchmark.main(["--small", "--out", str(tmp_path / "gpu.json")]) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert set(result["models"]) == {"small, nf4", "small, rtn"}
@@ -42,9 +43,8 @@ def test_the_whole_benchmark_at_a_small_size(benchmark, tmp_path, capsys, monkey
             assert row["tokens_per_second"] > 0 and 0.8 < row["ratio"] < 1.3
             assert set(row["predicted_bytes"]) == {*PARTS, "peak"}
     assert len(result["linears"]["small"]) == 6
-    assert set(result["linears"]["small"][0]["milliseconds"]) == {"fp32", "nf4", "rtn"} or (
-        "bf16" in result["linears"]["small"][0]["milliseconds"]
-    )
+    dense = result["stamp"]["dtype"]  # of the machine: fp32, or bf16 where it is native
+    assert set(result["linears"]["small"][0]["milliseconds"]) == {dense, "nf4", "rtn"}
     assert "no CUDA GPU" in result["skipped"][0] and "--smollm2 PATH" in result["skipped"][1]
     stamp = result["stamp"]
     assert stamp["seed"] == 0 and {"date", "device", "torch", "command", "small"} <= set(stamp)

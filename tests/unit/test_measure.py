@@ -33,7 +33,7 @@ def ledger_of(method, compute_dtype="fp32", checkpointing=False, **given):
     [
         ("qlora", "fp32", False, 0.05), ("qlora", "bf16", False, 0.05),
         ("qlora", "fp32", True, 0.05), ("qlora", "bf16", True, 0.08),
-        ("lora", "bf16", False, 0.05), ("full", "fp32", False, 0.15),
+        ("lora", "fp32", False, 0.05), ("full", "fp32", False, 0.15),
     ],
 )  # fmt: skip
 def test_prediction_and_measurement_agree(method, compute_dtype, checkpointing, tolerance):

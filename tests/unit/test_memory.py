@@ -218,6 +218,14 @@ def test_llama2_7b_with_8_bit_adam():
     assert "8-bit Adam" in str(ledger)
 
 
+@pytest.mark.parametrize("spec", [NF4Spec(), QuantSpec(4, 64)], ids=str)
+def test_llama2_7b_trains_below_6_gb(spec):
+    """One sequence of 512 tokens, with checkpointing; without it, 2 GB more."""
+    given = dict(method="qlora", batch=1, seq=512, rank=16, spec=spec)
+    assert memory_ledger(LLAMA2_7B, checkpointing=True, **given).peak < 6e9
+    assert memory_ledger(LLAMA2_7B, **given).peak > 6.9e9
+
+
 def test_logits_of_a_chunk_of_tokens():
     all_at_once = memory_ledger(LLAMA2_7B, batch=4).parts["logits"]
     assert all_at_once == 2048 * 32_000 * (2 + 4 + 4)
