@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # works without an installation
 from qlora_lib.linear import QuantizedLinear  # noqa: E402
 from qlora_lib.loading import load_model  # noqa: E402
 from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters  # noqa: E402
+from qlora_lib.loss import CHUNK  # noqa: E402
 from qlora_lib.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
 from qlora_lib.memory import memory_ledger  # noqa: E402
 from qlora_lib.models import dtype_name, quantize_model, quantize_weight  # noqa: E402
@@ -76,7 +77,7 @@ def training(model, config, spec, seq: int, repeats: int, skipped: list[str]) ->
     for batch, checkpointing in ROWS:
         ledger = memory_ledger(
             config, "qlora", batch, seq, RANK, spec=spec, checkpointing=checkpointing,
-            compute_dtype=dtype_name(model.dtype),
+            compute_dtype=dtype_name(model.dtype), logit_tokens=CHUNK,
         )  # fmt: skip
         try:
             check_fits(ledger_beside(model, ledger), device)

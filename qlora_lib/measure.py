@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from .adam8bit import Adam8bit
 from .lora import trainable_parameters
 from .loss import loss_sum
 from .models import DTYPES, quantized_layers
@@ -86,8 +87,8 @@ def measure_step(
     Two, because the first makes the optimizer's state, and only the second has all at once.
     step: one training step of yours (forward, backward, optimizer.step(), gradients set to
     None), with its `optimizer`. Without it: random tokens of the ledger's batch and
-    length, all of them supervised, and AdamW with lr=0, which leaves the parameters as they
-    are. Measured by AllocationMeter on a CPU, by the allocator's counters on CUDA.
+    length, all of them supervised, and the ledger's optimizer with lr=0, which leaves the
+    parameters as they are. Measured by AllocationMeter on a CPU, by the allocator's counters on CUDA.
     Raises ValueError when no parameter is trained, and for a step without its optimizer.
     """
     parameters = list(trainable_parameters(model).values())
@@ -96,7 +97,8 @@ def measure_step(
     if (step is None) != (optimizer is None):
         raise ValueError("step and optimizer go together: give both, or none")
     if step is None:
-        optimizer = _optimizer(ledger, parameters)
+        kind = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}[ledger.optimizer]
+        optimizer = kind(parameters, lr=0.0, weight_decay=0.0)
         step = random_step(ledger, model, optimizer)
     measured, gradients = _stored(model, parameters), {}
     hooks = [
@@ -137,15 +139,9 @@ def _stored(model, parameters: list[Tensor]) -> dict[str, int]:
 
 
 def _state_bytes(optimizer) -> int:
-    """Of the moments; AdamW's step counters, 4 bytes a tensor, lie on the CPU."""
+    """Of the moments; the step counters, 4 bytes a tensor, lie on the CPU."""
     states = optimizer.state.values()
     return sum(t.nbytes for s in states for k, t in s.items() if k != "step")
-
-
-def _optimizer(ledger, parameters):
-    if ledger.optimizer == "adam8bit":
-        raise ValueError("the ledger is of 8-bit Adam: give that optimizer, and a step")
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
 
 
 def random_step(ledger, model, optimizer) -> Callable[[], None]:

@@ -5,6 +5,7 @@ of bitsandbytes, so that its checkpoints and ours are the same bits.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -98,6 +99,19 @@ def _blocks(flat: Tensor, size: int) -> Tensor:
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, size)
 
 
+# Made once a device: a layer is decoded at each use, and a copy to a GPU would wait for it.
+@cache
+def _nested_levels(device: torch.device) -> Tensor:
+    return dynamic_map().to(device)
+
+
+@cache
+def _level_pairs(device: torch.device) -> Tensor:
+    """fp32 (256, 2): the two levels that each byte stands for."""
+    levels = torch.tensor(NF4_LEVELS, device=device)
+    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+
+
 @dataclass
 class NF4Tensor:
     """A weight matrix in NF4, packed.
@@ -120,15 +134,14 @@ class NF4Tensor:
         """fp32 (blocks,): the absmax of each block, as decoded."""
         if self.nested_absmax is None:
             return self.absmax
-        levels = dynamic_map().to(self.absmax.device)
+        levels = _nested_levels(self.absmax.device)
         return dequantize_8bit(self.absmax, self.nested_absmax, levels) + self.offset
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weights (out, in) in `dtype`."""
         n = self.shape.numel()
-        levels = torch.tensor(NF4_LEVELS, device=self.codes.device)
-        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
         # A byte holds two weights. index_select: pairs[...] would copy its indices to int64.
+        pairs = _level_pairs(self.codes.device)
         values = pairs.index_select(0, self.codes.int()).flatten()[:n]  # (out * in,)
         # In place: one dense weight is alive at a time, not three.
         w = _blocks(values, self.spec.block_size).mul_(self.block_scales().unsqueeze(1))

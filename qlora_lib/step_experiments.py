@@ -1,10 +1,11 @@
 """What a QLoRA step at LLaMA-2-7B's width takes: `python -m qlora_lib.step_experiments`.
 
 Four of its 32 decoder blocks and its whole vocabulary, with random weights that are packed as
-they are drawn, a layer at a time; LoRA on all seven linears; one sequence of 512 tokens. The
-peak of the process's anonymous memory above what it held after its imports is set beside the
-ledger's prediction, in data/results/llama2-7b-shape-step.json. Random weights: memory and
-time, and nothing about accuracy. Linux only (/proc); about 3 GB and some minutes on 2 cores.
+they are drawn, a layer at a time; LoRA on all seven linears; one sequence of 512 tokens, all
+supervised, with all logits at once (training takes them in chunks, loss.py). The peak of the
+process's anonymous memory above what it held after its imports is set beside the ledger's
+prediction, in data/results/llama2-7b-shape-step.json. Random weights: memory and time, and
+nothing about accuracy. Linux only (/proc); about 3 GB and some minutes on 2 cores.
 
 Two steps are taken: with B = 0 the first gives every A a zero gradient. In the second every
 adapter tensor must have a finite gradient that is not zero.

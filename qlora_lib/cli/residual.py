@@ -14,7 +14,8 @@ def residual_base(profile, args, targets: str | tuple[str, ...], lora: dict):
     from ..checkpoint import save_quantized
     from ..data import short_path, weights_id
     from ..grid import QuantSpec
-    from ..lora import find_linears, inject_lora
+    from ..lora import find_linears, inject_lora, lora_layers
+    from ..lora_init import residual_fingerprint
     from ..models import quantize_model
     from ..nf4 import NF4Spec
     from ..results import write_json_atomic
@@ -40,8 +41,10 @@ def residual_base(profile, args, targets: str | tuple[str, ...], lora: dict):
     others = tuple(sorted(set(last.values()) - {last[path] for path in layers}))
     if others:
         quantize_model(model, None, spec, method, target_modules=others)
+    if processes.world() > 1:  # each has made it; adapters are copied, this must be the same
+        processes.agree("the residual base", residual_fingerprint(lora_layers(model)))
     if not processes.first():
-        return model, tokenizer, layers  # all of them made the same
+        return model, tokenizer, layers
     save_quantized(model, tokenizer, args.folder / "base")
     how = {"init": init, "rank": lora["rank"], "targets": targets}
     recipe = {"method": method, "spec": str(spec), "weights": weights_id(profile.model)} | how
