@@ -148,9 +148,11 @@ def weights_id(model: str) -> str:
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """[bos] + ids of the prompt; no bos for a tokenizer that has none."""
+    """[bos] + ids of the prompt; no bos for a tokenizer that has none, nor a second one where the
+    prompt begins with it, as those that chat templates write do."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer.encode(prompt, add_special_tokens=False)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    return ids if ids[:1] == bos else bos + ids
 
 
 def encode_example(

@@ -114,25 +114,12 @@ def chat_example(messages, tokenizer) -> Example:
     template that can't write them, or that writes a turn otherwise once others follow.
     """
     _check_messages(messages)
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template (base models have none); take an instruct model, "
-            "or write the chat as prompt and completion"
-        )
-
-    def write(count: int, ask: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=ask
-            )
-        except Exception as error:  # what a template raises is its own affair
-            raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
-
     ids, labels, done = [], [], ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked, answered = write(i, ask=True), write(i + 1)
+        asked = write_chat(tokenizer, messages[:i], ask=True)
+        answered = write_chat(tokenizer, messages[: i + 1])
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise ValueError(
                 f"the chat template writes the first {i + 1} messages otherwise once others follow; "
@@ -148,6 +135,22 @@ def chat_example(messages, tokenizer) -> Example:
         ids, labels = ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
     texts = tuple(m["content"] for m in messages if m["role"] != "system")
     return Example((ids, labels), texts, "\n".join(texts))
+
+
+def write_chat(tokenizer, messages: list[dict], ask: bool = False) -> str:
+    """A chat as the tokenizer's template writes it; ask: up to where the assistant begins.
+
+    Raises ValueError for a tokenizer without a template and for messages that it refuses.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template (base models have none); take an instruct model, "
+            "or write the chat as prompt and completion"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # what a template raises is its own affair
+        raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
 
 
 def _check_messages(messages) -> None:

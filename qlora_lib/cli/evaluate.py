@@ -29,6 +29,9 @@ def add_evaluate_and_generate(commands, shared) -> None:
 
     add = commands.add_parser("generate", parents=[shared], help="answer one question").add_argument
     add_run_options(add)
+    add("--form", choices=("question", "prompt", "chat"), default="question",
+        help="how it is asked: with the template of the problems (default), exactly as it stands, "
+        "or as a chat's first turn")  # fmt: skip
     add("question")
 
 
@@ -118,10 +121,15 @@ def evaluation_name(args) -> str:
 
 def generate(args) -> None:
     from ..data import PROMPT
+    from ..examples import write_chat
     from ..generation import generator
 
     profile = open_profile(args)
     model, tokenizer = open_run(profile, args)
     ask = generator(model, tokenizer, make_decoding(profile, args, batch_size=1))
-    (completion,) = ask([PROMPT.format(question=args.question)])
+    prompt = {"question": PROMPT.format(question=args.question), "prompt": args.question}
+    if args.form == "chat":
+        turn = [{"role": "user", "content": args.question}]
+        prompt["chat"] = write_chat(tokenizer, turn, ask=True)
+    (completion,) = ask([prompt[args.form]])
     print(completion)

@@ -59,8 +59,14 @@ def test_finetune_evaluate_generate(place, capsys):
     assert run("evaluate", *COMMON, *argv) == 0
     assert "3 questions" in capsys.readouterr().out
     assert (place / "outputs/tiny/eval-base-2shot-first3/report.json").is_file()
-    assert run("generate", *COMMON, "--max-new-tokens", "4", "1 + 1?") == 0
-    assert capsys.readouterr().out.strip()
+    short = ["--max-new-tokens", "4"]
+    assert run("generate", *COMMON, *short, "1 + 1?") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    prompt = "Question: 1 + 1?\nAnswer:\n"
+    assert run("generate", *COMMON, *short, "--form", "prompt", prompt) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert run("generate", *COMMON, *short, "--form", "chat", "1 + 1?") == 2
+    assert "no chat template" in capsys.readouterr().err
 
 
 def test_evaluate_goes_on_compares_and_refuses_other_settings(place, capsys):

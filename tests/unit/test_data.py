@@ -65,6 +65,12 @@ def test_only_target_and_one_real_eos_are_supervised():
     assert labels.count(tokenizer.eos_token_id) == 1 and labels[-1] == tokenizer.eos_token_id
 
 
+def test_there_is_one_bos():
+    encoded = [data.encode_prompt(small_tokenizer(), text) for text in ("<s>Ava", "Ava", "")]
+    assert encoded[0] == encoded[1] and encoded[2] == [1]
+    assert encoded[0].count(small_tokenizer().bos_token_id) == 1
+
+
 def test_padding_is_masked_even_where_pad_is_eos():
     eos = small_tokenizer().eos_token_id
     examples = [data.encode_example(small_tokenizer(), *pair, 256) for pair in PAIRS[:8]]

@@ -145,8 +145,8 @@ def test_only_safetensors_are_asked_of_the_hub(monkeypatch, made):
 # --- GGUF ----------------------------------------------------------------------------------
 
 
-def write_gguf(path) -> None:
-    """The small model as llama.cpp's converter would write it, in fp32."""
+def write_gguf(path, without: str = "") -> None:
+    """The small model as llama.cpp's converter would write it, in fp32; a tensor may be left out."""
     gguf = pytest.importorskip("gguf")
     model, tokenizer = small_model(), small_tokenizer()
     config, merges = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -171,7 +171,7 @@ def write_gguf(path) -> None:
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":  # tied
+        if name in ("lm_head.weight", without):  # tied
             continue
         if "q_proj" in name or "k_proj" in name:  # llama.cpp pairs a rotation's rows otherwise
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
@@ -200,6 +200,9 @@ def test_a_gguf_file_gives_the_model_and_its_tokenizer(tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load_model(tmp_path / "saved", "cpu", "fp32")[0]), logits(model))
     assert weights_id(file) == weights_id(tmp_path) != str(file)
+    write_gguf(file, without="model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match="lacks 1 of the model's tensors, such as model.layers.1"):
+        load_model(file, "cpu", "fp32")
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match="small.gguf could not be read.*damaged"):
         load_model(file, "cpu", "fp32")
