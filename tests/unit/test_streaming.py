@@ -352,7 +352,7 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     common = ["quantize", "--model", "model", "--data", "data", "--group-size", "0"]
     assert main([*common, "--stream", "--spill", "spill"]) == 0
     out = capsys.readouterr().out
-    assert "streaming model through gptq" in out and len(re.findall("output error", out)) == 14
+    assert "streaming model with gptq" in out and len(re.findall("output error", out)) == 14
     assert re.search(r"bytes for [\d,]+ parameters, \d+\.\d\d bits each", out)
     assert main(common) == 0 and "is there, with these settings" in capsys.readouterr().out
     assert main([*common, "--targets", "attention"]) == 0  # another base
@@ -362,8 +362,8 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     assert "is there, with these settings" in capsys.readouterr().out
     assert main([*common, "--spill", "spill"]) == 2
     assert "--spill keeps the activations of --stream" in capsys.readouterr().err
-    assert main(["quantize", "--model", "no/model", "--stream"]) == 2
-    assert "--stream reads a folder on disk, and no/model is none" in capsys.readouterr().err
+    assert main(["quantize", "--model", "data", "--stream"]) == 2
+    assert "streaming reads a folder with config.json, data is none" in capsys.readouterr().err
 
 
 def test_the_experiment_measures_and_predicts(tmp_path, monkeypatch, capsys):
