@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_models import small_model, small_tokenizer
 from transformers import LlamaForCausalLM
 
+from qlora_lib import shards as shards_of
 from qlora_lib import streaming, streaming_experiments
 from qlora_lib.__main__ import main
 from qlora_lib.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
@@ -329,6 +330,21 @@ def test_settings_that_do_not_fit_are_named(folder, tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("dear diary")
     with pytest.raises(ValueError, match="out holds other files"):
         stream(folder, tmp_path / "out")
+
+
+def test_calibration_with_several_kinds_of_masks_is_refused(folder, tmp_path, monkeypatch):
+    real = shards_of.empty_model
+
+    def mixed(*args, **given):
+        model, dtype, device = real(*args, **given)
+        model.config.layer_types = ["full_attention", "sliding_attention"]
+        return model, dtype, device
+
+    monkeypatch.setattr(shards_of, "empty_model", mixed)
+    message = r"kinds \['full_attention', 'sliding_attention'\].*quantize_model"
+    with pytest.raises(ValueError, match=message):
+        stream(folder, tmp_path / "out")
+    assert stream(folder, tmp_path / "out", calibration=None, method="rtn")
 
 
 def test_what_old_checkpoints_hold_besides_is_left_out(folder, tmp_path):
