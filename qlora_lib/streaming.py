@@ -7,8 +7,8 @@ may lie on disk instead. Codes and errors are those of `quantize_model`, bit for
 
 Finished shards stay in OUT.unfinished until all are there; it then becomes OUT. A killed run
 goes on from them: the finished blocks compute their activations again, so that nothing else
-has to be kept. Not handled: models whose blocks take different masks, or whose checkpoint
-has other names than the model's own tensors.
+has to be kept. Refused: calibration of models whose blocks take different masks, and
+checkpoints with other names than the model's own tensors.
 """
 
 import json
@@ -108,6 +108,12 @@ def quantize_checkpoint(
     outside = [path for path in targets if streamed.block_of(path) < 0]
     if outside:
         raise ValueError(f"{outside} lie outside the decoder blocks, which alone are quantized")
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if calibration and len(kinds) > 1:  # quantize_model finds each kind's mask (block_settings)
+        raise ValueError(
+            f"{folder} has blocks of the kinds {sorted(kinds)}, with masks of their own, which "
+            "streamed calibration lacks; use quantize_model, or no calibration (rtn, nf4)"
+        )
     made_from = {
         "weights": streamed.shards.identity(),
         "method": method,

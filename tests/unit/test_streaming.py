@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_models import small_model, small_tokenizer
 from transformers import LlamaForCausalLM
 
+from qlora_lib import shards as shards_of
 from qlora_lib import streaming, streaming_experiments
 from qlora_lib.__main__ import main
 from qlora_lib.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
@@ -331,6 +332,21 @@ def test_settings_that_do_not_fit_are_named(folder, tmp_path):
         stream(folder, tmp_path / "out")
 
 
+def test_calibration_with_several_kinds_of_masks_is_refused(folder, tmp_path, monkeypatch):
+    real = shards_of.empty_model
+
+    def mixed(*args, **given):
+        model, dtype, device = real(*args, **given)
+        model.config.layer_types = ["full_attention", "sliding_attention"]
+        return model, dtype, device
+
+    monkeypatch.setattr(shards_of, "empty_model", mixed)
+    message = r"kinds \['full_attention', 'sliding_attention'\].*quantize_model"
+    with pytest.raises(ValueError, match=message):
+        stream(folder, tmp_path / "out")
+    assert stream(folder, tmp_path / "out", calibration=None, method="rtn")
+
+
 def test_what_old_checkpoints_hold_besides_is_left_out(folder, tmp_path):
     state = load_file(folder / WEIGHTS)
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -352,7 +368,7 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     common = ["quantize", "--model", "model", "--data", "data", "--group-size", "0"]
     assert main([*common, "--stream", "--spill", "spill"]) == 0
     out = capsys.readouterr().out
-    assert "streaming model through gptq" in out and len(re.findall("output error", out)) == 14
+    assert "streaming model with gptq" in out and len(re.findall("output error", out)) == 14
     assert re.search(r"bytes for [\d,]+ parameters, \d+\.\d\d bits each", out)
     assert main(common) == 0 and "is there, with these settings" in capsys.readouterr().out
     assert main([*common, "--targets", "attention"]) == 0  # another base
@@ -362,8 +378,8 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     assert "is there, with these settings" in capsys.readouterr().out
     assert main([*common, "--spill", "spill"]) == 2
     assert "--spill keeps the activations of --stream" in capsys.readouterr().err
-    assert main(["quantize", "--model", "no/model", "--stream"]) == 2
-    assert "--stream reads a folder on disk, and no/model is none" in capsys.readouterr().err
+    assert main(["quantize", "--model", "data", "--stream"]) == 2
+    assert "streaming reads a folder with config.json, data is none" in capsys.readouterr().err
 
 
 def test_the_experiment_measures_and_predicts(tmp_path, monkeypatch, capsys):
