@@ -37,8 +37,10 @@ def place(tmp_path_factory):
     (one / "data").mkdir(parents=True)
     small_model().save_pretrained(one / "model")
     small_tokenizer().save_pretrained(one / "model")
-    for split in ("train", "dev", "test"):
-        entries = [{"question": f"{i} + 1?", "answer": f"{i}+1\n#### {i + 1}"} for i in range(11)]
+    for k, split in enumerate(("train", "dev", "test")):
+        entries = [
+            {"question": f"{i} + {k}?", "answer": f"{i}+{k}\n#### {i + k}"} for i in range(11)
+        ]
         (one / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, entries)))
     shutil.copytree(one, two)
     ports = free_ports(3)
