@@ -41,6 +41,8 @@ def token_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float =
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, best, 1.0)
     p = torch.softmax(logits / temperature, -1)
+    if top_p == 1:  # sums are rounded: they can reach 1 before the last token
+        return p
     ordered, order = p.sort(dim=-1, descending=True, stable=True)
     # What the more likely tokens have already: the first is always kept.
     before = ordered.cumsum(-1) - ordered

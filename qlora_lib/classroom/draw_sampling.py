@@ -38,13 +38,18 @@ def draw_next_token(ax, temperature: float, top_p: float, logits: Tensor,
                 color=MUTED if gone else "black")
     rest = max(0.0, 1 - sum(shown))
     ax.set(ylim=(0, 1.12), xticks=range(len(tokens)), ylabel="probability",
-           title=f"{int((p > 0).sum())} tokens can be drawn; {rest:.3f} on those not shown")
+           title=f"{int((p > 0).sum())} tokens possible, {rest:.2f} not shown")
     ax.set_xticklabels(tokens, fontfamily="monospace")
     ax.grid(axis="x", visible=False)
 
 
-def draw_votes(ax, answers: Sequence[str | None], gold: str, greedy: str | None) -> None:
-    """How many samples give each answer, most first; the right one in green."""
+def draw_votes(ax, temperature: float, samples: dict[float, Sequence[str | None]], gold: str,
+               greedy: str | None) -> None:
+    """How many samples of one question give each answer, most first; the right one in green.
+
+    samples: {temperature: the answers}, equally many each.
+    """
+    answers = samples[temperature]
     counts: dict[str, int] = {}
     for answer in answers:
         counts[answer or "none"] = counts.get(answer or "none", 0) + 1
@@ -52,25 +57,29 @@ def draw_votes(ax, answers: Sequence[str | None], gold: str, greedy: str | None)
     ax.barh(range(len(rows)), [n for _, n in rows], height=0.6,
             color=[BEST if a == gold else MUTED for a, _ in rows])
     labels = [f"{a} (greedy)" if a == (greedy or "none") else a for a, _ in rows]
-    ax.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.4, -0.6),
+    ax.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(answers) - 0.4, -0.6),
+           xlim=(0, len(answers) + 0.3), xticks=range(0, len(answers) + 1, 2),
            xlabel=f"of {len(answers)} samples", title=f"right: {gold}")
     ax.grid(axis="y", visible=False)
 
 
 def draw_temperature(ax, temperature: float,
-                     curves: dict[float, dict[str, Sequence[float]]], greedy: float,
+                     curves: dict[float, dict[str, Sequence[float]]], greedy: tuple[float, float],
                      ks: Sequence[int]) -> None:
-    """Accuracy over the number of samples at one temperature.
+    """Accuracy over the number of samples at one temperature, and what they cost.
 
-    curves: {temperature: {"best" | "majority" | "single": accuracies at `ks`}}.
+    curves: {temperature: {"best" | "majority": accuracies at `ks`, "tokens": tokens through the
+    model a question}}; greedy: (accuracy, tokens).
     """
-    curve = curves[temperature]
-    ax.axhline(100 * greedy, color=FP, linestyle="--", label="greedy")
+    curve, (accuracy, tokens) = curves[temperature], greedy
+    at = range(len(ks))  # doublings, evenly spaced
+    ax.axhline(100 * accuracy, color=FP, linestyle="--", label=f"greedy, {tokens:.0f} tokens")
     for name, label, color in (("best", "best of k", BEST), ("majority", "majority", MAJORITY)):
-        ax.plot(ks, [100 * a for a in curve[name]], "o-", color=color, label=label)
-    ax.set(xlim=(0.5, max(ks) + 0.5), ylim=(25, 102), xlabel="samples k", xticks=ks,
-           ylabel="right answers in %", title=f"temperature {temperature:g}")
-    ax.legend(loc="lower right", ncols=3, fontsize=10)
+        ax.plot(at, [100 * a for a in curve[name]], "o-", color=color, label=label)
+    ax.set(xlim=(-0.2, len(ks) - 0.8), ylim=(0, 102), xticks=at,
+           xticklabels=[f"{k}\n{t:.0f}" for k, t in zip(ks, curve["tokens"])],
+           xlabel="samples k, and tokens a question", ylabel="right, %")
+    ax.legend(loc="lower right", fontsize=10)
 
 
 def draw_compute(axes, k: int, curves: dict[str, dict[int, tuple[float, float]]],
@@ -82,31 +91,29 @@ def draw_compute(axes, k: int, curves: dict[str, dict[int, tuple[float, float]]]
     """
     left, right = axes
     for name, points in curves.items():
-        label, color = METHODS[name]
+        color = METHODS[name][1]
         xs, ys = zip(*points.values())
-        if name == "greedy":
-            left.plot(xs, [100 * y for y in ys], "s", color=color, markersize=9, label=label)
-            continue
-        left.plot(xs, [100 * y for y in ys], color=color, label=label,
-                  linestyle=":" if name == "best" else "-")
-        if k in points:
-            x, y = points[k]
-            left.plot(x, 100 * y, "o", color=color, markersize=8)
+        left.plot(xs, [100 * y for y in ys], ":" if name == "best" else "-", color=color)
+        x, y = points.get(k, (xs[0], ys[0]))  # greedy has one point, whatever k
+        left.plot(x, 100 * y, "s" if name == "greedy" else "o", color=color, markersize=8)
     left.set(xscale="log", xlabel="thousand tokens through the model, a question",
-             ylabel="right answers in %", ylim=(55, 101), title="accuracy over compute")
+             ylabel="right answers in %", ylim=(65, 100), title="colours as on the right")
     left.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
     left.minorticks_off()
-    left.legend(loc="lower right", fontsize=10)
-    for y, (name, (correct, n)) in enumerate(counts[k].items()):
-        label, color = METHODS[name]
+    (unit, _), = curves["greedy"].values()
+    names = list(counts[k])
+    labels = []
+    for y, name in enumerate(names):
+        (label, color), (correct, n) = METHODS[name], counts[k][name]
         p, (low, high) = correct / n, wilson(correct, n)
         right.errorbar(100 * p, y, xerr=[[100 * (p - low)], [100 * (high - p)]], fmt="o",
                        color=color, markersize=6, capsize=4, linewidth=2)
         right.text(100 * high + 0.8, y, f"{100 * p:.1f}", va="center", fontsize=11)
-    names = list(counts[k])
-    right.set(yticks=range(len(names)), yticklabels=[METHODS[n][0] for n in names],
-              ylim=(len(names) - 0.5, -0.5), xlim=(65, 104), xlabel="right answers in %",
-              title=f"{k} samples, 95% intervals")
+        spent = curves[name][k][0] if name != "greedy" else unit
+        labels.append(f"{label}, {spent / unit:.0f}×")
+    right.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.5, -0.5),
+              xlim=(65, 102), xlabel="right answers in %",
+              title=f"k = {k}; × greedy's compute; 95% intervals")
 
 
 def draw_scores(ax, scores: Sequence[float], right: Sequence[bool]) -> None:

@@ -53,6 +53,11 @@ def test_temperature_zero_is_greedy_and_the_likeliest_token_always_stays():
             token_probabilities(logits, **bad)
 
 
+def test_top_p_1_cuts_no_token_though_sums_are_rounded():
+    logits = torch.cat([torch.tensor([20.0]), normal(511, std=2)])
+    assert (token_probabilities(logits, 1.0, 1.0) > 0).all()
+
+
 # --- Votes -------------------------------------------------------------------------------
 
 ANSWERS = st.lists(st.sampled_from([None, 1, 2, 3]), min_size=1, max_size=12)
