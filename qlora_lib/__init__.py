@@ -11,7 +11,7 @@ _HOME = {
     "grid": ["QuantSpec", "QuantizedTensor", "quantize_rtn", "quant_matmul"],
     "nf4": ["NF4Spec", "NF4Tensor", "quantize_nf4"],
     "gptq": ["GPTQOptions", "Hessian", "gptq_quantize", "output_error"],
-    "linear": ["QuantizedLinear"],
+    "linear": ["QuantizedLinear", "decoding_layout"],
     "lora": [
         "LoRALinear", "inject_lora", "set_adapter", "trainable_parameters", "use_adapter",
     ],

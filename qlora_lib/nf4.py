@@ -4,12 +4,14 @@ Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3. Layout and bytes are 
 of bitsandbytes, so that its checkpoints and ours are the same bits.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .grid import check_weight
+from .grid import check_weight, joined, row_slices
 from .packing import pack, unpack
 
 # The published values, to the bit; `nf4_formula` derives them to 2e-7.
@@ -106,15 +108,26 @@ class NF4Tensor:
         values = _blocks(values, NESTED_BLOCK) * self.nested_absmax.unsqueeze(1)
         return values.flatten()[: self.absmax.numel()] + self.offset
 
+    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The dense weight in `dtype`, some rows at a time: which, and their values (rows, in)."""
+        (out, n), block, device = self.shape, self.spec.block_size, self.codes.device
+        levels = torch.tensor(NF4_LEVELS, device=device)
+        # A byte holds two weights. Both come from one look-up, as one 64-bit word.
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)  # (256, 2)
+        pairs, scales = pairs.view(torch.int64).flatten(), self.block_scales()
+        # Rows that begin where a block and a byte begin.
+        unit = math.lcm(2, block) // math.gcd(math.lcm(2, block), n)
+        for rows in row_slices(self.shape, device, unit):
+            first, count = rows.start * n, (rows.stop - rows.start) * n
+            codes = self.codes[first // 2 : (first + count + 1) // 2].int()
+            values = pairs.index_select(0, codes).view(torch.float32)[:count]  # row-major
+            part = scales[first // block : -(-(first + count) // block)]
+            w = _blocks(values, block).mul_(part.unsqueeze(1))
+            yield rows, w.flatten()[:count].view(-1, n).to(dtype)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weights (out, in) in `dtype`."""
-        n = self.shape.numel()
-        levels = torch.tensor(NF4_LEVELS, device=self.codes.device)
-        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
-        values = pairs[self.codes.int()].flatten()[:n]  # (out * in,): a byte holds two weights
-        # In place: one dense weight is alive at a time, not three.
-        w = _blocks(values, self.spec.block_size).mul_(self.block_scales().unsqueeze(1))
-        return w.flatten()[:n].view(self.shape).to(dtype)
+        return joined(self.pieces(dtype), self.shape)
 
     @property
     def nbytes(self) -> int:
