@@ -12,7 +12,7 @@ _HOME = {
     "nf4": ["NF4Spec", "NF4Tensor", "quantize_nf4"],
     "adam8bit": ["Adam8bit"],
     "gptq": ["GPTQOptions", "Hessian", "gptq_quantize", "output_error"],
-    "linear": ["QuantizedLinear"],
+    "linear": ["QuantizedLinear", "decoding_layout"],
     "lora": [
         "LoRALinear", "inject_lora", "set_adapter", "trainable_parameters", "use_adapter",
     ],

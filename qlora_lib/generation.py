@@ -7,12 +7,14 @@ every row's last token is its prompt's. Not handled: stopping early at a stop st
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from .data import encode_prompt, pad, pad_id, short_path
+from .linear import decoding_layout
 from .lora import lora_layers
 from .models import dtype_name
 
@@ -84,11 +86,13 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
         was_training = model.training
         model.eval()
         try:
-            for start in range(0, len(order), decoding.batch_size):
-                chosen = order[start : start + decoding.batch_size]
-                batch = _generate_batch(model, tokenizer, decoding, [encoded[i] for i in chosen])
-                for i, completions in zip(chosen, batch):
-                    results[i] = completions if decoding.samples > 1 else completions[0]
+            with decoding_layout(model) if dtype == torch.bfloat16 else nullcontext():
+                for start in range(0, len(order), decoding.batch_size):
+                    chosen = order[start : start + decoding.batch_size]
+                    ids = [encoded[i] for i in chosen]
+                    batch = _generate_batch(model, tokenizer, decoding, ids)
+                    for i, completions in zip(chosen, batch):
+                        results[i] = completions if decoding.samples > 1 else completions[0]
         finally:
             model.train(was_training)
         return results

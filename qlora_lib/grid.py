@@ -7,6 +7,7 @@ with an integer zero_point, so that 0.0 is always on the grid and decodes exactl
 arXiv 2210.17323.)
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from .packing import check_bits, pack, unpack
 SCALE_DTYPE = torch.float16  # the dtype in which scales are stored
 CLIP_RATIOS = 1 - torch.arange(0, 60) / 80  # 1.00 down to 0.26 of the range
 CLIP_NORM = 2.4  # |error|**2.4: a little more weight on large errors than MSE
+PIECE = 1 << 19  # weights that are made dense at once on a CPU: what its cache holds
 SEARCH_AT_ONCE = 1 << 18, 1 << 24  # weights searched at once: what a CPU caches; elsewhere
 
 
@@ -67,18 +69,29 @@ class QuantizedTensor:
     shape: torch.Size
     spec: QuantSpec
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dense weights (out, in) in `dtype`."""
+    def unpacked(self, rows: slice) -> Tensor:
+        """uint8 (rows, in): the codes of some rows."""
+        codes = self.codes[rows]
+        return unpack(codes, self.spec.bits, (codes.shape[0], self.shape[1]))
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The dense weight in `dtype`, some rows at a time: which, and their values (rows, in)."""
         # Half precision has no fast arithmetic on a CPU, and q - z is exact in fp32.
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        scale, zero = self.scale.to(work), self.zero_point.to(work)
-        w = unpack(self.codes, self.spec.bits, self.shape).to(work)
-        # In place from here: one dense weight is alive at a time, not three.
-        if self.g_idx is not None:
-            g = self.g_idx.long()
-            return w.sub_(zero[:, g]).mul_(scale[:, g]).to(dtype)
-        w = w.unflatten(1, (scale.shape[1], -1))  # (out, in) -> (out, groups, group_size)
-        return w.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).flatten(1).to(dtype)
+        scale, zero = self.scale.to(work), self.zero_point.to(work)  # (out, groups)
+        g_idx = None if self.g_idx is None else self.g_idx.long()
+        for rows in row_slices(self.shape, self.scale.device):
+            w, s, z = self.unpacked(rows).to(work), scale[rows], zero[rows]
+            if g_idx is not None:
+                yield rows, w.sub_(z[:, g_idx]).mul_(s[:, g_idx]).to(dtype)
+            else:
+                grouped = w.unflatten(1, (scale.shape[1], -1))  # (rows, groups, group_size)
+                grouped.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1))  # in w's own memory
+                yield rows, w.to(dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dense weights (out, in) in `dtype`."""
+        return joined(self.pieces(dtype), self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +102,27 @@ class QuantizedTensor:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.shape.numel()
+
+
+def row_slices(shape: torch.Size, device: torch.device, unit: int = 1) -> list[slice]:
+    """Rows that are made dense at a time, a multiple of `unit`: on a CPU about PIECE weights,
+    but no fewer than 64 rows; elsewhere all."""
+    out, in_features = shape
+    if device.type != "cpu":
+        return [slice(0, out)]
+    count = -(-max(64, PIECE // max(1, in_features)) // unit) * unit
+    return [slice(i, min(i + count, out)) for i in range(0, max(1, out), count)]
+
+
+def joined(pieces: Iterator[tuple[slice, Tensor]], shape: torch.Size) -> Tensor:
+    """The dense weight that the pieces make up."""
+    dense = None
+    for rows, w in pieces:
+        if len(w) == shape[0]:
+            return w
+        dense = w.new_empty(shape) if dense is None else dense
+        dense[rows] = w
+    return dense
 
 
 def check_weight(weight: Tensor) -> None:

@@ -1,9 +1,12 @@
 """QuantizedLinear: a linear layer that keeps its weight packed, in forward and backward."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from .grid import QuantizedTensor, QuantSpec
+from .kernels import Int4Tiles, dense_matmul, dense_matmul_back, int4_tiles, matmul
 from .nf4 import NF4Spec, NF4Tensor
 
 Quantized = QuantizedTensor | NF4Tensor
@@ -20,13 +23,12 @@ class _DequantizedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
         ctx.weight, ctx.x_dtype = weight, x.dtype
-        return x.to(dtype) @ weight.dequantize(dtype).t()  # (..., in) -> (..., out)
+        return dense_matmul(x, weight, dtype)  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         # dL/dx = dL/dy W; the weight is frozen and gets no gradient.
-        grad_x = grad @ ctx.weight.dequantize(grad.dtype)  # (..., out) -> (..., in)
-        return grad_x.to(ctx.x_dtype), None, None
+        return dense_matmul_back(grad, ctx.weight).to(ctx.x_dtype), None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -35,7 +37,8 @@ class QuantizedLinear(nn.Module):
     Its buffers are the tensors of the quantized weight (`codes`, `scale`, ...), so that
     state_dict, .to(device) and safetensors see exactly what is stored. Computes in the
     autocast dtype where autocast is on, else in the dtype of its input. `.to(dtype)` and
-    `.half()` leave the packed weight as it is.
+    `.half()` leave the packed weight as it is. Within `decoding_layout` the buffer `codes`
+    lies in another order; what state_dict, `quantized` and `dequantize` return is the same.
     """
 
     def __init__(self, quantized: Quantized, bias: Tensor | None = None):
@@ -46,6 +49,7 @@ class QuantizedLinear(nn.Module):
         for name in self._tensor_names():
             self.register_buffer(name, getattr(quantized, name))
         self.register_buffer("bias", bias)
+        self.register_buffer("op_grids", None, persistent=False)  # see decoding_layout
 
     def _tensor_names(self) -> tuple[str, ...]:
         if self._kind is QuantizedTensor:
@@ -62,15 +66,32 @@ class QuantizedLinear(nn.Module):
         return cls(quantized, bias)
 
     @property
+    def held(self) -> Quantized:
+        """The packed weight as this layer's buffers hold it; a view on them, no copy."""
+        known = {name: getattr(self, name) for name in self._tensor_names()}
+        known |= {"shape": torch.Size((self.out_features, self.in_features)), "spec": self.spec}
+        if known["codes"].dim() == 3:  # the codes tell their own layout: 3 axes are tiles
+            return Int4Tiles(**known, op_grids=self.op_grids)
+        return self._kind(**known)
+
+    @property
     def quantized(self) -> Quantized:
-        """The packed weight; a view on this layer's buffers, no copy."""
-        tensors = {name: getattr(self, name) for name in self._tensor_names()}
-        shape = torch.Size((self.out_features, self.in_features))
-        return self._kind(**tensors, shape=shape, spec=self.spec)
+        """The packed weight; a view on this layer's buffers, or a copy in `decoding_layout`."""
+        held = self.held
+        return held.in_order() if isinstance(held, Int4Tiles) else held
+
+    @torch.inference_mode(False)  # buffers must not become inference tensors
+    def hold_tiles(self, tiles: bool) -> None:
+        """Change between the two layouts of the codes, where the int4 operator can serve this."""
+        held = self.held
+        if tiles and (tiled := int4_tiles(held)) is not None:
+            self.op_grids, self.codes = tiled.op_grids, tiled.codes
+        elif not tiles and isinstance(held, Int4Tiles):
+            self.codes, self.op_grids = held.in_order().codes, None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weight (out_features, in_features), made anew at each call."""
-        return self.quantized.dequantize(dtype)
+        return self.held.dequantize(dtype)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A frozen nn.Linear that holds the dequantized weight."""
@@ -82,18 +103,30 @@ class QuantizedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight and the bias."""
-        return self.quantized.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes of the packed weight, as held, and the bias."""
+        return self.held.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        y = _DequantizedMatmul.apply(x, self.quantized, dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = _DequantizedMatmul.apply(x, self.held, dtype)
+        else:
+            y = matmul(x, self.held, dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "codes"] = self.quantized.codes
+
+    def _load_from_state_dict(self, *args):
+        self.hold_tiles(False)
+        super()._load_from_state_dict(*args)
+
     def _apply(self, fn, recurse=True):
+        self.hold_tiles(False)  # tiles are for a CPU
         # .half() and .to(dtype) cast every floating-point buffer, but the scales were
         # rounded to their dtype before the codes were computed: move them, never cast.
         kept = {name: getattr(self, name) for name in self._tensor_names()}
@@ -106,3 +139,22 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+@contextmanager
+def decoding_layout(model: nn.Module):
+    """Within it, layers that torch's int4 operator can serve (4-bit grids on a CPU, groups of
+    32 to 256 in order) hold their codes in its layout, instead of ours: one copy either way.
+
+    A few tokens at a time in bf16, without gradients, are then several times as fast; everything
+    else works as before, a little slower. The change and the way back cost about two
+    dequantizations of each layer: worth it for decoding text, not for one forward pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    try:
+        for layer in layers:
+            layer.hold_tiles(True)
+        yield model
+    finally:
+        for layer in layers:
+            layer.hold_tiles(False)

@@ -4,13 +4,15 @@ Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3. Layout and bytes are 
 of bitsandbytes, so that its checkpoints and ours are the same bits.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .grid import check_weight
+from .grid import check_weight, joined, row_slices
 from .packing import pack, unpack
 
 # The published values, to the bit; `nf4_formula` derives them to 2e-7.
@@ -107,9 +109,10 @@ def _nested_levels(device: torch.device) -> Tensor:
 
 @cache
 def _level_pairs(device: torch.device) -> Tensor:
-    """fp32 (256, 2): the two levels that each byte stands for."""
+    """int64 (256,): the two fp32 levels that each byte stands for, as one 64-bit word."""
     levels = torch.tensor(NF4_LEVELS, device=device)
-    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
+    return pairs.view(torch.int64).flatten()
 
 
 @dataclass
@@ -137,15 +140,24 @@ class NF4Tensor:
         levels = _nested_levels(self.absmax.device)
         return dequantize_8bit(self.absmax, self.nested_absmax, levels) + self.offset
 
+    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The dense weight in `dtype`, some rows at a time: which, and their values (rows, in)."""
+        (out, n), block, device = self.shape, self.spec.block_size, self.codes.device
+        pairs, scales = _level_pairs(device), self.block_scales()
+        # Rows that begin where a block and a byte begin.
+        unit = math.lcm(2, block) // math.gcd(math.lcm(2, block), n)
+        for rows in row_slices(self.shape, device, unit):
+            first, count = rows.start * n, (rows.stop - rows.start) * n
+            codes = self.codes[first // 2 : (first + count + 1) // 2].int()
+            # index_select: pairs[...] would copy its indices to int64.
+            values = pairs.index_select(0, codes).view(torch.float32)[:count]  # row-major
+            part = scales[first // block : -(-(first + count) // block)]
+            w = _blocks(values, block).mul_(part.unsqueeze(1))
+            yield rows, w.flatten()[:count].view(-1, n).to(dtype)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weights (out, in) in `dtype`."""
-        n = self.shape.numel()
-        # A byte holds two weights. index_select: pairs[...] would copy its indices to int64.
-        pairs = _level_pairs(self.codes.device)
-        values = pairs.index_select(0, self.codes.int()).flatten()[:n]  # (out * in,)
-        # In place: one dense weight is alive at a time, not three.
-        w = _blocks(values, self.spec.block_size).mul_(self.block_scales().unsqueeze(1))
-        return w.flatten()[:n].view(self.shape).to(dtype)
+        return joined(self.pieces(dtype), self.shape)
 
     @property
     def nbytes(self) -> int:

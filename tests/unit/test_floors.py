@@ -173,7 +173,7 @@ def test_importing_the_package_imports_nothing_else():
 
 PUBLIC = """
 QuantSpec NF4Spec GPTQOptions QuantizedTensor NF4Tensor pack unpack quantize_rtn quantize_nf4
-Hessian gptq_quantize quant_matmul QuantizedLinear quantize_model quantize_checkpoint
+Hessian gptq_quantize quant_matmul QuantizedLinear decoding_layout quantize_model quantize_checkpoint
 dequantize_model inject_lora
 trainable_parameters use_adapter set_adapter merge_lora merge_into_original merge_report
 merge_hessians unmerge_lora save_adapter load_adapter load_bnb_4bit save_quantized load_quantized
