@@ -143,13 +143,16 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
     """Write a page for each notebook and each Markdown document into `out`, and index.html.
 
     `out` is replaced as a whole, once every page is made. Returns the pages' paths.
-    Raises ValueError, naming the file, for a formula or output that no page can show.
+    Raises ValueError, naming the file, where there is no title, or a formula or an output that no
+    page can show.
     """
     bodies = {}
     for path in [*paths, *documents]:
         try:
             bodies[path] = (cells(read(path)) if path.suffix == ".ipynb" else
                             markdown(path.read_text(encoding="utf-8")))
+            if not headings(bodies[path], 1):
+                raise ValueError("no title; expected a line '# ...'")
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
     titles = {path: headings(body, 1)[0][1] for path, body in bodies.items()}

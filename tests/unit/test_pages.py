@@ -92,13 +92,15 @@ def test_what_no_page_can_show_is_named_and_the_old_pages_stay(tmp_path):
     pages.build(out, [path], [])
     error = new_output("error", ename="E", evalue="e", traceback=[])
     for cell, problem in ((r"$\nosuchcommand x$", "01_a.ipynb: the formula .*nosuchcommand"),
-                          (new_code_cell("1 / 0", outputs=[error]), "cell 1 stores an error"),
-                          ("## B", None)):
-        write(path, dumps(a_book("# A", cell)))
-        if problem:
-            with pytest.raises(ValueError, match=problem):
-                pages.build(out, [path], [])
-            assert "<h2" not in (out / "01_a.html").read_text()
+                          (new_code_cell("1 / 0", outputs=[error]), "cell 2 stores an error")):
+        write(path, dumps(a_book("# A", "## B", cell)))
+        with pytest.raises(ValueError, match=problem):
+            pages.build(out, [path], [])
+    write(path, dumps(a_book("## B")))
+    with pytest.raises(ValueError, match="01_a.ipynb: no title"):
+        pages.build(out, [path], [])
+    assert "<h2" not in (out / "01_a.html").read_text()
+    write(path, dumps(a_book("# A", "## B")))
     pages.build(out, [path], [])
     assert '<h2 id="B">' in (out / "01_a.html").read_text()
 
