@@ -122,7 +122,7 @@ html: $(READY) ## the course as web pages, readable offline, in build/html ## py
 student: $(READY) ## the notebooks without solutions and outputs, in build/student ## python -m qlora_lib.classroom.student [01 02]
 	$(PYTHON) -m qlora_lib.classroom.student $(NB)
 
-grade: $(READY) ## check the exercises of all submissions in a folder ## python -m qlora_lib.classroom.grade FOLDER
+grade: $(READY) ## check the exercises of all submissions, DIR=folder ## python -m qlora_lib.classroom.grade FOLDER
 	@test -n "$(DIR)" || { echo "make grade DIR=folder, with a notebook or a folder of notebooks for each student" >&2; exit 2; }
 	$(PYTHON) -m qlora_lib.classroom.grade "$(DIR)"
 
