@@ -144,8 +144,7 @@ def _context():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     modules = [f"{exercises.__name__}.{m.name}" for m in pkgutil.iter_modules(exercises.__path__)]
-    context.set_forkserver_preload([__name__ if __name__ != "__main__" else checks.__name__,
-                                    *modules])
+    context.set_forkserver_preload([f"{__package__}.grade", *modules])  # also when run as __main__
     return context
 
 

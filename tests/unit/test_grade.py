@@ -1,5 +1,6 @@
 """Submissions of every kind, graded in processes of their own; what of a notebook is run for it."""
 import ast
+import sys
 
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -43,9 +44,10 @@ def test_every_kind_of_submission_is_a_row(tmp_path, capfd):
     save(tmp_path / "dot.ipynb", "print('nothing of the course')")
     write(tmp_path / "eve.ipynb", "{ no notebook")
     (tmp_path / "fay").mkdir()
+    save(tmp_path / "gus.ipynb", IMPORTS, exercise("weighted_vote", f"bytearray({2 * grade.MEMORY})"))
     rows = grade.grade(tmp_path, COURSE)
     got = {(r.student, r.exercise): f"{r.verdict}: {r.says}" for r in rows}
-    assert len(got) == len(rows) == 12 and {r.notebook for r in rows[:3]} == {"mine"}
+    assert len(got) == len(rows) == 13 and {r.notebook for r in rows[:3]} == {"mine"}
     assert [got["ann", name] for name in COURSE[0]] == ["passed: ", "passed: ", "not solved: "]
     assert got["bob", "nearest_code"] == "not solved: "
     assert got["bob", "unpack_nibbles"].startswith("wrong: the low nibble needs its mask")
@@ -56,6 +58,9 @@ def test_every_kind_of_submission_is_a_row(tmp_path, capfd):
     assert got["dot", "-"] == "failed: no exercise of the course in it"
     assert got["eve", "-"].startswith("failed: no notebook that can be read: ")
     assert got["fay", "-"] == "failed: no notebook in this folder"
+    if sys.platform == "linux":
+        assert got["gus", "weighted_vote"].startswith("wrong: case 1 of ")
+        assert "MemoryError" in got["gus", "weighted_vote"]
     assert capfd.readouterr().out == ""
     lines = grade.table(rows).splitlines()
     assert lines[1].split() == ["ann", "mine", "nearest_code", "passed"]
