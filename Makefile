@@ -9,6 +9,7 @@ PROFILE      := tiny
 NB           :=
 P            :=
 PORT         := 8888
+DIR          :=
 
 PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip --disable-pip-version-check
@@ -17,8 +18,8 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all rehearsal test unit interop nbval store normal solved lab kernel pretrain \
-        experiments finetune evaluate clean
+.PHONY: help setup run-all rehearsal test unit interop nbval ui pictures store normal solved html \
+        student grade lab kernel pretrain experiments finetune evaluate clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]; below each target, the same without make"
@@ -71,6 +72,10 @@ $(PEERS)/.ready: $(READY) tests/requirements-interop.txt
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) --no-deps -e .
 	@touch $@
 
+$(VENV)/.browser: $(READY) tests/browser/requirements.txt
+	$(PIP) install $(PIP_ARGS) -r tests/browser/requirements.txt
+	@touch $@
+
 run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m qlora_lib.classroom.books run [--profile tiny] [--parameters "bits=3"] [01 02]
 	$(BOOKS) run --profile $(PROFILE) --parameters "$(P)$(if $(filter-out tiny,$(PROFILE)),$(if $(MODEL), weights_from='$(MODEL)')$(if $(GSM8K_DIR), data_from='$(GSM8K_DIR)'))" $(NB)
 
@@ -94,6 +99,14 @@ nbval: $(READY) ## run the notebooks again and compare with their stored outputs
 	    --nbval-kernel-startup-timeout=120 \
 	    $(if $(NB),$(foreach n,$(NB),notebooks/$(n)*.ipynb),notebooks/[0-9][0-9]_*.ipynb)
 
+SELECTED = $(if $(NB),-k "offline $(foreach n,$(NB),or $(n)_)")
+
+ui: $(VENV)/.browser ## run the notebooks in JupyterLab in a browser, move every control ## python -m pip install -r tests/browser/requirements.txt; python -m pytest tests/browser
+	$(PYTHON) -m pytest -q tests/browser $(SELECTED)
+
+pictures: $(VENV)/.browser ## the same, and take the pictures of the README ## python -m pytest tests/browser --pictures docs/pictures
+	$(PYTHON) -m pytest -q tests/browser $(SELECTED) --pictures docs/pictures
+
 store: $(READY) ## run the notebooks and keep their outputs in them ## python -m qlora_lib.classroom.books store [01 02]
 	$(BOOKS) store $(NB)
 
@@ -102,6 +115,16 @@ normal: $(READY) ## mend notebooks saved by JupyterLab, for a commit ## python -
 
 solved: $(READY) ## run the notebooks with their folded solutions in place ## python -m qlora_lib.classroom.books solved [01 02]
 	$(BOOKS) solved $(NB)
+
+html: $(READY) ## the course as web pages, readable offline, in build/html ## python -m qlora_lib.classroom.pages
+	$(PYTHON) -m qlora_lib.classroom.pages
+
+student: $(READY) ## the notebooks without solutions and outputs, in build/student ## python -m qlora_lib.classroom.student [01 02]
+	$(PYTHON) -m qlora_lib.classroom.student $(NB)
+
+grade: $(READY) ## check the exercises of all submissions, DIR=folder ## python -m qlora_lib.classroom.grade FOLDER
+	@test -n "$(DIR)" || { echo "make grade DIR=folder, with a notebook or a folder of notebooks for each student" >&2; exit 2; }
+	$(PYTHON) -m qlora_lib.classroom.grade "$(DIR)"
 
 lab: $(READY) ## JupyterLab on this machine only, with a token ## python -m jupyterlab --ServerApp.ip=127.0.0.1
 	@echo "From another machine: ssh -N -L $(PORT):127.0.0.1:$(PORT) $$(id -un)@$$(hostname)"
