@@ -1,0 +1,61 @@
+"""Times us and the peers side by side on a CPU: python -m benchmarks, some 20 minutes.
+
+    python -m benchmarks [--only solver layers step] [--quick] [--out data/results/bench-cpu.json]
+
+Writes the JSON and, beside it, a PNG of the ratios. For an idle machine: it says when the
+machine is not. Peers that are not installed are skipped, and named.
+"""
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+
+from qlora_lib.results import ROOT, stamp, write_json_atomic
+
+from . import layers, solver, step, timing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=("solver", "layers", "step"))
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench-cpu.json")
+    args = parser.parse_args()
+    parts, load = args.only or ("solver", "layers", "step"), timing.machine_load()
+    busy = load is not None and load > timing.BUSY
+    machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{platform.processor() or platform.machine()}, {machine}; load {load}")
+    if busy:
+        print(f"THE MACHINE IS BUSY (load {load:.1f}): these figures are marked and not to be used")
+    result = stamp(
+        seed=0, machine=machine, load_at_start=load, busy=busy, threads=torch.get_num_threads()
+    )
+    quick = args.quick
+    if "solver" in parts:
+        result["solver"] = solver.run(solver.SIZES[:1] if quick else solver.SIZES, 3 if quick else 5)
+    if "layers" in parts:
+        result["layers"] = layers.run(layers.SHAPES[:1] if quick else layers.SHAPES, 3 if quick else 9)
+    if "step" in parts:
+        result["step"] = step.run(1 if quick else 3)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(args.out, result)
+    try:
+        from . import plots
+
+        plots.draw(result, args.out.with_suffix(".png"))
+    except ImportError:
+        print("matplotlib is not installed: no plots")
+    wide = [
+        f"{row['out']} x {row['in']}: {name}"
+        for part in ("solver", "layers") for row in result.get(part, [])
+        for name, t in row["seconds"].items() if timing.spread(t) > 0.15
+    ]
+    if wide:
+        print(f"\nspread above 15%, something else was running: {len(wide)} rows, e.g. {wide[:3]}")
+    print(f"\n{args.out}")
+
+
+if __name__ == "__main__":
+    main()
