@@ -148,9 +148,9 @@ class NF4Tensor:
         unit = math.lcm(2, block) // math.gcd(math.lcm(2, block), n)
         for rows in row_slices(self.shape, device, unit):
             first, count = rows.start * n, (rows.stop - rows.start) * n
-            codes = self.codes[first // 2 : (first + count + 1) // 2].int()
-            # index_select: pairs[...] would copy its indices to int64.
-            values = pairs.index_select(0, codes).view(torch.float32)[:count]  # row-major
+            packed = self.codes[first // 2 : (first + count + 1) // 2]
+            # index_select: pairs[...] would copy its indices to int64. No name keeps them alive.
+            values = pairs.index_select(0, packed.int()).view(torch.float32)[:count]  # row-major
             part = scales[first // block : -(-(first + count) // block)]
             w = _blocks(values, block).mul_(part.unsqueeze(1))
             yield rows, w.flatten()[:count].view(-1, n).to(dtype)
