@@ -20,6 +20,7 @@ from .models import default_device
 
 # The others wait while the first quantizes; a launcher ends them all when one of them fails.
 PATIENCE = timedelta(hours=24)
+SPOKEN = (ValueError, FileNotFoundError, ImportError)  # errors that say what to do
 
 
 def launched() -> int:
@@ -92,18 +93,18 @@ def gather(value) -> list:
 def on_first(work: Callable):
     """work() in the first process alone, while the others wait; what it gives, on all.
 
-    The value must be as JSON holds it. A ValueError or FileNotFoundError is raised by all.
+    The value must be as JSON holds it. Of SPOKEN, an error is raised by all.
     """
     value = error = None
     if first():
         try:
             value = work()
-        except (ValueError, FileNotFoundError) as caught:
+        except SPOKEN as caught:
             error = caught
-    value, text, missing = gather([value, error and str(error),
-                                   isinstance(error, FileNotFoundError)])[0]  # fmt: skip
-    if text is not None:
-        raise error or (FileNotFoundError if missing else ValueError)(text)
+    name = next((kind.__name__ for kind in SPOKEN if isinstance(error, kind)), None)
+    value, name, text = gather([value, name, str(error)])[0]
+    if name is not None:
+        raise error or {kind.__name__: kind for kind in SPOKEN}[name](text)
     return value
 
 

@@ -46,9 +46,10 @@ def finetune(
     """Train the parameters of `model` that require a gradient, in place.
 
     examples, dev: (prompt, target) pairs, of which only target and eos are supervised, or
-    (input_ids, labels) made before. `callback` gets each step's metrics. With config.folder: `metrics.jsonl`, a line a step;
-    `last.safetensors` (parameters and optimizer, to resume from); `best.safetensors`
-    (parameters at the lowest dev loss). Reseeds torch's global generator at each step.
+    (input_ids, labels) made before. `callback` gets each step's metrics. With config.folder:
+    `metrics.jsonl`, a line a step; `last.safetensors` (parameters and optimizer, to resume
+    from); `best.safetensors` (parameters at the lowest dev loss). Reseeds torch's global
+    generator at each step.
 
     In several processes, all call it with the same arguments and the same frozen weights:
     each takes its share of every step's examples and gradients are summed, so that the steps
