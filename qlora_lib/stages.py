@@ -17,10 +17,49 @@ from .checkpoint import load_quantized, save_quantized
 from .data import DATA, short_path, weights_id
 from .grid import QuantSpec
 from .loading import REASONS
-from .models import LayerReport
+from .lora import ALL_LINEAR, ATTENTION
+from .loss import CHUNK
+from .measure import check_fits
+from .memory import memory_ledger
+from .models import LayerReport, default_device, dtype_name, resolve_dtype
 from .nf4 import NF4Spec
 from .results import ROOT, stamp, write_json_atomic
+from .schedule import TrainConfig
 from .streaming import REPORT, quantize_checkpoint
+
+
+def check_memory(
+    profile,
+    config: TrainConfig,
+    rank: int,
+    target_modules,
+    spec: QuantSpec | NF4Spec | None = None,
+    device=None,
+    compute_dtype: str | None = None,
+) -> None:
+    """Refuse, before anything is loaded, a training that would not fit into memory.
+
+    spec: of the quantized base; None: a dense one. Predicted for the longest sequences that
+    are allowed. Where there is no config yet, or no ledger for such a model, it says so and
+    lets the run go on. Raises NotEnoughMemory, with the ledger.
+    """
+    from transformers import AutoConfig
+
+    device = device or default_device()
+    words = {"all": ALL_LINEAR, "attention": ATTENTION}
+    targets = target_modules if isinstance(target_modules, tuple) else words[target_modules]
+    dtype = dtype_name(resolve_dtype(compute_dtype or profile.compute_dtype, device))
+    try:
+        ledger = memory_ledger(
+            AutoConfig.from_pretrained(profile.model), "qlora" if spec else "lora",
+            config.batch_size, config.max_length, rank, targets, spec or NF4Spec(),
+            config.gradient_checkpointing, dtype, config.optimizer, CHUNK,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # what is wrong with it, loading says better
+        print(f"memory: not predicted ({str(error).splitlines()[0]})")
+        return
+    check_fits(ledger, device)
+    print(f"memory: {ledger.peak / 1e9:.2f} GB predicted at the peak of training")
 
 
 def quantized_base(profile, folder: Path, *args, device=None, compute_dtype=None, **how):

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .common import check_memory, open_profile
+from .common import open_profile
 from .residual import residual_base
 
 METHODS = ("gptq", "rtn", "nf4", "none")
@@ -118,7 +118,7 @@ def finetune(args) -> None:
     from ..lora import WORDS, inject_lora, trainable_parameters
     from ..lora_init import RESIDUAL_INITS
     from ..results import stamp, write_json_atomic
-    from ..stages import quantized_base
+    from ..stages import check_memory, quantized_base
     from ..train import finetune as train
 
     profile = open_profile(args)
@@ -127,7 +127,8 @@ def finetune(args) -> None:
     rank = args.rank or profile.rank
     lora = {"rank": rank, "alpha": args.alpha or 2 * rank, "dropout": args.dropout}
     lora |= {"init": args.init, "use_rslora": args.rslora}
-    check_memory(profile, args, config, targets, rank)
+    spec = None if args.method == "none" else base_settings(profile, args)["spec"]
+    check_memory(profile, config, rank, targets, spec, args.device, args.compute_dtype)
     if args.init in RESIDUAL_INITS:
         model, tokenizer, layers = residual_base(profile, args, targets, lora)
     else:
