@@ -19,7 +19,7 @@ PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run-all rehearsal test unit interop nbval ui pictures store normal solved html \
-        student grade lab kernel pretrain experiments finetune evaluate clean
+        student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]; below each target, the same without make"
@@ -142,6 +142,13 @@ pretrain: $(READY) ## train the bundled tiny model again, from its seed ## pytho
 experiments: $(READY) ## make the recorded results in data/results again ## python -m qlora_lib.experiments; python -m qlora_lib.sampling_experiments
 	$(PYTHON) -m qlora_lib.experiments
 	$(PYTHON) -m qlora_lib.sampling_experiments
+	$(PYTHON) -m qlora_lib.step_experiments
+
+bench: $(PEERS)/.ready ## us and the peers side by side, on an idle CPU ## python -m benchmarks
+	$(PEERS)/bin/python -m benchmarks
+
+benchmark-gpu: $(READY) ## memory and speed of QLoRA on this GPU ## python benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py
 
 finetune: $(READY) ## calibrate, quantize, train an adapter, save both ## python -m qlora_lib finetune --profile tiny
 	$(PYTHON) -m qlora_lib finetune --profile $(PROFILE)
