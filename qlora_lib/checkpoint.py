@@ -31,7 +31,8 @@ INDEX = f"{WEIGHTS}.index.json"  # of weights in shards: which file holds which 
 def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
     """A scratch folder beside `folder` that takes its place when the block succeeds.
 
-    keep: a block that fails leaves its scratch folder, and the next one finds it. Raises ValueError when `folder` holds files but not `marker`, the file that each
+    keep: a block that fails leaves its scratch folder, and the next one finds it.
+    Raises ValueError when `folder` holds files but not `marker`, the file that each
     checkpoint of the kind has: to replace it would delete what is there.
     """
     folder = Path(folder)

@@ -2,7 +2,8 @@
 
 Each row is stored in data/results/tiny-accuracy.json as soon as it is measured; rows that
 are there are not measured again, unless with --force or when the weights have changed.
-What each way to merge that adapter costs is in tiny-merges.json. Of some rows, wrong answers are kept to be read: tiny-wrong-answers.jsonl beside the table.
+What each way to merge that adapter costs is in tiny-merges.json. Of some rows, wrong answers are
+kept to be read: tiny-wrong-answers.jsonl beside the table.
 All on the whole mini-GSM test set, greedy: the base in GSM8K's format, with three solved
 examples, and in the wording of its pretraining; then fine-tuned with LoRA and QLoRA; then
 the bundled adapter, merged, with all linears quantized at four widths. Each row keeps a

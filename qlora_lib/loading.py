@@ -1,4 +1,4 @@
-"""Loading a dense model: from the hub, a folder of safetensors or a GGUF file, never from pickle."""
+"""Loading a dense model: from the hub, a folder of safetensors or a GGUF file, never pickle."""
 
 import shlex
 from pathlib import Path

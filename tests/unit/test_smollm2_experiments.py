@@ -1,0 +1,66 @@
+"""The experiments with SmolLM2, run on the bundled model; and what they recorded, read again."""
+
+import json
+import math
+
+import pytest
+
+from qlora_lib import smollm2_experiments as experiments
+from qlora_lib.data import DATA, calibration_batches
+from qlora_lib.profiles import load_profile
+from qlora_lib.results import wilson
+
+RESULTS = DATA / "results"
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wikitext")
+    for name in ("test", "valid"):
+        text = " ".join(f"Ann has {n} apples and {2 * n} pears." for n in range(400))
+        (folder / f"{name}.txt").write_text(text)
+    profile = load_profile("tiny")
+    return (*profile.load(), profile, folder)
+
+
+def test_gptq_sees_as_many_tokens_of_each_text_and_none_of_the_test(setting, monkeypatch):
+    _, tokenizer, profile, folder = setting
+    monkeypatch.setattr(experiments, "CALIBRATION", 1024)
+    windows, *problems = experiments.calibration(tokenizer, profile, folder)
+    assert windows["input_ids"].shape == (2, 512)
+    seen = sum(int(b["attention_mask"].sum()) for b in problems)
+    assert 1024 - 256 < seen <= 1024
+    train = [experiments.format_gsm8k(e) for e in profile.examples("train")[: len(problems) * 16]]
+    first = calibration_batches(tokenizer, train[: sum(len(b["input_ids"]) for b in problems)])
+    assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(problems, first))
+
+
+def test_a_row_measures_a_copy_and_fewer_bits_cost_more(setting, monkeypatch):
+    model, tokenizer, profile, folder = setting
+    for name, value in (("WIKITEXT", 600), ("CALIBRATION", 512), ("SOLUTIONS", 2), ("WINDOW", 200)):
+        monkeypatch.setattr(experiments, name, value)
+    before, dense = model.state_dict().__str__(), {}
+    for name in ("fp32", "rtn_2bit_row", "gptq_4bit_64"):
+        dense[name] = experiments.width(
+            model, tokenizer, profile, folder, experiments.WIDTHS[name]
+        )
+    assert model.state_dict().__str__() == before
+    full, two, four = (dense[n]["gsm8k_solutions"] for n in dense)
+    assert math.isfinite(two) and two > 1.2 * full and abs(four / full - 1) < 0.1
+    assert dense["gptq_4bit_64"]["bits_per_weight"] == 4 + 24 / 64
+    assert dense["fp32"]["wikitext2_tokens"] == 597  # the first of each window is given
+
+
+def test_the_sample_of_the_test_is_fixed():
+    profile = load_profile("tiny")
+    first, second = (experiments.sample_of_test(profile) for _ in range(2))
+    assert first == second and len({e["question"] for e in first}) == experiments.ASKED
+
+
+def test_the_recorded_counts_are_those_of_the_recorded_verdicts():
+    rows = json.loads((RESULTS / "smollm2-gsm8k.json").read_text(encoding="utf-8"))
+    for row in rows.values():
+        assert len(row["right"]) == row["n"] == experiments.ASKED
+        assert row["right"].count("1") == row["strict_correct"]
+        assert row["strict_interval"] == list(wilson(row["strict_correct"], row["n"]))
+    assert len(rows["qlora"]["training"]["losses"]) >= 200
