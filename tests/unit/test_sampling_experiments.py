@@ -47,8 +47,9 @@ def test_the_chosen_temperature_has_most_right_majorities_and_of_equals_is_the_l
 def test_a_stored_point_is_measured_again():
     """24 test problems, greedy and eight samples each, by today's code on this machine.
 
-    Of 24 stored greedy verdicts up to five may change where another processor or number of
-    threads tips GPTQ's ties; the share of right samples is that of 192 draws in each run.
+    Another processor or number of threads tips GPTQ's ties: two recorded runs of the recipe
+    differ in 161 of 1,000 greedy verdicts, so in 10 or more of 24 once in 300 times. Other
+    weights would differ in about 18. The share of right samples is that of 192 draws a run.
     """
     stored = read_samples(SAMPLES)[:24]
     settings = json.loads(SAMPLES.with_name("tiny-sampling.json").read_text())["test"]
@@ -58,7 +59,7 @@ def test_a_stored_point_is_measured_again():
     _, greedy = long.ask(model, tokenizer, profile, entries, 0.0, 1, 0)
     answers = [long.text_answer(g[0]) for g in greedy]
     now = [a == row["gold"] for a, row in zip(answers, stored)]
-    assert sum(a != b for a, b in zip(now, right_at(stored, "greedy", 1))) <= 5
+    assert sum(a != b for a, b in zip(now, right_at(stored, "greedy", 1))) < 10
     temperature = settings["temperature"]
     _, groups = long.ask(model, tokenizer, profile, entries, temperature, 8, 5)
     shares = [sum(long.text_answer(s) == row["gold"] for s in g) / 8
