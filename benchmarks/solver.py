@@ -15,23 +15,26 @@ PLAIN_UP_TO = 4096  # features; the column loop touches the whole rest of W for 
 GROUP = 64  # divides the widths of SmolLM2 too
 
 
-def prepared(w: Tensor, h: Tensor, group: int):
+def prepared(w: Tensor, h: Tensor, group: int, spec: QuantSpec | None = None, order=None):
     """Order, grids by column and the damped Hessian in that order: what every loop needs."""
-    order = h.diagonal().argsort(descending=True, stable=True)
-    grids = fit_grid(w.unflatten(1, (-1, group)), QuantSpec(4, group, clip_search=False))
+    if order is None:
+        order = h.diagonal().argsort(descending=True, stable=True)
+    spec = spec or QuantSpec(4, group, clip_search=False)
+    grids = fit_grid(w.unflatten(1, (-1, group)), spec)
     scale, zero = (g.repeat_interleave(group, 1)[:, order] for g in grids)  # (out, in)
     h = h[order][:, order]
     h.diagonal().add_(0.01 * h.diagonal().mean())
     return order, scale, zero, h
 
 
-def column_loop(w: Tensor, h: Tensor, group: int) -> Tensor:
+def column_loop(w: Tensor, h: Tensor, group: int, spec=None, order=None) -> Tensor:
     """Round a column, move its error to all columns after it, take the next. (out, in)"""
-    order, scale, zero, h = prepared(w, h, group)
+    order, scale, zero, h = prepared(w, h, group, spec, order)
+    max_code = spec.max_code if spec else 15
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)  # H^-1 = U^T U
     w, q = w[:, order].clone(), torch.empty_like(w)
     for j in range(w.shape[1]):
-        code = encode(w[:, j], scale[:, j], zero[:, j], 15)
+        code = encode(w[:, j], scale[:, j], zero[:, j], max_code)
         q[:, j] = (code - zero[:, j]) * scale[:, j]
         w[:, j + 1 :] -= torch.outer((w[:, j] - q[:, j]) / u[j, j], u[j, j + 1 :])
     return q[:, order.argsort()]
@@ -55,7 +58,9 @@ def papers_blocks(w: Tensor, h: Tensor, group: int, block: int = 128) -> Tensor:
     return q[:, order.argsort()]
 
 
-def gptqmodel_solver(w: Tensor, x: Tensor, group: int, mse: float):
+def gptqmodel_solver(
+    w: Tensor, x: Tensor, group: int, mse: float, bits=4, damp=0.01, desc_act=True, gar=False
+):
     """A function that sets up a layer, and one that times nothing but its quantize()."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its thread pools fail without, on 2 cores
     from gptqmodel import QuantizeConfig
@@ -64,8 +69,8 @@ def gptqmodel_solver(w: Tensor, x: Tensor, group: int, mse: float):
     layer = nn.Linear(w.shape[1], w.shape[0], bias=False)
     layer.weight.data = w.clone()
     config = QuantizeConfig(
-        bits=4, group_size=group, sym=False, desc_act=True, act_group_aware=False, mse=mse,
-        damp_percent=0.01, offload_to_disk=False,
+        bits=bits, group_size=group, sym=False, desc_act=desc_act, act_group_aware=gar, mse=mse,
+        damp_percent=damp, offload_to_disk=False,
     )  # fmt: skip
     task = GPTQ(layer, config)
     task.quantizer.configure(perchannel=True)

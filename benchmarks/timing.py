@@ -19,9 +19,21 @@ def installed(package: str) -> bool:
     return True
 
 
-def machine_load() -> float | None:
-    """Cores kept busy by others over the last minute, before the benchmark adds its own."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def machine_load(seconds: float = 3.0) -> float | None:
+    """Cores that others keep busy, over some seconds in which this process sleeps. Elsewhere than
+    on Linux the load of the last minute, and None where that is not known either."""
+    if not os.path.exists("/proc/stat"):
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+    def ticks() -> tuple[int, int]:
+        with open("/proc/stat") as file:
+            spent = [int(n) for n in file.readline().split()[1:9]]
+        return sum(spent), sum(spent) - spent[3] - spent[4]  # all, and all but idle and waiting
+
+    before = ticks()
+    time.sleep(seconds)
+    all_, busy = (after - earlier for after, earlier in zip(ticks(), before))
+    return round((os.cpu_count() or 1) * busy / max(all_, 1), 2)
 
 
 def in_turns(runs: dict[str, Callable], rounds: int, budget: float = 1.0) -> dict[str, dict]:

@@ -1,4 +1,5 @@
-"""`python -m qlora_lib quantize | finetune | verifier | evaluate | generate | export`.
+"""`python -m qlora_lib quantize | finetune | verifier | evaluate | generate | export |
+memory`.
 
 Thin over the library. A run lives in checkpoints/PROFILE: `base` (the quantized model),
 `adapter`, `training` (metrics and the checkpoint to resume from), `run.json` (how the adapter
@@ -17,6 +18,7 @@ from .cli.common import open_profile, shared_options
 from .cli.evaluate import add_evaluate_and_generate, evaluate, generate
 from .cli.export import add_export, export
 from .cli.finetune import add_quantize_and_finetune, finetune, quantize
+from .cli.memory import add_memory, memory
 from .cli.verifier import add_verifier
 from .cli.verifier import train as verifier
 
@@ -24,7 +26,9 @@ from .cli.verifier import train as verifier
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m qlora_lib", description=__doc__.split("\n")[0])
     commands, shared = top.add_subparsers(dest="command", required=True), shared_options()
-    for add in (add_quantize_and_finetune, add_verifier, add_evaluate_and_generate, add_export):
+    for add in (
+        add_quantize_and_finetune, add_verifier, add_evaluate_and_generate, add_export, add_memory
+    ):  # fmt: skip
         add(commands, shared)
     return top
 
@@ -39,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {"quantize": quantize, "finetune": finetune}
     commands |= {"verifier": verifier, "evaluate": evaluate, "generate": generate}
     commands["export"] = lambda args: export(open_profile(args), args)
+    commands["memory"] = lambda args: memory(open_profile(args), args)
     try:
         if processes.launched() > 1 and args.command not in ("finetune", "evaluate"):
             raise ValueError(

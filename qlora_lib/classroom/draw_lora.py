@@ -1,12 +1,10 @@
 """What notebook 03 draws: memory, factors, spectra, scales, budgets, losses."""
 import numpy as np
 
-from .plots import COLORS, matrix
+from .plots import COLORS, PARTS, PLAIN, matrix
 
-PARTS = {"weights": COLORS["muted"], "gradients": COLORS["other"],
-         "Adam's moments": COLORS["rtn"], "fp32 copy": COLORS["nf4"], "adapter": COLORS["lora"]}
-SCALES = {"alpha / r": COLORS["lora"], "alpha / sqrt(r)": COLORS["gptq"],
-          "alpha": COLORS["qlora"]}
+SCALES = {"alpha / r": COLORS["lora"], "alpha / sqrt(r)": PLAIN[0]}
+KINDS = {"Adam's moments": "optimizer", "adapter": "adapters"}  # notebook 04's names of parts
 
 
 def _handles(ax, **options):
@@ -19,7 +17,7 @@ def draw_memory(ax, rows: dict[str, dict[str, float]], cards: tuple[int, ...] = 
     for y, parts in enumerate(rows.values()):
         left = 0.0
         for part, size in parts.items():
-            ax.barh(y, size, left=left, color=PARTS[part], height=0.6,
+            ax.barh(y, size, left=left, color=PARTS[KINDS.get(part, part)], height=0.6,
                     label=None if part in named else part)
             named.add(part)
             left += size
@@ -48,7 +46,7 @@ def draw_product(axes, a, b) -> None:
 
 def draw_starts(ax, curves: dict[str, list[float]]) -> None:
     """Loss over the first steps, a curve for each way to initialize A and B."""
-    styles = [(COLORS["lora"], "-"), (COLORS["fp"], "--"), (COLORS["rtn"], "-")]
+    styles = [(COLORS["lora"], "-"), (PLAIN[0], "--"), (PLAIN[1], "-")]
     for (name, losses), (color, line) in zip(curves.items(), styles):
         ax.plot(losses, line, color=color, label=name)
     ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
@@ -111,7 +109,7 @@ def draw_regained(ax, ranks, losses: dict[str, list[float]], start: float, full:
     """Dev loss after keeping only the first `rank` directions of every update."""
     for (name, values), color in zip(losses.items(), (COLORS["lora"], COLORS["muted"])):
         ax.plot(range(len(ranks)), values, "o-", color=color, label=name)
-    ax.axhline(start, color=COLORS["rtn"], linestyle="--", label="before fine-tuning")
+    ax.axhline(start, color=PLAIN[2], linestyle="--", label="before fine-tuning")
     ax.axhline(full, color=COLORS["fp"], linestyle="--", label="the whole update")
     ax.set(xticks=range(len(ranks)), xticklabels=list(map(str, ranks)), xlabel="rank kept",
            ylabel="dev loss", ylim=(0, None))
@@ -151,8 +149,7 @@ def draw_budget(axes, rank: int, targets: str, per_rank: dict[str, int], total: 
     per_rank: {targets: sum of in + out over the layers}; total: parameters of the model.
     """
     ranks = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
-    lines = (COLORS["gptq"], COLORS["lora"], COLORS["qlora"])
-    for (name, each), color in zip(per_rank.items(), lines):
+    for (name, each), color in zip(per_rank.items(), PLAIN):
         axes[0].plot(ranks, each * ranks, color=color, label=name,
                      alpha=1 if name == targets else 0.4)
         if name == targets:
@@ -167,7 +164,7 @@ def draw_budget(axes, rank: int, targets: str, per_rank: dict[str, int], total: 
     count = per_rank[targets] * rank
     names = ("file, fp32", "gradients", "Adam's moments")
     sizes = np.array([4, 4, 8]) * count / 1e6
-    colors = (PARTS["adapter"], PARTS["gradients"], PARTS["Adam's moments"])
+    colors = (PARTS["adapters"], PARTS["gradients"], PARTS["optimizer"])
     axes[1].barh(names, sizes, color=colors, height=0.6)
     for y, size in enumerate(sizes):
         axes[1].text(size * 1.15, y, f"{size:,.1f} MB", va="center", fontsize=11)
@@ -179,7 +176,7 @@ def draw_budget(axes, rank: int, targets: str, per_rank: dict[str, int], total: 
 
 def draw_losses(ax, runs: dict[str, list[float]], window: int = 5) -> None:
     """Training losses, each the mean of the last `window` steps."""
-    colors = (COLORS["fp"], COLORS["other"], COLORS["gptq"], COLORS["rtn"], COLORS["qlora"])
+    colors = (COLORS["fp"], *PLAIN)  # all weights first, then adapters
     for (name, losses), color in zip(runs.items(), colors):
         smooth = [np.mean(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
         ax.plot(range(1, len(losses) + 1), smooth, color=color, label=name)

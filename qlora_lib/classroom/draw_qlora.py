@@ -4,13 +4,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from .plots import COLORS
+from .plots import COLORS, PARTS, PLAIN
 
-PART_COLORS = {
-    "weights": COLORS["fp"], "packed weights": COLORS["gptq"], "scales": COLORS["other"],
-    "adapters": COLORS["lora"], "gradients": COLORS["rtn"], "optimizer": COLORS["qlora"],
-    "activations": COLORS["nf4"], "logits": COLORS["nf4"], "dequantized layer": COLORS["gptq"],
-}
 CARDS = (8, 24, 80)  # GB of common GPUs
 TOKEN_COLORS = {"prompt": "#E3E3E3", "learned": "#8CCFB9", "wrong": "#F2A97E", "pad": "#FFFFFF"}
 MASKS = ("right", "padding counts", "every eos masked", "prompt counts")
@@ -28,7 +23,7 @@ def draw_ledger(ax, method: str, batch: int, tokens: int, checkpointing: bool,
         if size == 0:
             ax.text(0.0125, y, "none", va="center", fontsize=10, color=COLORS["muted"])
             continue
-        ax.barh(y, size - 0.01, left=0.01, height=0.66, color=PART_COLORS.get(part, "#444444"))
+        ax.barh(y, size - 0.01, left=0.01, height=0.66, color=PARTS.get(part, COLORS["fp"]))
         ax.text(size * 1.12, y, f"{size:,.2f} GB" if size < 100 else f"{size:,.0f} GB",
                 va="center", fontsize=10, fontweight="bold" if part == "total" else None,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
@@ -45,10 +40,10 @@ def draw_ledger(ax, method: str, batch: int, tokens: int, checkpointing: bool,
 
 def draw_saved(ax, depths: Sequence[int], saved: dict[str, list[int]], packed: list[int]) -> None:
     """Bytes that autograd keeps for backward over the number of layers, by implementation."""
-    styles = [(COLORS["rtn"], "o-"), (COLORS["qlora"], "s-")]
+    styles = [(PLAIN[3], "o-"), (COLORS["qlora"], "s-")]
     for (name, values), (color, style) in zip(saved.items(), styles):
         ax.plot(depths, np.asarray(values) / 1e6, style, color=color, label=name)
-    ax.plot(depths, np.asarray(packed) / 1e6, "--", color=COLORS["gptq"],
+    ax.plot(depths, np.asarray(packed) / 1e6, "--", color=PARTS["packed weights"],
             label="the packed weights themselves")
     ax.set(xlabel="quantized layers in a chain", ylabel="MB", xticks=depths, ylim=(-0.1, None))
     ax.legend(fontsize=10)
@@ -69,8 +64,8 @@ def draw_step(ax, weights: str, checkpointing: bool, batch: int,
     trace, forward = traces[weights, checkpointing, batch]
     alive = np.asarray(trace) / 1e6
     x = np.linspace(0, 1, len(alive))
-    ax.fill_between(x, alive, color=COLORS["nf4"], alpha=0.3, linewidth=0)
-    ax.plot(x, alive, color=COLORS["nf4"])
+    ax.fill_between(x, alive, color=PARTS["activations"], alpha=0.3, linewidth=0)
+    ax.plot(x, alive, color=PARTS["activations"])
     ax.axvline(forward / len(alive), color="black", linestyle=":", linewidth=1.3)
     ax.text(forward / len(alive), top * 1.16, "forward | backward", ha="center", fontsize=10)
     peak = int(alive.argmax())

@@ -28,6 +28,15 @@ COLORS = {
     "other": "#56B4E9",
     "muted": "#8C8C8C",   # grids, guides, what is not the point
 }
+# Bytes of a training run by part, and lines that stand for no method, take none of those colors:
+# Paul Tol's "muted" palette, likewise for all eyes.
+PARTS = {
+    "weights": "#5A5A5A", "packed weights": "#332288", "scales": "#88CCEE",
+    "adapters": COLORS["lora"], "gradients": "#DDCC77", "optimizer": "#882255",
+    "activations": "#44AA99", "logits": "#117733", "dequantized layer": "#999933",
+    "fp32 copy": "#AA4499",
+}
+PLAIN = ("#332288", "#44AA99", "#882255", "#999933", "#88CCEE")
 STYLE = {
     "font.size": 12,
     "axes.titlesize": 12,

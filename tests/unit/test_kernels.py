@@ -98,9 +98,10 @@ def test_half_precision_is_multiplied_where_it_is_fast(name, monkeypatch):
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("out", [64, 192])
-def test_tiles_hold_the_same_weight(group, symmetric, out):
+def test_tiles_hold_the_same_weight(group, symmetric, out, monkeypatch):
     q = quantize_rtn(normal(out, 128, std=0.1), QuantSpec(4, group, symmetric))
     tiles = int4_tiles(q)
+    monkeypatch.setattr(grid, "PIECE", 100 * 128)  # 100 rows a piece, which is no whole tile
     assert isinstance(tiles, Int4Tiles) and tiles.codes.nbytes == q.codes.nbytes
     assert torch.equal(tiles.dequantize(), q.dequantize())
     assert torch.equal(tiles.in_order().codes, q.codes) and type(tiles.in_order()) is type(q)

@@ -1,0 +1,159 @@
+"""GPTQ's held-out error beside GPTQModel's, and what tries to go beyond GPTQ, on equal layers.
+
+    python -m benchmarks.quality [--model FOLDER --wikitext FOLDER] [--out data/results/gptq-quality.json]
+
+Layers: a random one of 1024 x 1024 with correlated inputs, and with --model the down_proj of
+three blocks of a real model, on its own inputs. Every contestant gets the same weight and the
+same calibration tokens; errors are |x W^T - x Q^T| / |x W^T| on tokens that none has seen.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize, output_error
+from qlora_lib.grid import QuantSpec, encode, quantize_rtn
+from qlora_lib.results import ROOT, stamp, write_json_atomic
+
+from .solver import column_loop, gptqmodel_solver
+from .timing import correlated, installed
+
+BITS, GROUP, TOKENS = (4, 3, 2), 128, 8192
+PEER = [
+    (damp, order, mse)
+    for damp in (0.01, 0.05) for order in ("plain", "desc_act", "gar") for mse in (0.0, 2.4)
+]  # fmt: skip
+
+
+def random_layer() -> tuple[Tensor, Tensor, Tensor]:
+    """Weight (1024, 1024), calibration and held-out inputs, (TOKENS, 1024) each."""
+    weight = 0.02 * torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
+    return weight, correlated(TOKENS, 1024, seed=0), correlated(TOKENS, 1024, seed=7)
+
+
+def real_layers(folder: Path, wikitext: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """down_proj of the first, the middle and the last block, with its inputs on WikiText-2."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    blocks = model.model.layers
+    chosen = {f"block {i}, down_proj": blocks[i].mlp.down_proj for i in (0, len(blocks) // 2, -1)}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in chosen}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, n=name: inputs[n].append(args[0][0]))
+        for name, layer in chosen.items()
+    ]
+    for split in ("valid", "test"):
+        text = (wikitext / f"{split}.txt").read_text(encoding="utf-8")[: 8 * TOKENS]
+        ids = torch.tensor(tokenizer.encode(text)[:TOKENS]).view(-1, 512)
+        with torch.no_grad():
+            for window in ids:
+                model(input_ids=window[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {
+        name: (chosen[name].weight.detach(), *torch.cat(inputs[name]).split(TOKENS))
+        for name in chosen
+    }
+
+
+def pivoted_order(h: Tensor) -> Tensor:
+    """Columns by falling pivots: the last one is the smallest diagonal of H, the one before it
+    the smallest of what is left of H once the last is explained, and so on (arXiv 2507.18553)."""
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(len(h))
+    open_, order = torch.ones(len(h), dtype=torch.bool), []
+    for _ in range(len(h)):
+        j = int(h.diagonal().masked_fill(~open_, float("inf")).argmin())
+        order.append(j)
+        open_[j] = False
+        h = h - torch.outer(h[:, j], h[j]) / h[j, j]
+    return torch.tensor(order).flip(0)
+
+
+def in_order(w: Tensor, h: Tensor, spec: QuantSpec, order: Tensor) -> Tensor:
+    """GPTQ through the columns in a given order, with the grids of the original groups."""
+    return column_loop(w, h, spec.group_size, spec=spec, order=order)
+
+
+def descend(w: Tensor, h: Tensor, quantized, sweeps: int) -> Tensor:
+    """Coordinate descent from a quantized weight: each column in turn is rounded anew to the
+    best place given all others (QuantEase, arXiv 2309.01885). The objective never rises."""
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(len(h))
+    q = quantized.dequantize()
+    size = w.shape[1] // quantized.scale.shape[1]
+    scale, zero = (t.float() for t in (quantized.scale, quantized.zero_point))
+    pull = (w - q) @ damped  # (out, in): minus half the gradient
+    for _ in range(sweeps):
+        for j in range(w.shape[1]):
+            s, z = scale[:, j // size], zero[:, j // size]
+            target = q[:, j] + pull[:, j] / damped[j, j]
+            new = (encode(target, s, z, quantized.spec.max_code) - z) * s
+            pull -= torch.outer(new - q[:, j], damped[j])
+            q[:, j] = new
+    return q
+
+
+def ours(w: Tensor, h: Tensor, spec: QuantSpec) -> dict:
+    """name -> quantized weight: our defaults first, then what is tried beside them."""
+    default = gptq_quantize(w, h, spec)
+    plain = replace(spec, clip_search=False)
+    return {
+        "ours, defaults": default.dequantize(),
+        "ours, min-max grids": gptq_quantize(w, h, plain).dequantize(),
+        "ours, left to right": gptq_quantize(w, h, spec, GPTQOptions(False)).dequantize(),
+        "ours, dynamic groups":
+            gptq_quantize(w, h, spec, GPTQOptions(static_groups=False)).dequantize(),
+        "ours, damping 0.001": gptq_quantize(w, h, spec, GPTQOptions(damp_percent=1e-3)).dequantize(),
+        "ours, damping 0.05": gptq_quantize(w, h, spec, GPTQOptions(damp_percent=0.05)).dequantize(),
+        "ours, pivoted order": in_order(w, h, spec, pivoted_order(h)),
+        "ours, 1 sweep of descent": descend(w, h, default, 1),
+        "ours, 3 sweeps of descent": descend(w, h, default, 3),
+    }  # fmt: skip
+
+
+def run(layers: dict[str, tuple[Tensor, Tensor, Tensor]]) -> list[dict]:
+    peer, rows = installed("gptqmodel"), []
+    for name, (w, seen, held) in layers.items():
+        moments = []
+        for x in (seen, held):
+            hessian = Hessian(w.shape[1])
+            hessian.update(x)
+            moments.append(hessian.matrix)
+        h, h_held = moments
+        for bits in BITS:
+            spec = QuantSpec(bits, GROUP)
+            results = {"round to nearest": quantize_rtn(w, spec).dequantize(), **ours(w, h, spec)}
+            for damp, order, mse in PEER if peer else ():
+                solve = gptqmodel_solver(
+                    w, seen, GROUP, mse, bits=bits, damp=damp,
+                    desc_act=order == "desc_act", gar=order == "gar",
+                )  # fmt: skip
+                results[f"GPTQModel, {order}, damping {damp}, mse {mse}"] = solve(0)
+            errors = {k: output_error(w, q, h_held) for k, q in results.items()}
+            best = min((v, k) for k, v in errors.items() if k.startswith("GPTQModel")) if peer else None
+            print(f"\n{name}, {bits} bits, group {GROUP}: relative output error, held-out")
+            for key, error in errors.items():
+                mark = " <- the peer's best" if best and key == best[1] else ""
+                print(f"  {key:<44}{error:.4f}  {error / errors['ours, defaults']:.3f} x ours{mark}")
+            rows.append({"layer": name, "bits": bits, "group_size": GROUP, "errors": errors})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a Llama-like model, for real layers")
+    parser.add_argument("--wikitext", type=Path, help="folder with WikiText-2's test.txt, valid.txt")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "gptq-quality.json")
+    args = parser.parse_args()
+    layers = {"random, correlated inputs": random_layer()}
+    if args.model:
+        layers |= real_layers(args.model, args.wikitext)
+    write_json_atomic(args.out, stamp(seed=0, tokens=TOKENS) | {"rows": run(layers)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""`python -m qlora_lib memory`: what training would take, part by part, before anything is loaded."""
+
+# torch and transformers take seconds to import, so --help does without them.
+
+
+def add_memory(commands, shared) -> None:
+    """The command and its options."""
+    text = "predict the memory of full fine-tuning, LoRA and QLoRA, without loading the model"
+    add = commands.add_parser("memory", parents=[shared], help=text).add_argument
+    add("--method", choices=("full", "lora", "qlora"), help="(default: all three)")
+    add("--bits", type=int, help="of QLoRA's base: 2, 3, 4 or 8 (default: NF4)")
+    add("--group-size", type=int, default=64, help="weights that share a scale; 0: a whole row")
+    add("--batch-size", type=int, default=1, help="sequences at a time (default 1)")
+    add("--tokens", type=int, default=512, help="of each sequence (default 512)")
+    add("--rank", type=int, help="of the adapter (default: the profile's)")
+    add("--targets", choices=("all", "attention"), default="all")
+    add("--gradient-checkpointing", action="store_true")
+    add("--optimizer", choices=("adamw", "adam8bit"), default="adamw")
+
+
+def memory(profile, args) -> None:
+    """Print a ledger a method. Raises what memory_ledger raises."""
+    from ..grid import QuantSpec
+    from ..lora import ALL_LINEAR, ATTENTION
+    from ..loss import CHUNK
+    from ..memory import memory_ledger
+    from ..models import default_device, dtype_name, resolve_dtype
+    from ..nf4 import NF4Spec
+
+    config = model_config(profile)
+    spec = QuantSpec(args.bits, args.group_size or None) if args.bits else NF4Spec()
+    targets = ALL_LINEAR if args.targets == "all" else ATTENTION
+    dtype = dtype_name(resolve_dtype(args.compute_dtype, args.device or default_device()))
+    for method in (args.method,) if args.method else ("full", "lora", "qlora"):
+        print(memory_ledger(
+            config, method, args.batch_size, args.tokens, args.rank or profile.rank, targets, spec,
+            args.gradient_checkpointing, dtype, args.optimizer, CHUNK,
+        ))  # fmt: skip
+
+
+def model_config(profile):
+    """The config of the profile's model; LLaMA-2-7B's published shape where it can't be had.
+
+    Raises FileNotFoundError for any other model without one.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    from ..profiles import load_profile
+
+    try:
+        return AutoConfig.from_pretrained(profile.model)
+    except OSError as error:
+        if profile.model != load_profile("llama2-7b").model:
+            raise FileNotFoundError(
+                f"{profile.model} has no config.json that can be read here: name a model's folder "
+                "or hub id (a GGUF file has none)"
+            ) from error
+        print("its config can't be had here; taken: the published shape of LLaMA-2-7B")
+        return LlamaConfig(max_position_embeddings=4096)  # otherwise the class's defaults
