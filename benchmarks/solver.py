@@ -11,7 +11,7 @@ from qlora_lib.grid import QuantSpec, encode, fit_grid
 from .timing import correlated, in_turns, installed, show
 
 SIZES = ((1024, 1024), (1536, 576), (576, 1536), (4096, 4096), (4096, 11008))  # (out, in)
-PLAIN_UP_TO = 4096  # features; the column loop touches the whole rest of W for each column
+PLAIN_UP_TO = 4096  # features; beyond, the references would take minutes a run
 GROUP = 64  # divides the widths of SmolLM2 too
 
 
@@ -32,12 +32,14 @@ def column_loop(w: Tensor, h: Tensor, group: int, spec=None, order=None) -> Tens
     order, scale, zero, h = prepared(w, h, group, spec, order)
     max_code = spec.max_code if spec else 15
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)  # H^-1 = U^T U
-    w, q = w[:, order].clone(), torch.empty_like(w)
-    for j in range(w.shape[1]):
-        code = encode(w[:, j], scale[:, j], zero[:, j], max_code)
-        q[:, j] = (code - zero[:, j]) * scale[:, j]
-        w[:, j + 1 :] -= torch.outer((w[:, j] - q[:, j]) / u[j, j], u[j, j + 1 :])
-    return q[:, order.argsort()]
+    # Transposed, so that a column is contiguous, and updated in place: many times as fast as written
+    # down naively.
+    w, scale, zero = (t.t().contiguous() for t in (w[:, order], scale, zero))  # (in, out)
+    for j in range(len(w)):
+        value = (encode(w[j], scale[j], zero[j], max_code) - zero[j]) * scale[j]  # (out,)
+        w[j + 1 :].addr_(u[j, j + 1 :], (w[j] - value) / u[j, j], alpha=-1)
+        w[j] = value
+    return w.t()[:, order.argsort()]
 
 
 def papers_blocks(w: Tensor, h: Tensor, group: int, block: int = 128) -> Tensor:
@@ -102,8 +104,8 @@ def run(sizes=SIZES, rounds: int = 5) -> list[dict]:
             spec = QuantSpec(4, GROUP, clip_search=clip)
             runs = {"ours": lambda i: gptq_quantize(w, h, spec, GPTQOptions())}
             if not clip:
-                runs["paper's blocks"] = lambda i: papers_blocks(w, h, GROUP)
                 if n <= PLAIN_UP_TO:
+                    runs["paper's blocks"] = lambda i: papers_blocks(w, h, GROUP)
                     runs["column loop"] = lambda i: column_loop(w, h, GROUP)
             if peer and n <= PLAIN_UP_TO:
                 runs["GPTQModel"] = gptqmodel_solver(w, x, GROUP, 2.4 if clip else 0.0)

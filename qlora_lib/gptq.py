@@ -36,6 +36,7 @@ class GPTQOptions:
     static_groups: bool = True  # grids fixed from the original weights, before the loop
     damp_percent: float = 0.01  # added to the diagonal of H, relative to its mean
     block_size: int = 128  # columns between two updates of the whole rest
+    match_dense: bool = False  # aim at the dense model's outputs, not at the layer's own
 
     def __post_init__(self):
         if self.block_size < 1:
@@ -53,19 +54,36 @@ class Hessian:
 
     def __init__(self, in_features: int, device=None, dtype: torch.dtype = torch.float32):
         self._sum = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        self._cross: Tensor | None = None
         self.tokens = 0
 
-    def update(self, x: Tensor) -> None:
-        """Add x (..., in_features). Raises ValueError for another width, NaN or Inf."""
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add x (..., in_features).
+
+        dense, of the same shape: what the layer gets at these tokens in the dense model, for
+        `dense_target`; given always or never. Raises ValueError for another width, NaN or
+        Inf, and where `dense` was given only sometimes.
+        """
+        if (dense is not None) != (self._cross is not None) and self.tokens:
+            raise ValueError("give the dense model's inputs with every update of a Hessian, or never")
+        x = self._checked(x)
+        if dense is not None:
+            if self._cross is None:
+                self._cross = torch.zeros_like(self._sum)
+            self._cross.addmm_(self._checked(dense).t(), x)
+        self._sum.addmm_(x.t(), x)
+        self.tokens += x.shape[0]
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """(tokens, in) in the dtype of the sum, never bf16."""
         if x.shape[-1] != self._sum.shape[0]:
             raise ValueError(
                 f"inputs have {x.shape[-1]} features, this Hessian {self._sum.shape[0]}"
             )
-        x = x.detach().reshape(-1, x.shape[-1]).to(self._sum)  # (tokens, in); never a bf16 sum
+        x = x.detach().reshape(-1, x.shape[-1]).to(self._sum)
         if not torch.isfinite(x).all():
             raise ValueError("calibration inputs hold NaN or Inf; check the layers before this one")
-        self._sum.addmm_(x.t(), x)
-        self.tokens += x.shape[0]
+        return x
 
     @property
     def matrix(self) -> Tensor:
@@ -73,6 +91,33 @@ class Hessian:
         if not self.tokens:
             raise ValueError("this Hessian has seen no tokens; call update(x) with inputs first")
         return self._sum / self.tokens
+
+    @property
+    def cross(self) -> Tensor | None:
+        """Mean of dense^T x (in_features, in_features); None where no `dense` was given."""
+        return None if self._cross is None else self._cross / self.tokens
+
+
+def dense_target(weight: Tensor, hessian: Hessian, damp_percent: float) -> Tensor:
+    """The weight (out, in) that serves best on the layer's own inputs for what W did before.
+
+    Earlier layers are quantized, so this one gets x where the dense model has x~. Its outputs
+    there were x~ W^T, and least squares gives the weight that comes closest to them from x,
+        W' = W C H^-1,   H = sum x^T x,   C = sum x~^T x,
+    here with damping towards W: W' = W + W (C - H) (H + damping)^-1. What is left of
+    |x~ W^T - x Q^T|^2 beside |x (W' - Q)^T|^2 no Q can change: rounding W' is all that remains
+    for GPTQ. Asymmetric calibration (GPTAQ, Li et al. 2025, arXiv 2504.02692) has the same
+    objective and solves it within the loop. Raises ValueError for a Hessian without `dense`.
+    """
+    if hessian.cross is None:
+        raise ValueError("this Hessian has seen no inputs of the dense model: update(x, dense)")
+    h, w = hessian.matrix.to(weight), weight
+    difference = w @ (hessian.cross.to(weight) - h)  # (out, in)
+    h.diagonal().add_(damp_percent * h.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        raise ValueError("the Hessian is not positive definite; raise damp_percent (0.05, 0.1)")
+    return w + torch.cholesky_solve(difference.t(), lower).t()
 
 
 def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
@@ -125,8 +170,9 @@ def gptq_quantize(
     """Quantize one layer with GPTQ (Algorithm 1 of the paper).
 
     weight: floating point (out_features, in_features); hessian: a Hessian or its matrix
-    (in, in). Works in fp32, or in fp64 when the weight is fp64. Raises ValueError for
-    NaN or Inf, mismatched shapes, no tokens, or a Hessian that damping does not mend.
+    (in, in). Works in fp32, or in fp64 when the weight is fp64. With options.match_dense
+    the columns are those of `dense_target`. Raises ValueError for NaN or Inf, mismatched
+    shapes, no tokens, or a Hessian that damping does not mend.
     """
     check_weight(weight)
     h = hessian.matrix if isinstance(hessian, Hessian) else hessian
@@ -135,6 +181,10 @@ def gptq_quantize(
         raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
     w = as_float(weight)
     h = h.to(w)
+    if options.match_dense:
+        if not isinstance(hessian, Hessian):
+            raise ValueError("match_dense needs a Hessian that has seen the dense model's inputs")
+        w = dense_target(w, hessian, options.damp_percent)
     groups, size = spec.groups(n), spec.group_size or n
     # One grid a row must be fitted before the loop: later, half the row is rounded.
     static = options.static_groups or spec.group_size is None

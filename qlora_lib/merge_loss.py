@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .gptq import GPTQOptions, Hessian
 from .lora import lora_layers, use_adapter
 from .merge import active_layers, merge_lora, unmerge_lora
-from .models import token_mask, watch_inputs
+from .block_inputs import token_mask, watch_inputs
 
 METHODS = ("base", "dense", "rtn", "gptq")
 Batch = dict[str, Tensor]

@@ -1,13 +1,16 @@
 """Whole models: dtypes, quantizing layer by layer."""
 
+import copy
 import time
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .block_inputs import (
+    block_settings, first_block_inputs, next_call, quantize_block, token_mask,
+)  # fmt: skip
 from .blocks import decoder_blocks
 from .gptq import GPTQOptions, Hessian, gptq_quantize, output_error
 from .grid import QuantSpec, quantize_rtn
@@ -54,7 +57,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 @dataclass
 class LayerReport:
-    """One quantized layer. Sizes in bytes; output_error relative, on the calibration inputs."""
+    """One quantized layer. Sizes in bytes; output_error relative to what the dense weight gives
+    on the same calibration inputs."""
 
     name: str
     shape: tuple[int, int]
@@ -123,7 +127,8 @@ def quantize_model(
     output error. Each layer is calibrated on its own inputs as the layers before it,
     already quantized, produce them; layers that share an input (q, k, v; gate, up) are done
     together, so that o_proj sees the attention of the quantized q, k and v. Padding is left
-    out.
+    out. With options.match_dense the dense model's activations go along, from a copy of each
+    block, and every layer aims at its outputs there (gptq.dense_target).
     target_modules: as for find_linears; "all" are the linears of the decoder blocks.
     Raises ValueError for a method that does not fit the spec, targets that match
     nothing, a model with adapters or one that is quantized already.
@@ -148,126 +153,13 @@ def quantize_model(
     was_training, report = model.training, []
     model.eval()
     with torch.no_grad():
-        report = _quantize_blocks(model, calibration, targets, swap, method)
+        match_dense = options.match_dense and method == "gptq"
+        report = _quantize_blocks(model, calibration, targets, swap, method, match_dense)
     model.train(was_training)
     return report
 
 
-def token_mask(batch: dict[str, Tensor]) -> Tensor:
-    """bool (batch, seq), False for padding; a batch without attention_mask has none.
-
-    Raises ValueError for a batch without input_ids, or with a mask of another shape.
-    """
-    if "input_ids" not in batch:
-        raise ValueError(f"a batch holds {sorted(batch)}, but needs input_ids (batch, seq)")
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}")
-    return mask.bool()
-
-
-class _Stop(Exception):
-    """Ends a forward pass at the layer that was waited for."""
-
-
-def first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tuple[tuple, dict]]:
-    """What a block, mostly the first, is called with, for each batch: (args, kwargs)."""
-    calls = []
-
-    def catch(module, args, kwargs):
-        calls.append((args, kwargs))
-        raise _Stop
-
-    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
-    device = next(model.parameters()).device
-    try:
-        for batch in batches:
-            with suppress(_Stop):
-                model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
-    finally:
-        handle.remove()
-    return calls
-
-
-@contextmanager
-def watch_inputs(layers: dict[str, nn.Module], see):
-    """Call see(path, input) whenever one of the layers runs."""
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, path=path: see(path, args[0]))
-        for path, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call) -> list[list[str]]:
-    """The layers of a block in the order of their calls, those with one input together."""
-    stages: list[list[str]] = []
-    last = None
-
-    def see(path, x):
-        nonlocal last
-        if x is last:
-            stages[-1].append(path)
-        else:
-            stages.append([path])
-        last = x
-
-    with watch_inputs(layers, see):
-        block(*call[0], **call[1])
-    return stages
-
-
-def quantize_block(
-    block: nn.Module, layers: dict[str, nn.Module], calls, masks, swap
-) -> list[LayerReport]:
-    """Call swap(path, hessian) for each layer of a block, in the order of their calls.
-
-    calls: (args, kwargs) of the block for each batch; masks: bool (batch, seq), real tokens.
-    """
-    report = []
-    for stage in _shared_inputs(block, layers, calls[0]) if layers else []:
-        first = {stage[0]: layers[stage[0]]}
-        device = first[stage[0]].weight.device
-        hessian = Hessian(first[stage[0]].in_features, device)  # one for the whole stage
-        for (args, kwargs), mask in zip(calls, masks):
-
-            def see(path, x, mask=mask):
-                hessian.update(x[mask])
-                raise _Stop  # what comes after this layer is not needed
-
-            with watch_inputs(first, see), suppress(_Stop):
-                block(*args, **kwargs)
-        report += [swap(path, hessian) for path in stage]
-    return report
-
-
-def next_call(block: nn.Module, call: tuple[tuple, dict]) -> tuple[tuple, dict]:
-    """What the next block is called with, once this one has run."""
-    args, kwargs = call
-    out = block(*args, **kwargs)
-    return (out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs
-
-
-def block_settings(model: nn.Module, blocks, batches, calls) -> list[list[dict]]:
-    """The keyword arguments of each block, for each batch; `calls` are those of the first.
-
-    All blocks get the same ones, but in models with several kinds of layers (Gemma 3: a
-    sliding window or all of the context), whose masks and rotary angles differ.
-    """
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(blocks)
-    settings = {kinds[0]: [kwargs for _, kwargs in calls]}
-    for block, kind in zip(blocks, kinds):
-        if kind not in settings:
-            settings[kind] = [kw for _, kw in first_block_inputs(model, block, batches)]
-    return [settings[kind] for kind in kinds]
-
-
-def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]:
+def _quantize_blocks(model, batches, targets, swap, method, match_dense) -> list[LayerReport]:
     path_of_blocks, blocks = decoder_blocks(model)
     outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
     if outside:
@@ -275,13 +167,19 @@ def _quantize_blocks(model, batches, targets, swap, method) -> list[LayerReport]
     device = next(model.parameters()).device
     masks = [token_mask(b).to(device) for b in batches]  # (batch, seq)
     calls, report = first_block_inputs(model, blocks[0], batches), []
+    dense_calls = calls  # the first block gets the same in both models
     settings = block_settings(model, blocks, batches, calls)
     for i, block in enumerate(tqdm(blocks, desc=f"{method}, blocks", disable=None)):
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
         calls = [(args, kwargs) for (args, _), kwargs in zip(calls, settings[i])]
-        report += quantize_block(block, layers, calls, masks, swap)
-        for n, call in enumerate(calls):  # the next block sees quantized outputs
-            calls[n] = next_call(block, call)
+        dense = None
+        if match_dense:
+            again = [(args, kwargs) for (args, _), kwargs in zip(dense_calls, settings[i])]
+            dense = copy.deepcopy(block), again
+        report += quantize_block(block, layers, calls, masks, swap, dense)
+        calls = [next_call(block, call) for call in calls]  # the next block sees quantized outputs
+        if match_dense:
+            dense_calls = [next_call(dense[0], call) for call in dense[1]]
     return report
 
 

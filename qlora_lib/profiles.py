@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .data import DATA, calibration_batches, format_gsm8k
+from .gptq import GPTQOptions
 from .grid import QuantSpec
 from .lora import ALL_LINEAR
 from .loading import load_model
@@ -69,7 +70,7 @@ class Profile:
 
     def quantize(
         self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None,
-        target_modules="all", examples=None,
+        target_modules="all", examples=None, options: GPTQOptions = GPTQOptions(),
     ) -> list[LayerReport]:  # fmt: skip
         """Quantize these linears of the decoder blocks in place; a row a layer.
 
@@ -78,7 +79,7 @@ class Profile:
         """
         method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
         batches = self.calibration(tokenizer, examples) if method == "gptq" else None
-        return quantize_model(model, batches, spec, method, target_modules=target_modules)
+        return quantize_model(model, batches, spec, method, options, target_modules)
 
     def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:
         """Batches of train problems, input_ids and attention_mask (batch, seq), for GPTQ."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from .checkpoint import (
     INDEX, WEIGHTS, empty_model, materialize_buffers, open_tensors, read_json,
 )  # fmt: skip
-from .models import decoder_blocks, first_block_inputs
+from .block_inputs import first_block_inputs
+from .blocks import decoder_blocks
 
 SAMPLE = 1 << 16  # bytes of each tensor that identify it
 DERIVED = "rotary_emb.inv_freq"  # old checkpoints hold it, though it follows from the config

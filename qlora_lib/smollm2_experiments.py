@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct, a real model on real text: `python -m qlora_lib.smollm2_experiments`.
 
-perplexity  WikiText-2 and GSM8K's solutions at 8, 4, 3 and 2 bits, round to nearest and GPTQ, in
-            groups of 64 and with one grid a row: data/results/smollm2-perplexity.json
+perplexity  WikiText-2 and GSM8K's solutions at 8, 4, 3 and 2 bits, round to nearest and GPTQ (at
+            2 and 3 bits also aiming at the dense model), in groups of 64 and with one grid a
+            row: data/results/smollm2-perplexity.json
 gsm8k       a QLoRA run on GSM8K's train problems, and exact match before and after, on the same
             fixed sample of its test problems: data/results/smollm2-gsm8k.json
 
@@ -25,6 +26,7 @@ from .adapters import save_adapter
 from .data import DATA, calibration_batches, encode_example, format_gsm8k, short_path
 from .evaluation import EvalReport, evaluate
 from .generation import Decoding, generator
+from .gptq import GPTQOptions
 from .grid import QuantSpec
 from .lora import ALL_LINEAR, inject_lora
 from .merge import merge_lora
@@ -47,7 +49,8 @@ WIDTHS = {"fp32": None} | {
     f"{method}_{bits}bit_{group_size or 'row'}": (method, QuantSpec(bits, group_size))
     for bits in (2, 3, 4, 8)
     for group_size in (64, None)
-    for method in ("rtn", "gptq")
+    for method in ("rtn", "gptq", "match_dense")  # the last is GPTQ with another target
+    if method != "match_dense" or bits < 4
 }
 
 
@@ -89,8 +92,10 @@ def width(model, tokenizer, profile: Profile, wikitext: Path, how) -> dict:
     if how is None:
         return perplexities(model, tokenizer, profile, wikitext)
     (method, spec), model = how, copy.deepcopy(model)
+    options = GPTQOptions(match_dense=method == "match_dense")
+    method = "gptq" if options.match_dense else method
     batches = calibration(tokenizer, profile, wikitext) if method == "gptq" else None
-    report = quantize_model(model, batches, spec, method)
+    report = quantize_model(model, batches, spec, method, options)
     dequantize_model(model)
     stored = sum(row.bytes_after for row in report)
     weights = sum(math.prod(row.shape) for row in report)
@@ -98,7 +103,7 @@ def width(model, tokenizer, profile: Profile, wikitext: Path, how) -> dict:
         "spec": asdict(spec), "method": method, "bits_per_weight": 8 * stored / weights,
         "calibration_tokens": sum(b["input_ids"].numel() for b in batches) if batches else 0,
         "seconds_quantizing": round(sum(row.seconds for row in report), 1),
-    }  # fmt: skip
+    } | ({"match_dense": True} if options.match_dense else {})  # fmt: skip
 
 
 def sample_of_test(profile: Profile) -> list[dict]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from . import processes
 from .checkpoint import load_quantized, save_quantized
 from .data import DATA, short_path, weights_id
+from .gptq import GPTQOptions
 from .grid import QuantSpec
 from .loading import REASONS
 from .lora import ALL_LINEAR, ATTENTION
@@ -80,6 +81,7 @@ def make_base(
     examples: Callable | None = None,
     stream: bool = False,
     spill: Path | None = None,
+    match_dense: bool = False,
 ):
     """See that `folder`/base holds the profile's model, quantized so; keep it if it does.
 
@@ -88,6 +90,7 @@ def make_base(
     and a function from the tokenizer to the pairs that GPTQ sees, where those are not the
     profile's train problems. stream, spill: one decoder block in memory at a time
     (quantize_checkpoint); a hub model is downloaded first, and a killed run goes on.
+    match_dense: GPTQ aims at the dense model's outputs (GPTQOptions).
     Raises FileNotFoundError where the profile has no weights, and what quantizing raises.
     """
     method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
@@ -102,6 +105,9 @@ def make_base(
         recipe["targets"] = target_modules
     if calibrated_on and method == "gptq":
         recipe["calibrated_on"] = calibrated_on
+    options = GPTQOptions(match_dense=match_dense and method == "gptq")
+    if options.match_dense:
+        recipe["match_dense"] = True
     base, made = folder / "base", []
 
     def make() -> None:
@@ -113,11 +119,13 @@ def make_base(
         pairs = examples if "calibrated_on" in recipe else None
         if stream:
             source = dataclasses.replace(profile, model=str(_local(profile.model)))
-            _stream(source, base, spec, method, target_modules, pairs, device, dtype, spill)
+            _stream(source, base, spec, method, options, target_modules, pairs, device, dtype, spill)
         else:
             model, tokenizer = profile.load(device=device, compute_dtype=dtype)
             pairs = pairs and pairs(tokenizer)
-            report = profile.quantize(model, tokenizer, spec, method, target_modules, pairs)
+            report = profile.quantize(
+                model, tokenizer, spec, method, target_modules, pairs, options
+            )
             for row in report:
                 _show(row)
             save_quantized(model, tokenizer, base)
@@ -142,7 +150,9 @@ def _show(row: LayerReport) -> None:
     tqdm.write(f"  {row.name:<34} {row.bits_per_weight:.2f} bits a weight{error}")
 
 
-def _stream(profile, base, spec, method, target_modules, pairs, device, dtype, spill) -> None:
+def _stream(
+    profile, base, spec, method, options, target_modules, pairs, device, dtype, spill
+) -> None:
     from transformers import AutoTokenizer
 
     batches = None
@@ -150,7 +160,7 @@ def _stream(profile, base, spec, method, target_modules, pairs, device, dtype, s
         tokenizer = AutoTokenizer.from_pretrained(profile.model)
         batches = profile.calibration(tokenizer, pairs and pairs(tokenizer))
     quantize_checkpoint(
-        profile.model, base, spec, batches, method, target_modules=target_modules,
+        profile.model, base, spec, batches, method, options, target_modules=target_modules,
         compute_dtype=dtype, device=device, spill=spill, progress=_show,
     )  # fmt: skip
     made = json.loads((base / REPORT).read_text())

@@ -3,7 +3,7 @@
 A block's weights are read, quantized on the inputs that the blocks before it, already
 quantized, produce, written to a shard of their own, and freed. In memory are one block, one
 Hessian with the copies that its factorization makes, and the calibration activations, which
-may lie on disk instead. Codes and errors are those of `quantize_model`, bit for bit.
+may lie on disk instead (with GPTQOptions(match_dense=True) two blocks and two sets of them). Codes and errors are those of `quantize_model`, bit for bit.
 
 Finished shards stay in OUT.unfinished until all are there; it then becomes OUT. A killed run
 goes on from them: the finished blocks compute their activations again, so that nothing else
@@ -11,6 +11,7 @@ has to be kept. Refused: calibration of models whose blocks take different masks
 checkpoints with other names than the model's own tensors.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .block_inputs import next_call, quantize_block, token_mask
 from .checkpoint import (
     INDEX, QUANTIZATION, atomic_folder, describe, open_tensors, put_packed, read_json,
     read_tensors, spec_as_json,
@@ -29,9 +31,7 @@ from .checkpoint import (
 from .gptq import GPTQOptions
 from .grid import QuantSpec
 from .lora import find_linears, replace_module
-from .models import (
-    LayerReport, check_method, dtype_name, next_call, quantize_block, quantize_layer, token_mask,
-)  # fmt: skip
+from .models import LayerReport, check_method, dtype_name, quantize_layer
 from .nf4 import NF4Spec
 from .results import content_hash, write_json_atomic
 from .shards import StreamedModel
@@ -138,11 +138,16 @@ def quantize_checkpoint(
         rows = [row for row in rows if streamed.block_of(row.name) < done]
         if not shards[0].is_file():
             _save(streamed.read(-1), shards[0])
-        calls, masks = [], []
+        calls, dense_calls, masks = [], [], []
         if calibration and done < len(modules):
             calls = SpilledCalls(spill, streamed.device) if spill else []
+            match_dense = options.match_dense and method == "gptq"
+            if match_dense:
+                dense_calls = SpilledCalls(spill, streamed.device) if spill else []
             for call in streamed.first_calls(calibration):
                 calls.append(call)
+                if match_dense:
+                    dense_calls.append(call)
             masks = [token_mask(batch).to(streamed.device) for batch in calibration]
 
         bar = tqdm(total=len(targets), initial=len(rows), unit="layer", disable=None)
@@ -162,12 +167,20 @@ def quantize_checkpoint(
                 bar.set_description(f"{method}, block {i + 1} of {len(modules)}")
                 own = [path for path in targets if streamed.block_of(path) == i]
                 if i >= done:
-                    new, tensors = _quantize_block(streamed, i, own, calls, masks, quantize)
+                    streamed.fill(stored := streamed.read(i))
+                    twin = copy.deepcopy(modules[i]) if dense_calls else None
+                    dense = (twin, dense_calls) if dense_calls else None
+                    new, tensors = _quantize_block(
+                        streamed, i, own, stored, calls, masks, quantize, dense
+                    )
                     rows += new
                     # Rows of blocks that have no shard do not count: the shard comes last.
                     write_json_atomic(scratch / REPORT, _report(made_from, rows))
                     _save(tensors, shards[i + 1])
                 elif calls:
+                    if dense_calls:
+                        streamed.fill(streamed.read(i))
+                        twin = copy.deepcopy(modules[i])
                     state = read_tensors(shards[i + 1])
                     put_packed(model, dict.fromkeys(own, spec_as_json(spec)), state)
                     streamed.fill(state)
@@ -175,6 +188,8 @@ def quantize_checkpoint(
                 if i + 1 < len(modules):
                     for n in range(len(calls)):
                         calls[n] = next_call(modules[i], calls[n])
+                    for n in range(len(dense_calls)):
+                        dense_calls[n] = next_call(twin, dense_calls[n])
                 modules[i] = nn.Identity()  # freed
 
         weight_map = {}
@@ -194,21 +209,20 @@ def quantize_checkpoint(
 
 
 def _quantize_block(
-    streamed: StreamedModel, i: int, paths: list[str], calls, masks, quantize
+    streamed: StreamedModel, i: int, paths: list[str], stored, calls, masks, quantize, dense
 ) -> tuple[list[LayerReport], dict[str, Tensor]]:
     """The rows of block i, quantized in place, and the tensors of its shard.
 
-    quantize(path, layer, hessian) replaces a layer and returns its row.
+    stored: its tensors as they were read. quantize(path, layer, hessian) replaces a layer and
+    returns its row. dense: as for `quantize_block`.
     """
-    stored = streamed.read(i)
-    streamed.fill(stored)
     layers = {path: streamed.model.get_submodule(path) for path in paths}
 
     def swap(path: str, hessian=None) -> LayerReport:
         return quantize(path, layers.pop(path), hessian)  # popped, so that its weight is freed
 
     if calls:
-        rows = quantize_block(streamed.blocks[i], layers, calls, masks, swap)
+        rows = quantize_block(streamed.blocks[i], layers, calls, masks, swap, dense)
     else:
         rows = [swap(path) for path in paths]
     tensors = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in paths}

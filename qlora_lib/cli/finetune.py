@@ -19,6 +19,8 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--method", choices=METHODS, default="gptq", help="of quantization; none: a dense base")
     add("--bits", type=int, default=4, help="2, 3, 4 or 8 (default 4); not for nf4")
     add("--group-size", type=int, default=64, help="weights that share a scale; 0: a whole row")
+    add("--match-dense", action="store_true",
+        help="with gptq: each layer aims at its outputs in the dense model (better at 2 and 3 bits)")
     add("--stream", action="store_true", help="quantize with one block in memory at a time")
 
     alone = commands.add_parser(
@@ -78,6 +80,7 @@ def base_settings(profile, args) -> dict:
     return {
         "spec": NF4Spec() if nf4 else QuantSpec(bits=args.bits, group_size=args.group_size or None),
         "method": args.method,
+        "match_dense": args.match_dense,
         "device": args.device,
         "compute_dtype": args.compute_dtype,
         "calibrated_on": args.source,

@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 
 from qlora_lib.classroom import SliderPlot
 from qlora_lib.classroom import draw_qlora as draw
+from qlora_lib.classroom import plots
 from qlora_lib.classroom.plots import render
 from qlora_lib.memory import PARTS, memory_ledger
 
