@@ -33,14 +33,15 @@ def main() -> None:
         seed=0, machine=machine, load_at_start=load, busy=busy, threads=torch.get_num_threads()
     )
     quick = args.quick
-    if "solver" in parts:
-        result["solver"] = solver.run(solver.SIZES[:1] if quick else solver.SIZES, 3 if quick else 5)
-    if "layers" in parts:
-        result["layers"] = layers.run(layers.SHAPES[:1] if quick else layers.SHAPES, 3 if quick else 9)
-    if "step" in parts:
-        result["step"] = step.run(1 if quick else 3)
+    measure = {
+        "solver": lambda: solver.run(solver.SIZES[:1] if quick else solver.SIZES, 3 if quick else 5),
+        "layers": lambda: layers.run(layers.SHAPES[:1] if quick else layers.SHAPES, 3 if quick else 9),
+        "step": lambda: step.run(1 if quick else 3),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(args.out, result)
+    for part in parts:
+        result[part] = measure[part]()
+        write_json_atomic(args.out, result)  # what is measured stays, whatever comes after
     try:
         from . import plots
 
