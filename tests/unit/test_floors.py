@@ -12,7 +12,10 @@ import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
 FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout", "adam8bit"}
-FLOOR_2 = {"blocks", "linear", "kernels", "lora", "lora_init", "merge"}
+FLOOR_2 = {
+    "blocks", "linear", "kernels", "choosing", "lora", "lora_layer", "lora_init", "merge",
+    "compose", "variants",
+}  # fmt: skip
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
 PEERS = {"bitsandbytes", "peft", "gptqmodel", "auto_gptq", "optimum", "hqq", "torchao"}
