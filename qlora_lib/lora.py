@@ -229,18 +229,16 @@ def adapter_table(model: nn.Module) -> list[AdapterRow]:
         ranks = tuple(sorted({m.configs[name].rank for m in having}))
         count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
         rows.append(AdapterRow(name, ranks, len(having), count, size))
-    own |= {id(t) for m in layers.values() if m.merged is not None for t in _tensors(m.merged)}
-    own |= {id(t) for m in model.modules() if isinstance(m, QuantizedLinear) for t in _tensors(m)}
-    packed = [m for p, m in linear_layers(model).items()]
-    packed = [m for m in (getattr(m, "base", m) for m in packed) if isinstance(m, QuantizedLinear)]
-    rest = [t for t in _tensors(model) if id(t) not in own]
-    count = sum(t.numel() for t in rest) + sum(m.out_features * m.in_features for m in packed)
+    linears = linear_layers(model)
+    packed = [getattr(m, "base", m) for m in linears.values()]
+    packed = [m for m in packed if isinstance(m, QuantizedLinear)]
+    for module in [*packed, *(m.merged for m in layers.values() if m.merged is not None)]:
+        own |= {id(t) for t in [*module.parameters(), *module.buffers()]}
+    dense = [t for t in model.parameters() if id(t) not in own]
+    rest = dense + [t for t in model.buffers() if id(t) not in own]
+    count = sum(t.numel() for t in dense) + sum(m.out_features * m.in_features for m in packed)
     size = sum(t.nbytes for t in rest) + sum(m.nbytes for m in packed)
-    return [AdapterRow(None, (), len(linear_layers(model)), count, size), *rows]
-
-
-def _tensors(module: nn.Module) -> list:
-    return [*module.parameters(), *module.buffers()]
+    return [AdapterRow(None, (), len(linears), count, size), *rows]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
