@@ -79,3 +79,10 @@ def freeze_scales(model: nn.Module) -> list[str]:
         del layer.scale
         layer.register_buffer("scale", stored[path])
     return list(layers)
+
+
+def check_scales_are_frozen(layers: dict[str, QuantizedLinear]) -> None:
+    """Raises ValueError when scales of these layers are trained: files hold them in fp16."""
+    for path, layer in layers.items():
+        if isinstance(getattr(layer, "scale", None), nn.Parameter):
+            raise ValueError(f"the scales of {path} are being trained; call freeze_scales first")
