@@ -70,11 +70,6 @@ class QuantizedTensor:
     shape: torch.Size
     spec: QuantSpec
 
-    @property
-    def row_unit(self) -> int:
-        """`unpacked` takes slices that begin at multiples of so many rows."""
-        return 1
-
     def unpacked(self, rows: slice) -> Tensor:
         """uint8 (rows, in): the codes of some rows."""
         codes = self.codes[rows]
@@ -86,7 +81,7 @@ class QuantizedTensor:
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         scale, zero = self.scale.to(work), self.zero_point.to(work)  # (out, groups)
         g_idx = None if self.g_idx is None else self.g_idx.long()
-        for rows in row_slices(self.shape, self.scale.device, self.row_unit):
+        for rows in row_slices(self.shape, self.scale.device):
             w, s, z = self.unpacked(rows).to(work), scale[rows], zero[rows]
             if g_idx is not None:
                 yield rows, w.sub_(z[:, g_idx]).mul_(s[:, g_idx]).to(dtype)

@@ -32,10 +32,6 @@ class Int4Tiles(QuantizedTensor):
 
     op_grids: Tensor
 
-    @property
-    def row_unit(self) -> int:
-        return 2 * self.codes.shape[2]  # rows of a tile
-
     def unpacked(self, rows: slice) -> Tensor:
         half = self.codes.shape[2]
         bytes_ = self.codes[rows.start // (2 * half) : rows.stop // (2 * half)]
