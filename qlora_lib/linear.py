@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .grid import QuantizedTensor, QuantSpec
-from .kernels import Int4Tiles, dense_matmul, dense_matmul_back, int4_tiles, matmul
+from .kernels import Int4Tiles, int4_tiles, matmul, product, product_back
 from .nf4 import NF4Spec, NF4Tensor
 
 Quantized = QuantizedTensor | NF4Tensor
@@ -23,12 +23,12 @@ class _DequantizedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
         ctx.weight, ctx.x_dtype = weight, x.dtype
-        return dense_matmul(x, weight, dtype)  # (..., in) -> (..., out)
+        return product(x, weight, dtype)  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         # dL/dx = dL/dy W; the weight is frozen and gets no gradient.
-        return dense_matmul_back(grad, ctx.weight).to(ctx.x_dtype), None, None
+        return product_back(grad, ctx.weight).to(ctx.x_dtype), None, None
 
 
 class QuantizedLinear(nn.Module):

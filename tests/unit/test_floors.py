@@ -12,7 +12,7 @@ import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
 FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout", "adam8bit"}
-FLOOR_2 = {"blocks", "linear", "kernels", "lora", "lora_init", "merge"}
+FLOOR_2 = {"blocks", "linear", "kernels", "lora", "lora_init", "merge", "triton_kernels"}
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
 PEERS = {"bitsandbytes", "peft", "gptqmodel", "auto_gptq", "optimum", "hqq", "torchao"}
@@ -120,7 +120,7 @@ def test_no_pickle(name):
 @pytest.mark.parametrize("name", sorted(FLOOR_1 | (FLOOR_2 & set(FILES))))
 def test_floors_1_and_2_import_torch_alone(name):
     outside = GRAPH[name][1] - set(sys.stdlib_module_names)
-    assert outside <= ({"torch"} if name != "kernels" else {"torch", "triton"})
+    assert outside <= ({"torch"} if name != "triton_kernels" else {"torch", "triton"})
 
 
 def test_floors_1_and_2_run_with_torch_alone():
