@@ -180,7 +180,7 @@ merge_hessians unmerge_lora save_adapter load_adapter load_bnb_4bit save_quantiz
 load_profile format_gsm8k finetune TrainConfig Decoding generator evaluate extract_answer
 is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq majority best_score
 weighted_vote with_scores likelihood pass_at_k Verifier train_verifier Adam8bit
-memory_ledger check_fits NotEnoughMemory
+memory_ledger decoding_ledger check_fits NotEnoughMemory CacheSpec PackedCache
 """.split()
 
 
