@@ -32,7 +32,7 @@ class Decoding:
     max_new_tokens: int = 320  # GSM8K's longest solutions, without notes, fit
     batch_size: int = 32  # prompts at a time
     stop: tuple[str, ...] = ("Question:",)  # a completion ends before the first of these
-    cache_bits: int | None = None  # of old keys and values, 8 or 4 (kv_cache.py); None: as they came
+    cache_bits: int | None = None  # 8 or 4: of old keys and values; None: as they came
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:

@@ -156,7 +156,8 @@ class PackedLayer(DynamicLayer):
         if self._holds_states():
             self.keys, self.values = change(self.keys), change(self.values)
         if self.stored:
-            self.old_keys, self.old_values = self.old_keys.each(change), self.old_values.each(change)
+            self.old_keys = self.old_keys.each(change)
+            self.old_values = self.old_values.each(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._choose(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -198,7 +199,8 @@ def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int =
     for by in (spec.keys, spec.values) if old else ():
         long, wide = (head, old) if by == "channel" else (old, head)  # rows, and a row's numbers
         group = spec.group_size if by == "channel" else math.gcd(spec.group_size, head)
-        total += heads * long * (packed_width(wide, spec.bits) + wide // group * 2 * STORED.itemsize)
+        row = packed_width(wide, spec.bits) + wide // group * 2 * STORED.itemsize
+        total += heads * long * row
     return total
 
 

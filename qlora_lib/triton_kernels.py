@@ -42,16 +42,16 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-MOST_TOKENS = 2048  # with more, decoding once into memory for cuBLAS costs little beside the product
+MOST_TOKENS = 2048  # with more, decoding once for cuBLAS costs little beside the product
 FEW_TOKENS = 16  # up to here the weight's bytes are the cost, and the features are split
 PROGRAMS = 4  # for each multiprocessor of the GPU: that many keep its memory busy
 
 
 def tiles(*configs: tuple[dict, int, int]) -> list[triton.Config]:
-    """(sizes, warps, stages) to be timed on a GPU; the interpreter takes the first, at 16 rows."""
+    """(sizes, warps, stages) to be timed on a GPU. The interpreter takes one small tile, so that
+    small shapes have several, and edges to mask."""
     if INTERPRETED:
-        small = {k: min(16, v) if k != "UNITS" else 2 for k, v in configs[0][0].items()}
-        return [triton.Config(small)]
+        return [triton.Config({k: 2 if k == "UNITS" else 16 for k in configs[0][0]})]
     return [triton.Config(sizes, num_warps=w, num_stages=s) for sizes, w, s in configs]
 
 
@@ -93,8 +93,10 @@ def _vector(
 
 @triton.autotune(
     tiles(
-        ({"BLOCK_OUT": 64, "BLOCK_TOKENS": 16}, 4, 4), ({"BLOCK_OUT": 128, "BLOCK_TOKENS": 16}, 8, 3),
-        ({"BLOCK_OUT": 64, "BLOCK_TOKENS": 64}, 4, 3), ({"BLOCK_OUT": 128, "BLOCK_TOKENS": 64}, 8, 3),
+        ({"BLOCK_OUT": 64, "BLOCK_TOKENS": 16}, 4, 4),
+        ({"BLOCK_OUT": 128, "BLOCK_TOKENS": 16}, 8, 3),
+        ({"BLOCK_OUT": 64, "BLOCK_TOKENS": 64}, 4, 3),
+        ({"BLOCK_OUT": 128, "BLOCK_TOKENS": 64}, 8, 3),
         ({"BLOCK_OUT": 128, "BLOCK_TOKENS": 128}, 8, 3),
     ),
     key=["out", "n", "WIDTH", "about"],
@@ -137,7 +139,8 @@ def _matrix(
 
 @triton.autotune(
     tiles(
-        ({"BLOCK_OUT": 64, "BLOCK_TOKENS": 64}, 4, 3), ({"BLOCK_OUT": 64, "BLOCK_TOKENS": 128}, 8, 3),
+        ({"BLOCK_OUT": 64, "BLOCK_TOKENS": 64}, 4, 3),
+        ({"BLOCK_OUT": 64, "BLOCK_TOKENS": 128}, 8, 3),
         ({"BLOCK_OUT": 32, "BLOCK_TOKENS": 128}, 4, 4),
     ),
     key=["out", "n", "WIDTH", "about"],
@@ -200,7 +203,11 @@ def _layout(weight: QuantizedTensor) -> dict:
 
 
 def _rows(x: Tensor, width: int, what: str) -> Tensor:
-    """x (..., width) -> (tokens, width), contiguous. Raises ValueError for another width."""
+    """x (..., width) -> (tokens, width), contiguous. Raises ValueError for another width, and
+    for a CPU's tensors where Triton was imported without its interpreter."""
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError("on a CPU these kernels need Triton's interpreter: set the environment "
+                         "variable TRITON_INTERPRET=1 before Python starts")  # fmt: skip
     if x.shape[-1] != width:
         raise ValueError(f"x has {x.shape[-1]} {what}, the weight takes {width}")
     return x.reshape(-1, width).contiguous()
@@ -244,11 +251,18 @@ def matmul(x: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     whole = parts == 1 and tokens > 1
     y = flat.new_empty(parts, tokens, out, dtype=dtype if whole else torch.float32)
     if tokens == 1:
-        _vector[lambda c: (triton.cdiv(out, c["BLOCK_OUT"]), parts)](
-            x=flat, y=y, per_split=per_split, **layout
-        )
+
+        def programs(c):
+            return triton.cdiv(out, c["BLOCK_OUT"]), parts
+
+        _vector[programs](x=flat, y=y, per_split=per_split, **layout)
     else:
-        _matrix[lambda c: (triton.cdiv(out, c["BLOCK_OUT"]), triton.cdiv(tokens, c["BLOCK_TOKENS"]), parts)](
+
+        def programs(c):
+            columns = triton.cdiv(tokens, c["BLOCK_TOKENS"])
+            return triton.cdiv(out, c["BLOCK_OUT"]), columns, parts
+
+        _matrix[programs](
             x=flat, y=y, about=_about(tokens), tokens=tokens, per_split=per_split,
             DOT=_dot_dtype(dtype), **layout,
         )  # fmt: skip
@@ -261,7 +275,11 @@ def matmul_back(grad: Tensor, weight: QuantizedTensor) -> Tensor:
     flat = _rows(grad, weight.shape[0], "output features")
     tokens, n = len(flat), weight.shape[1]
     dx = flat.new_empty(tokens, n)
-    _backward[lambda c: (triton.cdiv(n, layout["WIDTH"]), triton.cdiv(tokens, c["BLOCK_TOKENS"]))](
+
+    def programs(c):
+        return triton.cdiv(n, layout["WIDTH"]), triton.cdiv(tokens, c["BLOCK_TOKENS"])
+
+    _backward[programs](
         grad=flat, dx=dx, about=_about(tokens), tokens=tokens, DOT=_dot_dtype(grad.dtype), **layout
     )
     return dx.view(*grad.shape[:-1], n)

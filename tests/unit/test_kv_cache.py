@@ -47,19 +47,22 @@ def test_keys_with_large_channels_are_better_by_channel():
     """KIVI's observation, and its counterpart: without such channels there is no difference."""
     x, large = normal(1, 2, 128, 64), torch.ones(64)
     large[::16] = 20
-    error = {
-        by: relative(PackedStates.of(x * large, CacheSpec(4), by).dequantize(torch.float32), x * large)
-        for by in ("channel", "token")
-    }
-    normed = {
-        by: relative(PackedStates.of(x, CacheSpec(4), by).dequantize(torch.float32), x)
-        for by in ("channel", "token")
-    }
-    assert error["channel"] < 0.5 * error["token"] * 1.5 and error["channel"] < 0.1
-    assert 0.9 < normed["channel"] / normed["token"] < 1.1
+
+    def errors(states):
+        """Of the ordinary channels, by channel and by token."""
+        for by in ("channel", "token"):
+            back = PackedStates.of(states, CacheSpec(4), by).dequantize(torch.float32)
+            yield relative(back[..., large == 1], states[..., large == 1])
+
+    by_channel, by_token = errors(x * large)
+    assert by_channel < 0.1 < 5 * by_channel < by_token
+    by_channel, by_token = errors(x)
+    assert 0.9 < by_channel / by_token < 1.1
 
 
-@pytest.mark.parametrize("spec", [CacheSpec(8, 16, 8), CacheSpec(4, 8, 0), CacheSpec(4, 16, 20, "token")])
+@pytest.mark.parametrize(
+    "spec", [CacheSpec(8, 16, 8), CacheSpec(4, 8, 0), CacheSpec(4, 16, 20, "token")], ids=str
+)
 def test_a_cache_returns_old_tokens_rounded_and_new_ones_as_they_came(spec):
     keys, values = normal(1, 2, 70, 16), normal(1, 2, 70, 16, seed=1)
     cache, plain = PackedCache(spec), DynamicCache()
@@ -71,7 +74,8 @@ def test_a_cache_returns_old_tokens_rounded_and_new_ones_as_they_came(spec):
         want = plain.update(*part, 0)
         at += new
         for mine, true in zip(got, want):
-            assert mine.shape == true.shape and torch.equal(mine[:, :, before:], true[:, :, before:])
+            assert mine.shape == true.shape
+            assert torch.equal(mine[:, :, before:], true[:, :, before:])
             assert before == 0 or 0 < relative(mine[:, :, :before], true[:, :, :before]) < 0.2
         layer = cache.layers[0]
         assert cache.get_seq_length() == at == plain.get_seq_length()
@@ -103,7 +107,8 @@ def test_the_cache_of_llama_2_7b_at_4k():
     assert cache_bytes(config, 4096) == 2 * 32 * 32 * 128 * 2 * 4096 == 2_147_483_648
     # All but the newest 32: 4 bits, and 4 bytes a group of 32: 5 bits a number instead of 16.
     old, recent = 4096 - 32, 32
-    assert cache_bytes(config, 4096, CacheSpec(4)) == 2 * 32 * 32 * 128 * (old * 5 // 8 + recent * 2)
+    numbers = 2 * 32 * 32 * 128  # of a token
+    assert cache_bytes(config, 4096, CacheSpec(4)) == numbers * (old * 5 // 8 + recent * 2)
 
 
 def test_the_ledger_of_decoding_llama_2_7b():
@@ -134,7 +139,8 @@ def decode(model, ids, cache, steps=40):
 def test_fewer_bits_change_the_logits_more():
     model, ids = small_model(), torch.randint(3, 300, (1, 100), generator=torch.manual_seed(0))
     want = decode(model, ids, DynamicCache(), steps=1)
-    assert torch.equal(decode(model, ids, PackedCache(CacheSpec(2)), 1), want)  # the prompt is exact
+    of_prompt = decode(model, ids, PackedCache(CacheSpec(2)), 1)
+    assert torch.equal(of_prompt, want)  # a prompt attends to itself exactly
     parts = ids[:, :-1], ids[:, -1:]
     errors = []
     for bits in (8, 4, 2):
@@ -154,8 +160,10 @@ def test_generate_with_a_packed_cache_padding_samples_and_beams():
     two = Decoding(1.0, samples=2, max_new_tokens=40, cache_bits=4)
     assert all(len(row) == 2 for row in generator(model, tokenizer, two)(prompts[:2]))
     ids = torch.randint(3, 300, (2, 60), generator=torch.manual_seed(0))
-    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, num_beams=3, do_sample=False)
-    beams = model.generate(ids, past_key_values=PackedCache(CacheSpec(8)), **settings)
+    beams = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=PackedCache(CacheSpec(8)),
+        max_new_tokens=6, num_beams=3, do_sample=False,
+    )  # fmt: skip
     assert beams.shape[0] == 2 and torch.equal(beams[:, :60], ids)
 
 
@@ -196,6 +204,17 @@ def test_decoding_takes_8_or_4_bits_and_evaluations_tell_them_apart(tmp_path):
     assert "cache_bits" not in run(None).info["decoding"]  # as in reports from before
     with pytest.raises(ValueError, match="holds answers of other settings"):
         run(8)
+
+
+def test_the_command_line_takes_cache_bits():
+    from qlora_lib.__main__ import parser
+    from qlora_lib.cli.evaluate import evaluation_name, make_decoding
+    from qlora_lib.profiles import load_profile
+
+    args = parser().parse_args(["evaluate", "--cache-bits", "4"])
+    assert make_decoding(load_profile("tiny"), args).cache_bits == 4
+    assert evaluation_name(args) == "eval-cache4bit"
+    assert evaluation_name(parser().parse_args(["evaluate"])) == "eval"
 
 
 def test_integer_scores_are_those_of_the_rounded_factors():

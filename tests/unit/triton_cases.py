@@ -36,7 +36,7 @@ def error(kernels, case, device="cpu") -> tuple[float, float]:
     """Relative error of the product, and of the gradient of its inputs, against float64."""
     out, n, group, tokens, dtype = case
     weight = quantize_rtn(normal(out, n, std=0.1), QuantSpec(4, group, clip_search=False))
-    x, g = normal(tokens, n, seed=1).to(DTYPES[dtype]), normal(tokens, out, seed=2).to(DTYPES[dtype])
+    x, g = (normal(tokens, w, seed=w).to(DTYPES[dtype]) for w in (n, out))
     dense = weight.dequantize(torch.float64)
     for name in ("codes", "scale", "zero_point"):
         setattr(weight, name, getattr(weight, name).to(device))
@@ -67,7 +67,8 @@ def compiled_for_h100(kernels) -> dict[str, dict]:
             ASTSource(tuned.fn, kinds, constexprs=fixed, attrs=even), GPUTarget("cuda", 90, 32),
             {"num_warps": config.num_warps, "num_stages": config.num_stages},
         )  # fmt: skip
-        made[name] = {"tensor cores": "wgmma" in binary.asm["ptx"], "bytes": len(binary.asm["cubin"]),
+        made[name] = {"tensor cores": "wgmma" in binary.asm["ptx"],
+                      "bytes": len(binary.asm["cubin"]),
                       "shared": binary.metadata.shared}  # fmt: skip
     return made
 

@@ -1,4 +1,4 @@
-"""The exercises of notebook 06: roofline, tiles with masks, a product with packed codes, a cache."""
+"""Exercises of notebook 06: roofline, tiles with masks, a product with packed codes, a cache."""
 import torch
 
 from ..checks import Exercise, register
