@@ -2,7 +2,7 @@
 
 tiny      the fine-tuned tiny model: perplexity of mini-GSM's test solutions, exact match on its
           first 500 test problems, with 8, 4 and 2 bits: data/results/tiny-cache.json
-smollm2   SmolLM2-135M-Instruct: perplexity of 4,096 tokens of WikiText-2's test text in windows
+smollm2   SmolLM2-135M-Instruct: perplexity of 2,048 tokens of WikiText-2's test text in windows
           of 512, and how often the most likely token stays the same: smollm2-cache.json
 
 A row is stored as soon as it is measured, and not measured again unless with --force. Text is
@@ -34,7 +34,7 @@ SEED = 0
 STEP = 32
 SOLUTIONS = 256  # test problems whose solutions are scored, given their questions
 ASKED = 500  # test problems of exact match
-WIKITEXT, WINDOW = 4096, 512  # tokens of SmolLM2's text, in windows of so many
+WIKITEXT, WINDOW = 2048, 512  # tokens of SmolLM2's text, in windows of so many
 SPECS = {
     "as they came": None,
     "8 bits": CacheSpec(8),

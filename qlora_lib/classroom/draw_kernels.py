@@ -45,13 +45,13 @@ def draw_roofline(ax, tokens: int, bits: int, flops: float, bandwidth: float,
     time = max(work / flops, moved / bandwidth)
     ax.set(xscale="log", yscale="log", xlim=(0.1, 1e4), ylim=(bandwidth / 1e10, 4 * flops / 1e9),
            xlabel="operations a byte", ylabel="billion operations a second",
-           title=f"{bits} bits, {tokens} tokens: bound by {by}, {_time(time)}")
+           title=f"bound by {by}: {_time(time)}")
     ax.minorticks_off()
     ax.legend(loc="lower right", fontsize=10)
 
 
 def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.1f} µs"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.1f} µs"
 
 
 def tile_counts(out: int, tokens: int, n: int, block_out: int, block_tokens: int,
@@ -115,19 +115,16 @@ def draw_cache(ax, method: str, context: int, batch: int, config, weights: float
     contexts = [2**i for i in range(9, 18)]
     for name, (spec, color) in METHODS.items():
         held = [cache_bytes(config, c, spec, batch) / 1e9 for c in contexts]
-        ax.plot(contexts, held, color=color if name == method else MUTED,
-                linewidth=2.8 if name == method else 1.2, zorder=3 if name == method else 2)
-        ax.text(contexts[-1] * 1.1, held[-1], name, va="center", fontsize=10,
-                color=color if name == method else MUTED)
-    ax.axhline(weights / 1e9, color=FP, linestyle="--", linewidth=1.5)
-    ax.text(contexts[0], weights / 1e9 * 1.1, f"weights in 4 bits, {weights / 1e9:.1f} GB",
-            fontsize=10)
+        ax.plot(contexts, held, color=color, linewidth=3 if name == method else 1.2, label=name)
+    ax.axhline(weights / 1e9, color=FP, linestyle="--", linewidth=1.5,
+               label=f"the weights, {weights / 1e9:.1f} GB")
     spec, color = METHODS[method]
     held = cache_bytes(config, context, spec, batch) / 1e9
     ax.plot(context, held, "o", color=color, markersize=10, markeredgecolor="black", zorder=4)
-    ax.set(xscale="log", yscale="log", xlim=(contexts[0], 3 * contexts[-1]), ylim=(0.02, 2000),
+    ax.set(xscale="log", yscale="log", xlim=(contexts[0], 3 * contexts[-1]), ylim=(0.005, 2000),
            ylabel="GB", xlabel="tokens of context",
            title=f"{method}, {batch} x {context:,} tokens: {held:.2f} GB")
+    ax.legend(loc="lower right", fontsize=9, ncols=2)
     ax.set_xticks(contexts[::2], [f"{c / 1024:g}k" for c in contexts[::2]])
     ax.minorticks_off()
 
