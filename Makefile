@@ -44,8 +44,8 @@ setup: $(READY) ## install into .venv, once ## python3 -m venv .venv; python -m 
 $(READY): requirements.txt pyproject.toml
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, %s is %s: make setup PY=python3.12" % (sys.executable, sys.version.split()[0]))'
 	@$(PY) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PY) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt-get install python3-venv), then make setup" >&2; exit 1; }
-	@echo "Setting up $(VENV), once. To be downloaded: about 200 MB of packages, and torch, which is"
-	@echo "190 MB for CPU only (2 GB on disk, all in all), but on Linux several GB with the CUDA"
+	@echo "Setting up $(VENV), once. To be downloaded: about 400 MB of packages, and torch, which is"
+	@echo "190 MB for CPU only (3 GB on disk, all in all), but on Linux several GB with the CUDA"
 	@echo "libraries that pip takes by default."
 	@echo "CPU only: stop with Ctrl-C, then make setup PIP_ARGS=\"--extra-index-url <PyTorch's CPU index>\""
 	@echo "(its Get started page names it). Torch is already here: make setup SYSTEM_TORCH=1."
@@ -54,7 +54,7 @@ ifneq ($(SYSTEM_TORCH),)
 	@$(PYTHON) -c 'import torch; v = torch.__version__; exit(tuple(map(int, v.split(".")[:2])) < (2, 11) and "torch %s is too old, 2.11 or newer is needed: make setup without SYSTEM_TORCH" % v)' \
 	    || { echo "SYSTEM_TORCH=1 needs a torch of 2.11 or newer that $(PY) can import" >&2; exit 1; }
 endif
-	@$(if $(SYSTEM_TORCH),grep -v '^torch==' requirements.txt,cat requirements.txt) > $(VENV)/requirements.txt
+	@$(if $(SYSTEM_TORCH),sed -e '/^torch==/d' -e 's/^triton==[^;]*/triton/' requirements.txt,cat requirements.txt) > $(VENV)/requirements.txt
 	@$(if $(SYSTEM_TORCH),$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)',grep '^torch==' requirements.txt) > $(VENV)/torch.txt
 	$(PIP) install $(PIP_ARGS) -r $(VENV)/requirements.txt -c $(VENV)/torch.txt
 	$(PIP) install $(PIP_ARGS) --no-deps -e .
@@ -66,7 +66,7 @@ $(PEERS)/.ready: $(READY) tests/requirements-interop.txt
 	         echo "(Debian, Ubuntu: apt-get install gcc libpcre2-dev), then make interop" >&2; exit 1; }
 	@echo "Setting up $(PEERS), once: the libraries to compare with, 2 GB on disk."
 	$(call new_venv,$(PEERS))
-	@grep -v '^numpy==' $(VENV)/requirements.txt > $(PEERS)/requirements.txt
+	@grep -v -e '^numpy==' -e '^triton' $(VENV)/requirements.txt > $(PEERS)/requirements.txt
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) \
 	    -r $(PEERS)/requirements.txt -r tests/requirements-interop.txt -c $(VENV)/torch.txt
 	$(PEERS)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) --no-deps -e .
@@ -144,6 +144,7 @@ experiments: $(READY) ## make the recorded results in data/results again ## pyth
 	$(PYTHON) -m qlora_lib.sampling_experiments
 	$(PYTHON) -m qlora_lib.step_experiments
 	$(PYTHON) -m qlora_lib.serve_experiments
+	$(PYTHON) -m qlora_lib.cache_experiments
 
 bench: $(PEERS)/.ready ## us and the peers side by side, on an idle CPU ## python -m benchmarks
 	$(PEERS)/bin/python -m benchmarks

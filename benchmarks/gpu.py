@@ -6,13 +6,18 @@
 Models of the shapes of LLaMA-2-7B and SmolLM2-135M with random weights, which are packed on
 the device as they are drawn: NF4, and 4-bit grids in groups of 64 as GPTQ stores them. LoRA
 r=16 on all linears, 512 tokens, batch 1 and 4. For each: tokens a second of training, peak
-memory beside the ledger's prediction, tokens a second of decoding; then single linears, packed
-and in cuBLAS's 16 bits. Random weights: nothing about accuracy. What is skipped says why.
+memory beside the ledger's prediction, tokens a second of decoding with a cache of keys and
+values as they come and in 4 bits; then single linears for 1 to 512 tokens: packed (Triton's
+kernels for grids), in cuBLAS's 16 bits, by torch's int4 operator and by bitsandbytes where they
+are there, and beside a plain copy. Linears are timed without the cost of launching them (CUDA
+graphs) and with weights that no cache holds; decoding is not, and mostly waits for Python.
+Random weights: nothing about accuracy. What is skipped says why.
 Needs torch, transformers, safetensors and tqdm (and triton, where kernels are used).
 """
 
 import argparse
 import gc
+import math
 import statistics
 import sys
 import time
@@ -23,6 +28,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation
 
+from qlora_lib.kernels import fused_kernels  # noqa: E402
+from qlora_lib.kv_cache import CacheSpec, PackedCache  # noqa: E402
 from qlora_lib.linear import QuantizedLinear  # noqa: E402
 from qlora_lib.loading import load_model  # noqa: E402
 from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters  # noqa: E402
@@ -38,6 +45,9 @@ from qlora_lib.train import training_mode  # noqa: E402
 RANK = 16
 # (batch, gradient checkpointing)
 ROWS = ((1, True), (4, True), (1, False))
+TOKENS = (1, 4, 16, 64)  # of single linears, and a whole sequence
+CACHED = 1 << 27  # bytes that no GPU of today keeps in its cache
+CACHES = {"as it comes": None, "4 bits": CacheSpec(4)}  # of keys and values
 
 
 def shapes(small: bool) -> dict:
@@ -111,34 +121,109 @@ def ledger_beside(model, ledger):
 
 
 @torch.no_grad()
-def decode(model, tokens: int, repeats: int) -> float:
-    """Tokens a second of greedy decoding at batch 1, with a cache of keys and values."""
+def decode(model, tokens: int, repeats: int, context: int, spec: CacheSpec | None) -> float:
+    """Tokens a second of greedy decoding at batch 1 after `context` tokens."""
 
-    def run():
-        ids, cache = torch.ones(1, 8, dtype=torch.long, device=model.device), None
-        for _ in range(tokens):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)  # (1, 1)
+    def run(steps: int = tokens):
+        from transformers.cache_utils import DynamicCache
 
-    return tokens / seconds(run, model.device, repeats)
+        cache = PackedCache(spec) if spec else DynamicCache()
+        ids = torch.ones(1, context, dtype=torch.long, device=model.device)
+        for _ in range(1 + steps):  # the prompt, and a token each
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = out.logits.argmax(-1)  # (1, 1)
+
+    prompt = seconds(lambda: run(0), model.device, repeats)
+    return tokens / max(1e-9, seconds(run, model.device, repeats) - prompt)
+
+
+def copy_rate(device: torch.device, numbers: int, repeats: int) -> float:
+    """Bytes a second of a copy, read and written."""
+    source = torch.ones(numbers, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, repeats)
+
+
+def seconds_each(runs: list, device: torch.device, repeats: int) -> float:
+    """Seconds of one of these calls, which are made one after the other. On a GPU they are
+    captured once and replayed, so that Python and launching cost nothing."""
+    for run in runs[:2]:  # Triton times its tiles now
+        run()
+
+    def all_of_them():
+        for run in runs:
+            run()
+
+    if device.type != "cuda":
+        return seconds(all_of_them, device, repeats) / len(runs)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        all_of_them()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_of_them()
+    return seconds(graph.replay, device, repeats) / len(runs)
+
+
+def bitsandbytes_linear(weight: torch.Tensor, dtype: torch.dtype):
+    import bitsandbytes as bnb
+
+    out, n = weight.shape
+    layer = bnb.nn.Linear4bit(n, out, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.load_state_dict({"weight": weight.to(dtype)})
+    return layer.to(weight.device).requires_grad_(False)  # .to() quantizes
+
+
+def torch_int4_linear(weight: torch.Tensor, dtype: torch.dtype):
+    """torch's operator for GPUs, in groups of 64; codes and grids need no meaning here."""
+    out, n = weight.shape
+    codes = torch.randint(0, 256, (out, n // 2), dtype=torch.uint8, device=weight.device)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+    grids = torch.ones(n // 64, out, 2, dtype=dtype, device=weight.device)
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, 64, grids)
+
+
+PEERS = {"torch int4": torch_int4_linear, "bitsandbytes nf4": bitsandbytes_linear}
 
 
 @torch.no_grad()
-def linears(config, dtype, device, seq: int, repeats: int) -> list[dict]:
-    """Milliseconds of one linear: in 16 bits (cuBLAS on a GPU), and packed."""
+def linears(config, dtype, device, tokens: tuple[int, ...], repeats: int, skipped: list) -> list:
+    """Milliseconds of one linear, packed and dense, and what share of a copy's bytes a second
+    the packed grids are read at."""
     h, inner, rows = config.hidden_size, config.intermediate_size, []
+    copied = copy_rate(device, CACHED if device.type == "cuda" else 1 << 20, repeats)
     draw = torch.Generator(device).manual_seed(SEED)
     for out, n in ((h, h), (inner, h), (h, inner)):
         weight = torch.randn(out, n, generator=draw, device=device) * 0.02
-        calls = {dtype_name(dtype): torch.nn.Linear(n, out, False, device, dtype)}
+        makers = {dtype_name(dtype): lambda: torch.nn.Linear(n, out, False, device, dtype)}
         for name, spec in SPECS.items():
-            calls[name] = QuantizedLinear(quantize_weight(weight, spec, name))
-        for tokens in (1, seq):
-            x = torch.randn(tokens, n, generator=draw, device=device).to(dtype)
-            times = {k: 1e3 * seconds(lambda f=f: f(x), device, repeats) for k, f in calls.items()}
-            rows.append({"shape": [out, n], "tokens": tokens, "milliseconds": times})
+            makers[name] = lambda s=spec, m=name: QuantizedLinear(quantize_weight(weight, s, m))
+        if device.type == "cuda":
+            makers |= {name: lambda f=f: f(weight, dtype) for name, f in PEERS.items()}
+        enough = CACHED if device.type == "cuda" else 1
+        layers = {}
+        for name, make in makers.items():
+            size = out * n * (dtype.itemsize if name == dtype_name(dtype) else 0.5)
+            try:
+                layers[name] = [make() for _ in range(math.ceil(enough / size))]
+            except (ImportError, RuntimeError) as error:
+                skipped.append(f"{name}, {out} x {n}: {str(error).splitlines()[0]}")
+        for count in tokens:
+            x = torch.randn(count, n, generator=draw, device=device).to(dtype)
+            times = {}
+            for name, copies in layers.items():
+                try:
+                    runs = [lambda f=f: f(x) for f in copies]
+                    times[name] = 1e3 * seconds_each(runs, device, repeats)
+                except RuntimeError as error:
+                    skipped.append(f"{name}, {count} tokens: {str(error).splitlines()[0]}")
+            share = layers["rtn"][0].nbytes / (times["rtn"] / 1e3) / copied
+            rows.append({"shape": [out, n], "tokens": count, "milliseconds": times,
+                         "packed_of_copy": share})  # fmt: skip
             shown = ", ".join(f"{k} {t:.3f}" for k, t in times.items())
-            print(f"  {out} x {n}, {tokens} tokens: {shown} ms")
+            print(f"  {out} x {n}, {count} tokens: {shown} ms; grids at {share:.0%} of a copy")
     return rows
 
 
@@ -162,7 +247,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if gpu else "cpu")
     dtype = resolve_dtype("auto", device)
     seq, tokens, repeats = (16, 2, 1) if args.small else (512, 64, 5)
+    counts = (1, seq) if args.small else (*TOKENS, seq)
     skipped = [] if gpu else ["GPU memory, cuBLAS: torch sees no CUDA GPU; these are the CPU's"]
+    if gpu and fused_kernels(device) is None:
+        skipped.append("our kernels: triton is not installed; packed layers are made dense")
     result = {"what": "random weights: memory and time, nothing about accuracy", "models": {}}
     result |= {"linears": {}, "skipped": skipped}
     extra = {"cuda": torch.version.cuda, "dtype": dtype_name(dtype), "small": args.small}
@@ -173,8 +261,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def measure(name: str, model, spec) -> None:
         row = {"seconds_to_build": round(time.perf_counter() - started, 1)}
-        row["decoded_tokens_per_second"] = decode(model, tokens, repeats=1 if args.small else 2)
-        print(f"{name}: {row['decoded_tokens_per_second']:.1f} tokens/s decoded")
+        row["context"] = 40 if args.small else 1024
+        row["decoded_tokens_per_second"] = {
+            cache: decode(model, tokens, 1 if args.small else 2, row["context"], spec)
+            for cache, spec in CACHES.items()
+        }
+        for cache, rate in row["decoded_tokens_per_second"].items():
+            print(f"{name}: {rate:.1f} tokens/s decoded, cache {cache}")
         torch.manual_seed(SEED)
         inject_lora(model, ALL_LINEAR, rank=RANK)
         row["training"] = training(model, model.config, spec, seq, repeats, skipped)
@@ -205,7 +298,9 @@ def main(argv: list[str] | None = None) -> int:
         skipped.append("SmolLM2 with its own weights: no --smollm2 PATH was given")
     for shape, config in configs.items():
         print(f"{shape}, one linear")
-        result["linears"][shape] = linears(config, dtype, device, seq, 1 if args.small else 20)
+        result["linears"][shape] = linears(
+            config, dtype, device, counts, 1 if args.small else 20, skipped
+        )
         release(device)
     result["seconds"] = round(time.perf_counter() - began, 1)
     write_json_atomic(args.out, result)

@@ -33,6 +33,7 @@ class Decoding:
     max_new_tokens: int = 320  # GSM8K's longest solutions, without notes, fit
     batch_size: int = 32  # prompts at a time
     stop: tuple[str, ...] = ("Question:",)  # a completion ends before the first of these
+    cache_bits: int | None = None  # 8 or 4: of old keys and values; None: as they came
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -42,6 +43,8 @@ class Decoding:
             )
         if min(self.samples, self.max_new_tokens, self.batch_size) < 1:
             raise ValueError("samples, max_new_tokens and batch_size must be at least 1")
+        if self.cache_bits not in (None, 8, 4):
+            raise ValueError(f"cache_bits={self.cache_bits!r} must be 8, 4, or None for 16 or 32")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"samples={self.samples} at temperature 0 would all be equal; "
@@ -111,7 +114,8 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
         "model": short_path(Path(model.config._name_or_path)),
         "revision": getattr(model.config, "_commit_hash", None),
         "compute_dtype": dtype_name(dtype),
-        "decoding": asdict(decoding),
+        # Left out where it is not used: reports from before there was one stay comparable.
+        "decoding": {k: v for k, v in asdict(decoding).items() if k != "cache_bits" or v},
     }
     generate.fingerprint = lambda: fingerprint(model)
     return generate
@@ -163,6 +167,11 @@ def _generate_batch(model, tokenizer, decoding: Decoding, encoded: list[list[int
         pad_token_id=pad_id(tokenizer),
         use_cache=True,
     )
+    cache = {}
+    if decoding.cache_bits:
+        from .kv_cache import CacheSpec, PackedCache
+
+        cache["past_key_values"] = PackedCache(CacheSpec(decoding.cache_bits))
     # A checkpoint's own generation settings (Llama-2's temperature 0.6, Qwen2's repetition
     # penalty) would fill in what `settings` leaves open; they are set aside meanwhile.
     own, model.generation_config = model.generation_config, GenerationConfig()
@@ -174,7 +183,7 @@ def _generate_batch(model, tokenizer, decoding: Decoding, encoded: list[list[int
             if sampling:
                 torch.manual_seed(decoding.seed)
             output = model.generate(
-                input_ids=input_ids, attention_mask=mask, generation_config=settings
+                input_ids=input_ids, attention_mask=mask, generation_config=settings, **cache
             )  # (batch * samples, width + new)
     finally:
         model.generation_config = own

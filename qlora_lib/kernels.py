@@ -2,12 +2,14 @@
 
 A few tokens in bf16 on a CPU: torch's int4 operator, which unpacks in registers and reads a
 quarter of the bytes. It wants the codes in an order of its own (`Int4Tiles`), which a layer
-holds instead of ours while it decodes text (`linear.decoding_layout`). Everything else:
-some rows of the weight are made dense at a time, in the cache, and multiplied there.
+holds instead of ours while it decodes text (`linear.decoding_layout`). On a GPU: our Triton
+kernels, which read the packed copy itself (triton_kernels.py). Everything else, a GPU without
+Triton too: some rows of the weight are made dense at a time, in the cache, and multiplied there.
 """
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -136,14 +138,40 @@ def scale_grad(x: Tensor, grad: Tensor, weight: QuantizedTensor) -> Tensor:
     return total
 
 
+@lru_cache
+def fused_kernels(device: torch.device):
+    """The module of Triton kernels on a GPU where Triton is installed, else None."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def product(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., in) @ W^T -> (..., out) in `dtype`: by a Triton kernel, or by way of dense rows."""
+    fused = fused_kernels(x.device)
+    if fused and fused.serves(weight, x.shape[:-1].numel(), dtype):
+        return fused.matmul(x, weight, dtype)
+    return dense_matmul(x, weight, dtype)
+
+
+def product_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
+    """grad (..., out) @ W -> (..., in) in its dtype: the gradient of `product`."""
+    fused = fused_kernels(grad.device)
+    if fused and fused.serves(weight, grad.shape[:-1].numel(), grad.dtype):
+        return fused.matmul_back(grad, weight)
+    return dense_matmul_back(grad, weight)
+
+
 def matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
     """x (..., in) @ W^T -> (..., out) in `dtype`, without gradients.
 
-    From `dense_matmul` it differs by the operator's bf16 grids: up to 2**-8 of |x| |W|^T.
+    From `product` it differs by the operator's bf16 grids: up to 2**-8 of |x| |W|^T.
     """
     few = x.shape[:-1].numel() <= INT4_TOKENS
     if not (isinstance(weight, Int4Tiles) and dtype == torch.bfloat16 and few):
-        return dense_matmul(x, weight, dtype)
+        return product(x, weight, dtype)
     (out, n), groups = weight.shape, weight.scale.shape[1]
     if x.shape[-1] != n:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {n}")

@@ -7,14 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .grid import QuantizedTensor, QuantSpec, row_slices
-from .kernels import (
-    Int4Tiles,
-    dense_matmul,
-    dense_matmul_back,
-    int4_tiles,
-    matmul,
-    scale_grad,
-)
+from .kernels import Int4Tiles, int4_tiles, matmul, product, product_back, scale_grad
 from .nf4 import NF4Spec, NF4Tensor
 
 Quantized = QuantizedTensor | NF4Tensor
@@ -33,14 +26,14 @@ class _DequantizedMatmul(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor | None, weight: Quantized, dtype) -> Tensor:
         ctx.weight, ctx.x_dtype = weight, x.dtype
         ctx.save_for_backward(*([] if scale is None else [x, scale]))
-        return dense_matmul(x, weight, dtype)  # (..., in) -> (..., out)
+        return product(x, weight, dtype)  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         # dL/dx = dL/dy W; the weight is frozen and gets no gradient.
         grad_x = grad_scale = None
         if ctx.needs_input_grad[0]:
-            grad_x = dense_matmul_back(grad, ctx.weight).to(ctx.x_dtype)
+            grad_x = product_back(grad, ctx.weight).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_scale = scale_grad(ctx.saved_tensors[0], grad, ctx.weight)
         return grad_x, grad_scale, None, None

@@ -1,4 +1,4 @@
-"""The memory of fine-tuning, predicted part by part: full, LoRA or QLoRA.
+"""The memory of fine-tuning, predicted part by part: full, LoRA or QLoRA; and of decoding text.
 
 Weights, scales, adapters, gradients and optimizer are exact: shapes are those of the model
 itself, built on the meta device, bytes those of the layout in which they are stored.
@@ -16,12 +16,13 @@ from functools import cache
 import torch
 
 from .grid import SCALE_DTYPE, QuantSpec
+from .kv_cache import CacheSpec, cache_bytes
 from .lora import ALL_LINEAR, find_linears
 from .measure import AllocationMeter, Measurement, measure_step
 from .models import DTYPES
 from .nf4 import NESTED_BLOCK, NF4Spec
 
-__all__ = ["AllocationMeter", "MemoryLedger", "memory_ledger"]
+__all__ = ["AllocationMeter", "MemoryLedger", "decoding_ledger", "memory_ledger"]
 METHODS = ("full", "lora", "qlora")
 OPTIMIZERS = ("adamw", "adam8bit")
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # blocks whose activations are counted, not estimated
@@ -163,6 +164,37 @@ def memory_ledger(
         setting += f", activations of {config.model_type} estimated"
     how = (batch, seq, compute_dtype, checkpointing, optimizer, recomputed, logit_tokens)
     return MemoryLedger(setting, parameters, trained, parts, *how)
+
+
+def decoding_ledger(
+    config,
+    context: int,
+    batch: int = 1,
+    spec: QuantSpec | NF4Spec | None = None,
+    cache: CacheSpec | None = None,
+    compute_dtype: str = "bf16",
+) -> dict[str, int]:
+    """Exact bytes of what decoding keeps, by part: "weights", "packed weights", "scales", and
+    the "cache" of keys and values of `batch` sequences of `context` tokens.
+
+    spec: how the decoder linears are stored; None: dense. cache: how old tokens are; None: as
+    they came. Not counted: the activations of a step, and a layer's cache while it is
+    dequantized. Raises ValueError for another dtype or kind of decoder.
+    """
+    if compute_dtype not in DTYPES:
+        raise ValueError(f"compute_dtype={compute_dtype!r} must be one of {', '.join(DTYPES)}")
+    config = config.get_text_config()
+    size = DTYPES[compute_dtype].itemsize
+    counts, shapes = _model_shapes(config.to_json_string(), type(config))
+    linears = [s for path, s in shapes.items() if _last(path) in ALL_LINEAR]
+    packed = [packed_bytes(s, spec) for s in linears] if spec else []
+    dense = sum(counts) - (sum(map(math.prod, linears)) if spec else 0)
+    return {
+        "weights": dense * size,
+        "packed weights": sum(codes for codes, _ in packed),
+        "scales": sum(scales for _, scales in packed),
+        "cache": cache_bytes(config, context, cache, batch, size),
+    }
 
 
 def logits_bytes(tokens: int, vocab_size: int, size: int) -> int:

@@ -30,6 +30,7 @@ def add_run_options(add) -> None:
     add("--dense", action="store_true", help="for a run made with --method none")
     add("--no-adapter", action="store_true", help="the base model alone")
     add("--max-new-tokens", type=int, help="(default: the profile's)")
+    add("--cache-bits", type=int, choices=(8, 4), help="of the keys and values of old tokens")
 
 
 def open_profile(args):

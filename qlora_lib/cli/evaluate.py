@@ -39,7 +39,7 @@ def make_decoding(profile, args, **settings):
     from ..generation import Decoding
 
     length = args.max_new_tokens or profile.max_new_tokens
-    return Decoding(max_new_tokens=length, **settings)
+    return Decoding(max_new_tokens=length, cache_bits=args.cache_bits, **settings)
 
 
 def sampler(profile, args):
@@ -114,6 +114,7 @@ def evaluation_name(args) -> str:
         "base": args.no_adapter,
         f"{args.few_shot}shot": args.few_shot,
         f"first{args.limit}": args.limit,
+        f"cache{args.cache_bits}bit": args.cache_bits,
         f"{args.vote or 'majority'}{args.samples}": args.samples > 1,
     }
     return "-".join(["eval", *(name for name, on in special.items() if on)])

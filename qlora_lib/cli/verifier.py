@@ -36,6 +36,7 @@ def train(args) -> None:
     decoding = Decoding(
         temperature=args.temperature, samples=args.samples, seed=args.seed,
         max_new_tokens=args.max_new_tokens or profile.max_new_tokens,
+        cache_bits=args.cache_bits,
         batch_size=max(1, args.batch_size // args.samples),
     )  # fmt: skip
     model, tokenizer = open_run(profile, args)

@@ -14,7 +14,7 @@ PACKAGE = Path(qlora_lib.__file__).parent
 FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout", "adam8bit"}
 FLOOR_2 = {
     "blocks", "linear", "kernels", "choosing", "lora", "lora_layer", "lora_init", "merge",
-    "compose", "variants",
+    "compose", "variants", "triton_kernels",
 }  # fmt: skip
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
@@ -123,7 +123,7 @@ def test_no_pickle(name):
 @pytest.mark.parametrize("name", sorted(FLOOR_1 | (FLOOR_2 & set(FILES))))
 def test_floors_1_and_2_import_torch_alone(name):
     outside = GRAPH[name][1] - set(sys.stdlib_module_names)
-    assert outside <= ({"torch"} if name != "kernels" else {"torch", "triton"})
+    assert outside <= ({"torch"} if name != "triton_kernels" else {"torch", "triton"})
 
 
 def test_floors_1_and_2_run_with_torch_alone():
@@ -183,9 +183,9 @@ merge_hessians unmerge_lora save_adapter load_adapter load_bnb_4bit save_quantiz
 load_profile format_gsm8k finetune TrainConfig Decoding generator evaluate extract_answer
 is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq majority best_score
 weighted_vote with_scores likelihood pass_at_k Verifier train_verifier Adam8bit
-memory_ledger check_fits NotEnoughMemory adapter_names adapter_table delete_adapter
+memory_ledger decoding_ledger check_fits NotEnoughMemory adapter_names adapter_table delete_adapter
 combine_adapters prune_adapter allocate_ranks train_scales freeze_scales lora_plus_groups
-AdapterServer ServerFull ServerStopped RequestTimeout
+AdapterServer ServerFull ServerStopped RequestTimeout CacheSpec PackedCache
 """.split()
 
 

@@ -1,0 +1,291 @@
+"""Exercises of notebook 06: roofline, tiles with masks, a product with packed codes, a cache."""
+import torch
+
+from ..checks import Exercise, register
+
+# -- roofline -----------------------------------------------------------------------------------
+
+
+def roofline(tokens, out_features, in_features, bits, flops, bandwidth):
+    work = 2 * tokens * out_features * in_features
+    moved = out_features * in_features * bits / 8 + 2 * tokens * (in_features + out_features)
+    return max(work / flops, moved / bandwidth)
+
+
+def _bytes(tokens, out, n, bits):
+    return out * n * bits / 8 + 2 * tokens * (n + out)
+
+
+def _one_flop(tokens, out, n, bits, flops, bandwidth):
+    return max(tokens * out * n / flops, _bytes(tokens, out, n, bits) / bandwidth)
+
+
+def _bits_as_bytes(tokens, out, n, bits, flops, bandwidth):
+    moved = out * n * bits + 2 * tokens * (n + out)
+    return max(2 * tokens * out * n / flops, moved / bandwidth)
+
+
+def _lesser(tokens, out, n, bits, flops, bandwidth):
+    return min(2 * tokens * out * n / flops, _bytes(tokens, out, n, bits) / bandwidth)
+
+
+def _one_after_the_other(tokens, out, n, bits, flops, bandwidth):
+    return 2 * tokens * out * n / flops + _bytes(tokens, out, n, bits) / bandwidth
+
+
+def _weights_alone(tokens, out, n, bits, flops, bandwidth):
+    return max(2 * tokens * out * n / flops, out * n * bits / 8 / bandwidth)
+
+
+def _weights_per_token(tokens, out, n, bits, flops, bandwidth):
+    moved = tokens * out * n * bits / 8 + 2 * tokens * (n + out)
+    return max(2 * tokens * out * n / flops, moved / bandwidth)
+
+
+def _rate(tokens, out, n, bits, flops, bandwidth):
+    work = 2 * tokens * out * n
+    return min(flops, work / _bytes(tokens, out, n, bits) * bandwidth)
+
+
+register(Exercise(
+    name="roofline",
+    reference=roofline,
+    cases=[
+        (lambda g: (1, 1000, 1000, 16, 1e12, 1e11), "one token, bound by memory"),
+        (lambda g: (1, 1000, 1000, 4, 1e12, 1e11), "one token, 4 bits"),
+        (lambda g: (512, 1000, 1000, 16, 1e12, 1e11), "many tokens, bound by arithmetic"),
+        (lambda g: (16, 256, 1024, 4, 1e12, 1e11), "activations that are no trifle"),
+        (lambda g: (8, 4096, 4096, 8, 9.9e14, 3.3e12), "a GPU's ceilings"),
+    ],
+    mistakes=[
+        (_one_flop, "a product takes two operations for each weight and token, a "
+                    "multiplication and an addition"),
+        (_bits_as_bytes, "the ceiling counts bytes: divide the bits of the weight by 8"),
+        (_lesser, "both must be done: the slower of the two decides, not the faster"),
+        (_one_after_the_other, "while some numbers are multiplied the next are read: take the "
+                               "larger of the two times, not their sum"),
+        (_weights_alone, "inputs are read and outputs are written too, two bytes a number"),
+        (_weights_per_token, "the weight is read once for all tokens: that is why a batch is "
+                             "cheap"),
+        (_rate, "this is the attainable rate in operations a second; asked is the time"),
+    ],
+    atol=0,  # times are micro- and milliseconds
+))
+
+# -- tile_offsets -------------------------------------------------------------------------------
+
+
+def tile_offsets(program, block, size):
+    offsets = program * block + torch.arange(block)
+    return offsets, offsets < size
+
+
+def _next_to_each_other(program, block, size):
+    offsets = program + torch.arange(block)
+    return offsets, offsets < size
+
+
+def _from_zero(program, block, size):
+    offsets = torch.arange(block)
+    return offsets, offsets < size
+
+
+def _one_too_many(program, block, size):
+    offsets = program * block + torch.arange(block)
+    return offsets, offsets <= size
+
+
+def _all_inside(program, block, size):
+    offsets = program * block + torch.arange(block)
+    return offsets, torch.ones(block, dtype=torch.bool)
+
+
+def _shorter(program, block, size):
+    offsets = torch.arange(program * block, min((program + 1) * block, size))
+    return offsets, offsets < size
+
+
+def _clamped(program, block, size):
+    offsets = (program * block + torch.arange(block)).clamp(max=size - 1)
+    return offsets, offsets < size
+
+
+def _counted_from_one(program, block, size):
+    offsets = (program - 1) * block + torch.arange(block)
+    return offsets, offsets < size
+
+
+register(Exercise(
+    name="tile_offsets",
+    reference=tile_offsets,
+    cases=[
+        (lambda g: (0, 4, 12), "the first tile"),
+        (lambda g: (2, 4, 12), "the last tile, full"),
+        (lambda g: (2, 4, 10), "the last tile, half outside"),
+        (lambda g: (0, 8, 3), "a tile larger than the matrix"),
+        (lambda g: (3, 4, 12), "a tile beyond the end"),
+    ],
+    mistakes=[
+        (_next_to_each_other, "tiles would overlap: program 1 begins where program 0's block ends, "
+                              "at program * block"),
+        (_from_zero, "every program would work on the first tile: add program * block"),
+        (_one_too_many, "the last index is size - 1: the mask is offsets < size"),
+        (_all_inside, "offsets beyond the end are read all the same: mask them"),
+        (_shorter, "a tile always has `block` offsets, on a GPU its shape is compiled in; what "
+                   "lies outside is masked, not cut"),
+        (_clamped, "clamped offsets stay inside, but count the last row several times: mask "
+                   "them instead"),
+        (_counted_from_one, "programs are numbered from 0"),
+    ],
+))
+
+# -- packed_dot ---------------------------------------------------------------------------------
+
+
+def packed_dot(x, codes, scale, zero):
+    groups = scale.shape[1]
+    low, high = (codes & 15).float(), (codes >> 4).float()
+    even, odd = x[0::2], x[1::2]
+    products = low * even + high * odd  # (rows, n / 2)
+    sums = products.unflatten(1, (groups, -1)).sum(2)  # (rows, groups)
+    return (scale * (sums - zero * x.view(groups, -1).sum(1))).sum(1)
+
+
+def _by_the_book(x, q, scale, zero, decode):
+    groups = scale.shape[1]
+    w = decode(q.float().unflatten(1, (groups, -1)), scale[..., None], zero[..., None])
+    return w.flatten(1) @ x
+
+
+def _codes_of(codes, first, second):
+    return torch.stack([first(codes), second(codes)], 2).flatten(1)
+
+
+def _right(codes):
+    return _codes_of(codes, lambda c: c & 15, lambda c: c >> 4)
+
+
+def _high_first(x, codes, scale, zero):
+    q = _codes_of(codes, lambda c: c >> 4, lambda c: c & 15)
+    return _by_the_book(x, q, scale, zero, lambda q, s, z: s * (q - z))
+
+
+def _halves(x, codes, scale, zero):
+    q = torch.cat([codes & 15, codes >> 4], 1)
+    return _by_the_book(x, q, scale, zero, lambda q, s, z: s * (q - z))
+
+
+def _no_zero(x, codes, scale, zero):
+    return _by_the_book(x, _right(codes), scale, zero, lambda q, s, z: s * q)
+
+
+def _zero_once(x, codes, scale, zero):
+    groups = scale.shape[1]
+    sums = (_right(codes).float() * x).unflatten(1, (groups, -1)).sum(2)
+    return (scale * (sums - zero)).sum(1)
+
+
+def _zero_unscaled(x, codes, scale, zero):
+    return _by_the_book(x, _right(codes), scale, zero, lambda q, s, z: s * q - z)
+
+
+def _first_grid(x, codes, scale, zero):
+    first = torch.zeros_like(scale)
+    return _by_the_book(x, _right(codes), scale[:, :1] + first, zero[:, :1] + first,
+                        lambda q, s, z: s * (q - z))
+
+
+def _all_of_x(x, codes, scale, zero):
+    groups = scale.shape[1]
+    sums = (_right(codes).float() * x).unflatten(1, (groups, -1)).sum(2)
+    return (scale * (sums - zero * x.sum())).sum(1)
+
+
+def _packed_case(rows, n, groups):
+    def make(g):
+        codes = torch.randint(0, 256, (rows, n // 2), generator=g, dtype=torch.uint8)
+        scale = torch.rand(rows, groups, generator=g) / 10 + 0.01
+        zero = torch.randint(4, 12, (rows, groups), generator=g).float()
+        return torch.randn(n, generator=g), codes, scale, zero
+
+    return make
+
+
+register(Exercise(
+    name="packed_dot",
+    reference=packed_dot,
+    cases=[
+        (_packed_case(1, 4, 1), "one row, one group"),
+        (_packed_case(3, 8, 1), "several rows"),
+        (_packed_case(2, 16, 4), "several groups"),
+        (_packed_case(5, 64, 2), "more of everything"),
+    ],
+    mistakes=[
+        (_high_first, "the low nibble (codes & 15) is the even feature, the high one the odd "
+                      "feature after it"),
+        (_halves, "low nibbles are features 0, 2, 4, ..., not the first half: they meet x[0::2]"),
+        (_no_zero, "a code stands for scale * (code - zero): where is the zero-point?"),
+        (_zero_once, "each input has the zero-point taken off its own code: together that is "
+                     "zero times the SUM of the group's inputs"),
+        (_zero_unscaled, "the zero-point is a code, so it is scaled too: scale * (code - zero)"),
+        (_first_grid, "every group has its own scale and zero-point"),
+        (_all_of_x, "a group's correction takes the inputs of that group alone"),
+    ],
+    atol=1e-4,  # sums in another order
+))
+
+# -- cache_size ---------------------------------------------------------------------------------
+
+
+def cache_size(layers, kv_heads, head_dim, tokens, bits, group_size, recent):
+    stored = max(0, tokens - recent) // group_size * group_size
+    numbers = 2 * layers * kv_heads * head_dim
+    old = numbers * stored * bits // 8 + numbers * stored // group_size * 4
+    return old + numbers * (tokens - stored) * 2
+
+
+def _size(layers, kv_heads, head_dim, tokens, bits, group_size, recent, *, pair=2, extra=4,
+          whole=True, unit=8):
+    stored = max(0, tokens - recent)
+    stored = stored // group_size * group_size if whole else stored
+    numbers = pair * layers * kv_heads * head_dim
+    old = numbers * stored * bits // unit + numbers * stored // group_size * extra
+    return old + numbers * (tokens - stored) * 2
+
+
+def _variant(**how):
+    return lambda *arguments: _size(*arguments, **how)
+
+
+def _all_old(layers, kv_heads, head_dim, tokens, bits, group_size, recent):
+    numbers = 2 * layers * kv_heads * head_dim * tokens
+    return numbers * bits // 8 + numbers // group_size * 4
+
+
+def _no_recent_bytes(layers, kv_heads, head_dim, tokens, bits, group_size, recent):
+    stored = max(0, tokens - recent) // group_size * group_size
+    numbers = 2 * layers * kv_heads * head_dim * stored
+    return numbers * bits // 8 + numbers // group_size * 4
+
+
+register(Exercise(
+    name="cache_size",
+    reference=cache_size,
+    cases=[
+        (lambda g: (1, 1, 32, 32, 8, 32, 0), "one group a channel"),
+        (lambda g: (2, 3, 64, 96, 4, 32, 32), "a recent window"),
+        (lambda g: (2, 2, 64, 100, 4, 32, 0), "a group that is not whole yet"),
+        (lambda g: (4, 2, 64, 20, 4, 32, 32), "nothing old"),
+        (lambda g: (32, 32, 128, 4096, 4, 32, 128), "LLaMA-2-7B at 4k"),
+    ],
+    mistakes=[
+        (_variant(pair=1), "keys AND values are kept"),
+        (_variant(extra=0), "each group also keeps a scale and a lowest value, 2 bytes each"),
+        (_variant(extra=2), "a group keeps two fp16 numbers, a scale and a lowest value: 4 bytes"),
+        (_variant(unit=1), "bytes are asked: 8 bits are one"),
+        (_variant(whole=False), "only whole groups of tokens are stored as codes; the rest stays "
+                                "in 16 bits"),
+        (_all_old, "the recent tokens, and those of a group that is not whole, stay in 16 bits"),
+        (_no_recent_bytes, "tokens that stay in 16 bits take bytes too"),
+    ],
+))
