@@ -13,7 +13,8 @@ from pathlib import Path
 from .books import BUILD
 from .normal_form import dumps, exercises, normal, notebooks, read, write
 
-FOLDED = re.compile(r"<details>\s*<summary>[^<]*solution[^<]*</summary>.*?</details>\s*", re.S | re.I)
+# "Solution", "solution of 3", and no recall question that speaks of solutions.
+FOLDED = re.compile(r"<details>\s*<summary>\s*solution\b[^<]*</summary>.*?</details>\s*", re.S | re.I)
 
 
 def without_solutions(book):
