@@ -83,6 +83,9 @@ def draw_cells(axes, correlation: float, input_1: float, first: str, weight: Ten
         for point in points:
             ax.add_patch(Polygon(shapes[name] + point, facecolor="none", edgecolor=color, lw=1.2))
         ax.add_patch(Polygon(shapes[name] + chosen[name] @ s, facecolor=color, alpha=0.45))
+        for vector in s:  # b_0 and b_1
+            ax.annotate("", xy=vector.tolist(), xytext=(0, 0),
+                        arrowprops={"arrowstyle": "->", "color": COLORS["muted"], "linewidth": 2})
         ax.scatter(*points.T, s=16, color=COLORS["fp"], zorder=3)
         ax.scatter(*star, s=110, marker="*", color=COLORS["fp"], zorder=4)
         loss = quadratic(chosen[name] - weight, h)

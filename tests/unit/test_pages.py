@@ -117,6 +117,8 @@ def test_a_copy_for_students_has_stub_and_hint_alone(tmp_path):
     assert made.cells[1].outputs == [said] and exercises(made)
     whole = SOLVED[SOLVED.index("<details><summary>Sol"):SOLVED.index("And on")]
     assert len(student.without_solutions(a_book("# A", stub(), whole)).cells) == 2
+    recall = "<details><summary>2. Why not whole solutions?</summary>\n\nThey differ.\n</details>"
+    assert student.without_solutions(a_book("# A", recall)).cells[1].source == recall
 
 
 def test_a_solution_that_would_be_handed_out_stops_the_build(tmp_path):
