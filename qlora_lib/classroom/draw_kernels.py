@@ -121,10 +121,10 @@ def draw_cache(ax, method: str, context: int, batch: int, config, weights: float
     spec, color = METHODS[method]
     held = cache_bytes(config, context, spec, batch) / 1e9
     ax.plot(context, held, "o", color=color, markersize=10, markeredgecolor="black", zorder=4)
-    ax.set(xscale="log", yscale="log", xlim=(contexts[0], 3 * contexts[-1]), ylim=(0.005, 2000),
+    ax.set(xscale="log", yscale="log", xlim=(contexts[0], 3 * contexts[-1]), ylim=(0.0005, 3000),
            ylabel="GB", xlabel="tokens of context",
            title=f"{method}, {batch} x {context:,} tokens: {held:.2f} GB")
-    ax.legend(loc="lower right", fontsize=9, ncols=2)
+    ax.legend(loc="lower right", fontsize=9, ncols=3)
     ax.set_xticks(contexts[::2], [f"{c / 1024:g}k" for c in contexts[::2]])
     ax.minorticks_off()
 
