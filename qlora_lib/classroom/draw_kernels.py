@@ -90,7 +90,7 @@ def draw_tiles(axes, block_out: int, block_tokens: int, out: int, tokens: int, n
     right.barh([1, 0], reads, color=[PACKED, COLORS["rtn"]], height=0.6)
     right.plot(once, [1, 0], "|", color="black", markersize=30, markeredgewidth=2)
     for y, read, least in zip((1, 0), reads, once):
-        right.text(read, y + 0.36, f"{read:,.0f} kB, {read / least:.0f} times", fontsize=11,
+        right.text(read, y + 0.36, f"{read:,.0f} kB, {read / least:.0f}×", fontsize=11,
                    ha="right" if read > 1500 else "left")
     most = tile_counts(out, tokens, n, 16, 16)
     right.set(yticks=[1, 0], yticklabels=["weight", "inputs"], ylim=(-0.5, 1.6),
