@@ -255,17 +255,19 @@ def matmul(x: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         def programs(c):
             return triton.cdiv(out, c["BLOCK_OUT"]), parts
 
-        _vector[programs](x=flat, y=y, per_split=per_split, **layout)
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU
+            _vector[programs](x=flat, y=y, per_split=per_split, **layout)
     else:
 
         def programs(c):
             columns = triton.cdiv(tokens, c["BLOCK_TOKENS"])
             return triton.cdiv(out, c["BLOCK_OUT"]), columns, parts
 
-        _matrix[programs](
-            x=flat, y=y, about=_about(tokens), tokens=tokens, per_split=per_split,
-            DOT=_dot_dtype(dtype), **layout,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _matrix[programs](
+                x=flat, y=y, about=_about(tokens), tokens=tokens, per_split=per_split,
+                DOT=_dot_dtype(dtype), **layout,
+            )  # fmt: skip
     return (y[0] if parts == 1 else y.sum(0)).to(dtype).view(*x.shape[:-1], out)
 
 
@@ -279,7 +281,9 @@ def matmul_back(grad: Tensor, weight: QuantizedTensor) -> Tensor:
     def programs(c):
         return triton.cdiv(n, layout["WIDTH"]), triton.cdiv(tokens, c["BLOCK_TOKENS"])
 
-    _backward[programs](
-        grad=flat, dx=dx, about=_about(tokens), tokens=tokens, DOT=_dot_dtype(grad.dtype), **layout
-    )
+    with torch.cuda.device_of(grad):
+        _backward[programs](
+            grad=flat, dx=dx, about=_about(tokens), tokens=tokens, DOT=_dot_dtype(grad.dtype),
+            **layout,
+        )  # fmt: skip
     return dx.view(*grad.shape[:-1], n)

@@ -90,7 +90,7 @@ def draw_tiles(axes, block_out: int, block_tokens: int, out: int, tokens: int, n
     right.barh([1, 0], reads, color=[PACKED, COLORS["rtn"]], height=0.6)
     right.plot(once, [1, 0], "|", color="black", markersize=30, markeredgewidth=2)
     for y, read, least in zip((1, 0), reads, once):
-        right.text(read, y + 0.36, f"{read:,.0f} kB, {read / least:.0f} times", fontsize=11,
+        right.text(read, y + 0.36, f"{read:,.0f} kB, {read / least:.0f}×", fontsize=11,
                    ha="right" if read > 1500 else "left")
     most = tile_counts(out, tokens, n, 16, 16)
     right.set(yticks=[1, 0], yticklabels=["weight", "inputs"], ylim=(-0.5, 1.6),
@@ -121,10 +121,10 @@ def draw_cache(ax, method: str, context: int, batch: int, config, weights: float
     spec, color = METHODS[method]
     held = cache_bytes(config, context, spec, batch) / 1e9
     ax.plot(context, held, "o", color=color, markersize=10, markeredgecolor="black", zorder=4)
-    ax.set(xscale="log", yscale="log", xlim=(contexts[0], 3 * contexts[-1]), ylim=(0.005, 2000),
+    ax.set(xscale="log", yscale="log", xlim=(contexts[0], 3 * contexts[-1]), ylim=(0.0005, 3000),
            ylabel="GB", xlabel="tokens of context",
            title=f"{method}, {batch} x {context:,} tokens: {held:.2f} GB")
-    ax.legend(loc="lower right", fontsize=9, ncols=2)
+    ax.legend(loc="lower right", fontsize=9, ncols=3)
     ax.set_xticks(contexts[::2], [f"{c / 1024:g}k" for c in contexts[::2]])
     ax.minorticks_off()
 
