@@ -31,6 +31,8 @@ class Exercise:
     mistakes: (wrong, message) pairs; `wrong` is what a typical mistake computes, or raises.
     rtol, atol: for floats; whole numbers must be equal. With exact_dtype a tensor must have the
         reference's dtype too.
+    changes: of a call's arguments, afterwards: what the function shall have changed, as the
+        reference does.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Exercise:
     rtol: float = 1e-4
     atol: float = 1e-6
     exact_dtype: bool = True
+    changes: Callable[[tuple], Any] | None = None
 
 
 _EXERCISES: dict[str, Exercise] = {}
@@ -103,6 +106,7 @@ class _Result:
     value: Any = None
     error: Exception | None = None
     wrote: bool = False
+    changed: Any = None  # see Exercise.changes
 
     @property
     def unsolved(self) -> str:
@@ -130,7 +134,8 @@ def _run(exercise: Exercise, function: Callable | None, case: int) -> _Result:
             value = function(*arguments)
         except Exception as error:
             return _Result(error=error, wrote=_differ(before, arguments))
-    return _Result(value, wrote=_differ(before, arguments))
+    changed = exercise.changes(arguments) if exercise.changes else None
+    return _Result(value, wrote=_differ(before, arguments), changed=changed)
 
 
 def _differ(before: Any, after: Any) -> bool:
@@ -154,6 +159,8 @@ def _problem(exercise: Exercise, got: _Result, want: _Result) -> str:
         return f"{got.unsolved} here"
     if problem := _mismatch(got.value, want.value, exercise):
         return problem
+    if _mismatch(got.changed, want.changed, exercise):
+        return "right values, but its arguments are not changed as they should be"
     return "right values, but it wrote into its arguments" if got.wrote else ""
 
 
@@ -232,7 +239,8 @@ def _diagnosis(exercise: Exercise, results: list[_Result], case: int) -> str:
 def _alike(exercise: Exercise, a: _Result, b: _Result) -> bool:
     if a.error is not None or b.error is not None:
         return type(a.error) is type(b.error)
-    return a.wrote == b.wrote and not _mismatch(a.value, b.value, exercise)
+    same = not _mismatch(a.value, b.value, exercise)
+    return a.wrote == b.wrote and same and not _mismatch(a.changed, b.changed, exercise)
 
 
 def side_by_side(yours: Any, expected: Any, width: int = 34) -> str:

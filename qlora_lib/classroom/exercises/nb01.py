@@ -222,6 +222,11 @@ def _sums_swapped(a, za, q, zw):
     return a @ q.T - za * a.sum(1, keepdim=True) - zw.T * q.sum(1) + a.shape[1] * za * zw.T
 
 
+def _zw_not_turned(a, za, q, zw):
+    a, q, za, zw = (t.int() for t in (a, q, za, zw))
+    return a @ q.T - zw * a.sum(1, keepdim=True) - za * q.sum(1) + a.shape[1] * za * zw
+
+
 def _product_case(tokens, n, out):
     def make(g):
         return (_codes(g, tokens, n, high=256), _codes(g, tokens, 1, high=256),
@@ -259,6 +264,10 @@ register(Exercise(
          "uint8 minus uint8 wraps around below 0 (3 - 5 = 254); cast with .int() first"),
         (lambda a, za, q, zw: _terms(a, za, q, zw, product=0) + a @ q.T,
          "a product of uint8 stays uint8 and wraps around at 256; cast with .int() first"),
+        (lambda a, za, q, zw: a @ q.T - zw.T * a.sum(1, keepdim=True) - za * q.sum(1)
+         + a.shape[1] * za * zw.T,
+         "a product of uint8 stays uint8 and wraps around at 256; cast all four with .int() first"),
+        (_zw_not_turned, "zw is (out, 1), the result (tokens, out): use zw.T"),
     ],
     exact_dtype=False))
 

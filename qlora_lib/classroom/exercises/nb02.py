@@ -99,6 +99,7 @@ register(Exercise(
                          "tensor"),
         (_step_not_outer, "errors (out,) times a row of the inverse (in,): every pair of them is "
                           "needed, an outer product (out, in)"),
+        (lambda w, h, c, t: obs_step(w, h, c, t) - w, "this is the change; add it to the weights"),
     ],
 ))
 
@@ -273,6 +274,8 @@ register(Exercise(
                           "start:end and columns end:"),
         (_update_in_place, "right values, but the argument was changed: clone it first"),
         (_update_next_block, "the whole rest must move, not just the next block"),
+        (lambda w, e, f, start, end: lazy_update(w, e, f, start, end)[:, end:],
+         "this is the rest alone; return the whole weight, the finished block as it was"),
     ],
     rtol=1e-4, atol=1e-5,
 ))

@@ -226,6 +226,11 @@ def _merged_and_added(linear, a, b, alpha, x):
     return linear(x) + x @ update.T
 
 
+@torch.no_grad()
+def _beside(linear, a, b, alpha, x):
+    return x @ (linear.weight + alpha / a.shape[0] * b @ a).T
+
+
 register(Exercise(
     name="merge_and_run",
     reference=merge_and_run,
@@ -251,4 +256,6 @@ register(Exercise(
          "the update counts twice: once merged, the adapter must not be added again"),
         (_merged(lambda w, a, b, alpha: w + alpha / a.shape[0] * a @ b),
          "A B has another shape than the weight; the update is B A, (out, r) @ (r, in)"),
-    ]))
+        (_beside, "right output, but linear still holds the old weight: write into linear.weight"),
+    ],
+    changes=lambda arguments: arguments[0].weight.detach()))

@@ -333,6 +333,15 @@ EVERYTHING = ("embedding", "base", "lora")
 train_adapter = _train(("lora",))
 
 
+def _nothing_frozen(model: ToyLoRA, batches: Batches, lr: float) -> list[Tensor]:
+    optimizer = torch.optim.SGD([model.lora_A, model.lora_B], lr=lr)
+    for ids, y in batches:
+        optimizer.zero_grad()
+        (model(ids) - y).square().mean().backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
 def _toy(steps: int, lr: float, vocabulary: int = 7):
     def make(g):
         model = ToyLoRA(vocabulary, generator=g)
@@ -362,5 +371,8 @@ register(Exercise(
                                              "backward and step, or is B frozen?"),
         (_train(("lora_B",)), "B alone is trained; A belongs to the adapter too"),
         (_train(()), "everything is frozen, the adapter as well"),
+        (_nothing_frozen, "right numbers, but embedding and base still get gradients: freeze them "
+                          "with requires_grad_(False), so that none is computed"),
     ],
-    rtol=1e-4, atol=1e-6))
+    rtol=1e-4, atol=1e-6,
+    changes=lambda arguments: [p.grad is None for p in (arguments[0].embedding, arguments[0].base)]))
