@@ -102,7 +102,7 @@ def test_bad_names_of_prompts_are_refused(names, message):
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_each_of_many_concurrent_answers_is_the_one_it_gets_alone(kind):
-    """150 requests for four adapters and the base, while the event loop's own thread uses the
+    """90 requests for four adapters and the base, while the event loop's own thread uses the
     same model with an adapter of its choice."""
     model, decoding = four_adapters(kind), Decoding(max_new_tokens=5, batch_size=16)
     want = alone(model, decoding)
@@ -115,9 +115,9 @@ def test_each_of_many_concurrent_answers_is_the_one_it_gets_alone(kind):
 
     async def all_of_them():
         async with AdapterServer(model, small_tokenizer(), decoding) as server:
-            asking = [asyncio.create_task(client(server, i)) for i in range(150)]
+            asking = [asyncio.create_task(client(server, i)) for i in range(90)]
             with use_adapter(model, "c"):
-                while not all(t.done() for t in asking):
+                for _ in range(20):
                     await asyncio.sleep(0)
                     assert torch.equal(logits(model), c)
             return [await t for t in asking], server.metrics()
@@ -125,9 +125,9 @@ def test_each_of_many_concurrent_answers_is_the_one_it_gets_alone(kind):
     answers, metrics = asyncio.run(all_of_them())
     assert all(completion == want[asked] for asked, completion in answers)
     assert len({asked for asked, _ in answers}) == 30
-    assert metrics["requests"] == metrics["answered"] == metrics["rows"] == 150
+    assert metrics["requests"] == metrics["answered"] == metrics["rows"] == 90
     assert metrics["failed"] == metrics["waiting"] == 0
-    assert 10 <= metrics["batches"] < 150 and metrics["rows_a_batch"] == 150 / metrics["batches"]
+    assert 6 <= metrics["batches"] < 90 and metrics["rows_a_batch"] == 90 / metrics["batches"]
     assert metrics["tokens"] == sum(completion.tokens for _, completion in answers)
     assert 0 < metrics["latency_p50"] <= metrics["latency_p95"] <= metrics["latency_max"]
 
