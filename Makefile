@@ -88,14 +88,18 @@ test: ## unit tests, then nbval
 	$(MAKE) --no-print-directory unit
 	$(MAKE) --no-print-directory nbval
 
+# Two workers, a file each, with one thread each: threads of two processes would spin against
+# each other. (Two threads are what run-all has.)
+TWO := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+
 unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
-	$(PYTHON) -m pytest -q tests/unit
+	$(TWO) tests/unit
 
 interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop
 	$(PEERS)/bin/python -m pytest -q tests/interop
 
 nbval: $(READY) ## run the notebooks again and compare with their stored outputs ## python -m pytest -q --nbval --nbval-current-env notebooks
-	$(PYTHON) -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=900 \
+	$(TWO) --nbval --nbval-current-env --nbval-cell-timeout=900 \
 	    --nbval-kernel-startup-timeout=120 \
 	    $(if $(NB),$(foreach n,$(NB),notebooks/$(n)*.ipynb),notebooks/[0-9][0-9]_*.ipynb)
 
