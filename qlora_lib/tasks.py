@@ -121,7 +121,7 @@ def split_of(prompt: str) -> str:
 def _drawn(name: str) -> Callable[[str, int], list[Pair]]:
     def draw(split: str, n: int) -> list[Pair]:
         rng, found = random.Random(f"{name} {split} {SEED}"), {}
-        for _ in range(1000 * n):
+        for _ in range(100 * n):  # a tenth of the draws is dev or test, and some come twice
             prompt, target = KINDS[name](rng)
             if split_of(prompt) == split:
                 found.setdefault(prompt, target)
@@ -160,7 +160,7 @@ TASKS = {
         Task("summarization", "who, where, what and how it ended, of a short story", _TEXT,
              _drawn("summarization"), _same_text, 24),
         Task("translation", "a made-up language into English", _TEXT, _drawn("translation"),
-             _same_text, 24),
-        Task("code", "a function in words, as Python", _TEXT, _drawn("code"), _same_text, 32),
+             _same_text, 28),
+        Task("code", "a function in words, as Python", _TEXT, _drawn("code"), _same_text, 36),
     )
 }  # fmt: skip

@@ -181,6 +181,7 @@ load_profile format_gsm8k finetune TrainConfig Decoding generator evaluate extra
 is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq majority best_score
 weighted_vote with_scores likelihood pass_at_k Verifier train_verifier Adam8bit
 memory_ledger check_fits NotEnoughMemory
+Finetuner find_optimal_rank AdapterLog load_task score
 """.split()
 
 
