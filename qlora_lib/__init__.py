@@ -14,8 +14,11 @@ _HOME = {
     "gptq": ["GPTQOptions", "Hessian", "gptq_quantize", "output_error"],
     "linear": ["QuantizedLinear", "decoding_layout"],
     "lora": [
-        "LoRALinear", "inject_lora", "set_adapter", "trainable_parameters", "use_adapter",
+        "LoRALinear", "adapter_names", "adapter_table", "delete_adapter", "inject_lora",
+        "set_adapter", "trainable_parameters", "use_adapter",
     ],
+    "compose": ["allocate_ranks", "combine_adapters", "prune_adapter"],
+    "variants": ["freeze_scales", "lora_plus_groups", "train_scales"],
     "merge": ["merge_into_original", "merge_lora", "unmerge_lora"],
     "merge_loss": ["merge_hessians", "merge_report"],
     "models": ["dequantize_model", "quantize_model", "quantized_layers"],

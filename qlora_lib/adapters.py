@@ -17,6 +17,7 @@ from .peft_config import describe, read_config
 from .results import ROOT
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's, in the file
 
 
 def save_adapter(
@@ -27,14 +28,14 @@ def save_adapter(
 ) -> None:
     """Write one adapter in PEFT's layout: adapter_model.safetensors, adapter_config.json.
 
-    dtype: of the stored A and B; bfloat16 halves the file, and is read back as fp32. Ranks
+    dtype: of the stored tensors; bfloat16 halves the file, and is read back as fp32. Ranks
     and alphas that differ by layer are written as PEFT's rank_pattern and alpha_pattern.
     PiSSA over a dense base is written as what it learned, B A - (B A at step 0): plain LoRA of
     rank 2 r for the original model (PEFT converts in the same way). Over a quantized base,
     LoftQ and PiSSA fit that base alone, which the file names by a hash: keep it too
     (save_quantized).
     Raises ValueError when the model has no adapter of that name, when its layers differ in
-    dropout or use_rslora, for which PEFT has one value, when PiSSA's difference would be
+    dropout, use_rslora or use_dora, for which PEFT has one value, when PiSSA's difference would be
     stored in 16 bits, and when the folder holds other files.
     """
     layers = {n: m for n, m in lora_layers(model).items() if adapter in m.configs}
@@ -51,6 +52,9 @@ def save_adapter(
         configs[path], b, a = _update(layer, adapter)
         state[f"{key}.lora_A.weight"] = a.to(dtype).contiguous()
         state[f"{key}.lora_B.weight"] = b.to(dtype).contiguous()
+        if adapter in layer.magnitude:
+            magnitude = layer.magnitude[adapter].detach().cpu()
+            state[f"{key}.{MAGNITUDE}"] = magnitude.to(dtype).contiguous()
     residual = {p: m for p, m in layers.items() if m.residual_of == adapter and not m.start}
     if residual:
         metadata |= {"init": layers[next(iter(residual))].configs[adapter].init}
@@ -147,7 +151,7 @@ def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default")
                 f"quantized base ({residual}; this model's is {own}), and it fits no other; "
                 "load the base that was saved beside it (save_quantized, load_quantized)"
             )
-    wanted = {path: _pair(folder, state, model, path, c) for path, c in configs.items()}
+    wanted = {path: _tensors(folder, state, model, path, c) for path, c in configs.items()}
     _drop_copies_of_the_base(folder, state, model)
     if state:
         raise ValueError(
@@ -157,8 +161,8 @@ def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default")
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     layers = add_adapters(model, configs, adapter)
     for path, layer in layers.items():
-        layer.lora_A[adapter].data.copy_(wanted[path][0])
-        layer.lora_B[adapter].data.copy_(wanted[path][1])
+        for parameter, tensor in zip(layer.parameters_of(adapter), wanted[path], strict=True):
+            parameter.data.copy_(tensor)
         layer.residual_of = adapter if residual is not None else layer.residual_of
     for name, p in model.named_parameters():  # loading trains nothing and freezes nothing
         p.requires_grad_(before.get(name, False))
@@ -182,14 +186,16 @@ def _drop_copies_of_the_base(folder: Path, state: dict, model: nn.Module) -> Non
                 )
 
 
-def _pair(folder: Path, state: dict, model: nn.Module, path: str, config: LoRAConfig):
-    """A (rank, in) and B (out, rank) of one layer, taken out of `state`."""
-    layer, pair = model.get_submodule(path), []
-    for part, shape in (
-        ("lora_A", (config.rank, layer.in_features)),
-        ("lora_B", (layer.out_features, config.rank)),
-    ):
-        key = f"base_model.model.{path}.{part}.weight"
+def _tensors(folder: Path, state: dict, model: nn.Module, path: str, config: LoRAConfig):
+    """A (rank, in), B (out, rank) and DoRA's magnitude (out,) of a layer, taken out of `state`."""
+    layer, tensors = model.get_submodule(path), []
+    wanted = {
+        "lora_A.weight": (config.rank, layer.in_features),
+        "lora_B.weight": (layer.out_features, config.rank),
+    }
+    wanted |= {MAGNITUDE: (layer.out_features,)} if config.use_dora else {}
+    for part, shape in wanted.items():
+        key = f"base_model.model.{path}.{part}"
         tensor = state.pop(key, None)
         if tensor is None or tuple(tensor.shape) != shape:
             got = "nothing" if tensor is None else tuple(tensor.shape)
@@ -202,5 +208,5 @@ def _pair(folder: Path, state: dict, model: nn.Module, path: str, config: LoRACo
                 f"{folder}: {key} ({tensor.dtype}) holds NaN, Inf or no floating-point numbers; "
                 "the training diverged, or the file is broken: save the adapter again"
             )
-        pair.append(tensor)
-    return pair
+        tensors.append(tensor)
+    return tensors

@@ -21,6 +21,7 @@ from .linear import QuantizedLinear
 from .lora import lora_layers, replace_module
 from .models import default_device, quantized_layers, resolve_dtype
 from .nf4 import NF4Spec, NF4Tensor
+from .variants import check_scales_are_frozen
 
 FORMAT = 1  # raised when the layout changes; older readers then refuse the file
 WEIGHTS, QUANTIZATION = "model.safetensors", "quantization.json"
@@ -138,6 +139,7 @@ def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("no layer is quantized; call quantize_model, or use save_pretrained")
+    check_scales_are_frozen(layers)
     with atomic_folder(folder, QUANTIZATION) as scratch:
         save_file(base_state(model), scratch / WEIGHTS, metadata={"format": "pt"})
         describe(model, tokenizer, {n: m.spec for n, m in layers.items()}, scratch)

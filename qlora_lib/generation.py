@@ -15,10 +15,11 @@ import torch
 
 from .data import encode_prompt, pad, pad_id, short_path
 from .linear import decoding_layout
-from .lora import lora_layers
+from .lora import use_adapter
+from .lora_layer import check_names, lora_layers
 from .models import dtype_name
 
-Generate = Callable[[Sequence[str]], list]  # prompts to completions, in the same order
+Generate = Callable[..., list]  # prompts (and adapters) to completions, in the same order
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,22 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
 
     With samples > 1 it returns a list of `samples` Completions for each prompt. Its
     attributes `info` and `fingerprint()` say what a report should. Prompts are batched by
-    length and padded on the left. Raises ValueError where a prompt and max_new_tokens
-    exceed the context.
+    length and padded on the left. `generate(prompts, adapters)` gives each prompt an adapter of
+    its own, by name (None: the base), in batches that mix them. Raises ValueError where a
+    prompt and max_new_tokens exceed the context, for unknown adapters, and unless there is
+    one a prompt.
     """
     dtype = model.get_input_embeddings().weight.dtype
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
 
-    def generate(prompts: Sequence[str]) -> list:
+    def generate(prompts: Sequence[str], adapters: Sequence[str | None] | None = None) -> list:
+        if adapters is not None:
+            if isinstance(adapters, str) or len(adapters) != len(prompts):
+                raise ValueError(
+                    f"adapters={adapters!r:.80} for {len(prompts)} prompts: expected a list with "
+                    "a name, or None, for each prompt"
+                )
+            check_names(model, *adapters)
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, encoded):
             if len(ids) + decoding.max_new_tokens > context:
@@ -89,8 +99,14 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
             with decoding_layout(model) if dtype == torch.bfloat16 else nullcontext():
                 for start in range(0, len(order), decoding.batch_size):
                     chosen = order[start : start + decoding.batch_size]
-                    ids = [encoded[i] for i in chosen]
-                    batch = _generate_batch(model, tokenizer, decoding, ids)
+                    names = nullcontext()
+                    if adapters is not None:  # rows of one adapter together: no copies of them
+                        chosen.sort(key=lambda i: adapters[i] or "")
+                        rows = [adapters[i] for i in chosen for _ in range(decoding.samples)]
+                        names = use_adapter(model, rows)
+                    with names:
+                        ids = [encoded[i] for i in chosen]
+                        batch = _generate_batch(model, tokenizer, decoding, ids)
                     for i, completions in zip(chosen, batch):
                         results[i] = completions if decoding.samples > 1 else completions[0]
         finally:

@@ -23,6 +23,7 @@ from .linear import QuantizedLinear
 from .lora import lora_layers, replace_module
 from .models import decoder_blocks, quantized_layers
 from .packing import BITS
+from .variants import check_scales_are_frozen
 
 # A copy of the quantization_config, which older readers want. Only GPTQ checkpoints have it,
 # so an export over another model's folder is refused.
@@ -82,6 +83,7 @@ def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("no layer is quantized; call quantize_model first")
+    check_scales_are_frozen(layers)
     first, spec = next((path, layer.spec) for path, layer in layers.items())
     for path, layer in layers.items():
         if not isinstance(layer.spec, QuantSpec):

@@ -7,6 +7,7 @@ with an integer zero_point, so that 0.0 is always on the grid and decodes exactl
 arXiv 2210.17323.)
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -105,12 +106,13 @@ class QuantizedTensor:
 
 
 def row_slices(shape: torch.Size, device: torch.device, unit: int = 1) -> list[slice]:
-    """Rows that are made dense at a time, a multiple of `unit`: on a CPU about PIECE weights,
-    but no fewer than 64 rows; elsewhere all."""
+    """Rows that are made dense at a time, a multiple of `unit` and of 64 (no tile of the int4
+    operator is cut): on a CPU about PIECE weights; elsewhere all."""
     out, in_features = shape
     if device.type != "cpu":
         return [slice(0, out)]
-    count = -(-max(64, PIECE // max(1, in_features)) // unit) * unit
+    unit = math.lcm(unit, 64)
+    count = -(-max(1, PIECE // max(1, in_features)) // unit) * unit
     return [slice(i, min(i + count, out)) for i in range(0, max(1, out), count)]
 
 

@@ -1,12 +1,20 @@
 """QuantizedLinear: a linear layer that keeps its weight packed, in forward and backward."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .grid import QuantizedTensor, QuantSpec
-from .kernels import Int4Tiles, dense_matmul, dense_matmul_back, int4_tiles, matmul
+from .grid import QuantizedTensor, QuantSpec, row_slices
+from .kernels import (
+    Int4Tiles,
+    dense_matmul,
+    dense_matmul_back,
+    int4_tiles,
+    matmul,
+    scale_grad,
+)
 from .nf4 import NF4Spec, NF4Tensor
 
 Quantized = QuantizedTensor | NF4Tensor
@@ -18,17 +26,24 @@ class _DequantizedMatmul(torch.autograd.Function):
     F.linear would save the dense W for backward: one full-precision weight a layer, alive
     from the forward pass to the backward pass, and the memory saving is gone. Here
     autograd saves nothing but the packed tensor that the layer holds anyway.
+    scale: None, or the scales (out, groups) where these are trained (variants.train_scales).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor | None, weight: Quantized, dtype) -> Tensor:
         ctx.weight, ctx.x_dtype = weight, x.dtype
+        ctx.save_for_backward(*([] if scale is None else [x, scale]))
         return dense_matmul(x, weight, dtype)  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         # dL/dx = dL/dy W; the weight is frozen and gets no gradient.
-        return dense_matmul_back(grad, ctx.weight).to(ctx.x_dtype), None, None
+        grad_x = grad_scale = None
+        if ctx.needs_input_grad[0]:
+            grad_x = dense_matmul_back(grad, ctx.weight).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_scale = scale_grad(ctx.saved_tensors[0], grad, ctx.weight)
+        return grad_x, grad_scale, None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -69,6 +84,8 @@ class QuantizedLinear(nn.Module):
     def held(self) -> Quantized:
         """The packed weight as this layer's buffers hold it; a view on them, no copy."""
         known = {name: getattr(self, name) for name in self._tensor_names()}
+        if isinstance(known.get("scale"), nn.Parameter):
+            known["scale"] = known["scale"].detach()
         known |= {"shape": torch.Size((self.out_features, self.in_features)), "spec": self.spec}
         if known["codes"].dim() == 3:  # the codes tell their own layout: 3 axes are tiles
             return Int4Tiles(**known, op_grids=self.op_grids)
@@ -111,8 +128,10 @@ class QuantizedLinear(nn.Module):
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        if torch.is_grad_enabled() and x.requires_grad:
-            y = _DequantizedMatmul.apply(x, self.held, dtype)
+        scale = getattr(self, "scale", None)
+        scale = scale if isinstance(scale, nn.Parameter) and scale.requires_grad else None
+        if torch.is_grad_enabled() and (x.requires_grad or scale is not None):
+            y = _DequantizedMatmul.apply(x, scale, self.held, dtype)
         else:
             y = matmul(x, self.held, dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -130,15 +149,27 @@ class QuantizedLinear(nn.Module):
         # .half() and .to(dtype) cast every floating-point buffer, but the scales were
         # rounded to their dtype before the codes were computed: move them, never cast.
         kept = {name: getattr(self, name) for name in self._tensor_names()}
+        kept = {name: t.detach() for name, t in kept.items() if t is not None}
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = getattr(self, name)
-            if new is not None and new.dtype != old.dtype:
+            if new.dtype != old.dtype and isinstance(new, nn.Parameter):
+                new.data = old.to(new.device)
+            elif new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
         return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+def dense_pieces(layer: nn.Linear | QuantizedLinear) -> Iterator[tuple[slice, Tensor]]:
+    """The dense fp32 weight of a linear layer, some rows at a time: which, and (rows, in)."""
+    if isinstance(layer, QuantizedLinear):
+        yield from layer.held.pieces(torch.float32)
+    else:
+        for rows in row_slices(layer.weight.shape, layer.weight.device):
+            yield rows, layer.weight.detach()[rows].float()
 
 
 @contextmanager

@@ -1,196 +1,64 @@
-"""LoRA: a frozen weight plus a trained product of two thin matrices.
+"""Adapters on a model: which layers get them, which one a call uses, what they take.
 
-Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
-with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
+lora_layer.py has the layer and its equation, choosing.py the choice of a call.
 """
 
 import hashlib
-import math
+from collections.abc import Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .blocks import WORDS, linears_in_blocks
+from .choosing import Rows, choose, keep_choice
 from .grid import QuantSpec
 from .linear import QuantizedLinear
 from .lora_init import RESIDUAL_INITS, check_dense, start_from_base
+from .lora_layer import (
+    LoRAConfig,
+    LoRALinear,
+    adapter_names,
+    check_adapter,
+    check_names,
+    lora_layers,
+)
 from .nf4 import NF4Spec
 
 # Llama's names, which many families share.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
-INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
-
-# The adapter of the current call, by layer: a name, or None for the bare base; a layer that
-# is not in it makes its own choice. By layer, so that a second model in the same block keeps
-# its adapter; a context variable, so that threads and tasks do not see each other's.
-_DEFAULT = object()
-_chosen: ContextVar[dict] = ContextVar("chosen adapters", default={})
-
 
 @contextmanager
-def use_adapter(model: nn.Module, name: str | None):
-    """Within the block, calls use this adapter (None: the base alone).
+def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
+    """Within the block, calls use this adapter (None: the base alone), or one a row.
 
-    A block of the model under gradient checkpointing is recomputed with the adapter of its
-    forward pass, wherever and whenever backward runs. Where you call torch's `checkpoint`
-    yourself, wrap it in `keep_choice`.
-    Raises ValueError when the model has no adapter of that name.
+    A list of names gives each row of the batch an adapter of its own; rows may share one, and
+    None is the base. The base's product is computed once for all rows, then each adapter's
+    on its rows. A row gets what it gets alone but for the last bits: a matrix product of
+    another number of rows may add in another order. The first axis of what the layers see
+    must be the batch, one row a name; else the call raises ValueError. Where generate() repeats
+    rows (num_return_sequences=k), repeat each name k times. Not handled: models that regroup
+    rows between layers, as mixtures of experts do.
+
+    The choice belongs to the block: other threads and asyncio tasks keep theirs. A block of
+    the model under gradient checkpointing is recomputed with the adapter of its forward pass,
+    wherever and whenever backward runs. Where you call torch's `checkpoint` yourself, wrap it
+    in `keep_choice`. Raises ValueError when the model has no adapter of that name, and for
+    an empty list.
     """
-    if name is not None and name not in adapter_names(model):
-        raise ValueError(f"no adapter {name!r}; the model has {adapter_names(model)}")
+    rows = not (name is None or isinstance(name, str))
+    check_names(model, *(name if rows else [name]))
+    if rows and not name:
+        raise ValueError("use_adapter was given no names; one a row of the batch is expected")
     for module in model.modules():  # those of transformers that checkpoint hold a function for it
         if hasattr(module, "_gradient_checkpointing_func"):
             kept = keep_choice(module._gradient_checkpointing_func)
             module._gradient_checkpointing_func = kept
-    token = _chosen.set({**_chosen.get(), **dict.fromkeys(lora_layers(model).values(), name)})
-    try:
+    choice = Rows(name, next(model.parameters()).device) if rows else name
+    with choose(lora_layers(model).values(), choice):
         yield model
-    finally:
-        _chosen.reset(token)
-
-
-def keep_choice(checkpoint):
-    """A checkpoint function like the given one, recomputing with the adapter of the forward pass.
-
-    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's
-    own (CUDA), which inherits no context variable: the block would run with the default
-    adapter, and the gradients would be those of another model.
-    """
-    if getattr(checkpoint, "keeps_choice", False):
-        return checkpoint
-
-    def checkpointed(function, *args, **kwargs):
-        chosen = _chosen.get()  # at the forward pass
-
-        def run(*args, **kwargs):
-            token = _chosen.set(chosen)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _chosen.reset(token)
-
-        return checkpoint(run, *args, **kwargs)
-
-    checkpointed.keeps_choice = True
-    return checkpointed
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """What an adapter is made of; the same in each layer."""
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    init: str = "kaiming"
-    use_rslora: bool = False  # alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
-        if self.init not in INITS:
-            raise ValueError(f"init={self.init!r} is not one of {INITS}")
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-
-def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
-    """Raises ValueError when a linear layer can't take this adapter."""
-    if not name or "." in name:  # names of parameters can't hold a dot
-        raise ValueError(f"adapter={name!r} must be a name without dots")
-    taken = layer.configs.get(name, config) if isinstance(layer, LoRALinear) else config
-    if taken != config:
-        raise ValueError(f"adapter {name!r} exists with {taken}, not {config}")
-    if getattr(layer, "residual_of", None) not in (None, name):
-        raise ValueError(
-            f"the base is what init left beside adapter {layer.residual_of!r}, no model by itself; "
-            "merge that one first (merge_lora(unload=True)), or start from a fresh model"
-        )
-    shape = (layer.out_features, layer.in_features)
-    if config.rank > min(shape):
-        raise ValueError(f"rank={config.rank} exceeds the rank of a layer {shape}")
-
-
-class LoRALinear(nn.Module):
-    """A linear layer (dense or quantized) with named adapters beside it.
-
-    base      nn.Linear or QuantizedLinear, frozen
-    lora_A    {name: (rank, in_features)}, fp32
-    lora_B    {name: (out_features, rank)}, fp32
-    merged    None, or the layer that stands for base and adapter together
-    residual_of  None, or the adapter whose initialization made the base (lora_init.py)
-    start     None, or B and A at step 0 of that adapter, beside a dense base
-    """
-
-    def __init__(self, base: nn.Linear | QuantizedLinear):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.configs: dict[str, LoRAConfig] = {}
-        self.active: str | None = None
-        self.merged: nn.Module | None = None
-        self.residual_of: str | None = None
-        self.start: tuple[Tensor, Tensor] | None = None
-
-    def add(self, name: str, config: LoRAConfig) -> None:
-        """Add an adapter, B = 0. The first one becomes the active one.
-
-        Raises ValueError for a name in use with another configuration and for a rank
-        above the layer's own.
-        """
-        check_adapter(self, name, config)
-        if name in self.configs:
-            return
-        device = next(t.device for t in [*self.base.parameters(), *self.base.buffers()])
-        # fp32 even on a bf16 base: an update of 1e-4 would vanish in bf16's 8 bits.
-        a = torch.empty(config.rank, self.in_features, device=device)
-        if config.init == "gaussian":
-            nn.init.normal_(a, std=1 / config.rank)
-        else:  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT; LoftQ and PiSSA overwrite it
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(a)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, config.rank, device=device))
-        self.configs[name] = config
-        self.active = self.active or name
-
-    def delta(self, name: str) -> Tensor:
-        """The adapter as a dense update of the weight: scaling * B A, fp32 (out, in)."""
-        return self.configs[name].scaling * (self.lora_B[name] @ self.lora_A[name]).detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        chosen = _chosen.get().get(self, _DEFAULT)
-        name = self.active if chosen is _DEFAULT else chosen
-        if self.merged is not None and chosen is _DEFAULT:
-            return self.merged(x)
-        y = self.base(x)
-        if name not in self.configs:  # None, or an adapter that leaves this layer alone
-            return y
-        config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
-        # Autocast casts for itself; a cast here would give every layer a copy of x to keep.
-        h = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
-        h = nn.functional.dropout(h, config.dropout, self.training)
-        h = h @ a.t()  # (..., in) -> (..., rank): thin first, B A is never formed
-        return y + (config.scaling * (h @ b.t())).to(y.dtype)  # (..., rank) -> (..., out)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear by its module path."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Names of all adapters in the model, in the order in which they were added."""
-    return list(dict.fromkeys(n for m in lora_layers(model).values() for n in m.configs))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -231,18 +99,22 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
 def inject_lora(
     model: nn.Module,
     target_modules=ATTENTION,
-    rank: int = 8,
+    rank: int | dict[str, int] = 8,
     alpha: float = 16,
     dropout: float = 0.0,
     init: str = "kaiming",
     spec: QuantSpec | NF4Spec | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
     adapter: str = "default",
 ) -> list[str]:
     """Freeze the model and put an adapter on each target layer.
 
-    target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). init: with "kaiming"
-    and "gaussian" the outputs do not change. "loftq" and "pissa" take dense layers, and
+    target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). rank: one for all, or
+    {path: rank} with a rank a layer (as `allocate_ranks` returns): targets that it leaves out
+    get no adapter; alpha is one, so that their scaling alpha / rank differs, as with PEFT's
+    rank_pattern. use_dora: train each row's length apart (lora_layer.weight_norm); it costs about
+    one more dequantization of the weight a call. init: with "kaiming" and "gaussian" the outputs do not change. "loftq" and "pissa" take dense layers, and
     replace their bases by residuals, quantized as `spec` says ("pissa" alone does without:
     a dense residual); outputs change by what rounding leaves (lora_init.py). Calling it
     again with the same configuration changes nothing. Random draws come from torch's global
@@ -250,21 +122,31 @@ def inject_lora(
     is changed, for targets that match nothing, a rank out of range, a name in use, a spec
     with other inits, and layers that "loftq" and "pissa" can't take.
     """
-    config = LoRAConfig(rank, alpha, dropout, init, use_rslora)
     found = find_linears(model, target_modules)
+    ranks = rank if isinstance(rank, dict) else dict.fromkeys(found, rank)
+    strange = [path for path in ranks if path not in found]
+    if strange or not ranks:
+        raise ValueError(
+            f"rank names {len(ranks)} layers, and {strange[:2] or 'none of them'} is not among "
+            f"target_modules={target_modules!r}; give paths of target layers"
+        )
+    found = {path: m for path, m in found.items() if path in ranks}
+    configs = {
+        path: LoRAConfig(ranks[path], alpha, dropout, init, use_rslora, use_dora) for path in found
+    }
     new = [path for path, m in found.items() if adapter not in getattr(m, "configs", {})]
     if init in RESIDUAL_INITS:
         for path in new:
-            check_dense(path, found[path], config, spec)
+            check_dense(path, found[path], configs[path], spec)
     elif spec is not None:
         raise ValueError(f"spec={spec} goes with {RESIDUAL_INITS}; quantize_model quantizes first")
-    layers = add_adapters(model, dict.fromkeys(found, config), adapter)
+    layers = add_adapters(model, configs, adapter)
     for path in new if init in RESIDUAL_INITS else ():
         start_from_base(layers[path], adapter, spec)
     model.requires_grad_(False)  # embeddings, norms and head too
     for layer in layers.values():
-        layer.lora_A[adapter].requires_grad_(True)
-        layer.lora_B[adapter].requires_grad_(True)
+        for p in layer.parameters_of(adapter):
+            p.requires_grad_(True)
     return list(found)
 
 
@@ -291,10 +173,72 @@ def add_adapters(
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Make this adapter the default of every layer (None: the base alone)."""
-    if name is not None and name not in adapter_names(model):
-        raise ValueError(f"no adapter {name!r}; the model has {adapter_names(model)}")
+    check_names(model, name)
     for layer in lora_layers(model).values():
         layer.active = name
+
+
+def delete_adapter(model: nn.Module, name: str) -> list[str]:
+    """Take one adapter off the model; a layer's last one leaves the bare base layer behind.
+
+    Not for an adapter that a call is using. Layers whose default it was have the base alone
+    as default then. Returns the paths of the layers that had it. Raises ValueError, and then
+    changes nothing, for an unknown name, for merged layers, and for the adapter beside whose
+    initialization (PiSSA, LoftQ) the base was made: that base is no model by itself.
+    """
+    check_names(model, name)
+    layers = {path: m for path, m in lora_layers(model).items() if name in m.configs}
+    for path, layer in layers.items():
+        if layer.residual_of == name:
+            raise ValueError(
+                f"{path}: init={layer.configs[name].init!r} moved a part of the weight into "
+                f"adapter {name!r}, and the base alone is no model; keep it, merge it "
+                "(merge_lora(unload=True)), or load the model again"
+            )
+        if layer.merged is not None:
+            raise ValueError(f"{path} is merged with its adapter; call unmerge_lora first")
+    for path, layer in layers.items():
+        layer.remove(name)
+        if not layer.configs:
+            replace_module(model, path, layer.base)
+    return list(layers)
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """What one adapter takes; the row of name None is the base that all share."""
+
+    name: str | None
+    ranks: tuple[int, ...]  # that occur, in order; of the base none
+    layers: int  # linear layers that it is in; of the base: that there are
+    parameters: int  # of a quantized weight: its elements
+    nbytes: int  # as held in memory
+
+
+def adapter_table(model: nn.Module) -> list[AdapterRow]:
+    """The base, then each adapter in the order in which they were added: sizes in memory.
+
+    The base counts all that is not an adapter, embeddings and norms too, tied weights once;
+    dense copies made by merge_lora are left out.
+    """
+    layers, rows, own = lora_layers(model), [], set()
+    for name in adapter_names(model):
+        having = [m for m in layers.values() if name in m.configs]
+        tensors = [t for m in having for t in m.parameters_of(name)]
+        own |= {id(t) for t in tensors}
+        ranks = tuple(sorted({m.configs[name].rank for m in having}))
+        count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+        rows.append(AdapterRow(name, ranks, len(having), count, size))
+    linears = linear_layers(model)
+    packed = [getattr(m, "base", m) for m in linears.values()]
+    packed = [m for m in packed if isinstance(m, QuantizedLinear)]
+    for module in [*packed, *(m.merged for m in layers.values() if m.merged is not None)]:
+        own |= {id(t) for t in [*module.parameters(), *module.buffers()]}
+    dense = [t for t in model.parameters() if id(t) not in own]
+    rest = dense + [t for t in model.buffers() if id(t) not in own]
+    count = sum(t.numel() for t in dense) + sum(m.out_features * m.in_features for m in packed)
+    size = sum(t.nbytes for t in rest) + sum(m.nbytes for m in packed)
+    return [AdapterRow(None, (), len(linears), count, size), *rows]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -117,7 +117,7 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
     rows = []
     for path, layer in layers.items():
         weight = linears[path].weight.detach()
-        update = layer.delta(layer.active).to(weight.device)  # (out, in)
+        update = layer.delta(layer.active, weight).to(weight.device)  # (out, in)
         target = weight.float() + update
         gap = weight.float() - _dense_weight(layer.base).to(weight.device)
         # A parameter of its own: in place, weights tied to the embeddings would drag them along.

@@ -14,8 +14,8 @@ from .lora import LoRAConfig, linear_layers, lora_layers
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 READ = {
-    *REQUIRED, "peft_type", "lora_dropout", "use_rslora", "init_lora_weights", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    *REQUIRED, "peft_type", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 # They say where an adapter comes from, or have a meaning only together with one of REFUSED.
 HARMLESS = {
@@ -23,9 +23,8 @@ HARMLESS = {
     "inference_mode", "runtime_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
-# They make the adapter more, or other, than W + scaling * B A on linear layers.
+# They make the adapter more, or other, than what lora_layer.py computes on linear layers.
 REFUSED = {
-    "use_dora": "DoRA rescales each row of the merged weight",
     "bias": "the base's biases were trained too; only 'none' is read",
     "lora_bias": "B has a bias",
     "fan_in_fan_out": "weights are stored transposed",
@@ -56,6 +55,7 @@ KINDS = {
     "lora_alpha": (int, float),
     "lora_dropout": (int, float),
     "use_rslora": (bool,),
+    "use_dora": (bool,),
 }
 INSTEAD = "merge it with PEFT (merge_and_unload) and load the merged model, or train without it"
 
@@ -83,6 +83,7 @@ def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRA
             dropout=described.get("lora_dropout") or 0.0,
             init="gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming",
             use_rslora=described.get("use_rslora") or False,
+            use_dora=described.get("use_dora") or False,
         )
     return configs
 
@@ -94,7 +95,7 @@ def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
     and `lora_alpha`, the others go into rank_pattern and alpha_pattern, by path. Raises
     ValueError when the layers differ in what PEFT has one value for.
     """
-    for field in ("dropout", "use_rslora"):
+    for field in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(config, field) for config in configs.values()}
         if len(values) > 1:
             raise ValueError(
@@ -112,6 +113,7 @@ def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
         "lora_alpha": alpha,
         "lora_dropout": first.dropout,
         "use_rslora": first.use_rslora,
+        "use_dora": first.use_dora,
         "init_lora_weights": "gaussian" if inits == {"gaussian"} else True,
         "target_modules": sorted({path.rpartition(".")[2] for path in configs}),
         "bias": "none",

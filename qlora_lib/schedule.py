@@ -24,6 +24,7 @@ class TrainConfig:
     accumulation: int = 1  # forward passes in one optimizer step
     optimizer: str = "adamw"  # or adam8bit: a quarter of the bytes of its moments
     lr: float = 2e-4  # peak learning rate
+    lora_plus_ratio: float = 1.0  # B's learning rate over A's (LoRA+); the paper: about 16
     warmup_ratio: float = 0.05  # part of the steps in which lr rises to its peak
     weight_decay: float = 0.0  # decoupled (AdamW)
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
@@ -53,6 +54,10 @@ class TrainConfig:
             raise ValueError(
                 f"lr={self.lr}, warmup_ratio={self.warmup_ratio}, max_grad_norm="
                 f"{self.max_grad_norm}: expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0"
+            )
+        if not 0 < self.lora_plus_ratio < math.inf:
+            raise ValueError(
+                f"lora_plus_ratio={self.lora_plus_ratio} must be a number above 0; 1 is plain LoRA"
             )
         if self.resume and self.folder is None:
             raise ValueError("resume=True needs the folder of the run to resume")

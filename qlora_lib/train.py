@@ -33,6 +33,7 @@ from .loss import chunk_for, loss_sum
 from .models import dtype_name, resolve_dtype
 from .schedule import TrainConfig, learning_rate, schedule
 from .snapshots import load_last, save_last, save_parameters
+from .variants import lora_plus_groups
 
 
 def finetune(
@@ -56,7 +57,7 @@ def finetune(
     are those of one process but for rounding (and for dropout's masks). The first process
     writes the files; parameters start as its own; each returns the same history.
 
-    Raises ValueError for no examples, nothing to train, a prompt that fills max_length,
+    Raises ValueError for no examples, nothing to train (no B, with a LoRA+ ratio), a prompt that fills max_length,
     a checkpoint of another run, processes that differ in their settings or examples, and a
     loss or gradient that is not finite.
     """
@@ -77,7 +78,10 @@ def finetune(
     per_epoch = math.ceil(len(encoded) / window)
     total = config.max_steps or config.epochs * per_epoch
     kind = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}[config.optimizer]
-    optimizer = kind(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+    groups = parameters.values()
+    if config.lora_plus_ratio != 1:
+        groups = lora_plus_groups(parameters, config.lr, config.lora_plus_ratio)
+    optimizer = kind(groups, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = History(dtype_name(dtype), sum(p.numel() for p in parameters.values()))
     identity = _identity(config, history.compute_dtype, encoded)
@@ -109,7 +113,7 @@ def finetune(
             torch.manual_seed((processes.rank() << 40) + config.seed * 1_000_003 + step)
             lr = learning_rate(step, total, config)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_ratio", 1.0)
             asked = [encoded[i] for i in chosen]
             own = _batches(processes.share(asked), config.batch_size, tokenizer, device)
             count = _supervised(asked)

@@ -150,7 +150,6 @@ def test_init_has_pefts_distribution():
 @pytest.mark.parametrize(
     "given, named",
     [
-        (dict(use_dora=True), "use_dora"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
         (dict(bias="lora_only"), "bias"),
         (dict(lora_bias=True), "lora_bias"),

@@ -162,7 +162,7 @@ def test_a_broken_adapter_config_is_named(adapter):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("peft_type", "IA3"), ("use_dora", True), ("modules_to_save", ["lm_head"]),
+        ("peft_type", "IA3"), ("modules_to_save", ["lm_head"]),
         ("bias", "all"), ("lora_bias", True), ("fan_in_fan_out", True),
         ("trainable_token_indices", [1, 2]), ("use_qalora", True), ("arrow_config", {"top_k": 3}),
         ("megatron_config", {"x": 1}), ("ensure_weight_tying", True), ("velora_config", {"x": 1}),

@@ -12,7 +12,10 @@ import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
 FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout", "adam8bit"}
-FLOOR_2 = {"blocks", "linear", "kernels", "lora", "lora_init", "merge"}
+FLOOR_2 = {
+    "blocks", "linear", "kernels", "choosing", "lora", "lora_layer", "lora_init", "merge",
+    "compose", "variants",
+}  # fmt: skip
 LONGEST = 320  # lines
 LONGEST_EXERCISES = 380  # many wrong functions, each with its message
 PEERS = {"bitsandbytes", "peft", "gptqmodel", "auto_gptq", "optimum", "hqq", "torchao"}
@@ -180,7 +183,8 @@ merge_hessians unmerge_lora save_adapter load_adapter load_bnb_4bit save_quantiz
 load_profile format_gsm8k finetune TrainConfig Decoding generator evaluate extract_answer
 is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq majority best_score
 weighted_vote with_scores likelihood pass_at_k Verifier train_verifier Adam8bit
-memory_ledger check_fits NotEnoughMemory
+memory_ledger check_fits NotEnoughMemory adapter_names adapter_table delete_adapter
+combine_adapters prune_adapter allocate_ranks train_scales freeze_scales lora_plus_groups
 Finetuner find_optimal_rank AdapterLog load_task score
 """.split()
 

@@ -60,6 +60,15 @@ def test_pieces_make_up_the_weight_and_its_products(name, monkeypatch):
         assert relative(x.grad.double(), g.double() @ w.double()) < 2 * tolerance
 
 
+def test_tiles_are_not_cut_where_the_rows_of_a_piece_are_odd():
+    """576 features (SmolLM2's): 910 of them would fit a piece, which ends within a tile."""
+    layer = QuantizedLinear(quantize_rtn(normal(1536, 576), QuantSpec(4, 64, clip_search=False)))
+    want, x = layer.dequantize(), normal(40, 576).bfloat16()
+    y = layer(x)
+    with decoding_layout(layer):
+        assert torch.equal(layer.dequantize(), want) and torch.equal(layer(x), y)
+
+
 @pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 0, 64), (1, 1, 64)])
 def test_any_number_of_axes_and_tokens(shape):
     layer = QuantizedLinear(weight())

@@ -1,0 +1,368 @@
+"""Adapters made of adapters: combined, pruned, ranks shared out. test_peft_variants.py compares
+combine_adapters with PEFT."""
+
+import pytest
+import torch
+from lora_models import IDS, adapted, base_of, logits, trained
+from small_models import small_model
+
+from qlora_lib import allocate_ranks, combine_adapters, inject_lora, prune_adapter, use_adapter
+from qlora_lib.adapters import load_adapter, save_adapter
+from qlora_lib.lora import (
+    ALL_LINEAR,
+    adapter_names,
+    adapter_table,
+    delete_adapter,
+    lora_layers,
+    set_adapter,
+)
+from tests.helpers import relative
+
+
+def family(kind="dense", ranks=(4, 4, 4, 4), alpha=16, **given):
+    """A model with adapters a, b, c, d that all do something else."""
+    model = base_of(kind)
+    for i, rank in enumerate(ranks):
+        name = "abcd"[i]
+        inject_lora(model, ALL_LINEAR, rank=rank, alpha=alpha, adapter=name, **given)
+        trained(model, name, seed=100 * i, std=0.05)
+    return model
+
+
+def under(model, name):
+    with use_adapter(model, name):
+        return logits(model)
+
+
+def update(model, path, weights):
+    layer = lora_layers(model)[path]
+    return sum(w * layer.delta(n) for n, w in weights.items())
+
+
+# --- combine ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dense", "grid4", "nf4"])
+def test_cat_is_the_sum_of_the_updates(kind):
+    model, weights = family(kind, ranks=(4, 2)), {"a": 0.7, "b": -1.5}
+    paths = combine_adapters(model, weights, into="both", how="cat")
+    assert len(paths) == 14 and adapter_names(model) == ["a", "b", "both"]
+    for path in paths:
+        layer = lora_layers(model)[path]
+        assert layer.configs["both"].rank == 6 and layer.configs["both"].scaling == 1
+        assert relative(layer.delta("both"), update(model, path, weights)) < 1e-6
+        assert not any(p.requires_grad for p in layer.parameters_of("both"))
+        assert layer.active == "a"
+
+
+def test_svd_is_the_best_of_its_rank():
+    model, weights = family(ranks=(4, 4)), {"a": 1.0, "b": -0.5}
+    combine_adapters(model, weights, into="s", how="svd", rank=3)
+    combine_adapters(model, weights, into="full", how="svd", rank=8)
+    combine_adapters(model, weights, into="default", how="svd")
+    for path, layer in lora_layers(model).items():
+        want = update(model, path, weights)
+        u, s, vh = torch.linalg.svd(want)
+        best = u[:, :3] * s[:3] @ vh[:3]
+        assert relative(layer.delta("s"), best) < 1e-5
+        assert relative(layer.delta("full"), want) < 1e-5  # 4 + 4 holds all of it
+        assert layer.configs["default"].rank == 4
+
+
+def test_an_average_of_factors_is_not_the_average_of_updates():
+    """What federated averaging must know: mean(B) mean(A) is not mean(B A)."""
+    model, mean = family(ranks=(4, 4)), {"a": 0.5, "b": 0.5}
+    combine_adapters(model, mean, into="cat", how="cat")
+    combine_adapters(model, mean, into="linear", how="linear")
+    for path, layer in lora_layers(model).items():
+        want = update(model, path, mean)
+        assert relative(layer.delta("cat"), want) < 1e-6
+        assert relative(layer.delta("linear"), want) > 0.5
+        b, a = ((p["a"] + p["b"]).detach() / 2 for p in (layer.lora_B, layer.lora_A))
+        assert relative(4 * b @ a, want) > 0.5  # alpha / r = 4
+        assert relative(layer.delta("linear"), 2 * 4 * b @ a) < 1e-5
+    # One adapter alone comes out as it is; two equal ones, averaged, doubled.
+    combine_adapters(model, {"a": 1.0}, into="same", how="linear")
+    combine_adapters(model, {"a": 0.5, "same": 0.5}, into="doubled", how="linear")
+    assert relative(layer.delta("same"), layer.delta("a")) < 1e-5
+    assert relative(layer.delta("doubled"), 2 * layer.delta("a")) < 1e-5
+
+
+def test_layers_of_one_adapter_alone_are_in_the_sum():
+    model = small_model()
+    inject_lora(model, ("q_proj",), rank=2, adapter="a")
+    inject_lora(model, ("up_proj",), rank=2, adapter="b")
+    trained(trained(model, "a"), "b")
+    for how in ("linear", "cat", "svd"):
+        assert len(combine_adapters(model, {"a": 2.0, "b": -1.0}, into=how, how=how)) == 4
+        for path, layer in lora_layers(model).items():
+            name, weight = ("a", 2.0) if path.endswith("q_proj") else ("b", -1.0)
+            assert relative(layer.delta(how), weight * layer.delta(name)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(weights={"a": 1, "z": 1}), r"no adapter 'z'; the model has \['a', 'b', 'c'\]"),
+        (dict(weights={}), "weights is empty"),
+        (dict(weights={"a": float("nan")}), "finite number"),
+        (dict(into="b"), "adapter 'b' exists"),
+        (dict(into="v1.0"), "'v1.0' must be a name without dots"),
+        (dict(how="mean"), "how='mean' must be one of linear, cat, svd"),
+        (dict(how="linear"), r"these have {'a': 4, 'b': 2}: take how='cat' or 'svd'"),
+        (dict(rank=2), "rank=2 goes with how='svd'"),
+        (dict(how="svd", rank=0), "rank=0 must be at least 1"),
+        (dict(how="svd", rank=33), r"rank=33 exceeds the rank of a layer \(32, 64\)"),
+        (dict(weights={"a": 1, "b": 1, "c": 1}), r"rank=34 exceeds the rank of a layer"),
+    ],
+)
+def test_bad_combinations_are_named_and_change_nothing(given, message):
+    model = family(ranks=(4, 2, 28))
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        combine_adapters(model, **{"weights": {"a": 1, "b": 1}, "into": "new", "how": "cat"} | given)
+    assert list(model.state_dict()) == before
+
+
+# --- prune -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pruning_keeps_the_best_of_each_update_and_says_how_much(rslora):
+    model = family("grid4", ranks=(8, 2), use_rslora=rslora)
+    before = {p: m.delta("a") for p, m in lora_layers(model).items()}
+    scaling = next(iter(lora_layers(model).values())).configs["a"].scaling
+    kept = prune_adapter(model, "a", 3, into="low")
+    assert adapter_names(model) == ["a", "b", "low"]
+    for path, layer in lora_layers(model).items():
+        u, s, vh = torch.linalg.svd(before[path].double())
+        assert relative(layer.delta("low"), u[:, :3] * s[:3] @ vh[:3]) < 1e-5
+        assert kept[path] == pytest.approx(float((s[:3] ** 2).sum() / (s**2).sum()), rel=1e-5)
+        assert layer.configs["low"].scaling == pytest.approx(scaling)
+        assert torch.equal(layer.delta("a"), before[path])
+
+
+def test_pruning_in_place_to_the_same_rank_changes_rounding_alone():
+    model = family(ranks=(4,))
+    before = logits(model)
+    kept = prune_adapter(model, "a", 4)
+    assert min(kept.values()) > 1 - 1e-6 and adapter_names(model) == ["a"]
+    assert relative(logits(model), before) < 1e-5
+    assert all(p.requires_grad for m in lora_layers(model).values() for p in m.parameters_of("a"))
+
+
+def test_an_untrained_adapter_loses_nothing():
+    model = small_model()
+    inject_lora(model, rank=4)
+    assert set(prune_adapter(model, "default", 1).values()) == {1.0}
+    assert torch.equal(logits(model), logits(small_model()))
+
+
+def test_the_dense_product_is_never_formed():
+    from tests.helpers import LiveMemory
+
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512, bias=False))
+    inject_lora(model, ("0",), rank=8)
+    trained(model, std=1)
+    with LiveMemory(*model.parameters()) as memory:
+        prune_adapter(model, "default", 4, into="low")
+        allocate_ranks(model, "default", 10**6)
+        combine_adapters(model, {"default": 1, "low": 1}, into="c", how="svd")
+    assert memory.peak < 512 * 512 * 4 / 2
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(name="z"), "no adapter 'z'"),
+        (dict(rank=0), r"q_proj: rank=0 must be 1 to 4, the rank of adapter 'a'"),
+        (dict(rank=5), "rank=5 must be 1 to 4"),
+        (dict(rank={"lm_head": 1}), r"rank names \['lm_head'\], where 'a' is not"),
+        (dict(rank={}), "rank names no layers"),
+        (dict(into="b"), "adapter 'b' exists"),
+    ],
+)
+def test_bad_pruning_is_named_and_changes_nothing(given, message):
+    model = family(ranks=(4, 2))
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        prune_adapter(model, **{"name": "a", "rank": 2} | given)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("call", [
+    lambda m: prune_adapter(m, "default", 1),
+    lambda m: combine_adapters(m, {"default": 1}, into="new"),
+    lambda m: delete_adapter(m, "default"),
+])
+def test_an_adapter_that_holds_a_part_of_the_weight_stays(call):
+    model = small_model()
+    inject_lora(model, rank=4, init="pissa")
+    before = logits(model)
+    with pytest.raises(ValueError, match="part of the weight|no model by itself"):
+        call(model)
+    assert torch.equal(logits(model), before)
+
+
+# --- ranks -----------------------------------------------------------------------------------
+
+
+def cost(model, ranks):
+    layers = lora_layers(model)
+    return sum(r * (layers[p].in_features + layers[p].out_features) for p, r in ranks.items())
+
+
+def energy(model, ranks):
+    """Of the updates, kept at these ranks, over all layers."""
+    values = {p: torch.linalg.svdvals(m.delta("a")) for p, m in lora_layers(model).items()}
+    return float(sum((values[p][:r] ** 2).sum() for p, r in ranks.items()))
+
+
+def uneven():
+    """Updates that matter more in some layers than in others."""
+    model = family(ranks=(8,))
+    for i, layer in enumerate(lora_layers(model).values()):
+        layer.lora_B["a"].data *= 1 + 3 * (i % 4)
+    return model
+
+
+def test_ranks_by_singular_values_keep_more_than_one_rank_for_all():
+    model = uneven()
+    uniform = dict.fromkeys(lora_layers(model), 2)
+    ranks = allocate_ranks(model, "a", cost(model, uniform))
+    assert cost(model, ranks) <= cost(model, uniform) < cost(model, ranks) + 192 + 128
+    assert energy(model, ranks) > 1.2 * energy(model, uniform)
+    assert len(set(ranks.values())) > 1 and max(ranks.values()) <= 8 and min(ranks.values()) >= 1
+    # greedy by energy a parameter: what is left out pays no better than anything taken
+    values = {p: torch.linalg.svdvals(m.delta("a")) ** 2 for p, m in lora_layers(model).items()}
+    pays = {p: v / cost(model, {p: 1}) for p, v in values.items()}
+    worst = min(pays[p][r - 1] for p, r in ranks.items())
+    left = [pays[p][ranks.get(p, 0)] for p in pays if ranks.get(p, 0) < 8]
+    assert worst >= 0.99 * sorted(left)[-2]  # but for the last, which the budget may not pay for
+
+
+def test_the_ranks_are_those_that_inject_and_prune_take(tmp_path):
+    model = uneven()
+    ranks = allocate_ranks(model, "a", 6000)
+    kept = prune_adapter(model, "a", ranks, into="low")
+    assert {p for p, e in kept.items() if e} == set(ranks)
+    fresh = small_model()
+    with pytest.raises(ValueError, match="is not among target_modules"):
+        inject_lora(fresh, ("q_proj",), rank=ranks)
+    assert sorted(inject_lora(fresh, "all", rank=ranks, adapter="low")) == sorted(ranks)
+    for path, rank in ranks.items():
+        assert lora_layers(fresh)[path].configs["low"].rank == rank
+        assert lora_layers(model)[path].configs["low"].rank == rank
+    # written as PEFT's rank_pattern, and read back
+    save_adapter(model, tmp_path / "low", "low")
+    again = small_model()
+    load_adapter(again, tmp_path / "low", "low")
+    assert torch.equal(logits(again), under(model, "low"))
+    # in place: layers without a rank lose the adapter, and with it their wrapper
+    prune_adapter(model, "low", dict(list(ranks.items())[:2]))
+    delete_adapter(model, "a")
+    assert set(lora_layers(model)) == set(list(ranks)[:2])
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(adapter="z"), "no adapter 'z'"),
+        (dict(budget=50), "budget=50 parameters pays for no rank of adapter 'a'; one costs 96"),
+        (dict(by="size"), "by='size' must be 'singular values'"),
+    ],
+)
+def test_bad_budgets_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        allocate_ranks(uneven(), **{"adapter": "a", "budget": 1000} | given)
+
+
+def test_no_rank_and_unknown_layers_are_named():
+    for rank, message in (({}, "none of them"), ({"lm_head": 2}, "lm_head"),
+                          ({"model.layers.0.self_attn.q_proj": 0}, "rank=0 must be at least 1")):  # fmt: skip
+        model = small_model()
+        with pytest.raises(ValueError, match=message):
+            inject_lora(model, rank=rank)
+        assert not lora_layers(model)
+
+
+# --- many on one base ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dense", "grid4", "nf4"])
+def test_switching_leaves_no_trace(kind, tmp_path):
+    """Bit for bit what a model gives that only ever had that adapter."""
+    model = family(kind, ranks=(4, 2, 8, 4))
+    for name in "abcd":
+        save_adapter(model, tmp_path / name, name)
+    for name in "abcdbdac":
+        under(model, name)
+        set_adapter(model, name)
+        logits(model)
+    with use_adapter(model, "d"):
+        model(IDS, labels=IDS).loss.backward()
+    for name in "abcd":
+        alone = base_of(kind)
+        load_adapter(alone, tmp_path / name, name)
+        assert torch.equal(under(model, name), logits(alone)), name
+    assert torch.equal(under(model, None), logits(base_of(kind)))
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_deleting_the_last_adapter_puts_the_base_back(kind):
+    model, bare = family(kind, ranks=(4, 2)), base_of(kind)
+    b = under(model, "b")
+    assert len(delete_adapter(model, "a")) == 14 and adapter_names(model) == ["b"]
+    assert torch.equal(logits(model), logits(bare))  # its default is gone: the base
+    assert torch.equal(under(model, "b"), b)
+    delete_adapter(model, "b")
+    assert not lora_layers(model) and list(model.state_dict()) == list(bare.state_dict())
+    assert torch.equal(logits(model), logits(bare))
+    with pytest.raises(ValueError, match="no adapter 'a'"):
+        delete_adapter(model, "a")
+
+
+def test_a_merged_adapter_is_unmerged_before_it_is_deleted():
+    from qlora_lib.merge import merge_lora, unmerge_lora
+
+    model = adapted(small_model())
+    merge_lora(model)
+    for call in (lambda: delete_adapter(model, "default"), lambda: prune_adapter(model, "default", 2)):
+        with pytest.raises(ValueError, match="merged.*unmerge_lora"):
+            call()
+    unmerge_lora(model)
+    assert len(delete_adapter(model, "default")) == 14
+
+
+def test_the_table_adds_up():
+    model = family("grid4", ranks=(4, 2))
+    inject_lora(model, ("q_proj",), rank=6, adapter="q")
+    base, a, b, q = adapter_table(model)
+    bare = base_of("grid4")
+    want = {id(t): t.nbytes for t in [*bare.parameters(), *bare.buffers()]}
+    assert (base.name, base.ranks, base.layers) == (None, (), 15)  # 14 and the head
+    assert base.nbytes == sum(want.values())
+    assert base.parameters == sum(p.numel() for p in small_model().parameters())
+    assert (a.name, a.ranks, a.layers) == ("a", (4,), 14)
+    count = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert (a.parameters, a.nbytes) == (count, 4 * count) and b.parameters == count // 2
+    assert (q.ranks, q.layers, q.parameters) == ((6,), 2, 2 * 6 * 128)
+    prune_adapter(model, "a", {p: 1 + i % 2 for i, p in enumerate(lora_layers(model))})
+    assert adapter_table(model)[1].ranks == (1, 2)
+    assert adapter_table(small_model())[0].parameters == base.parameters
+
+
+def test_two_adapters_of_one_name_with_other_settings_are_refused():
+    model = family(ranks=(4,))
+    with pytest.raises(ValueError, match="adapter 'a' exists with .*rank=4.* not .*rank=2"):
+        inject_lora(model, ALL_LINEAR, rank=2, adapter="a")
+    with pytest.raises(ValueError, match="adapter 'a' exists with .*alpha=16.* not .*alpha=8"):
+        inject_lora(model, ALL_LINEAR, rank=4, alpha=8, adapter="a")
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    save_adapter(adapted(small_model(seed=1)), tmp_path / "a")
+    model = family(ranks=(4,))
+    with pytest.raises(ValueError, match="was trained on another base model"):
+        load_adapter(model, tmp_path / "a", "other")
+    assert adapter_names(model) == ["a"]
