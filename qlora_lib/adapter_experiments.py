@@ -1,0 +1,299 @@
+"""What adapters do at work, measured: `python -m qlora_lib.adapter_experiments [PART ...]`.
+
+    tasks           four adapters on one 4-bit GPTQ base, each asked every task
+    ranks           ranks 1 to 32, two seeds: dev accuracy over parameters
+    learning-rates  full fine-tuning against LoRA, and what adapters on other places give
+    mixing          weighted sums of two adapters, and what both tasks make of them
+    methods         full, LoRA, QLoRA on the same data: parameters, bytes, memory, speed, accuracy
+    federated       adapters of four shards averaged, against one trained on all of it
+
+Each row is stored in data/results/tiny-adapters-PART.json as soon as it is measured, and is not
+measured again unless with --force. The adapters of `tasks` are kept under data/tiny-adapters; the
+one for word problems is data/tiny-adapter. Greedy, exact match by each task's rule; searches look
+at dev, the other parts report test once.
+
+On the CPU a dense layer is faster than a packed one, so where nothing but answers matters the base
+is dequantized: the same weights, computed otherwise.
+"""
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .adapters import ADAPTER, load_adapter, save_adapter
+from .compose import combine_adapters
+from .data import DATA, collate, encode, pad_id, short_path
+from .generation import generator
+from .grid import QuantSpec
+from .lora import adapter_table, delete_adapter, inject_lora, trainable_parameters, use_adapter
+from .loss import loss_sum
+from .measure import AllocationMeter
+from .models import dequantize_model
+from .profiles import load_profile
+from .results import stamp, write_json_atomic
+from .schedule import TrainConfig
+from .search import Search, Trial, find_optimal_rank
+from .tasks import Score, load_task, score
+from .train import finetune, training_mode
+
+RESULTS, ADAPTERS, SEED = DATA / "results", DATA / "tiny-adapters", 0
+BASE = QuantSpec(bits=4, group_size=64)
+CONFIG = TrainConfig(batch_size=16, lr=3e-3, max_length=160, compute_dtype="fp32")
+STEPS = {"sentiment": 80, "translation": 300, "code": 300}  # of the three adapters trained here
+RANK = 4
+FOUR = ("word_problems", *STEPS)
+ASKED = 200  # test questions for each cell of the matrix
+SEARCHED = "translation"  # the task of the searches, of methods and of federated
+SHARDS = 4
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of each adapter in a mixture
+MIXED = ("sentiment", "translation")
+
+
+class Table:
+    """Rows by name in data/results/tiny-adapters-PART.json, each stored when it is made."""
+
+    def __init__(self, part: str, folder: Path, force: bool = False, **about):
+        self.path, self.about = folder / f"tiny-adapters-{part}.json", about
+        found = self.path.is_file() and not force
+        self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if found else {}
+
+    def row(self, name: str, make: Callable[[], dict]) -> dict:
+        if name not in self.rows:
+            self.rows[name] = made = make()
+            write_json_atomic(self.path, {**self.about, "rows": self.rows, "stamp": stamp(SEED)})
+            said = {k: v for k, v in made.items() if k not in ("right", "losses")}
+            print(f"{name}: {json.dumps(said)}"[:200], flush=True)
+        return self.rows[name]
+
+
+@cache
+def base(packed: bool = False, quantized: bool = True):
+    """(model, tokenizer): the tiny model in 4-bit GPTQ, packed or as dense weights, or as it was.
+
+    Copy before you change it.
+    """
+    if quantized and not packed:
+        model, tokenizer = base(packed=True)
+        model = copy.deepcopy(model)
+        dequantize_model(model)
+        return model, tokenizer
+    return load_profile("tiny").load(quantize=BASE if quantized else None)
+
+
+def adapter_folder(task: str, folder: Path = ADAPTERS) -> Path:
+    """Where the adapter of one of FOUR lies."""
+    return DATA / "tiny-adapter" if task == "word_problems" else folder / task
+
+
+def _kept(folder: Path) -> Path:
+    """Where the adapters go: into data/, or beside the results of a trial."""
+    return ADAPTERS if folder == RESULTS else folder / "adapters"
+
+
+def load_four(model, folder: Path = ADAPTERS) -> None:
+    """Put the four adapters on a model whose base is the tiny one, each under its task's name."""
+    for task in FOUR:
+        load_adapter(model, adapter_folder(task, folder), task)
+
+
+def ask(model, tokenizer, task: str, split: str = "test", n: int = ASKED) -> Score:
+    task = load_task(task)
+    return score(generator(model, tokenizer, task.decoding()), task, task.pairs(split, n))
+
+
+def train(model, tokenizer, pairs, steps: int, rank: int = RANK, seed: int = SEED) -> dict:
+    """Inject and train an adapter, in place; how it went."""
+    torch.manual_seed(seed)
+    inject_lora(model, "all", rank=rank, alpha=2 * rank)
+    config = TrainConfig(**vars(CONFIG) | {"max_steps": steps, "seed": seed})
+    began = time.process_time()
+    history = finetune(model, tokenizer, pairs, config)
+    return {
+        "parameters": history.trained_parameters, "rank": rank, "steps": steps, "lr": CONFIG.lr,
+        "batch_size": CONFIG.batch_size, "cpu_seconds": round(time.process_time() - began, 1),
+        "losses": [round(loss, 4) for loss in history.losses],
+    }  # fmt: skip
+
+
+def tasks(folder: Path, force: bool) -> None:
+    table = Table("tasks", folder, force, base="4-bit GPTQ, group 64", rank=RANK)
+    for task, steps in STEPS.items():
+        def make(task=task, steps=steps) -> dict:
+            model, tokenizer = copy.deepcopy(base()[0]), base()[1]
+            made = train(model, tokenizer, load_task(task).pairs("train"), steps)
+            place = adapter_folder(task, _kept(folder))
+            shutil.rmtree(place, ignore_errors=True)
+            save_adapter(model, place, dtype=torch.bfloat16)
+            return made | {"dev": ask(model, tokenizer, task, "dev").row()}
+
+        table.row(f"train {task}", make)
+    model, tokenizer = copy.deepcopy(base(packed=True)[0]), base(packed=True)[1]
+    load_four(model, _kept(folder))
+    sizes = {row.name or "base": {"parameters": row.parameters, "nbytes": row.nbytes}
+             for row in adapter_table(model)}  # fmt: skip
+    files = {task: (adapter_folder(task, _kept(folder)) / ADAPTER).stat().st_size for task in FOUR}
+    table.row("bytes", lambda: {"memory": sizes, "files": files})
+    dequantize_model(model)
+    for adapter in (None, *FOUR):
+        for task in FOUR:
+            def make(adapter=adapter, task=task) -> dict:
+                with use_adapter(model, adapter):
+                    return ask(model, tokenizer, task).row()
+
+            table.row(f"{adapter or 'base'} on {task}", make)
+
+
+def ranks(folder: Path, force: bool) -> None:
+    path = folder / "tiny-adapters-ranks.json"
+    if force:
+        path.unlink(missing_ok=True)
+    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 150})
+    print(find_optimal_rank(*base(quantized=False), task, task.pairs("train"), task.pairs("dev"),
+                            config=config, path=path))  # fmt: skip
+
+
+def learning_rates(folder: Path, force: bool) -> None:
+    path = folder / "tiny-adapters-learning-rates.json"
+    if force:
+        path.unlink(missing_ok=True)
+    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 100})
+    search = Search(*base(quantized=False), task, task.pairs("train"), task.pairs("dev"), config,
+                    path)  # fmt: skip
+    for lr in (3e-4, 1e-3, 3e-3, 1e-2):
+        for trial in (Trial("full", None, lr=lr), Trial(rank=8, lr=lr)):
+            print(trial, search.run(trial)["accuracy"], flush=True)
+    for trial in (Trial(rank=8, target_modules="attention"), Trial(rank=8, target_modules="mlp"),
+                  Trial(rank=8), Trial("full", None, "embeddings"), Trial(rank=8, epochs=1),
+                  Trial(rank=8, steps=200)):  # fmt: skip
+        print(trial, search.run(trial)["accuracy"], flush=True)
+
+
+def mixing(folder: Path, force: bool) -> None:
+    table = Table("mixing", folder, force, tasks=MIXED, how="cat")
+    model, tokenizer = copy.deepcopy(base()[0]), base()[1]
+    for task in MIXED:
+        load_adapter(model, adapter_folder(task, _kept(folder)), task)
+    for a in WEIGHTS:
+        for b in WEIGHTS:
+            def make(a=a, b=b) -> dict:
+                combine_adapters(model, dict(zip(MIXED, (a, b))), "mixed")
+                with use_adapter(model, "mixed"):
+                    made = {task: ask(model, tokenizer, task, n=100).row() for task in MIXED}
+                delete_adapter(model, "mixed")
+                return made
+
+            table.row(f"{a:g} {b:g}", make)
+
+
+def methods(folder: Path, force: bool, steps: int = 150, rank: int = 8) -> None:
+    table = Table("methods", folder, force, task=SEARCHED, steps=steps, rank=rank)
+    pairs = load_task(SEARCHED).pairs("train")
+    for method, lr in (("full", 1e-3), ("lora", CONFIG.lr), ("qlora", CONFIG.lr)):
+        def make(method=method, lr=lr) -> dict:
+            model, tokenizer = base(packed=True, quantized=method == "qlora")
+            model = copy.deepcopy(model)
+            torch.manual_seed(SEED)
+            if method == "full":
+                model.requires_grad_(True)
+            else:
+                inject_lora(model, "all", rank=rank, alpha=2 * rank)
+            trained = trainable_parameters(model).values()
+            weights = sum({t.data_ptr(): t.nbytes for t in
+                           [*model.parameters(), *model.buffers()]}.values())  # fmt: skip
+            memory = step_memory(copy.deepcopy(model), tokenizer, pairs[: CONFIG.batch_size])
+            config = TrainConfig(**vars(CONFIG) | {"max_steps": steps, "lr": lr})
+            began = time.process_time()
+            history = finetune(model, tokenizer, pairs, config)
+            seconds = time.process_time() - began
+            return {
+                "trained_parameters": sum(p.numel() for p in trained),
+                "result_bytes": 2 * sum(p.numel() for p in trained),  # bf16
+                "weight_bytes": weights, "peak_bytes": weights + memory, "lr": lr,
+                "tokens_per_cpu_second": sum(s["tokens"] for s in history.steps) / seconds,
+                "losses": [round(loss, 4) for loss in history.losses],
+            } | ask(model, tokenizer, SEARCHED, n=500).row()  # fmt: skip
+
+        table.row(method, make)
+
+
+def step_memory(model, tokenizer, pairs) -> int:
+    """Bytes at the peak of a training step beyond the weights: gradients, Adam's moments,
+    activations and what is made on the way. The second step: the first makes the moments."""
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
+    encoded = [encode(tokenizer, pair, CONFIG.max_length) for pair in pairs]
+    batch = collate(encoded, pad_id(tokenizer))
+    with training_mode(model, False), AllocationMeter() as meter:
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum(model, batch, torch.float32).backward()
+            optimizer.step()
+    return meter.peak
+
+
+def federated(folder: Path, force: bool, examples: int = 1000, steps: int = 75) -> None:
+    table = Table("federated", folder, force, task=SEARCHED, shards=SHARDS, examples=examples)
+    pairs = load_task(SEARCHED).pairs("train", examples)
+    size = examples // SHARDS
+    model, tokenizer = copy.deepcopy(base()[0]), base()[1]
+    with_all = {"all, as many steps each": steps, "all, as many steps together": SHARDS * steps}
+    for name, count in with_all.items():
+        def make(count=count) -> dict:
+            own = copy.deepcopy(base()[0])
+            return train(own, tokenizer, pairs, count) | ask(own, tokenizer, SEARCHED).row()
+
+        table.row(name, make)
+    place = folder / ".federated"  # the clients' adapters, until they are averaged
+    for i in range(SHARDS):
+        def make(i=i) -> dict:
+            own = copy.deepcopy(base()[0])
+            made = train(own, tokenizer, pairs[i * size : (i + 1) * size], steps)
+            save_adapter(own, place / str(i))
+            return made | ask(own, tokenizer, SEARCHED).row()
+
+        table.row(f"shard {i}", make)
+    if all(how in table.rows for how in ("cat", "svd", "linear")):
+        return
+    for i in range(SHARDS):
+        load_adapter(model, place / str(i), str(i))
+    for how in ("cat", "svd", "linear"):
+        def make(how=how) -> dict:
+            combine_adapters(model, {str(i): 1 / SHARDS for i in range(SHARDS)}, how, how)
+            (row,) = [row for row in adapter_table(model) if row.name == how]
+            with use_adapter(model, how):
+                made = ask(model, tokenizer, SEARCHED).row()
+            return made | {"parameters": row.parameters, "rank": row.ranks[0]}
+
+        table.row(how, make)
+    shutil.rmtree(place)
+
+
+PARTS = {"tasks": tasks, "ranks": ranks, "learning-rates": learning_rates, "mixing": mixing,
+         "methods": methods, "federated": federated}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(prog="python -m qlora_lib.adapter_experiments",
+                                      description="measure what adapters do at work")  # fmt: skip
+    options.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; "
+                         "all without")  # fmt: skip
+    options.add_argument("--force", action="store_true", help="measure stored rows again")
+    options.add_argument("--out", type=Path, default=RESULTS, help="another folder, for a trial")
+    args = options.parse_args(argv)
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        options.error(f"there is no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    for part in args.parts or PARTS:
+        PARTS[part](args.out, args.force)
+        print(f"{part}: stored in {short_path(args.out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
