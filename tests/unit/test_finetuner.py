@@ -54,7 +54,8 @@ def test_a_method_learns_and_what_it_saved_answers_the_same(base, tmp_path, meth
     assert bool(quantized_layers(model)) == (method == "qlora") and not model.training
     ids = torch.tensor([tokenizer.encode(PAIRS[3][0])])
     with torch.inference_mode():
-        assert torch.equal(model(ids).logits, mine.model.eval()(ids).logits)
+        # The order of sums may follow where a tensor lies in memory.
+        assert torch.allclose(model(ids).logits, mine.model.eval()(ids).logits, rtol=0, atol=1e-5)
     (said,) = mine.generate([PAIRS[3][0]], max_new_tokens=4)
     assert said.tokens <= 4
 
