@@ -74,6 +74,14 @@ class Table:
         return self.rows[name]
 
 
+def stored(part: str, folder: Path = RESULTS) -> dict[str, dict]:
+    """The recorded rows of a part, by name. Raises FileNotFoundError where there are none."""
+    path = folder / f"tiny-adapters-{part}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {short_path(path)}; `make experiments` records it")
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
 @cache
 def base(packed: bool = False, quantized: bool = True):
     """(model, tokenizer): the tiny model in 4-bit GPTQ, packed or as dense weights, or as it was.
@@ -155,7 +163,7 @@ def ranks(folder: Path, force: bool) -> None:
     path = folder / "tiny-adapters-ranks.json"
     if force:
         path.unlink(missing_ok=True)
-    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 150})
+    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 120})
     print(find_optimal_rank(*base(quantized=False), task, task.pairs("train"), task.pairs("dev"),
                             config=config, path=path))  # fmt: skip
 

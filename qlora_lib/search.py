@@ -261,16 +261,36 @@ def find_optimal_rank(
         raise ValueError("stopping early needs config.max_steps; or give hopeless=None")
     search = Search(model, tokenizer, task, train, dev, config, path)
     grid = [Trial(rank=r, target_modules=t, seed=seeds[0]) for t in target_modules for r in ranks]
-    stopped = []
+    rows = []
     if hopeless is not None and len(grid) > 1:
         first = max(1, round(rung * config.max_steps))
-        early = [search.run(replace(trial, steps=first), ask=False) for trial in grid]
-        limit = hopeless * min(row["dev_loss"] for row in early)
-        stopped = [_candidate([row]) for row in early if row["dev_loss"] > limit]
-        grid = [trial for trial, row in zip(grid, early) if row["dev_loss"] <= limit]
-    found = [_candidate([search.run(replace(t, seed=s)) for s in seeds]) for t in grid]
+        rows = [search.run(replace(trial, steps=first), ask=False) for trial in grid]
+        limit = hopeless * min(row["dev_loss"] for row in rows)
+        grid = [trial for trial, row in zip(grid, rows) if row["dev_loss"] <= limit]
+    return rank_search(rows + [search.run(replace(t, seed=s)) for t in grid for s in seeds])
+
+
+def read_rank_search(path: str | Path) -> RankSearch:
+    """The search that find_optimal_rank has stored in `path`, chosen from its rows again."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {short_path(path)}; find_optimal_rank(path=) makes it")
+    return rank_search(json.loads(path.read_text(encoding="utf-8"))["rows"].values())
+
+
+def rank_search(rows: Iterable[dict]) -> RankSearch:
+    """The choice among rows of LoRA trials; one with a dev loss alone was stopped early."""
+    settings: dict[tuple, list[dict]] = {}
+    for row in rows:
+        where = row["trial"]["target_modules"]
+        where = where if isinstance(where, str) else tuple(where)
+        settings.setdefault((where, row["trial"]["rank"]), []).append(row)
+    whole = {k: [row for row in own if "right" in row] for k, own in settings.items()}
+    found = [_candidate(own) for own in whole.values() if own]
+    stopped = [_candidate(own) for k, own in settings.items() if not whole[k]]
     best, optimal = choose(found)
-    return RankSearch(sorted(found, key=lambda c: c.parameters), best, optimal, stopped)
+    order = [sorted(some, key=lambda c: c.parameters) for some in (found, stopped)]
+    return RankSearch(order[0], best, optimal, order[1])
 
 
 def _candidate(rows: Sequence[dict]) -> Candidate:

@@ -10,7 +10,16 @@ from qlora_lib.grid import QuantSpec
 from qlora_lib.lora import lora_layers, trainable_parameters
 from qlora_lib.models import quantize_model
 from qlora_lib.schedule import TrainConfig
-from qlora_lib.search import Candidate, Search, Trial, choose, difference, find_optimal_rank, prepare
+from qlora_lib.search import (
+    Candidate,
+    Search,
+    Trial,
+    choose,
+    difference,
+    find_optimal_rank,
+    prepare,
+    read_rank_search,
+)
 from qlora_lib.tasks import Task
 from tests.unit.small_models import PAIRS, small_model, small_tokenizer
 
@@ -90,6 +99,10 @@ def test_it_trains_each_rank_and_seed_and_leaves_the_model_alone(tmp_path):
     losses = {row["dev_loss"] for row in rows.values()}
     assert len(losses) == 4, "ranks and seeds differ"
     assert "optimal" in str(found) and "best" in str(found)
+    again = read_rank_search(path)
+    assert (again.candidates, again.optimal) == (found.candidates, found.optimal)
+    with pytest.raises(FileNotFoundError, match="find_optimal_rank"):
+        read_rank_search(tmp_path / "none.json")
 
 
 def test_a_killed_search_goes_on_and_takes_nothing_of_another(tmp_path, monkeypatch):
