@@ -163,7 +163,7 @@ def ranks(folder: Path, force: bool) -> None:
     path = folder / "tiny-adapters-ranks.json"
     if force:
         path.unlink(missing_ok=True)
-    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 120})
+    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 100})
     print(find_optimal_rank(*base(quantized=False), task, task.pairs("train"), task.pairs("dev"),
                             config=config, path=path))  # fmt: skip
 
@@ -172,7 +172,7 @@ def learning_rates(folder: Path, force: bool) -> None:
     path = folder / "tiny-adapters-learning-rates.json"
     if force:
         path.unlink(missing_ok=True)
-    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 100})
+    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 80})
     search = Search(*base(quantized=False), task, task.pairs("train"), task.pairs("dev"), config,
                     path)  # fmt: skip
     for lr in (3e-4, 1e-3, 3e-3, 1e-2):
@@ -180,7 +180,7 @@ def learning_rates(folder: Path, force: bool) -> None:
             print(trial, search.run(trial)["accuracy"], flush=True)
     for trial in (Trial(rank=8, target_modules="attention"), Trial(rank=8, target_modules="mlp"),
                   Trial(rank=8), Trial("full", None, "embeddings"), Trial(rank=8, epochs=1),
-                  Trial(rank=8, steps=200)):  # fmt: skip
+                  Trial(rank=8, steps=160)):  # fmt: skip
         print(trial, search.run(trial)["accuracy"], flush=True)
 
 
@@ -201,7 +201,7 @@ def mixing(folder: Path, force: bool) -> None:
             table.row(f"{a:g} {b:g}", make)
 
 
-def methods(folder: Path, force: bool, steps: int = 150, rank: int = 8) -> None:
+def methods(folder: Path, force: bool, steps: int = 120, rank: int = 8) -> None:
     table = Table("methods", folder, force, task=SEARCHED, steps=steps, rank=rank)
     pairs = load_task(SEARCHED).pairs("train")
     for method, lr in (("full", 1e-3), ("lora", CONFIG.lr), ("qlora", CONFIG.lr)):
@@ -246,7 +246,7 @@ def step_memory(model, tokenizer, pairs) -> int:
     return meter.peak
 
 
-def federated(folder: Path, force: bool, examples: int = 1000, steps: int = 75) -> None:
+def federated(folder: Path, force: bool, examples: int = 1000, steps: int = 60) -> None:
     table = Table("federated", folder, force, task=SEARCHED, shards=SHARDS, examples=examples)
     pairs = load_task(SEARCHED).pairs("train", examples)
     size = examples // SHARDS
