@@ -175,12 +175,11 @@ def learning_rates(folder: Path, force: bool) -> None:
     task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 80})
     search = Search(*base(quantized=False), task, task.pairs("train"), task.pairs("dev"), config,
                     path)  # fmt: skip
-    for lr in (3e-4, 1e-3, 3e-3, 1e-2):
+    for lr in (1e-3, 3e-3, 1e-2):
         for trial in (Trial("full", None, lr=lr), Trial(rank=8, lr=lr)):
             print(trial, search.run(trial)["accuracy"], flush=True)
     for trial in (Trial(rank=8, target_modules="attention"), Trial(rank=8, target_modules="mlp"),
-                  Trial(rank=8), Trial("full", None, "embeddings"), Trial(rank=8, epochs=1),
-                  Trial(rank=8, steps=160)):  # fmt: skip
+                  Trial("full", None, "embeddings")):  # fmt: skip
         print(trial, search.run(trial)["accuracy"], flush=True)
 
 
@@ -246,7 +245,7 @@ def step_memory(model, tokenizer, pairs) -> int:
     return meter.peak
 
 
-def federated(folder: Path, force: bool, examples: int = 1000, steps: int = 60) -> None:
+def federated(folder: Path, force: bool, examples: int = 1000, steps: int = 50) -> None:
     table = Table("federated", folder, force, task=SEARCHED, shards=SHARDS, examples=examples)
     pairs = load_task(SEARCHED).pairs("train", examples)
     size = examples // SHARDS
