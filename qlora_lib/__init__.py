@@ -36,6 +36,7 @@ _HOME = {
     "schedule": ["TrainConfig"],
     "history": ["History"],
     "train": ["finetune"],
+    "serve": ["AdapterServer", "RequestTimeout", "ServerFull", "ServerStopped"],
     "generation": ["Completion", "Decoding", "generator"],
     # Not evaluate.py: a submodule would hide the function of the same name.
     "evaluation": ["EvalReport", "evaluate", "extract_answer", "few_shot", "is_correct"],

@@ -73,7 +73,6 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
     one a prompt.
     """
     dtype = model.get_input_embeddings().weight.dtype
-    context = getattr(model.config, "max_position_embeddings", None) or 2**31
 
     def generate(prompts: Sequence[str], adapters: Sequence[str | None] | None = None) -> list:
         if adapters is not None:
@@ -85,12 +84,7 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
             check_names(model, *adapters)
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, encoded):
-            if len(ids) + decoding.max_new_tokens > context:
-                raise ValueError(
-                    f"a prompt of {len(ids)} tokens and max_new_tokens="
-                    f"{decoding.max_new_tokens} exceed the context of {context}: "
-                    f"{prompt[:60]!r}...; shorten the prompt, or lower max_new_tokens"
-                )
+            check_prompt(model, decoding, prompt, ids)
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         results: list = [None] * len(prompts)
         was_training = model.training
@@ -121,6 +115,17 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
     }
     generate.fingerprint = lambda: fingerprint(model)
     return generate
+
+
+def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> None:
+    """Raises ValueError where a prompt (its tokens: ids) and max_new_tokens exceed the context."""
+    context = getattr(model.config, "max_position_embeddings", None) or 2**31
+    if len(ids) + decoding.max_new_tokens > context:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and max_new_tokens={decoding.max_new_tokens} exceed "
+            f"the context of {context}: {prompt[:60]!r}...; shorten the prompt, or lower "
+            "max_new_tokens"
+        )
 
 
 def fingerprint(model) -> str:

@@ -185,6 +185,7 @@ is_correct compare drop load_gsm_hard run_canaries export_gptq import_gptq major
 weighted_vote with_scores likelihood pass_at_k Verifier train_verifier Adam8bit
 memory_ledger check_fits NotEnoughMemory adapter_names adapter_table delete_adapter
 combine_adapters prune_adapter allocate_ranks train_scales freeze_scales lora_plus_groups
+AdapterServer ServerFull ServerStopped RequestTimeout
 Finetuner find_optimal_rank AdapterLog load_task score
 """.split()
 
