@@ -1,8 +1,8 @@
 """What adapters do at work, measured: `python -m qlora_lib.adapter_experiments [PART ...]`.
 
     tasks           four adapters on one 4-bit GPTQ base, each asked every task
+    learning-rates  full fine-tuning against LoRA, and what other places than all linears give
     ranks           ranks 1 to 32, two seeds: dev accuracy over parameters
-    learning-rates  full fine-tuning against LoRA, and what adapters on other places give
     mixing          weighted sums of two adapters, and what both tasks make of them
     methods         full, LoRA, QLoRA on the same data: parameters, bytes, memory, speed, accuracy
     federated       adapters of four shards averaged, against one trained on all of it
@@ -23,6 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -47,13 +48,16 @@ from .train import finetune, training_mode
 RESULTS, ADAPTERS, SEED = DATA / "results", DATA / "tiny-adapters", 0
 BASE = QuantSpec(bits=4, group_size=64)
 CONFIG = TrainConfig(batch_size=16, lr=3e-3, max_length=160, compute_dtype="fp32")
+# Of searches, methods and federated: short, so that settings differ in what they reach.
+SHORT = TrainConfig(max_steps=60, batch_size=8, lr=1e-2, max_length=160, compute_dtype="fp32")
 STEPS = {"sentiment": 80, "translation": 300, "code": 300}  # of the three adapters trained here
 RANK = 4
 FOUR = ("word_problems", *STEPS)
 ASKED = 200  # test questions for each cell of the matrix
-SEARCHED = "translation"  # the task of the searches, of methods and of federated
+SEARCHED = "classification"  # the task of the searches, of methods and of federated
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SHARDS = 4
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of each adapter in a mixture
+WEIGHTS = (0.0, 0.5, 0.75, 1.0)  # of each adapter in a mixture
 MIXED = ("sentiment", "translation")
 
 
@@ -117,16 +121,15 @@ def ask(model, tokenizer, task: str, split: str = "test", n: int = ASKED) -> Sco
     return score(generator(model, tokenizer, task.decoding()), task, task.pairs(split, n))
 
 
-def train(model, tokenizer, pairs, steps: int, rank: int = RANK, seed: int = SEED) -> dict:
+def train(model, tokenizer, pairs, config: TrainConfig, rank: int = RANK) -> dict:
     """Inject and train an adapter, in place; how it went."""
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     inject_lora(model, "all", rank=rank, alpha=2 * rank)
-    config = TrainConfig(**vars(CONFIG) | {"max_steps": steps, "seed": seed})
     began = time.process_time()
     history = finetune(model, tokenizer, pairs, config)
     return {
-        "parameters": history.trained_parameters, "rank": rank, "steps": steps, "lr": CONFIG.lr,
-        "batch_size": CONFIG.batch_size, "cpu_seconds": round(time.process_time() - began, 1),
+        "parameters": history.trained_parameters, "rank": rank, "steps": len(history.steps),
+        "lr": config.lr, "batch_size": config.batch_size, "cpu_seconds": round(time.process_time() - began, 1),
         "losses": [round(loss, 4) for loss in history.losses],
     }  # fmt: skip
 
@@ -136,7 +139,8 @@ def tasks(folder: Path, force: bool) -> None:
     for task, steps in STEPS.items():
         def make(task=task, steps=steps) -> dict:
             model, tokenizer = copy.deepcopy(base()[0]), base()[1]
-            made = train(model, tokenizer, load_task(task).pairs("train"), steps)
+            made = train(model, tokenizer, load_task(task).pairs("train"),
+                         replace(CONFIG, max_steps=steps))  # fmt: skip
             place = adapter_folder(task, _kept(folder))
             shutil.rmtree(place, ignore_errors=True)
             save_adapter(model, place, dtype=torch.bfloat16)
@@ -159,28 +163,35 @@ def tasks(folder: Path, force: bool) -> None:
             table.row(f"{adapter or 'base'} on {task}", make)
 
 
-def ranks(folder: Path, force: bool) -> None:
-    path = folder / "tiny-adapters-ranks.json"
+def _searched(folder: Path, part: str, force: bool):
+    """What a search takes before its own arguments, and the file of its trials."""
+    path = folder / f"tiny-adapters-{part}.json"
     if force:
         path.unlink(missing_ok=True)
-    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 100})
-    print(find_optimal_rank(*base(quantized=False), task, task.pairs("train"), task.pairs("dev"),
-                            config=config, path=path))  # fmt: skip
+    task = load_task(SEARCHED)
+    return (*base(quantized=False), task, task.pairs("train"), task.pairs("dev")), path
+
+
+def ranks(folder: Path, force: bool) -> None:
+    args, path = _searched(folder, "ranks", force)
+    print(find_optimal_rank(*args, config=SHORT, path=path))
 
 
 def learning_rates(folder: Path, force: bool) -> None:
-    path = folder / "tiny-adapters-learning-rates.json"
-    if force:
-        path.unlink(missing_ok=True)
-    task, config = load_task(SEARCHED), TrainConfig(**vars(CONFIG) | {"max_steps": 80})
-    search = Search(*base(quantized=False), task, task.pairs("train"), task.pairs("dev"), config,
-                    path)  # fmt: skip
-    for lr in (1e-3, 3e-3, 1e-2):
-        for trial in (Trial("full", None, lr=lr), Trial(rank=8, lr=lr)):
-            print(trial, search.run(trial)["accuracy"], flush=True)
-    for trial in (Trial(rank=8, target_modules="attention"), Trial(rank=8, target_modules="mlp"),
-                  Trial("full", None, "embeddings")):  # fmt: skip
+    args, path = _searched(folder, "learning-rates", force)
+    search = Search(*args, SHORT, path)
+    trials = [Trial(m, r, lr=lr) for m, r in (("full", None), ("lora", 8)) for lr in RATES]
+    trials += [Trial(rank=8, target_modules=place) for place in ("attention", "mlp")]
+    for trial in [*trials, Trial("full", None, "embeddings")]:
         print(trial, search.run(trial)["accuracy"], flush=True)
+
+
+def best_rate(method: str, folder: Path = RESULTS) -> float:
+    """The learning rate of "full" or "lora" with the highest dev accuracy in the stored search; of
+    equals the one with the lowest dev loss."""
+    rows = [row for row in stored("learning-rates", folder).values()
+            if row["trial"]["method"] == method and row["trial"]["lr"]]  # fmt: skip
+    return max(rows, key=lambda row: (row["accuracy"], -row["dev_loss"]))["trial"]["lr"]
 
 
 def mixing(folder: Path, force: bool) -> None:
@@ -200,11 +211,12 @@ def mixing(folder: Path, force: bool) -> None:
             table.row(f"{a:g} {b:g}", make)
 
 
-def methods(folder: Path, force: bool, steps: int = 120, rank: int = 8) -> None:
-    table = Table("methods", folder, force, task=SEARCHED, steps=steps, rank=rank)
+def methods(folder: Path, force: bool, rank: int = 8) -> None:
+    table = Table("methods", folder, force, task=SEARCHED, steps=SHORT.max_steps, rank=rank)
     pairs = load_task(SEARCHED).pairs("train")
-    for method, lr in (("full", 1e-3), ("lora", CONFIG.lr), ("qlora", CONFIG.lr)):
-        def make(method=method, lr=lr) -> dict:
+    for method in ("full", "lora", "qlora"):
+        def make(method=method) -> dict:
+            lr = best_rate("full" if method == "full" else "lora", folder)
             model, tokenizer = base(packed=True, quantized=method == "qlora")
             model = copy.deepcopy(model)
             torch.manual_seed(SEED)
@@ -215,8 +227,8 @@ def methods(folder: Path, force: bool, steps: int = 120, rank: int = 8) -> None:
             trained = trainable_parameters(model).values()
             weights = sum({t.data_ptr(): t.nbytes for t in
                            [*model.parameters(), *model.buffers()]}.values())  # fmt: skip
-            memory = step_memory(copy.deepcopy(model), tokenizer, pairs[: CONFIG.batch_size])
-            config = TrainConfig(**vars(CONFIG) | {"max_steps": steps, "lr": lr})
+            memory = step_memory(copy.deepcopy(model), tokenizer, pairs[: SHORT.batch_size])
+            config = replace(SHORT, lr=lr)
             began = time.process_time()
             history = finetune(model, tokenizer, pairs, config)
             seconds = time.process_time() - began
@@ -235,7 +247,7 @@ def step_memory(model, tokenizer, pairs) -> int:
     """Bytes at the peak of a training step beyond the weights: gradients, Adam's moments,
     activations and what is made on the way. The second step: the first makes the moments."""
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
-    encoded = [encode(tokenizer, pair, CONFIG.max_length) for pair in pairs]
+    encoded = [encode(tokenizer, pair, SHORT.max_length) for pair in pairs]
     batch = collate(encoded, pad_id(tokenizer))
     with training_mode(model, False), AllocationMeter() as meter:
         for _ in range(2):
@@ -245,23 +257,25 @@ def step_memory(model, tokenizer, pairs) -> int:
     return meter.peak
 
 
-def federated(folder: Path, force: bool, examples: int = 1000, steps: int = 50) -> None:
+def federated(folder: Path, force: bool, examples: int = 1000) -> None:
     table = Table("federated", folder, force, task=SEARCHED, shards=SHARDS, examples=examples)
     pairs = load_task(SEARCHED).pairs("train", examples)
     size = examples // SHARDS
     model, tokenizer = copy.deepcopy(base()[0]), base()[1]
-    with_all = {"all, as many steps each": steps, "all, as many steps together": SHARDS * steps}
+    steps = SHORT.max_steps
+    with_all = {"all, a client's steps": steps, "all, the clients' steps": SHARDS * steps}
     for name, count in with_all.items():
         def make(count=count) -> dict:
             own = copy.deepcopy(base()[0])
-            return train(own, tokenizer, pairs, count) | ask(own, tokenizer, SEARCHED).row()
+            made = train(own, tokenizer, pairs, replace(SHORT, max_steps=count))
+            return made | ask(own, tokenizer, SEARCHED).row()
 
         table.row(name, make)
     place = folder / ".federated"  # the clients' adapters, until they are averaged
     for i in range(SHARDS):
         def make(i=i) -> dict:
             own = copy.deepcopy(base()[0])
-            made = train(own, tokenizer, pairs[i * size : (i + 1) * size], steps)
+            made = train(own, tokenizer, pairs[i * size : (i + 1) * size], SHORT)
             save_adapter(own, place / str(i))
             return made | ask(own, tokenizer, SEARCHED).row()
 
@@ -282,7 +296,7 @@ def federated(folder: Path, force: bool, examples: int = 1000, steps: int = 50) 
     shutil.rmtree(place)
 
 
-PARTS = {"tasks": tasks, "ranks": ranks, "learning-rates": learning_rates, "mixing": mixing,
+PARTS = {"tasks": tasks, "learning-rates": learning_rates, "ranks": ranks, "mixing": mixing,
          "methods": methods, "federated": federated}  # fmt: skip
 
 

@@ -40,7 +40,7 @@ OPERATIONS = {
         "{y} friends share {x} {i} equally.",
     ),
 }
-STEPS = {"add {k} to {x}": "{e} + {k}", "take {k} from {x}": "{e} - {k}", "{k} times {x}": "{e} * {k}"}
+STEPS = {"plus": "+", "minus": "-", "times": "*"}
 
 
 def sentiment(rng: random.Random) -> Pair:
@@ -97,15 +97,14 @@ def translation(rng: random.Random) -> Pair:
 
 def code(rng: random.Random) -> Pair:
     """A function of one or two steps in words, as Python."""
-    f = rng.choice(("add", "take", "scale", "mix", "step", "find"))
+    f = rng.choice(("mix", "step", "scale", "find"))
     x = rng.choice("abcnxy")
     asked, body = [], x
     for i in range(rng.choice((1, 2))):
-        words, expression = rng.choice(sorted(STEPS.items()))
-        k = rng.randint(2, 99)
-        asked.append(words.format(k=k, x="it" if i else x))
-        body = expression.format(e=f"({body})" if i else body, k=k)
-    return f"Code: {f}: {', then '.join(asked)}\n", f"def {f}({x}):\n    return {body}"
+        word, k = rng.choice(sorted(STEPS)), rng.randint(2, 99)
+        asked.append(f"{word} {k}")
+        body = f"({body}) {STEPS[word]} {k}" if i else f"{body} {STEPS[word]} {k}"
+    return f"Code: {f}: {x} {', then '.join(asked)}\n", f"def {f}({x}):\n    return {body}"
 
 
 KINDS: dict[str, Callable[[random.Random], Pair]] = {

@@ -70,15 +70,14 @@ def test_a_translation_says_what_its_words_mean():
 
 def test_code_computes_what_is_asked():
     for prompt, target in load_task("code").pairs("test", 200):
-        name, steps = prompt.removeprefix("Code: ").strip().split(": ")
-        space = {}
+        name, _, words = prompt.removeprefix("Code: ").strip().partition(": ")
+        variable, _, words = words.partition(" ")
+        space, value = {}, 5
         exec(target, space)  # our own generator's text
-        value = 5
-        for step in steps.split(", then "):
-            words = step.split()
-            k = int(next(w for w in words if w.isdigit()))
-            value = {"add": value + k, "take": value - k}.get(words[0], value * k)
-        assert space[name](5) == value
+        for step in words.split(", then "):
+            word, k = step.split()
+            value = {"plus": value + int(k), "minus": value - int(k), "times": value * int(k)}[word]
+        assert space[name](5) == value and f"({variable})" in target
 
 
 def test_the_base_has_read_no_task():
