@@ -7,10 +7,10 @@
     methods         full, LoRA, QLoRA on the same data: parameters, bytes, memory, speed, accuracy
     federated       adapters of four shards averaged, against one trained on all of it
 
-Each row is stored in data/results/tiny-adapters-PART.json as soon as it is measured, and is not
-measured again unless with --force. The adapters of `tasks` are kept under data/tiny-adapters; the
-one for word problems is data/tiny-adapter. Greedy, exact match by each task's rule; searches look
-at dev, the other parts report test once.
+Each row is stored in data/results/tiny-adapters-PART.json as soon as it is measured, and measured
+again only with --force. `tasks` keeps its adapters under data/tiny-adapters; the one for word
+problems is data/tiny-adapter. Greedy, exact match by each task's rule; searches look at dev, the
+other parts report test once.
 
 On the CPU a dense layer is faster than a packed one, so where nothing but answers matters the base
 is dequantized: the same weights, computed otherwise.
@@ -47,10 +47,11 @@ from .train import finetune, training_mode
 
 RESULTS, ADAPTERS, SEED = DATA / "results", DATA / "tiny-adapters", 0
 BASE = QuantSpec(bits=4, group_size=64)
-CONFIG = TrainConfig(batch_size=16, lr=3e-3, max_length=160, compute_dtype="fp32")
+CONFIG = TrainConfig(batch_size=16, max_length=160, compute_dtype="fp32")
 # Of searches, methods and federated: short, so that settings differ in what they reach.
 SHORT = TrainConfig(max_steps=60, batch_size=8, lr=1e-2, max_length=160, compute_dtype="fp32")
-STEPS = {"sentiment": 80, "translation": 300, "code": 300}  # of the three adapters trained here
+# Steps and learning rate of the three adapters that are trained here
+STEPS = {"sentiment": (80, 3e-3), "translation": (300, 3e-3), "code": (150, 1e-2)}
 RANK = 4
 FOUR = ("word_problems", *STEPS)
 ASKED = 200  # test questions for each cell of the matrix
@@ -129,18 +130,18 @@ def train(model, tokenizer, pairs, config: TrainConfig, rank: int = RANK) -> dic
     history = finetune(model, tokenizer, pairs, config)
     return {
         "parameters": history.trained_parameters, "rank": rank, "steps": len(history.steps),
-        "lr": config.lr, "batch_size": config.batch_size, "cpu_seconds": round(time.process_time() - began, 1),
+        "lr": config.lr, "batch_size": config.batch_size,
+        "cpu_seconds": round(time.process_time() - began, 1),
         "losses": [round(loss, 4) for loss in history.losses],
     }  # fmt: skip
 
 
 def tasks(folder: Path, force: bool) -> None:
     table = Table("tasks", folder, force, base="4-bit GPTQ, group 64", rank=RANK)
-    for task, steps in STEPS.items():
-        def make(task=task, steps=steps) -> dict:
+    for task, (steps, lr) in STEPS.items():
+        def make(task=task, config=replace(CONFIG, max_steps=steps, lr=lr)) -> dict:
             model, tokenizer = copy.deepcopy(base()[0]), base()[1]
-            made = train(model, tokenizer, load_task(task).pairs("train"),
-                         replace(CONFIG, max_steps=steps))  # fmt: skip
+            made = train(model, tokenizer, load_task(task).pairs("train"), config)
             place = adapter_folder(task, _kept(folder))
             shutil.rmtree(place, ignore_errors=True)
             save_adapter(model, place, dtype=torch.bfloat16)
@@ -165,10 +166,9 @@ def tasks(folder: Path, force: bool) -> None:
 
 def _searched(folder: Path, part: str, force: bool):
     """What a search takes before its own arguments, and the file of its trials."""
-    path = folder / f"tiny-adapters-{part}.json"
+    path, task = folder / f"tiny-adapters-{part}.json", load_task(SEARCHED)
     if force:
         path.unlink(missing_ok=True)
-    task = load_task(SEARCHED)
     return (*base(quantized=False), task, task.pairs("train"), task.pairs("dev")), path
 
 

@@ -96,15 +96,14 @@ def translation(rng: random.Random) -> Pair:
 
 
 def code(rng: random.Random) -> Pair:
-    """A function of one or two steps in words, as Python."""
-    f = rng.choice(("mix", "step", "scale", "find"))
+    """One or two steps of arithmetic in words, as a line of Python."""
     x = rng.choice("abcnxy")
     asked, body = [], x
     for i in range(rng.choice((1, 2))):
         word, k = rng.choice(sorted(STEPS)), rng.randint(2, 99)
         asked.append(f"{word} {k}")
         body = f"({body}) {STEPS[word]} {k}" if i else f"{body} {STEPS[word]} {k}"
-    return f"Code: {f}: {x} {', then '.join(asked)}\n", f"def {f}({x}):\n    return {body}"
+    return f"Code: {x} {', then '.join(asked)}\n", f"return {body}"
 
 
 KINDS: dict[str, Callable[[random.Random], Pair]] = {

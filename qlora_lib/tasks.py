@@ -161,6 +161,6 @@ TASKS = {
              _drawn("summarization"), _same_text, 24),
         Task("translation", "a made-up language into English", _TEXT, _drawn("translation"),
              _same_text, 28),
-        Task("code", "a function in words, as Python", _TEXT, _drawn("code"), _same_text, 36),
+        Task("code", "arithmetic in words, as a line of Python", _TEXT, _drawn("code"), _same_text, 24),
     )
 }  # fmt: skip

@@ -37,8 +37,8 @@ def test_targets_count_and_are_not_told_by_a_constant(name):
 
 def test_one_wrong_word_or_number_is_wrong_and_more_text_too():
     code, words = load_task("code"), load_task("word_problems")
-    assert not code.matches("def mix(x):\n    return x + 5", "def mix(x):\n    return x + 59")
-    assert not code.matches("def mix(x):\n    return x + 59\nok", "def mix(x):\n    return x + 59")
+    assert not code.matches("return x + 5", "return x + 59")
+    assert not code.matches("return x + 59\nok", "return x + 59")
     assert words.matches("by another way\n#### 64.0", "8*8=64\n#### 64")
     assert not words.matches("it is 64", "8*8=64\n#### 64")  # strict: after ####
 
@@ -70,14 +70,13 @@ def test_a_translation_says_what_its_words_mean():
 
 def test_code_computes_what_is_asked():
     for prompt, target in load_task("code").pairs("test", 200):
-        name, _, words = prompt.removeprefix("Code: ").strip().partition(": ")
-        variable, _, words = words.partition(" ")
-        space, value = {}, 5
-        exec(target, space)  # our own generator's text
+        variable, _, words = prompt.removeprefix("Code: ").strip().partition(" ")
+        value = 5
         for step in words.split(", then "):
             word, k = step.split()
             value = {"plus": value + int(k), "minus": value - int(k), "times": value * int(k)}[word]
-        assert space[name](5) == value and f"({variable})" in target
+        # eval of our own generator's text
+        assert eval(target.removeprefix("return "), {variable: 5}) == value
 
 
 def test_the_base_has_read_no_task():
