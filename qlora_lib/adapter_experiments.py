@@ -49,7 +49,7 @@ RESULTS, ADAPTERS, SEED = DATA / "results", DATA / "tiny-adapters", 0
 BASE = QuantSpec(bits=4, group_size=64)
 CONFIG = TrainConfig(batch_size=16, max_length=160, compute_dtype="fp32")
 # Of searches, methods and federated: short, so that settings differ in what they reach.
-SHORT = TrainConfig(max_steps=60, batch_size=8, lr=1e-2, max_length=160, compute_dtype="fp32")
+SHORT = TrainConfig(max_steps=60, batch_size=8, lr=3e-3, max_length=160, compute_dtype="fp32")
 # Steps and learning rate of the three adapters that are trained here
 STEPS = {"sentiment": (80, 3e-3), "translation": (300, 3e-3), "code": (150, 1e-2)}
 RANK = 4
