@@ -35,15 +35,14 @@ from .data import DATA, collate, encode, pad_id, short_path
 from .generation import generator
 from .grid import QuantSpec
 from .lora import adapter_table, delete_adapter, inject_lora, trainable_parameters, use_adapter
-from .loss import loss_sum
-from .measure import AllocationMeter
+from .measure import step_memory
 from .models import dequantize_model
 from .profiles import load_profile
 from .results import stamp, write_json_atomic
 from .schedule import TrainConfig
 from .search import Search, Trial, find_optimal_rank
 from .tasks import Score, load_task, score
-from .train import finetune, training_mode
+from .train import finetune
 
 RESULTS, ADAPTERS, SEED = DATA / "results", DATA / "tiny-adapters", 0
 BASE = QuantSpec(bits=4, group_size=64)
@@ -56,6 +55,7 @@ RANK = 4
 FOUR = ("word_problems", *STEPS)
 ASKED = 200  # test questions for each cell of the matrix
 SEARCHED = "classification"  # the task of the searches, of methods and of federated
+RANKS = (1, 2, 4, 8, 16, 32)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SHARDS = 4
 WEIGHTS = (0.0, 0.5, 0.75, 1.0)  # of each adapter in a mixture
@@ -174,7 +174,10 @@ def _searched(folder: Path, part: str, force: bool):
 
 def ranks(folder: Path, force: bool) -> None:
     args, path = _searched(folder, "ranks", force)
-    print(find_optimal_rank(*args, config=SHORT, path=path))
+    search = Search(*args, SHORT, path)
+    for rank in RANKS:  # what the rule of early stopping would look at; here nobody is stopped
+        search.run(Trial(rank=rank, steps=SHORT.max_steps // 4), ask=False)
+    print(find_optimal_rank(*args, RANKS, config=SHORT, path=path, hopeless=None))
 
 
 def learning_rates(folder: Path, force: bool) -> None:
@@ -227,7 +230,8 @@ def methods(folder: Path, force: bool, rank: int = 8) -> None:
             trained = trainable_parameters(model).values()
             weights = sum({t.data_ptr(): t.nbytes for t in
                            [*model.parameters(), *model.buffers()]}.values())  # fmt: skip
-            memory = step_memory(copy.deepcopy(model), tokenizer, pairs[: SHORT.batch_size])
+            encoded = [encode(tokenizer, pair, SHORT.max_length) for pair in pairs[: SHORT.batch_size]]
+            memory = step_memory(copy.deepcopy(model), collate(encoded, pad_id(tokenizer)))
             config = replace(SHORT, lr=lr)
             began = time.process_time()
             history = finetune(model, tokenizer, pairs, config)
@@ -241,20 +245,6 @@ def methods(folder: Path, force: bool, rank: int = 8) -> None:
             } | ask(model, tokenizer, SEARCHED, n=500).row()  # fmt: skip
 
         table.row(method, make)
-
-
-def step_memory(model, tokenizer, pairs) -> int:
-    """Bytes at the peak of a training step beyond the weights: gradients, Adam's moments,
-    activations and what is made on the way. The second step: the first makes the moments."""
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
-    encoded = [encode(tokenizer, pair, SHORT.max_length) for pair in pairs]
-    batch = collate(encoded, pad_id(tokenizer))
-    with training_mode(model, False), AllocationMeter() as meter:
-        for _ in range(2):
-            optimizer.zero_grad(set_to_none=True)
-            loss_sum(model, batch, torch.float32).backward()
-            optimizer.step()
-    return meter.peak
 
 
 def federated(folder: Path, force: bool, examples: int = 1000) -> None:

@@ -10,8 +10,9 @@ much may be hidden. Seeds share their questions, so p is somewhat too small, whi
 parameters.
 
 Hopeless candidates stop early: all are first trained with the first seed for a quarter of the
-steps, and those whose dev loss is then more than 1.5 times the lowest get no full training.
-The rule is of its kind a guess: who learns late is stopped with those who never learn.
+steps, and those whose dev loss is then more than 4 times the lowest get no full training.
+Such a rule is a guess: who learns late is stopped with those who never learn, and small ranks do
+learn later. Stored losses tell afterwards what it did, or would have done.
 """
 
 import copy
@@ -245,7 +246,7 @@ def find_optimal_rank(
     model, tokenizer, task: Task, train: Sequence[Pair], dev: Sequence[Pair],
     ranks: Sequence[int] = (1, 2, 4, 8, 16, 32), target_modules: Sequence = ("all",),
     seeds: Sequence[int] = (0, 1), config: TrainConfig = TrainConfig(),
-    path: str | Path | None = None, hopeless: float | None = 1.5, rung: float = 0.25,
+    path: str | Path | None = None, hopeless: float | None = 4.0, rung: float = 0.25,
 ) -> RankSearch:  # fmt: skip
     """Train adapters of these ranks on these targets, and choose on dev (see above).
 

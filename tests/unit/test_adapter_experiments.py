@@ -6,9 +6,11 @@ import pytest
 
 from qlora_lib.adapter_experiments import (
     ADAPTERS, FOUR, PARTS, RESULTS, SHARDS, STEPS, WEIGHTS, Table, adapter_folder, load_four, main,
-    step_memory, stored,
+    stored,
 )  # fmt: skip
+from qlora_lib.data import collate, encode, pad_id
 from qlora_lib.lora import adapter_table, inject_lora, trainable_parameters
+from qlora_lib.measure import step_memory
 from qlora_lib.profiles import load_profile
 from qlora_lib.results import wilson
 from qlora_lib.search import read_rank_search
@@ -31,7 +33,7 @@ def test_each_row_is_stored_at_once_and_made_once(tmp_path):
 def test_unknown_parts_and_missing_records(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["rank"])
-    assert "no part 'rank'; expected some of tasks, ranks" in capsys.readouterr().err
+    assert "no part 'rank'; expected some of tasks, learning-rates" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="make experiments"):
         stored("tasks", tmp_path)
 
@@ -40,7 +42,9 @@ def test_a_steps_memory_holds_gradients_and_moments_and_more_for_a_larger_batch(
     model = small_model()
     inject_lora(model, "all", rank=4)
     trained = sum(p.nbytes for p in trainable_parameters(model).values())
-    one, many = (step_memory(model, small_tokenizer(), PAIRS[:n]) for n in (1, 16))
+    tokenizer = small_tokenizer()
+    encoded = [encode(tokenizer, pair, 128) for pair in PAIRS]
+    one, many = (step_memory(model, collate(encoded[:n], pad_id(tokenizer))) for n in (1, 16))
     assert many > 2 * one > 2 * 3 * trained
 
 
