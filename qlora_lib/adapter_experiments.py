@@ -1,7 +1,7 @@
 """What adapters do at work, measured: `python -m qlora_lib.adapter_experiments [PART ...]`.
 
     tasks           four adapters on one 4-bit GPTQ base, each asked every task
-    learning-rates  full fine-tuning against LoRA, and what other places than all linears give
+    learning-rates  full fine-tuning against LoRA, other places than all linears, more steps
     ranks           ranks 1 to 32, two seeds: dev accuracy over parameters
     mixing          weighted sums of two adapters, and what both tasks make of them
     methods         full, LoRA, QLoRA on the same data: parameters, bytes, memory, speed, accuracy
@@ -185,7 +185,9 @@ def learning_rates(folder: Path, force: bool) -> None:
     search = Search(*args, SHORT, path)
     trials = [Trial(m, r, lr=lr) for m, r in (("full", None), ("lora", 8)) for lr in RATES]
     trials += [Trial(rank=8, target_modules=place) for place in ("attention", "mlp")]
-    for trial in [*trials, Trial("full", None, "embeddings")]:
+    trials += [Trial("full", None, "embeddings")]
+    trials += [Trial(rank=rank, steps=4 * SHORT.max_steps) for rank in (1, 4, 32)]
+    for trial in trials:
         print(trial, search.run(trial)["accuracy"], flush=True)
 
 
