@@ -144,6 +144,7 @@ experiments: $(READY) ## make the recorded results in data/results again ## pyth
 	$(PYTHON) -m qlora_lib.sampling_experiments
 	$(PYTHON) -m qlora_lib.step_experiments
 	$(PYTHON) -m qlora_lib.adapter_experiments
+	$(PYTHON) -m qlora_lib.serve_experiments
 
 bench: $(PEERS)/.ready ## us and the peers side by side, on an idle CPU ## python -m benchmarks
 	$(PEERS)/bin/python -m benchmarks

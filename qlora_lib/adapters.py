@@ -35,8 +35,8 @@ def save_adapter(
     LoftQ and PiSSA fit that base alone, which the file names by a hash: keep it too
     (save_quantized).
     Raises ValueError when the model has no adapter of that name, when its layers differ in
-    dropout, use_rslora or use_dora, for which PEFT has one value, when PiSSA's difference would be
-    stored in 16 bits, and when the folder holds other files.
+    dropout, use_rslora or use_dora, for which PEFT has one value, when PiSSA's difference would
+    be stored in 16 bits, and when the folder holds other files.
     """
     layers = {n: m for n, m in lora_layers(model).items() if adapter in m.configs}
     if not layers:

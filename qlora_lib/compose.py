@@ -51,10 +51,9 @@ def combine_adapters(
     bad = {n: w for n, w in weights.items() if n is None or not math.isfinite(w)}
     if bad:
         raise ValueError(f"weights {bad} must be {{name of an adapter: finite number}}")
-    if into in adapter_names(model):
-        raise ValueError(f"adapter {into!r} exists; delete_adapter it first, or choose another name")
+    _check_free(model, into)
     if rank is not None and how != "svd":
-        raise ValueError(f"rank={rank} goes with how='svd'; the rank of {how!r} follows from theirs")
+        raise ValueError(f"rank={rank} goes with how='svd'; that of {how!r} follows from theirs")
     layers = {p: m for p, m in lora_layers(model).items() if set(weights) & set(m.configs)}
     if rank is None:
         rank = max(m.configs[n].rank for m in layers.values() for n in weights if n in m.configs)
@@ -88,8 +87,7 @@ def prune_adapter(
     of the weight (PiSSA, LoftQ).
     """
     check_names(model, name)
-    if into is not None and into in adapter_names(model):
-        raise ValueError(f"adapter {into!r} exists; delete_adapter it first, or choose another name")
+    _check_free(model, into)
     layers = {p: m for p, m in lora_layers(model).items() if name in m.configs}
     ranks = rank if isinstance(rank, dict) else dict.fromkeys(layers, rank)
     strange = [path for path in ranks if path not in layers]
@@ -159,6 +157,11 @@ def allocate_ranks(
             f"{least} or more, and an untrained adapter (B = 0) has nothing to keep"
         )
     return ranks
+
+
+def _check_free(model: nn.Module, name: str | None) -> None:
+    if name in adapter_names(model):
+        raise ValueError(f"adapter {name!r} exists; delete_adapter it, or choose another name")
 
 
 def _check_plain(layer: LoRALinear, names) -> None:

@@ -32,7 +32,7 @@ class _DequantizedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor | None, weight: Quantized, dtype) -> Tensor:
         ctx.weight, ctx.x_dtype = weight, x.dtype
-        ctx.save_for_backward(*([] if scale is None else [x, scale]))
+        ctx.save_for_backward(*([] if scale is None else [x]))
         return dense_matmul(x, weight, dtype)  # (..., in) -> (..., out)
 
     @staticmethod

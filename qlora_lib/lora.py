@@ -113,14 +113,16 @@ def inject_lora(
     target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). rank: one for all, or
     {path: rank} with a rank a layer (as `allocate_ranks` returns): targets that it leaves out
     get no adapter; alpha is one, so that their scaling alpha / rank differs, as with PEFT's
-    rank_pattern. use_dora: train each row's length apart (lora_layer.weight_norm); it costs about
-    one more dequantization of the weight a call. init: with "kaiming" and "gaussian" the outputs do not change. "loftq" and "pissa" take dense layers, and
-    replace their bases by residuals, quantized as `spec` says ("pissa" alone does without:
-    a dense residual); outputs change by what rounding leaves (lora_init.py). Calling it
-    again with the same configuration changes nothing. Random draws come from torch's global
+    rank_pattern. use_dora: train each row's length apart (lora_layer.weight_norm), at the price
+    of about one more dequantization of the weight a call.
+    init: with "kaiming" and "gaussian" the outputs do not change. "loftq" and "pissa" take dense
+    layers, and replace their bases by residuals, quantized as `spec` says ("pissa" alone does
+    without: a dense residual); outputs change by what rounding leaves (lora_init.py). Calling
+    it again with the same configuration changes nothing. Random draws come from torch's global
     generator. Returns the paths of the adapted layers. Raises ValueError, before anything
-    is changed, for targets that match nothing, a rank out of range, a name in use, a spec
-    with other inits, and layers that "loftq" and "pissa" can't take.
+    is changed, for targets that match nothing, a rank out of range or of a path that is no
+    target, a name in use, a spec with other inits, DoRA with "loftq" or "pissa", and layers
+    that these two can't take.
     """
     found = find_linears(model, target_modules)
     ranks = rank if isinstance(rank, dict) else dict.fromkeys(found, rank)

@@ -84,8 +84,8 @@ class AdapterServer:
             )
         if max_queue < 1 or max_wait_ms < 0 or (timeout_s is not None and timeout_s <= 0):
             raise ValueError(
-                f"max_queue={max_queue}, max_wait_ms={max_wait_ms}, timeout_s={timeout_s}: expected "
-                "max_queue >= 1, max_wait_ms >= 0, and timeout_s > 0 or None"
+                f"max_queue={max_queue}, max_wait_ms={max_wait_ms}, timeout_s={timeout_s}: "
+                "expected max_queue >= 1, max_wait_ms >= 0, and timeout_s > 0 or None"
             )
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         self.max_wait, self.max_queue, self.timeout_s = max_wait_ms / 1000, max_queue, timeout_s
@@ -136,7 +136,8 @@ class AdapterServer:
             raise
         if len(self._waiting) >= self.max_queue:
             self._counts["refused"] += 1
-            raise ServerFull(f"{len(self._waiting)} requests wait already, max_queue={self.max_queue}")
+            waiting = len(self._waiting)
+            raise ServerFull(f"{waiting} requests wait already, max_queue={self.max_queue}")
         request = _Request(prompt, task, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         self._changed.set()

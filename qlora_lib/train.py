@@ -57,9 +57,9 @@ def finetune(
     are those of one process but for rounding (and for dropout's masks). The first process
     writes the files; parameters start as its own; each returns the same history.
 
-    Raises ValueError for no examples, nothing to train (no B, with a LoRA+ ratio), a prompt that fills max_length,
-    a checkpoint of another run, processes that differ in their settings or examples, and a
-    loss or gradient that is not finite.
+    Raises ValueError for no examples, nothing to train (with a LoRA+ ratio: no B), a prompt that
+    fills max_length, a checkpoint of another run, processes that differ in their settings or
+    examples, and a loss or gradient that is not finite.
     """
     if not examples or (dev is not None and not dev):
         raise ValueError("there are no examples to train on (or an empty dev set was given)")

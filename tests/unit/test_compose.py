@@ -120,7 +120,8 @@ def test_bad_combinations_are_named_and_change_nothing(given, message):
     model = family(ranks=(4, 2, 28))
     before = list(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        combine_adapters(model, **{"weights": {"a": 1, "b": 1}, "into": "new", "how": "cat"} | given)
+        good = {"weights": {"a": 1, "b": 1}, "into": "new", "how": "cat"}
+        combine_adapters(model, **good | given)
     assert list(model.state_dict()) == before
 
 
@@ -278,8 +279,9 @@ def test_bad_budgets_are_named(given, message):
 
 
 def test_no_rank_and_unknown_layers_are_named():
-    for rank, message in (({}, "none of them"), ({"lm_head": 2}, "lm_head"),
-                          ({"model.layers.0.self_attn.q_proj": 0}, "rank=0 must be at least 1")):  # fmt: skip
+    path = "model.layers.0.self_attn.q_proj"
+    bad = [({}, "none of them"), ({"lm_head": 2}, "lm_head"), ({path: 0}, "rank=0 must be at")]
+    for rank, message in bad:
         model = small_model()
         with pytest.raises(ValueError, match=message):
             inject_lora(model, rank=rank)
@@ -327,9 +329,10 @@ def test_a_merged_adapter_is_unmerged_before_it_is_deleted():
 
     model = adapted(small_model())
     merge_lora(model)
-    for call in (lambda: delete_adapter(model, "default"), lambda: prune_adapter(model, "default", 2)):
-        with pytest.raises(ValueError, match="merged.*unmerge_lora"):
-            call()
+    with pytest.raises(ValueError, match="merged.*unmerge_lora"):
+        delete_adapter(model, "default")
+    with pytest.raises(ValueError, match="merged.*unmerge_lora"):
+        prune_adapter(model, "default", 2)
     unmerge_lora(model)
     assert len(delete_adapter(model, "default")) == 14
 

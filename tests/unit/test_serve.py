@@ -142,7 +142,9 @@ def test_rows_of_different_adapters_share_a_batch_in_order_of_arrival():
         return held, got
 
     held, got = asyncio.run(run())
-    assert held.batches == [[("0", "a"), ("1", None), ("2", "b")], [("3", "a"), ("4", "b"), ("5", "a")]]
+    first, second = held.batches
+    assert first == [("0", "a"), ("1", None), ("2", "b")]
+    assert second == [("3", "a"), ("4", "b"), ("5", "a")]
     assert got == ["a: 0", "None: 1", "b: 2", "a: 3", "b: 4", "a: 5"]
 
 

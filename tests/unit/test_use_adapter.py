@@ -212,9 +212,8 @@ def test_rows_are_grouped_without_copies_where_they_lie_together():
 @pytest.mark.parametrize("rows", [1, 3, 14])
 def test_a_batch_of_another_size_is_refused(rows):
     model = two_adapters()
-    with use_adapter(model, NAMES), pytest.raises(
-        ValueError, match=f"was given 7 names, one a row, and the batch has {rows} rows; .*num_return"
-    ):
+    message = f"was given 7 names, one a row, and the batch has {rows} rows; .*num_return"
+    with use_adapter(model, NAMES), pytest.raises(ValueError, match=message):
         model(BATCH.repeat(2, 1)[:rows])
 
 

@@ -108,7 +108,8 @@ def test_dora_on_the_original_rescales_the_originals_rows():
     model, original = dora("grid4"), small_model()
     merge_into_original(model, original)
     for path, layer in lora_layers(model).items():
-        moved = small_model().get_submodule(path).weight + 4 * layer.lora_B["default"] @ layer.lora_A["default"]
+        b, a = layer.lora_B["default"], layer.lora_A["default"]
+        moved = small_model().get_submodule(path).weight + 4 * b @ a
         want = (layer.magnitude["default"] / moved.norm(dim=1))[:, None] * moved
         assert relative(original.get_submodule(path).weight.detach(), want.detach()) < 1e-6
 
@@ -236,7 +237,8 @@ def test_the_gradient_of_the_scales_is_that_of_float64_autograd(kind):
     before = layer(normal(3, 5, 64))
     assert train_scales(layer) == ["0"]
     assert torch.equal(layer(normal(3, 5, 64)), before)  # fp32 holds what fp16 held
-    assert {n: p.dtype for n, p in trainable_parameters(layer).items()} == {"0.scale": torch.float32}
+    learning = trainable_parameters(layer)
+    assert {n: p.dtype for n, p in learning.items()} == {"0.scale": torch.float32}
     x, g = normal(3, 5, 64), normal(3, 5, 96, seed=1)
     layer(x).backward(g)  # of an input that needs no gradient itself
 
