@@ -39,14 +39,14 @@ def draw_rank(axes, rank: int, rows: dict[int, dict], base_bytes: int) -> None:
     low, high = (100 * x for x in wilson(rows[rank]["correct"], rows[rank]["n"]))
     left.errorbar(at[rank], shares[rank], yerr=[[shares[rank] - low], [high - shares[rank]]],
                   color=FP, capsize=6, fmt="o", markersize=9)
-    left.set(xticks=range(len(ranks)), xticklabels=ranks, xlabel="rank", ylim=(-2, 102),
+    left.set(xticks=range(len(ranks)), xticklabels=ranks, xlabel="rank", ylim=(-2, 106),
              ylabel="dev, right in %", title=f"{shares[rank]:.1f}% [{low:.1f}, {high:.1f}]")
     size = 2 * rows[rank]["parameters"]  # bf16
     right.barh(["base, 4 bits", "adapter"], [base_bytes / 1e3, size / 1e3],
                color=[BASE, ADAPTER], height=0.55)
     for y, kilo in enumerate((base_bytes / 1e3, size / 1e3)):
         right.text(kilo * 1.15, y, f"{kilo:,.0f} kB", va="center", fontsize=11)
-    right.set(xscale="log", xlim=(10, 3e4), xlabel="kB", ylim=(1.6, -0.6),
+    right.set(xscale="log", xlim=(10, 1e5), xlabel="kB", ylim=(1.6, -0.6),
               title=f"{rows[rank]['parameters']:,} parameters")
     right.grid(axis="y", visible=False)
 
@@ -67,7 +67,7 @@ def draw_mixture(axes, first: float, second: float,
         ax.set_yticks(range(len(rows)), labels=[f"{a:g}" for a in rows])
         ax.set(xlabel=f"weight of {names[1]}", ylabel=f"weight of {names[0]}")
         ax.plot(cols.index(second), rows.index(first), "s", markersize=30, fillstyle="none",
-                color=FP, markeredgewidth=2.5)
+                color=FP, markeredgewidth=2.5, clip_on=False)
 
 
 def draw_budget(ax, budget: int, ranks: dict[int, dict[str, int]]) -> None:
@@ -110,7 +110,7 @@ def draw_served(ax, adapters: int, base: dict[str, int], adapter: int,
         ax.plot(counts, [s / 1e6 for s in sizes], "o-", color=color, markersize=3,
                 label=f"{name}: {sizes[i] / 1e6:,.1f} MB")
         ax.plot(adapters, sizes[i] / 1e6, "o", color=color, markersize=10)
-    ax.set(xscale="log", yscale="log", xlabel="tasks", ylabel="MB", ylim=(1, 3e3))
+    ax.set(xscale="log", yscale="log", xlabel="tasks", ylabel="MB", ylim=(1, 2e5))
     ax.set_xticks(list(counts), labels=list(map(str, counts)))
     ax.minorticks_off()
     ax.legend(loc="upper left", fontsize=10)
