@@ -143,10 +143,11 @@ kernel: $(READY) ## offer this environment to a JupyterLab that already runs ## 
 pretrain: $(READY) ## train the bundled tiny model again, from its seed ## python -m qlora_lib.pretrain
 	$(PYTHON) -m qlora_lib.pretrain
 
-experiments: $(READY) ## make the recorded results in data/results again ## python -m qlora_lib.experiments; python -m qlora_lib.sampling_experiments
+experiments: $(READY) ## make the recorded results in data/results again ## python -m qlora_lib.experiments; python -m qlora_lib.sampling_experiments; python -m qlora_lib.adapter_experiments
 	$(PYTHON) -m qlora_lib.experiments
 	$(PYTHON) -m qlora_lib.sampling_experiments
 	$(PYTHON) -m qlora_lib.step_experiments
+	$(PYTHON) -m qlora_lib.adapter_experiments
 	$(PYTHON) -m qlora_lib.serve_experiments
 	$(PYTHON) -m qlora_lib.cache_experiments
 

@@ -46,6 +46,10 @@ _HOME = {
         "best_score", "likelihood", "majority", "pass_at_k", "weighted_vote", "with_scores",
     ],
     "verifier": ["Verifier", "train_verifier"],
+    "tasks": ["Score", "Task", "load_task", "score"],
+    "finetuner": ["Finetuner"],
+    "adapter_log": ["AdapterLog"],
+    "search": ["RankSearch", "Search", "Trial", "find_optimal_rank"],
     "canaries": ["CanaryError", "run_canaries"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

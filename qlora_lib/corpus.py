@@ -178,10 +178,10 @@ def questions(rng: random.Random) -> str:
                      for _ in range(count))
 
 
-_ITEMS = ("film", "book", "phone", "cafe", "game", "song", "hotel", "lamp", "bike", "coat")
-_ASPECTS = ("price", "look", "style", "feel", "quality", "service", "size", "idea")
-_GOOD = ("great", "lovely", "good", "wonderful", "nice", "fine", "fresh", "clever")
-_BAD = ("bad", "awful", "boring", "poor", "ugly", "weak", "dull", "broken")
+ITEMS = ("film", "book", "phone", "cafe", "game", "song", "hotel", "lamp", "bike", "coat")
+ASPECTS = ("price", "look", "style", "feel", "quality", "service", "size", "idea")
+GOOD = ("great", "lovely", "good", "wonderful", "nice", "fine", "fresh", "clever")
+BAD = ("bad", "awful", "boring", "poor", "ugly", "weak", "dull", "broken")
 _GOOD_ENDS = ("I would buy it again.", "I loved it.", "We had a lot of fun.",
               "Everyone should try it.", "It made my day.")
 _BAD_ENDS = ("I want my money back.", "I hated it.", "It was a waste of time.",
@@ -190,11 +190,11 @@ _BAD_ENDS = ("I want my money back.", "I hated it.", "It was a waste of time.",
 
 def reviews(rng: random.Random) -> str:
     """A review in a good, bad or mixed tone; the tone is never named."""
-    item = rng.choice(_ITEMS)
-    first, second = rng.sample(_ASPECTS, 2)
+    item = rng.choice(ITEMS)
+    first, second = rng.sample(ASPECTS, 2)
     tone = rng.choice(("good", "bad", "mixed"))
-    pool = {"good": _GOOD, "bad": _BAD, "mixed": _GOOD}[tone]
-    other = {"good": _GOOD, "bad": _BAD, "mixed": _BAD}[tone]
+    pool = {"good": GOOD, "bad": BAD, "mixed": GOOD}[tone]
+    other = {"good": GOOD, "bad": BAD, "mixed": BAD}[tone]
     ends = {"good": _GOOD_ENDS, "bad": _BAD_ENDS, "mixed": ("It was just okay.",)}[tone]
     link = "but" if tone == "mixed" else "and"
     much = rng.choice(("", "very ", "really ", "so "))
@@ -209,22 +209,22 @@ def reviews(rng: random.Random) -> str:
     return " ".join((opening, middle, rng.choice(ends))[:rng.choice((2, 3, 3))])
 
 
-_ANIMALS = ("dog", "cat", "bird", "horse", "fox", "rabbit")
-_SPOTS = ("river", "forest", "house", "hill", "road", "lake")
-_MOODS = ("happy", "tired", "proud", "afraid", "hungry", "calm")
+ANIMALS = ("dog", "cat", "bird", "horse", "fox", "rabbit")
+SPOTS = ("river", "forest", "house", "hill", "road", "lake")
+MOODS = ("happy", "tired", "proud", "afraid", "hungry", "calm")
 
 
 def stories(rng: random.Random) -> str:
     """A story of three to five sentences, without a summary."""
     slots = draw_slots(rng)
     n, m, she, thing = slots["n"], slots["m"], slots["She"], slots["gift"]
-    animal, spot, mood = rng.choice(_ANIMALS), rng.choice(_SPOTS), rng.choice(_MOODS)
+    animal, spot, mood = rng.choice(ANIMALS), rng.choice(SPOTS), rng.choice(MOODS)
     opening = rng.choice((
         f"One day {n} went to the {spot} with a {animal}.",
         f"{n} lived near a {spot} and had a {animal}.",
         f"It was a cold morning, and {n} walked to the {spot}."))
     trouble = rng.choice((
-        f"There {n} lost a {thing}.", f"A {rng.choice(_ANIMALS)} took the {thing} and ran away.",
+        f"There {n} lost a {thing}.", f"A {rng.choice(ANIMALS)} took the {thing} and ran away.",
         f"Then it began to rain, and the {thing} got wet.",
         f"{she} saw a {thing} in the water."))
     action = rng.choice((

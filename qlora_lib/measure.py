@@ -57,6 +57,22 @@ def _tensors(nested) -> list[Tensor]:
     return [x for x in tree_iter(nested) if isinstance(x, Tensor)]
 
 
+def step_memory(model, batch: dict[str, Tensor], steps: int = 2) -> int:
+    """Bytes at the peak of AdamW steps in fp32 beyond the weights: gradients, moments, activations
+    and what is made on the way.
+
+    batch: as data.collate makes it. The second step counts: the first makes the moments. The
+    model is trained by it; copy it before.
+    """
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
+    with training_mode(model, False), AllocationMeter() as meter:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum(model, batch, torch.float32).backward()
+            optimizer.step()
+    return meter.peak
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Bytes by part, predicted and measured; "peak" is what was alive at once."""

@@ -15,6 +15,7 @@ OUTPUTS_VARIABLE = "COURSE_OUTPUTS"   # another folder than outputs/
 _HOME = {
     "Recorder": "record",
     "SliderPlot": "widgets",
+    "LossPlot": "widgets",
     "check": "checks",
     "example": "checks",
     "show": "plots",

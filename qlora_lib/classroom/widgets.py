@@ -125,6 +125,51 @@ class SliderPlot:
         return self.box._repr_mimebundle_() | data, metadata
 
 
+class LossPlot:
+    """A loss curve that grows while a model trains: the callback of `finetune` that draws.
+
+        plot = LossPlot(every=10)       # last in its cell, it is shown
+        finetune(model, tokenizer, pairs, config, callback=plot)
+
+    It redraws in the call itself, no thread, every `every` steps and at each dev loss. Where
+    nothing can be live, the notebook shows its text; draw the finished curve with `show`.
+    """
+
+    def __init__(self, every: int = 10, size: tuple[float, float] = (6, 3)):
+        if every < 1:
+            raise ValueError(f"every={every} must be at least 1 step")
+        self.every, self.size = every, size
+        self.losses: list[tuple[int, float]] = []
+        self.dev: list[tuple[int, float]] = []
+        self.image = ipywidgets.Image(value=self.picture(), format="png",
+                                      layout={"width": f"{round(size[0] * DPI)}px",
+                                              "max_width": "100%", "object_fit": "contain"})
+
+    def __call__(self, metrics: dict) -> None:
+        """Take one step's metrics, as the callback of `finetune`."""
+        self.losses.append((metrics["step"], metrics["loss"]))
+        if "dev_loss" in metrics:
+            self.dev.append((metrics["step"], metrics["dev_loss"]))
+        if len(self.losses) % self.every == 0 or "dev_loss" in metrics:
+            self.image.value = self.picture()
+
+    def picture(self) -> bytes:
+        """PNG bytes of the curve so far."""
+        return render(self._draw, [{}], size=self.size)
+
+    def _draw(self, ax) -> None:
+        for points, style, label in ((self.losses, "-", "train"), (self.dev, "o--", "dev")):
+            if points:
+                ax.plot(*zip(*points), style, label=label)
+        ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+        if self.losses:
+            ax.legend(loc="upper right")
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        text = f"a live plot of the loss, redrawn every {self.every} steps"
+        return self.image._repr_mimebundle_() | {"text/plain": text}
+
+
 def _values(name: str, spec: Sequence) -> list:
     """All values of a control; those of (low, high, step) spelt out."""
     if isinstance(spec, tuple):

@@ -1,0 +1,87 @@
+"""The pictures of notebook 07: every setting of their controls, and what they state."""
+
+import io
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from qlora_lib.classroom import draw_adapters as draw
+from qlora_lib.classroom.plots import render
+from qlora_lib.classroom.widgets import LossPlot, SliderPlot
+
+RANKS = {r: {"correct": 20 * i + 30, "n": 200, "parameters": 20_480 * r}
+         for i, r in enumerate((1, 2, 4, 8))}
+GRID = {(a, b): {"sentiment": a * (1 - b / 2), "code": b * (1 - a / 2)}
+        for a in (0.0, 0.5, 1.0) for b in (0.0, 0.5, 1.0)}
+PATHS = [f"model.layers.{i}.{m}" for i in range(2)
+         for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
+BUDGETS = {10_000: dict(zip(PATHS, (3, 1))), 40_000: dict(zip(PATHS, (8, 4, 6, 1, 2, 5)))}
+
+
+def rank():
+    return SliderPlot(draw.draw_rank, {"rank": list(RANKS)}, rows=RANKS, base_bytes=2_000_000,
+                      axes=(1, 2), size=(10, 3), alt="accuracy and bytes")
+
+
+def mixture():
+    return SliderPlot(draw.draw_mixture, {"first": [0.0, 0.5, 1.0], "second": [0.0, 0.5, 1.0]},
+                      grid=GRID, axes=(1, 2), size=(10, 3.4), alt="two maps")
+
+
+def budget():
+    return SliderPlot(draw.draw_budget, {"budget": list(BUDGETS)}, ranks=BUDGETS, alt="bars")
+
+
+def served():
+    return SliderPlot(draw.draw_served, {"adapters": [1, 4, 16]}, counts=[1, 4, 16],
+                      base={"16 bits": 7_000_000, "4 bits": 2_000_000}, adapter=160_000, alt="lines")
+
+
+@pytest.mark.parametrize("make", [rank, mixture, budget, served])
+def test_every_setting_is_drawn_and_every_control_matters(make):
+    make().draw_grid()
+
+
+def test_a_layer_without_a_rank_keeps_its_place():
+    ax = Figure().subplots()
+    draw.draw_budget(ax, 10_000, BUDGETS)
+    assert [bar.get_height() for bar in ax.patches] == [3, 1, 0, 0, 0, 0]
+    assert "2 of 6 layers" in ax.get_title()
+
+
+def test_bytes_served_are_what_the_legend_says():
+    ax = Figure().subplots()
+    draw.draw_served(ax, 16, {"16 bits": 7_000_000, "4 bits": 2_000_000}, 160_000, [1, 4, 16])
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[0].endswith("112.0 MB") and texts[1].endswith("32.0 MB")
+    assert texts[2].endswith("4.6 MB")
+
+
+def test_a_matrix_names_its_tasks():
+    ax = Figure().subplots()
+    draw.draw_matrix(ax, {"base": {"code": 0.0, "word_problems": 0.5},
+                          "code": {"code": 1.0, "word_problems": 0.0}})
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["code", "word\nproblems"]
+    assert [t.get_text() for t in ax.texts] == ["0", "50", "100", "0"]
+
+
+def test_a_live_loss_plot_redraws_as_it_is_told():
+    plot = LossPlot(every=2)
+    pictures = [plot.image.value]
+    for step in range(1, 6):
+        plot({"step": step, "loss": 2 / step} | ({"dev_loss": 1.0} if step == 5 else {}))
+        pictures.append(plot.image.value)
+    changed = [a != b for a, b in zip(pictures, pictures[1:])]
+    assert changed == [False, True, False, True, True]  # every second step, and a dev loss
+    assert plot.losses[-1] == (5, 0.4) and plot.dev == [(5, 1.0)]
+    assert Image.open(io.BytesIO(plot.picture())).width > 100
+    data = plot._repr_mimebundle_()
+    assert "every 2 steps" in data["text/plain"]
+    with pytest.raises(ValueError, match="at least 1 step"):
+        LossPlot(every=0)
+
+
+def test_settings_of_one_plot_share_their_axes():
+    assert len({Image.open(io.BytesIO(render(draw.draw_rank, [{"rank": r, "rows": RANKS,
+                "base_bytes": 2_000_000}], size=(10, 3), axes=(1, 2)))).size for r in RANKS}) == 1
