@@ -51,6 +51,8 @@ def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
     """Raises ValueError when a linear layer can't take this adapter."""
     if not name or "." in name:  # names of parameters can't hold a dot
         raise ValueError(f"adapter={name!r} must be a name without dots")
+    if hasattr(nn.ParameterDict, name):  # a parameter of that name would hide it
+        raise ValueError(f"adapter={name!r} is the name of a method of torch's modules; take another")
     taken = layer.configs.get(name, config) if isinstance(layer, LoRALinear) else config
     if taken != config:
         raise ValueError(f"adapter {name!r} exists with {taken}, not {config}")

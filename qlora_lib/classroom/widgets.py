@@ -132,7 +132,7 @@ class LossPlot:
         finetune(model, tokenizer, pairs, config, callback=plot)
 
     It redraws in the call itself, no thread, every `every` steps and at each dev loss. Where
-    nothing can be live, the notebook shows its text; draw the finished curve with `show`.
+    nothing can be live, the notebook shows its text: `show(plot.draw, alt=...)` when it is done.
     """
 
     def __init__(self, every: int = 10, size: tuple[float, float] = (6, 3)):
@@ -155,9 +155,10 @@ class LossPlot:
 
     def picture(self) -> bytes:
         """PNG bytes of the curve so far."""
-        return render(self._draw, [{}], size=self.size)
+        return render(self.draw, [{}], size=self.size)
 
-    def _draw(self, ax) -> None:
+    def draw(self, ax) -> None:
+        """The curve so far, as `plots.show` takes it."""
         for points, style, label in ((self.losses, "-", "train"), (self.dev, "o--", "dev")):
             if points:
                 ax.plot(*zip(*points), style, label=label)

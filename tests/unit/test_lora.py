@@ -151,6 +151,7 @@ def test_a_rank_above_the_layers_own_is_refused():
         (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
         (dict(init="zeros"), "init='zeros' is not one of"),
         (dict(adapter="v1.0"), "adapter='v1.0' must be a name without dots"),
+        (dict(adapter="half"), "adapter='half' is the name of a method"),
     ],
 )
 def test_bad_configurations_are_named(given, message):
