@@ -1,6 +1,6 @@
 """Times us and the peers side by side on a CPU: python -m benchmarks, some 20 minutes.
 
-    python -m benchmarks [--only solver layers step] [--quick] [--out data/results/bench-cpu.json]
+    python -m benchmarks [--only solver layers step] [--quick] [--rounds 3] [--out data/results/bench-cpu.json]
 
 Writes the JSON and, beside it, a PNG of the ratios. For an idle machine: it says when the
 machine is not. Peers that are not installed are skipped, and named.
@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=("solver", "layers", "step"))
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    parser.add_argument("--rounds", type=int, help="of each part (default: 5, 9 and 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench-cpu.json")
     args = parser.parse_args()
     parts, load = args.only or ("solver", "layers", "step"), timing.machine_load()
@@ -32,11 +33,13 @@ def main() -> None:
     result = stamp(
         seed=0, machine=machine, load_at_start=load, busy=busy, threads=torch.get_num_threads()
     )
-    quick = args.quick
+    def settings(sizes: tuple, rounds: int) -> tuple:
+        return (sizes[:1], 3) if args.quick else (sizes, args.rounds or rounds)
+
     measure = {
-        "solver": lambda: solver.run(solver.SIZES[:1] if quick else solver.SIZES, 3 if quick else 5),
-        "layers": lambda: layers.run(layers.SHAPES[:1] if quick else layers.SHAPES, 3 if quick else 9),
-        "step": lambda: step.run(1 if quick else 3),
+        "solver": lambda: solver.run(*settings(solver.SIZES, 5)),
+        "layers": lambda: layers.run(*settings(layers.SHAPES, 9)),
+        "step": lambda: step.run(1 if args.quick else args.rounds or 3),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
