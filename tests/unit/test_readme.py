@@ -41,6 +41,16 @@ def test_a_width_is_the_recorded_one(bits):
     assert f"| {bits} | " + " | ".join(percent(row, "strict") for row in rows) + " |" in README
 
 
+@pytest.mark.parametrize("bits", (8, 4, 3, 2))
+def test_a_perplexity_is_the_recorded_one(bits):
+    path = ROOT / "data/results/smollm2-perplexity.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    names = [f"{m}_{bits}bit_{g}" for g in ("row", "64") for m in ("gptq", "rtn")]
+    cells = [f"{table[name]['wikitext2']:,.2f}" for name in names]
+    assert f"| {bits} | " + " | ".join(cells) + " |" in README
+    assert f"in fp32 {table['fp32']['wikitext2']:.2f}" in README
+
+
 def test_merges_are_the_recorded_ones():
     path = ROOT / "data/results/tiny-merges.json"
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
