@@ -1,4 +1,4 @@
-"""Times us and the peers side by side on a CPU: python -m benchmarks, some 20 minutes.
+"""Times us and the peers side by side on a CPU: python -m benchmarks, an hour or more where bf16 is not native.
 
     python -m benchmarks [--only solver layers step] [--quick] [--rounds 3] [--out data/results/bench-cpu.json]
 
