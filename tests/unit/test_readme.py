@@ -51,6 +51,22 @@ def test_a_perplexity_is_the_recorded_one(bits):
     assert f"in fp32 {table['fp32']['wikitext2']:.2f}" in README
 
 
+@pytest.mark.parametrize("width", (1024, 4096))
+def test_the_solvers_ratios_are_the_recorded_ones(width):
+    path = ROOT / "data/results/bench-cpu.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["solver"]
+    plain, clip = (
+        next(r for r in rows if (r["out"], r["in"], r["clip_search"]) == (width, width, c))
+        for c in (False, True)
+    )
+    pairs = ((plain, "column loop"), (plain, "GPTQModel"), (clip, "GPTQModel"))
+    cells = [
+        f"{r['seconds'][n]['median'] / r['seconds']['ours']['median']:.1f}" for r, n in pairs
+    ]
+    assert f"| {width} x {width} | " + " | ".join(cells) + " |" in README
+    assert all(abs(d) < 2e-5 for r in rows for d in r.get("objective_over_reference", {}).values())
+
+
 def test_merges_are_the_recorded_ones():
     path = ROOT / "data/results/tiny-merges.json"
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
