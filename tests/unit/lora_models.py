@@ -7,7 +7,7 @@ from small_models import small_model
 
 from qlora_lib.gptq import GPTQOptions
 from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import ALL_LINEAR, inject_lora, lora_layers
+from qlora_lib.lora import ALL_LINEAR, inject_lora, lora_layers, use_adapter
 from qlora_lib.models import quantize_model
 from qlora_lib.nf4 import NF4Spec
 from tests.helpers import normal
@@ -61,3 +61,18 @@ def rewrite(folder, name, change) -> None:
     described = json.loads((folder / name).read_text())
     change(described)
     (folder / name).write_text(json.dumps(described))
+
+
+def family(kind="dense", ranks=(4, 4, 4, 4), alpha=16, **given):
+    """A model with adapters a, b, c, d that all do something else."""
+    model = base_of(kind)
+    for i, rank in enumerate(ranks):
+        name = "abcd"[i]
+        inject_lora(model, ALL_LINEAR, rank=rank, alpha=alpha, adapter=name, **given)
+        trained(model, name, seed=100 * i, std=0.05)
+    return model
+
+
+def under(model, name):
+    with use_adapter(model, name):
+        return logits(model)

@@ -3,35 +3,17 @@ combine_adapters with PEFT."""
 
 import pytest
 import torch
-from lora_models import IDS, adapted, base_of, logits, trained
+from lora_models import family, logits, trained, under
 from small_models import small_model
 
-from qlora_lib import allocate_ranks, combine_adapters, inject_lora, prune_adapter, use_adapter
+from qlora_lib import allocate_ranks, combine_adapters, inject_lora, prune_adapter
 from qlora_lib.adapters import load_adapter, save_adapter
 from qlora_lib.lora import (
-    ALL_LINEAR,
     adapter_names,
-    adapter_table,
     delete_adapter,
     lora_layers,
-    set_adapter,
 )
 from tests.helpers import relative
-
-
-def family(kind="dense", ranks=(4, 4, 4, 4), alpha=16, **given):
-    """A model with adapters a, b, c, d that all do something else."""
-    model = base_of(kind)
-    for i, rank in enumerate(ranks):
-        name = "abcd"[i]
-        inject_lora(model, ALL_LINEAR, rank=rank, alpha=alpha, adapter=name, **given)
-        trained(model, name, seed=100 * i, std=0.05)
-    return model
-
-
-def under(model, name):
-    with use_adapter(model, name):
-        return logits(model)
 
 
 def update(model, path, weights):
@@ -286,86 +268,3 @@ def test_no_rank_and_unknown_layers_are_named():
         with pytest.raises(ValueError, match=message):
             inject_lora(model, rank=rank)
         assert not lora_layers(model)
-
-
-# --- many on one base ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["dense", "grid4", "nf4"])
-def test_switching_leaves_no_trace(kind, tmp_path):
-    """Bit for bit what a model gives that only ever had that adapter."""
-    model = family(kind, ranks=(4, 2, 8, 4))
-    for name in "abcd":
-        save_adapter(model, tmp_path / name, name)
-    for name in "abcdbdac":
-        under(model, name)
-        set_adapter(model, name)
-        logits(model)
-    with use_adapter(model, "d"):
-        model(IDS, labels=IDS).loss.backward()
-    for name in "abcd":
-        alone = base_of(kind)
-        load_adapter(alone, tmp_path / name, name)
-        assert torch.equal(under(model, name), logits(alone)), name
-    assert torch.equal(under(model, None), logits(base_of(kind)))
-
-
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_deleting_the_last_adapter_puts_the_base_back(kind):
-    model, bare = family(kind, ranks=(4, 2)), base_of(kind)
-    b = under(model, "b")
-    assert len(delete_adapter(model, "a")) == 14 and adapter_names(model) == ["b"]
-    assert torch.equal(logits(model), logits(bare))  # its default is gone: the base
-    assert torch.equal(under(model, "b"), b)
-    delete_adapter(model, "b")
-    assert not lora_layers(model) and list(model.state_dict()) == list(bare.state_dict())
-    assert torch.equal(logits(model), logits(bare))
-    with pytest.raises(ValueError, match="no adapter 'a'"):
-        delete_adapter(model, "a")
-
-
-def test_a_merged_adapter_is_unmerged_before_it_is_deleted():
-    from qlora_lib.merge import merge_lora, unmerge_lora
-
-    model = adapted(small_model())
-    merge_lora(model)
-    with pytest.raises(ValueError, match="merged.*unmerge_lora"):
-        delete_adapter(model, "default")
-    with pytest.raises(ValueError, match="merged.*unmerge_lora"):
-        prune_adapter(model, "default", 2)
-    unmerge_lora(model)
-    assert len(delete_adapter(model, "default")) == 14
-
-
-def test_the_table_adds_up():
-    model = family("grid4", ranks=(4, 2))
-    inject_lora(model, ("q_proj",), rank=6, adapter="q")
-    base, a, b, q = adapter_table(model)
-    bare = base_of("grid4")
-    want = {id(t): t.nbytes for t in [*bare.parameters(), *bare.buffers()]}
-    assert (base.name, base.ranks, base.layers) == (None, (), 15)  # 14 and the head
-    assert base.nbytes == sum(want.values())
-    assert base.parameters == sum(p.numel() for p in small_model().parameters())
-    assert (a.name, a.ranks, a.layers) == ("a", (4,), 14)
-    count = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
-    assert (a.parameters, a.nbytes) == (count, 4 * count) and b.parameters == count // 2
-    assert (q.ranks, q.layers, q.parameters) == ((6,), 2, 2 * 6 * 128)
-    prune_adapter(model, "a", {p: 1 + i % 2 for i, p in enumerate(lora_layers(model))})
-    assert adapter_table(model)[1].ranks == (1, 2)
-    assert adapter_table(small_model())[0].parameters == base.parameters
-
-
-def test_two_adapters_of_one_name_with_other_settings_are_refused():
-    model = family(ranks=(4,))
-    with pytest.raises(ValueError, match="adapter 'a' exists with .*rank=4.* not .*rank=2"):
-        inject_lora(model, ALL_LINEAR, rank=2, adapter="a")
-    with pytest.raises(ValueError, match="adapter 'a' exists with .*alpha=16.* not .*alpha=8"):
-        inject_lora(model, ALL_LINEAR, rank=4, alpha=8, adapter="a")
-
-
-def test_an_adapter_of_another_base_is_refused(tmp_path):
-    save_adapter(adapted(small_model(seed=1)), tmp_path / "a")
-    model = family(ranks=(4,))
-    with pytest.raises(ValueError, match="was trained on another base model"):
-        load_adapter(model, tmp_path / "a", "other")
-    assert adapter_names(model) == ["a"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from small_models import small_model
+from streamed_models import CALIBRATION, store, stream
 from test_models import STAGES, batches, logits, same
-from test_streaming import CALIBRATION, store, stream
 
 from qlora_lib.block_inputs import token_mask
 from qlora_lib.checkpoint import load_quantized

@@ -1,56 +1,24 @@
 """One block at a time: the bits of quantize_model, kills that cost a block, one block's memory."""
 
 import json
-import re
-import shutil
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import small_model, small_tokenizer
-from transformers import LlamaForCausalLM
+from streamed_models import CALIBRATION, IDS, SPEC, folder, store, stored, stream  # noqa: F401
 
 from qlora_lib import shards as shards_of
-from qlora_lib import streaming, streaming_experiments
-from qlora_lib.__main__ import main
+from qlora_lib import streaming
 from qlora_lib.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
 from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import ATTENTION
 from qlora_lib.loading import load_model
+from qlora_lib.lora import ATTENTION
 from qlora_lib.models import quantize_model, quantized_layers
 from qlora_lib.nf4 import NF4Spec
 from qlora_lib.shards import Shards
-from qlora_lib.streaming import REPORT, quantize_checkpoint
-
-SPEC = QuantSpec(4, 32, clip_search=False)  # a search would only take time here
-IDS = torch.randint(3, 260, (4, 16), generator=torch.Generator().manual_seed(0))
-MASK = torch.ones_like(IDS)
-MASK[1, 11:] = 0
-CALIBRATION = [{"input_ids": IDS[i : i + 2], "attention_mask": MASK[i : i + 2]} for i in (0, 2)]
-
-
-def store(folder, layers=2, dtype=torch.float32, shard_size="5GB", tied=True, bias=False, seed=0):
-    """A small model, half as wide as the other tests', grouped-query, as transformers writes it."""
-    config = small_model(layers=layers).config
-    config.update({"hidden_size": 32, "intermediate_size": 64, "head_dim": 8})
-    config.update({"attention_bias": bias, "tie_word_embeddings": tied})
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(p)
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
-    small_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def stream(folder, out, spec=SPEC, calibration=CALIBRATION, method="gptq", **given):
-    return quantize_checkpoint(
-        folder, out, spec, calibration, method, compute_dtype="fp32", device="cpu", **given
-    )
+from qlora_lib.streaming import REPORT
 
 
 def without_seconds(rows):
@@ -67,17 +35,6 @@ def three(tmp_path_factory):
     folder = store(tmp_path_factory.mktemp("three") / "model", layers=3)
     out = folder.parent / "whole"
     return folder, out, stream(folder, out)
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    return store(tmp_path_factory.mktemp("two") / "model")
-
-
-@pytest.fixture
-def folder(stored, tmp_path):
-    """A model of two blocks that a test may damage."""
-    return Path(shutil.copytree(stored, tmp_path / "model"))
 
 
 # --- the same bits ----------------------------------------------------------------------------
@@ -353,57 +310,3 @@ def test_what_old_checkpoints_hold_besides_is_left_out(folder, tmp_path):
     save_file(state, folder / WEIGHTS, {"format": "pt"})
     stream(folder, tmp_path / "out", calibration=None, method="rtn")
     load_quantized(tmp_path / "out", "cpu", "fp32")
-
-
-# --- the command line and the experiment ------------------------------------------------------
-
-
-def test_the_streamed_base_is_the_one_that_finetune_looks_for(
-    folder, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    lines = [json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(4)]
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
-    common = ["quantize", "--model", "model", "--data", "data", "--group-size", "0"]
-    assert main([*common, "--stream", "--spill", "spill"]) == 0
-    out = capsys.readouterr().out
-    assert "streaming model with gptq" in out and len(re.findall("output error", out)) == 14
-    assert re.search(r"bytes for [\d,]+ parameters, \d+\.\d\d bits each", out)
-    assert main(common) == 0 and "is there, with these settings" in capsys.readouterr().out
-    assert main([*common, "--targets", "attention"]) == 0  # another base
-    whole, _ = load_quantized("checkpoints/tiny/base", "cpu", "fp32")
-    assert len(quantized_layers(whole)) == 8
-    assert main([*common, "--targets", "attention", "--stream"]) == 0
-    assert "is there, with these settings" in capsys.readouterr().out
-    assert main([*common, "--spill", "spill"]) == 2
-    assert "--spill keeps the activations of --stream" in capsys.readouterr().err
-    assert main(["quantize", "--model", "data", "--stream"]) == 2
-    assert "streaming reads a folder with config.json, data is none" in capsys.readouterr().err
-
-
-def test_the_experiment_measures_and_predicts(tmp_path, monkeypatch, capsys):
-    small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
-             "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
-    monkeypatch.setattr(streaming_experiments, "LLAMA2_7B", streaming_experiments.LLAMA2_7B | small)
-    monkeypatch.setattr(streaming_experiments, "LENGTH", 16)
-    monkeypatch.setattr(streaming_experiments, "SHARD", 150_000)
-    out = tmp_path / "result.json"
-    argv = [str(tmp_path), "--blocks", "2", "--sequences", "4", "--out", str(out)]
-    streaming_experiments.main([*argv, "--part"])
-    few = load_file(tmp_path / "model" / "model-00001-of-00002.safetensors")
-    result = json.loads(out.read_text())
-    assert result["packed_bytes_a_block"] == result["predicted_packed_bytes_a_block"]
-    assert result["peak_anonymous_bytes"] >= result["anonymous_bytes_before"] > 0
-    assert result["calibration_tokens"] == 64 and len(result["output_errors"]["layers"]) == 14
-    assert "no meaning" in result["output_errors"]["meaning"] and result["stamp"]["date"]
-    assert "peak anonymous memory" in capsys.readouterr().out
-
-    streaming_experiments.make_folder(tmp_path / "model", streaming_experiments.LLAMA2_7B)
-    whole, _ = load_model(tmp_path / "model", "cpu", "bf16")  # transformers reads it
-    assert len(whole.model.layers) == 3
-    state = whole.state_dict()
-    for name, tensor in few.items():
-        assert torch.equal(tensor, state[name])  # a part holds the same weights
-    assert state["lm_head.weight"].float().std() == pytest.approx(0.02, rel=0.05)
-    assert (state["model.norm.weight"] == 1).all()

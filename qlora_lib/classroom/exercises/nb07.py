@@ -229,20 +229,9 @@ register(Exercise(
 # --- 4. Ranks under a budget ----------------------------------------------------------------
 
 
-def share_ranks(values: list, costs: list, budget: int) -> list:
-    ranks, left = [0] * len(values), budget
-    offers = [(s * s / cost, layer) for layer, (own, cost) in enumerate(zip(values, costs))
-              for s in own]
-    for _, layer in sorted(offers, reverse=True):
-        if costs[layer] <= left:
-            ranks[layer] += 1
-            left -= costs[layer]
-    return ranks
-
-
 def _shared(value):
-    """The same, by another worth of a rank than s^2 / cost."""
-    def share(values, costs, budget):
+    """Ranks by falling worth; value(s, cost) is the worth of a rank with singular value s."""
+    def share(values: list, costs: list, budget: int) -> list:
         ranks, left = [0] * len(values), budget
         offers = [(value(s, cost), layer) for layer, (own, cost) in enumerate(zip(values, costs))
                   for s in own]
@@ -253,6 +242,9 @@ def _shared(value):
         return ranks
 
     return share
+
+
+share_ranks = _shared(lambda s, cost: s * s / cost)  # the most energy for each parameter
 
 
 def _equal(values, costs, budget):
