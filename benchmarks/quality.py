@@ -101,14 +101,20 @@ def ours(w: Tensor, h: Tensor, spec: QuantSpec) -> dict:
     """name -> quantized weight: our defaults first, then what is tried beside them."""
     default = gptq_quantize(w, h, spec)
     plain = replace(spec, clip_search=False)
+
+    def by(**options):
+        return gptq_quantize(w, h, spec, GPTQOptions(**options)).dequantize()
+
     return {
         "ours, defaults": default.dequantize(),
         "ours, min-max grids": gptq_quantize(w, h, plain).dequantize(),
-        "ours, left to right": gptq_quantize(w, h, spec, GPTQOptions(False)).dequantize(),
-        "ours, dynamic groups":
-            gptq_quantize(w, h, spec, GPTQOptions(static_groups=False)).dequantize(),
-        "ours, damping 0.001": gptq_quantize(w, h, spec, GPTQOptions(damp_percent=1e-3)).dequantize(),
-        "ours, damping 0.05": gptq_quantize(w, h, spec, GPTQOptions(damp_percent=0.05)).dequantize(),
+        "ours, left to right": by(desc_act=False),
+        "ours, dynamic groups": by(static_groups=False),
+        "ours, damping 0.001": by(damp_percent=1e-3),
+        "ours, damping 0.05": by(damp_percent=0.05),
+        "ours, weighed": by(weigh_columns=True),
+        "ours, weighed, damping 0.05": by(weigh_columns=True, damp_percent=0.05),
+        "ours, weighed, dynamic groups": by(weigh_columns=True, static_groups=False),
         "ours, pivoted order": in_order(w, h, spec, pivoted_order(h)),
         "ours, 1 sweep of descent": descend(w, h, default, 1),
         "ours, 3 sweeps of descent": descend(w, h, default, 3),

@@ -37,6 +37,7 @@ class GPTQOptions:
     damp_percent: float = 0.01  # added to the diagonal of H, relative to its mean
     block_size: int = 128  # columns between two updates of the whole rest
     match_dense: bool = False  # aim at the dense model's outputs, not at the layer's own
+    weigh_columns: bool = False  # the clip search counts what an error in a column will cost
 
     def __post_init__(self):
         if self.block_size < 1:
@@ -188,15 +189,20 @@ def gptq_quantize(
     groups, size = spec.groups(n), spec.group_size or n
     # One grid a row must be fitted before the loop: later, half the row is rounded.
     static = options.static_groups or spec.group_size is None
-    if static:
-        grids = fit_grid(w.unflatten(1, (groups, size)), spec)  # scale, zero: (out, groups)
-        scale, zero = (grid.t().contiguous() for grid in grids)
-    else:
-        scale, zero = w.new_empty(groups, out), w.new_empty(groups, out)
-
     order = torch.arange(n, device=w.device)
     if options.desc_act:
         order = h.diagonal().argsort(descending=True, stable=True)
+    back = order.argsort()
+    r = hessian_factor(h, options.damp_percent, order)
+    # The loss is the sum over columns of R[j, j]^2 (target - Q)^2: what a grid is to be good at.
+    cost = r.diagonal().square() if options.weigh_columns else None  # (in,), in the loop's order
+    r /= r.diagonal()  # columns with 1 on the diagonal: R[i, j] / R[j, j]
+    if static:
+        weights = None if cost is None else cost[back].view(groups, size)
+        grids = fit_grid(w.unflatten(1, (groups, size)), spec, weights)  # (out, groups)
+        scale, zero = (grid.t().contiguous() for grid in grids)
+    else:
+        scale, zero = w.new_empty(groups, out), w.new_empty(groups, out)
     # Group of each position in the loop. Static groups belong to the column, others are
     # made of the columns as the loop meets them: those need g_idx in the result.
     group_of = (order if static else torch.arange(n, device=w.device)) // size
@@ -205,8 +211,6 @@ def gptq_quantize(
     if not static:  # a grid is fitted on current targets: let blocks begin where groups begin
         step, sub = size * max(1, step // size), math.gcd(size, SUB_BLOCK)
 
-    r = hessian_factor(h, options.damp_percent, order)
-    r /= r.diagonal()  # columns with 1 on the diagonal: R[i, j] / R[j, j]
     # A column of W is strided, a row of W^T is contiguous: the loop runs over rows of W^T.
     # Row j holds column j until it is rounded, and its error from then on.
     wt = w.t()[order].contiguous()  # (in, out), a copy
@@ -230,11 +234,10 @@ def gptq_quantize(
                 free = wt[group] + torch.linalg.solve_triangular(
                     r[group, group].t(), pull, upper=False, unitriangular=True
                 )
-                scale[g], zero[g] = fit_grid(free.t(), spec)
+                scale[g], zero[g] = fit_grid(free.t(), spec, None if cost is None else cost[group])
             codes[j] = q = encode(t, scale[g], zero[g], spec.max_code)  # (out,)
             wt[j] -= q.sub_(zero[g]).mul_(scale[g])  # W - Q
 
-    back = order.argsort()
     g_idx = None if static or not options.desc_act else group_of[back]
     scale, zero = scale.t().contiguous(), zero.t().contiguous()
     return assemble(codes[back].t().contiguous(), scale, zero, g_idx, spec)

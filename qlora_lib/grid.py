@@ -19,7 +19,7 @@ from .packing import check_bits, pack, unpack
 SCALE_DTYPE = torch.float16  # the dtype in which scales are stored
 CLIP_RATIOS = 1 - torch.arange(0, 60) / 80  # 1.00 down to 0.26 of the range
 CLIP_NORM = 2.4  # |error|**2.4: a little more weight on large errors than MSE
-PIECE = 1 << 19  # weights that are made dense at once on a CPU: what its cache holds
+PIECE = 1 << 20  # weights that are made dense at once on a CPU: what its cache holds
 SEARCH_AT_ONCE = 1 << 18, 1 << 24  # weights searched at once: what a CPU caches; elsewhere
 
 
@@ -168,14 +168,17 @@ def _grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     return scale, (-low / scale).round().clamp(0, spec.max_code)
 
 
-def fit_grid(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def fit_grid(
+    w: Tensor, spec: QuantSpec, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The grid of each group.
 
     w: (..., group_size), one group in the last axis. Returns scale and zero_point,
     each (...) in the dtype of w, the scale already rounded to fp16.
     The range always includes 0. With `clip_search`, the range is shrunk step by step
-    and the grid with the least sum of |error|**2.4 is kept (Frantar's and GPTQModel's
-    `mse` option).
+    and the grid with the least sum of importance * |error|**2.4 is kept (Frantar's and
+    GPTQModel's `mse` option, where every weight counts alike).
+    importance: as the last axes of w, (group_size,) or (groups, group_size); None: all ones.
     """
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (...)
     if high.numel() and (high - low).max() > torch.finfo(SCALE_DTYPE).max:
@@ -185,15 +188,22 @@ def fit_grid(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         )
     if not spec.clip_search:
         return _grid_of_range(low, high, spec)
-    groups, piece = w.reshape(-1, w.shape[-1]), SEARCH_AT_ONCE[w.device.type != "cpu"]
-    found = [_search(part, spec) for part in groups.split(max(1, piece // w.shape[-1]))]
+    size = w.shape[-1]
+    importance = w.new_ones(1, size) if importance is None else importance.reshape(-1, size)
+    piece, cycle = SEARCH_AT_ONCE[w.device.type != "cpu"], len(importance)
+    count = max(1, piece // (cycle * size))  # times that a piece goes through `importance`
+    weights = importance.repeat(count, 1)  # (count * cycle, size)
+    groups = w.reshape(-1, size).split(len(weights))
+    found = [_search(part, weights[: len(part)], spec) for part in groups]
     scale, zero = (torch.cat(parts).view(low.shape) for parts in zip(*found))
     return scale, zero
 
 
-def _search(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _search(w: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The best grid of each row of w (groups, group_size), among all CLIP_RATIOS."""
-    least, most = w.amin(-1), w.amax(-1)  # (groups,)
+    (least, first), (most, last) = w.min(-1), w.max(-1)  # (groups,)
+    # What an error at either end of a group counts at least.
+    ends = torch.minimum(*(importance.gather(1, i.unsqueeze(1)) for i in (first, last))).squeeze(1)
     low, high = least.clamp(max=0), most.clamp(min=0)
     scale, zero = torch.empty_like(low), torch.empty_like(low)
     best = torch.full_like(low, torch.inf)
@@ -204,14 +214,15 @@ def _search(w: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         # ends bear, at least as |cut / 2|**2.4 each, and ever more as the range shrinks: once
         # that alone is no less than the best error, the group is done.
         cut = (most - least - spec.max_code * s).clamp_(min=0)
-        hope = 2 * (cut / 2).pow_(CLIP_NORM) < best[open_]
+        hope = 2 * ends * (cut / 2).pow_(CLIP_NORM) < best[open_]
         if not hope.all():
             if not hope.any():
                 break
-            least, most, low, high, s, z = (t[hope] for t in (least, most, low, high, s, z))
-            w, open_ = w[hope], open_[hope]
+            kept = (least, most, ends, low, high, s, z, w, importance, open_)
+            least, most, ends, low, high, s, z, w, importance, open_ = (t[hope] for t in kept)
         q = encode(w, s.unsqueeze(-1), z.unsqueeze(-1), spec.max_code)
-        error = q.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(w).abs_().pow_(CLIP_NORM).sum(-1)
+        error = q.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(w).abs_().pow_(CLIP_NORM)
+        error = error.mul_(importance).sum(-1)  # (groups,)
         better = error < best[open_]
         won = open_[better]
         best[won], scale[won], zero[won] = error[better], s[better], z[better]

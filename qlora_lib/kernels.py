@@ -101,7 +101,10 @@ def dense_matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dt
     y = flat.new_empty(len(flat), weight.shape[0], dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are decided here
         for rows, w in weight.pieces(work):
-            y[:, rows] = flat @ w.t()
+            if dtype == work:
+                torch.mm(flat, w.t(), out=y[:, rows])  # in place, no copy
+            else:
+                y[:, rows] = flat @ w.t()
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -193,12 +193,16 @@ class LoRALinear(nn.Module):
         h = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
         h = nn.functional.dropout(h, config.dropout, self.training)
         h = h @ a.t()  # (..., in) -> (..., rank): thin first, B A is never formed
-        update = config.scaling * (h @ b.t())  # (..., rank) -> (..., out)
         if config.use_dora:
+            update = config.scaling * (h @ b.t())  # (..., rank) -> (..., out)
             ratio = self.magnitude[name] / weight_norm(self.base, b, a, config.scaling)  # (out,)
             product = y if self.base.bias is None else y - self.base.bias  # x W^T alone
-            update = (ratio - 1) * product + ratio * update
-        return y + update.to(y.dtype)
+            return y + ((ratio - 1) * product + ratio * update).to(y.dtype)
+        if y.dtype != h.dtype:
+            return y + (h @ (config.scaling * b).t()).to(y.dtype)
+        # One operation: a product, a scaling and a sum would each pass over (tokens, out) numbers.
+        flat = y.flatten(0, -2), h.flatten(0, -2)  # (tokens, out), (tokens, rank)
+        return torch.addmm(*flat, b.t(), alpha=config.scaling).view(y.shape)
 
 
 @torch.no_grad()

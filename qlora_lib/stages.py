@@ -81,7 +81,7 @@ def make_base(
     examples: Callable | None = None,
     stream: bool = False,
     spill: Path | None = None,
-    match_dense: bool = False,
+    options: GPTQOptions = GPTQOptions(),
 ):
     """See that `folder`/base holds the profile's model, quantized so; keep it if it does.
 
@@ -90,7 +90,7 @@ def make_base(
     and a function from the tokenizer to the pairs that GPTQ sees, where those are not the
     profile's train problems. stream, spill: one decoder block in memory at a time
     (quantize_checkpoint); a hub model is downloaded first, and a killed run goes on.
-    match_dense: GPTQ aims at the dense model's outputs (GPTQOptions).
+    options: of GPTQ.
     Raises FileNotFoundError where the profile has no weights, and what quantizing raises.
     """
     method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
@@ -105,9 +105,9 @@ def make_base(
         recipe["targets"] = target_modules
     if calibrated_on and method == "gptq":
         recipe["calibrated_on"] = calibrated_on
-    options = GPTQOptions(match_dense=match_dense and method == "gptq")
-    if options.match_dense:
-        recipe["match_dense"] = True
+    if method == "gptq":
+        usual = dataclasses.asdict(GPTQOptions())
+        recipe |= {k: v for k, v in dataclasses.asdict(options).items() if v != usual[k]}
     base, made = folder / "base", []
 
     def make() -> None:

@@ -177,7 +177,7 @@ def draw_orders(ax, spread: float, bits: int, results: dict) -> None:
     ax.plot([], [], color=FP, linewidth=2.5, label="predicted from U alone")
     ax.axvline(1, color=RTN, linewidth=1.6)
     ax.text(0.99, -0.6, "RTN", color=RTN, ha="right", va="center")
-    ax.set(xlim=(0, 1.15), ylim=(len(rows) + 0.35, -0.9), yticks=range(len(rows)),
+    ax.set(xlim=(0, 1.15), ylim=(len(rows) + 0.6, -0.9), yticks=range(len(rows)),
            yticklabels=list(rows), xlabel="held-out output error / RTN's")
     ax.legend(loc="lower left", fontsize=10)
     ax.grid(axis="y", visible=False)

@@ -21,6 +21,8 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--group-size", type=int, default=64, help="weights that share a scale; 0: a whole row")
     add("--match-dense", action="store_true",
         help="with gptq: each layer aims at its outputs in the dense model (better at 2 and 3 bits)")
+    add("--weigh-columns", action="store_true",
+        help="with gptq: grids are fitted to what an error in each column costs")
     add("--stream", action="store_true", help="quantize with one block in memory at a time")
 
     alone = commands.add_parser(
@@ -73,6 +75,7 @@ def training_data(profile, args, tokenizer):
 
 def base_settings(profile, args) -> dict:
     """What make_base and quantized_base are called with."""
+    from ..gptq import GPTQOptions
     from ..grid import QuantSpec
     from ..nf4 import NF4Spec
 
@@ -80,7 +83,7 @@ def base_settings(profile, args) -> dict:
     return {
         "spec": NF4Spec() if nf4 else QuantSpec(bits=args.bits, group_size=args.group_size or None),
         "method": args.method,
-        "match_dense": args.match_dense,
+        "options": GPTQOptions(match_dense=args.match_dense, weigh_columns=args.weigh_columns),
         "device": args.device,
         "compute_dtype": args.compute_dtype,
         "calibrated_on": args.source,

@@ -24,27 +24,33 @@ def minmax_grid(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 class Grids:
-    """The grid of each column: fixed from the original weights, or from the current ones."""
+    """The grid of each column: fixed from the original weights, or from the current ones.
 
-    def __init__(self, w: Tensor, order: Tensor, spec: QuantSpec, static: bool):
+    cost: (in,), what an error in each column costs, in the order of the loop; None: all alike.
+    """
+
+    def __init__(self, w: Tensor, order: Tensor, spec: QuantSpec, static: bool, cost=None):
         self.spec, self.static, self.n = spec, static, w.shape[1]
         self.size = spec.group_size or self.n
-        self.order, self.known = order, {}
+        self.order, self.known, self.cost = order, {}, cost
         if static or spec.group_size is None:
             self.static = True
+            in_place = None if cost is None else cost[torch.argsort(order)]
             for g in range(self.n // self.size):
-                self.known[g] = self.fit(w[:, g * self.size : (g + 1) * self.size])
+                columns = slice(g * self.size, (g + 1) * self.size)
+                self.known[g] = self.fit(w[:, columns], None if cost is None else in_place[columns])
 
-    def fit(self, w: Tensor):
+    def fit(self, w: Tensor, cost):
         if self.spec.clip_search:
-            return fit_grid(w, self.spec)
+            return fit_grid(w, self.spec, cost)
         return minmax_grid(w, self.spec.bits)
 
     def round(self, j: int, w: Tensor) -> Tensor:
         """Quantized column j of w, whose columns stand in the loop's order."""
         group = int(self.order[j]) // self.size if self.static else j // self.size
         if not self.static and j % self.size == 0:
-            self.known[group] = self.fit(w[:, j : j + self.size])
+            cost = None if self.cost is None else self.cost[j : j + self.size]
+            self.known[group] = self.fit(w[:, j : j + self.size], cost)
         scale, zero = self.known[group]
         q = (w[:, j] / scale + zero).round().clamp(0, 2**self.spec.bits - 1)
         return scale * (q - zero)
@@ -55,9 +61,11 @@ def column_by_column(w, h, spec, options) -> Tensor:
     order = torch.arange(w.shape[1])
     if options.desc_act:
         order = torch.argsort(-h.diagonal(), stable=True)
-    grids = Grids(w, order, spec, options.static_groups)
-    w, h = w[:, order].clone(), damped(h, options.damp_percent)[order][:, order]
+    h = damped(h, options.damp_percent)[order][:, order]
     u = torch.linalg.cholesky(torch.linalg.inv(h)).T  # H^-1 = U^T U
+    cost = u.diagonal() ** -2 if options.weigh_columns else None
+    grids = Grids(w, order, spec, options.static_groups, cost)
+    w = w[:, order].clone()
     q = torch.empty_like(w)
     for j in range(w.shape[1]):
         q[:, j] = grids.round(j, w)

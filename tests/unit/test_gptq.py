@@ -50,10 +50,11 @@ def test_blocked_equals_column_by_column(group_size, static, desc_act):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
-def test_blocked_equals_column_by_column_at_every_width_with_clipping(bits, static):
+@pytest.mark.parametrize("weighed", [True, False], ids=["weighed", "alike"])
+def test_blocked_equals_column_by_column_at_every_width_with_clipping(bits, static, weighed):
     w, h = layer()
     spec = QuantSpec(bits, 16)
-    options = GPTQOptions(static_groups=static, block_size=32)
+    options = GPTQOptions(static_groups=static, block_size=32, weigh_columns=weighed)
     got = gptq_quantize(w, h, spec, options).dequantize(torch.float64)
     assert (got - column_by_column(w, h, spec, options)).abs().max() < 1e-10
 
@@ -95,6 +96,27 @@ def test_held_out_error_is_at_most_055_of_rounding_to_nearest():
     assert error[1] <= 0.55 * error[0]
     # and the weights themselves are farther away: it is the output that GPTQ cares for
     assert relative(gptq, w) > relative(rtn, w)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_weighing_columns_in_the_clip_search_lowers_the_held_out_error(bits):
+    """With some channels ten times as large as others, as in language models; and it changes
+    nothing where there is no search to weigh."""
+    sizes = normal(256, seed=2, std=0.7).exp()
+    sizes[::50] *= 10
+    x = ar1(8192, 256) * sizes
+    w, h = normal(256, 256, seed=1, std=0.02), Hessian(256)
+    h.update(x[:4096])
+    weighed, alike = GPTQOptions(weigh_columns=True), GPTQOptions()
+
+    def error(options, clip_search=True):
+        q = gptq_quantize(w, h, QuantSpec(bits, 64, clip_search=clip_search), options)
+        return relative(x[4096:] @ q.dequantize().T, x[4096:] @ w.T)
+
+    ratio = error(weighed) / error(alike)
+    print(f"{bits} bits: {ratio:.3f} of the error")
+    assert ratio < 0.9
+    assert error(weighed, clip_search=False) == error(alike, clip_search=False)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

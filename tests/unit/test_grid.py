@@ -160,14 +160,14 @@ def test_clip_search_is_never_worse_in_its_own_norm(bits, symmetric):
         assert error(True).sum() < 0.9 * error(False).sum()
 
 
-def every_ratio(w, spec):
+def every_ratio(w, spec, importance=1.0):
     """The search without its shortcuts: each group on each of the grids."""
     low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
     grids = [_grid_of_range(low * r, high * r, spec) for r in CLIP_RATIOS.tolist()]
     scale, zero = (torch.stack(parts) for parts in zip(*grids))  # (ratios, groups)
     q = encode(w, scale[..., None], zero[..., None], spec.max_code)  # (ratios, groups, size)
-    errors = ((q - zero[..., None]) * scale[..., None] - w).abs().pow(CLIP_NORM).sum(-1)
-    best = errors.argmin(0, keepdim=True)  # the first of equals, as in the search
+    errors = ((q - zero[..., None]) * scale[..., None] - w).abs().pow(CLIP_NORM)
+    best = (errors * importance).sum(-1).argmin(0, keepdim=True)  # (1, groups), the first of equals, as in the search
     return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
@@ -179,9 +179,22 @@ def test_groups_that_leave_the_search_early_had_their_best_grid(bits, symmetric,
     w[:40] = w[:40] ** 3  # heavy tails
     w[40:60], w[60:80] = w[40:60].abs(), -w[60:80].abs()
     w[80:90], w[90:100], w[100:110] = 0, 0.3, w[100:110] * 1e-6  # subnormal scales
-    spec = QuantSpec(bits, None, symmetric)
-    for got, want in zip(fit_grid(w.double(), spec), every_ratio(w.double(), spec), strict=True):
-        assert torch.equal(got, want)
+    w, spec = w.double(), QuantSpec(bits, None, symmetric)
+    columns = normal(size, seed=2, std=2.0).exp().double()  # some a thousand times as important
+    for importance in (None, columns, columns * 0):
+        got, want = fit_grid(w, spec, importance), every_ratio(w, spec, 1.0 if importance is None else importance)
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+def test_each_group_has_its_own_importance():
+    """(out, groups, size): groups of a row, and the rows of several pieces of the search."""
+    w, importance = normal(40, 3, 8).double(), normal(3, 8, seed=1).exp().double()
+    spec = QuantSpec(2, 8)
+    got = fit_grid(w, spec, importance)
+    for g in range(3):
+        for all_, alone in zip(got, fit_grid(w[:, g], spec, importance[g]), strict=True):
+            assert torch.equal(all_[:, g], alone)
+    assert not torch.equal(got[0], fit_grid(w, spec)[0])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from streamed_models import folder, stored  # noqa: F401
 from qlora_lib import streaming_experiments
 from qlora_lib.__main__ import main
 from qlora_lib.checkpoint import load_quantized
+from qlora_lib.gptq import GPTQOptions
 from qlora_lib.loading import load_model
 from qlora_lib.models import quantized_layers
 
@@ -33,6 +35,13 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     assert len(quantized_layers(whole)) == 8
     assert main([*common, "--targets", "attention", "--stream"]) == 0
     assert "is there, with these settings" in capsys.readouterr().out
+    for option in ("match_dense", "weigh_columns"):  # another base each, and remembered
+        named = [*common, "--targets", "attention", "--" + option.replace("_", "-")]
+        assert main(named) == 0 and "quantizing model with gptq" in capsys.readouterr().out
+        recipe = json.loads((tmp_path / "checkpoints/tiny/base/recipe.json").read_text())
+        assert {k for k in recipe if k in asdict(GPTQOptions())} == {option}
+        assert main([*named, "--stream"]) == 0
+        assert "is there, with these settings" in capsys.readouterr().out
     assert main([*common, "--spill", "spill"]) == 2
     assert "--spill keeps the activations of --stream" in capsys.readouterr().err
     assert main(["quantize", "--model", "data", "--stream"]) == 2
