@@ -60,6 +60,48 @@ def winner(sums):
     return max(sums, key=sums.get)
 
 
+def roofline(moved, of=max):
+    """06's first; `moved` is a function of (tokens, out, n, bits)."""
+    return lambda tokens, out, n, bits, flops, bandwidth: of(
+        2 * tokens * out * n / flops, moved(tokens, out, n, bits) / bandwidth)
+
+
+def all_bytes(tokens, out, n, bits):
+    return out * n * bits / 8 + 2 * tokens * (n + out)
+
+
+def cache_size(stored):
+    """06's fourth; `stored` is a function of (tokens, group_size, recent)."""
+    def mine(layers, kv_heads, head_dim, tokens, bits, group_size, recent):
+        old, numbers = stored(tokens, group_size, recent), 2 * layers * kv_heads * head_dim
+        return (numbers * old * bits // 8 + numbers * old // group_size * 4
+                + numbers * (tokens - old) * 2)
+    return mine
+
+
+def in_uint8(x, codes, scale, zero):
+    codes = torch.stack([codes & 15, codes >> 4], 2).flatten(1)
+    size = len(x) // scale.shape[1]
+    away = codes - zero.byte().repeat_interleave(size, 1)
+    return (scale.repeat_interleave(size, 1) * away) @ x
+
+
+def place_of_the_base(x, weight, adapters, names):
+    y = x @ weight.T
+    for name, (a, b, scale) in adapters.items():
+        rows = [i for i, chosen in enumerate(names) if chosen == name]
+        y[rows] = scale * (x[rows] @ a.T) @ b.T
+    return y
+
+
+def into_a_copy(x, weight, adapters, names):
+    y = x @ weight.T
+    for name, (a, b, scale) in adapters.items():
+        part = y[[i for i, chosen in enumerate(names) if chosen == name]]
+        part += 0 * part
+    return y
+
+
 WRONG = {
     "next_token": [
         (next_token(lambda p, kept, order: kept[order]), "kept[order] shuffles once more"),
@@ -107,6 +149,45 @@ WRONG = {
         (wilson(lambda p, z2, n, by: around(
             (p + z2 / 2 / n) / by, (p * (1 - p) / n + z2 / 4 / n**2) ** 0.5 / by)),
          "the half-width takes z of them"),
+    ],
+    "roofline": [
+        (roofline(all_bytes, lambda work, read: read), "the reading's time alone"),
+        (roofline(lambda tokens, out, n, bits: (n * out + tokens * (n + out)) * bits / 8),
+         "only the weight is packed"),
+        (roofline(lambda tokens, out, n, bits: n * out * bits / 8 + 2 * tokens * n),
+         "the outputs, tokens * out_features"),
+    ],
+    "tile_offsets": [
+        (lambda program, block, size: (at := program * block + torch.arange(block), at >= size),
+         "the mask is upside down"),
+        (lambda program, block, size: ((at := program * block + torch.arange(block))[at < size],
+                                       at < size), "it does not cut them"),
+    ],
+    "packed_dot": [(in_uint8, "wrap around below 0")],
+    "cache_size": [
+        (cache_size(lambda tokens, size, recent: max(0, tokens // size * size - recent)),
+         "leaves no whole groups"),
+        (cache_size(lambda tokens, size, recent: (tokens - recent) // size * size),
+         "not a negative number"),
+    ],
+    "mixed_batch": [
+        (place_of_the_base, "took the base's place"),
+        (into_a_copy, "y[rows] alone is a copy"),
+        (lambda x, weight, adapters, names: torch.stack([
+            x[i] @ weight.T + adapters[name][2] * (x[i] @ adapters[name][0].T)
+            @ adapters[name][1].T for i, name in enumerate(names)]), "None is no adapter's name"),
+    ],
+    "combine": [
+        (lambda adapters, weights: (
+            torch.cat([w * s * b for (_, b, s), w in zip(adapters, weights)], 1),
+            torch.cat([a for a, _, _ in adapters])), "let A carry them"),
+    ],
+    "kept_energy": [
+        (lambda b, a, rank: ((s := torch.linalg.svdvals(b @ a))[:rank].sum() / s.sum()).item()**2,
+         "you sum first"),
+        (lambda b, a, rank: torch.linalg.svdvals(b @ a)[:rank].square().sum().item(),
+         "asked is its share"),
+        (lambda b, a, rank: torch.linalg.svdvals(a @ b)[:rank].sum().item(), "B A, (out, r)"),
     ],
 }
 
