@@ -215,8 +215,8 @@ def _kind(value: Any) -> str:
 
 def _explain(exercise: Exercise, results: list[_Result], case: int, want: _Result) -> None:
     """Print the diagnosis of a known mistake, then yours beside the expected."""
-    if message := _diagnosis(exercise, results, case):
-        print(f"    diagnosis: {message}")
+    if diagnosis := _diagnosis(exercise, results, case):
+        print(f"    {diagnosis}")
     got = results[case - 1]
     if got.error is None:
         print(side_by_side(got.value, want.value))
@@ -224,16 +224,17 @@ def _explain(exercise: Exercise, results: list[_Result], case: int, want: _Resul
 
 
 def _diagnosis(exercise: Exercise, results: list[_Result], case: int) -> str:
-    """The message of the mistake that does the same in all cases, else in the failing one."""
-    alike = []
+    """The message of the mistake that does the same in all cases. With none such, as a guess, that
+    of the mistake which does the same in the failing case and in the most others."""
+    best, guess = 0, ""
     for wrong, message in exercise.mistakes:
         same = [_alike(exercise, got, _run(exercise, wrong, n))
                 for n, got in enumerate(results, 1)]
         if all(same):
-            return message
-        if same[case - 1]:
-            alike.append(message)
-    return alike[0] if alike else ""
+            return f"diagnosis: {message}"
+        if same[case - 1] and sum(same) > best:
+            best, guess = sum(same), f"perhaps: {message}"
+    return guess
 
 
 def _alike(exercise: Exercise, a: _Result, b: _Result) -> bool:

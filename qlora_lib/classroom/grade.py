@@ -110,7 +110,7 @@ def verdict(sources: list[str], name: str) -> tuple[str, str]:
     if f"… {name}: not solved yet" in said:
         return UNSOLVED, ""
     problem = re.search(rf"^✗ {name}: (.*); going on with the reference", said, re.M)
-    diagnosis = re.search(r"^    diagnosis: (.*)", said, re.M)
+    diagnosis = re.search(r"^    (?:diagnosis|perhaps): (.*)", said, re.M)
     return WRONG, (diagnosis or problem)[1]
 
 

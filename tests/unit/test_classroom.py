@@ -261,6 +261,18 @@ def test_wrong_shows_yours_beside_expected_and_how_to_try(toy, capsys):
     assert x.shape == (2, 3) and torch.equal(x, example("toy", 1)[0])
 
 
+def test_a_mistake_alike_in_some_cases_is_a_guess_the_likest_of_all(monkeypatch, capsys):
+    monkeypatch.setattr(checks, "_EXERCISES", dict(checks.registered()))
+    checks.register(Exercise(
+        name="steps", reference=lambda x: x, cases=[(lambda g, x=x: (x,), "") for x in (1, 2, 3)],
+        mistakes=[(lambda x: 2 if x == 1 else 0, "once"), (lambda x: 2 * x, "twice"),
+                  (lambda x: x + (x > 1), "not in the failing case")]))
+    check("steps", lambda x: 2 * x if x < 3 else 4)
+    assert "    perhaps: twice\n" in capsys.readouterr().out
+    check("steps", lambda x: -x)
+    assert "perhaps" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wrong, problem", [
     (flattened, "it returns shape (6,), expected (2, 3)"),
     (lambda x, b: rescale(x, b).double(), "right values, but dtype torch.float64"),

@@ -222,38 +222,24 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return wilson(correct, n)
 
 
-def _normal(correct, n):
-    p = correct / n
-    half = Z * math.sqrt(p * (1 - p) / n)
-    return p - half, p + half
-
-
-def _parts(correct, n, z=Z):
-    p = correct / n
-    shrink = 1 + z * z / n
-    root = math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, shrink, root
+def _other(second=lambda n: Z * Z / (4 * n * n), outside=0.0, pull=True, by=(1, 1), z=Z):
+    """Wilson's interval with parts changed: the second term under the root, what is added outside
+    of it, the pull to one half, the factor z, whether (centre, half) are divided by 1 + z^2/n."""
+    def wrong(correct, n):
+        p, shrink = correct / n, 1 + Z * Z / n
+        centre = (p + pull * Z * Z / (2 * n)) / shrink ** by[0]
+        half = z * (math.sqrt(p * (1 - p) / n + second(n)) + outside / n) / shrink ** by[1]
+        return centre - half, centre + half
+    return wrong
 
 
 def _at_90_percent(correct, n):
     return wilson(correct, n, z=1.6448536269514722)
 
 
-def _not_divided(correct, n):
-    p, _, root = _parts(correct, n)
-    centre = p + Z * Z / (2 * n)
-    return centre - Z * root, centre + Z * root
-
-
-def _centred_on_p(correct, n):
-    p, shrink, root = _parts(correct, n)
-    return p - Z * root / shrink, p + Z * root / shrink
-
-
-def _no_second_term(correct, n):
-    p, shrink, _ = _parts(correct, n)
-    centre, half = (p + Z * Z / (2 * n)) / shrink, Z * math.sqrt(p * (1 - p) / n) / shrink
-    return centre - half, centre + half
+def _centre_and_half(correct, n):
+    low, high = wilson(correct, n)
+    return (low + high) / 2, (high - low) / 2
 
 
 def _in_percent(correct, n):
@@ -275,14 +261,22 @@ register(Exercise(
         (lambda g: (1, 1), "one question, answered rightly"),
     ],
     mistakes=[
-        (_normal, "this is the normal approximation p ± z·sqrt(p(1-p)/n): at 0 of 20 it has no "
-                  "width"),
+        (_other(lambda n: 0, pull=False, by=(0, 0)),
+         "this is the normal approximation p ± z·sqrt(p(1-p)/n): at 0 of 20 it has no width"),
         (_at_90_percent, "z = 1.645 gives a 90% interval; for 95% it is 1.96"),
-        (_not_divided, "divide both the centre and the half-width by 1 + z²/n"),
-        (_centred_on_p, "the centre is not p: it is pulled towards one half, "
-                        "(p + z²/2n) / (1 + z²/n)"),
-        (_no_second_term, "under the root a term is missing: z²/4n², which is what keeps a "
-                          "width at p = 0"),
+        (_other(by=(0, 0)), "divide both the centre and the half-width by 1 + z²/n"),
+        (_other(by=(1, 0)), "the half-width too is divided by 1 + z²/n, not the centre alone"),
+        (_other(by=(0, 1)), "the centre too is divided by 1 + z²/n, not the half-width alone"),
+        (_other(pull=False, by=(0, 1)),
+         "the centre is not p: it is pulled towards one half, (p + z²/2n) / (1 + z²/n)"),
+        (_other(pull=False), "z²/2n is missing from the centre: (p + z²/2n) / (1 + z²/n)"),
+        (_other(lambda n: 0), "under the root a term is missing: z²/4n², which is what keeps a "
+                              "width at p = 0"),
+        (_other(lambda n: Z * Z / (4 * n)), "under the root it is z²/4n², with n squared: "
+                                            "z * z / (4 * n * n), not z * z / (4 * n)"),
+        (_other(lambda n: 0, outside=Z / 2), "z²/4n² stands under the root, beside p(1-p)/n"),
+        (_other(z=1), "the root is one standard error: the half-width takes z of them"),
+        (_centre_and_half, "these are centre and half-width; return both ends, centre ± half"),
         (_in_percent, "return fractions, not percent"),
         (_swapped, "the lower end comes first"),
     ],

@@ -16,30 +16,11 @@ def _bytes(tokens, out, n, bits):
     return out * n * bits / 8 + 2 * tokens * (n + out)
 
 
-def _one_flop(tokens, out, n, bits, flops, bandwidth):
-    return max(tokens * out * n / flops, _bytes(tokens, out, n, bits) / bandwidth)
-
-
-def _bits_as_bytes(tokens, out, n, bits, flops, bandwidth):
-    moved = out * n * bits + 2 * tokens * (n + out)
-    return max(2 * tokens * out * n / flops, moved / bandwidth)
-
-
-def _lesser(tokens, out, n, bits, flops, bandwidth):
-    return min(2 * tokens * out * n / flops, _bytes(tokens, out, n, bits) / bandwidth)
-
-
-def _one_after_the_other(tokens, out, n, bits, flops, bandwidth):
-    return 2 * tokens * out * n / flops + _bytes(tokens, out, n, bits) / bandwidth
-
-
-def _weights_alone(tokens, out, n, bits, flops, bandwidth):
-    return max(2 * tokens * out * n / flops, out * n * bits / 8 / bandwidth)
-
-
-def _weights_per_token(tokens, out, n, bits, flops, bandwidth):
-    moved = tokens * out * n * bits / 8 + 2 * tokens * (n + out)
-    return max(2 * tokens * out * n / flops, moved / bandwidth)
+def _other(work=lambda tokens, out, n: 2 * tokens * out * n, moved=_bytes, of=max):
+    """The roofline with other operations, other bytes, or another choice of the two times."""
+    def wrong(tokens, out, n, bits, flops, bandwidth):
+        return of(work(tokens, out, n) / flops, moved(tokens, out, n, bits) / bandwidth)
+    return wrong
 
 
 def _rate(tokens, out, n, bits, flops, bandwidth):
@@ -52,21 +33,48 @@ register(Exercise(
     reference=roofline,
     cases=[
         (lambda g: (1, 1000, 1000, 16, 1e12, 1e11), "one token, bound by memory"),
-        (lambda g: (1, 1000, 1000, 4, 1e12, 1e11), "one token, 4 bits"),
+        (lambda g: (1, 500, 2000, 4, 1e12, 1e11), "one token, 4 bits"),
         (lambda g: (512, 1000, 1000, 16, 1e12, 1e11), "many tokens, bound by arithmetic"),
         (lambda g: (16, 256, 1024, 4, 1e12, 1e11), "activations that are no trifle"),
         (lambda g: (8, 4096, 4096, 8, 9.9e14, 3.3e12), "a GPU's ceilings"),
+        (lambda g: (4, 512, 256, 16, 1e10, 1e11), "slow arithmetic"),
     ],
     mistakes=[
-        (_one_flop, "a product takes two operations for each weight and token, a "
-                    "multiplication and an addition"),
-        (_bits_as_bytes, "the ceiling counts bytes: divide the bits of the weight by 8"),
-        (_lesser, "both must be done: the slower of the two decides, not the faster"),
-        (_one_after_the_other, "while some numbers are multiplied the next are read: take the "
-                               "larger of the two times, not their sum"),
-        (_weights_alone, "inputs are read and outputs are written too, two bytes a number"),
-        (_weights_per_token, "the weight is read once for all tokens: that is why a batch is "
-                             "cheap"),
+        (_other(lambda tokens, out, n: tokens * out * n),
+         "a product takes two operations for each weight and token, a multiplication and an "
+         "addition"),
+        (_other(lambda tokens, out, n: 2 * out * n),
+         "each weight is multiplied with every token: 2 * tokens operations a weight"),
+        (_other(moved=lambda tokens, out, n, bits: out * n * bits + 2 * tokens * (n + out)),
+         "the ceiling counts bytes: divide the bits of the weight by 8"),
+        (_other(moved=lambda tokens, out, n, bits: out * n * (bits // 8) + 2 * tokens * (n + out)),
+         "bits // 8 is 0 for 4 bits: divide with /"),
+        (_other(moved=lambda tokens, out, n, bits: 2 * out * n + 2 * tokens * (n + out)),
+         "2 bytes a number are for inputs and outputs; a weight takes bits / 8"),
+        (_other(of=min), "both must be done: the slower of the two decides, not the faster"),
+        (_other(of=lambda arithmetic, reading: arithmetic + reading),
+         "while some numbers are multiplied the next are read: take the larger of the two times, "
+         "not their sum"),
+        (_other(of=lambda arithmetic, reading: arithmetic),
+         "this is the arithmetic's time alone: with few tokens reading takes longer"),
+        (_other(of=lambda arithmetic, reading: reading),
+         "this is the reading's time alone: with many tokens arithmetic takes longer"),
+        (_other(moved=lambda tokens, out, n, bits: out * n * bits / 8),
+         "inputs are read and outputs are written too, two bytes a number"),
+        (_other(moved=lambda tokens, out, n, bits: out * n * bits / 8 + 2 * tokens * n),
+         "the outputs, tokens * out_features of them, are moved too"),
+        (_other(moved=lambda tokens, out, n, bits: out * n * bits / 8 + 2 * tokens * out),
+         "the inputs, tokens * in_features of them, are moved too"),
+        (_other(moved=lambda tokens, out, n, bits: out * n * bits / 8 + 2 * (n + out)),
+         "each token has its own input and output: multiply by tokens"),
+        (_other(moved=lambda tokens, out, n, bits: (out * n + tokens * (n + out)) * bits / 8),
+         "only the weight is packed: inputs and outputs take 2 bytes a number at any `bits`"),
+        (_other(moved=lambda tokens, out, n, bits: tokens * out * n * bits / 8
+                + 2 * tokens * (n + out)),
+         "the weight is read once for all tokens: that is why a batch is cheap"),
+        (lambda tokens, out, n, bits, flops, bandwidth:
+         2 * tokens * out * n / _bytes(tokens, out, n, bits),
+         "this is the intensity, operations a byte; asked is the time"),
         (_rate, "this is the attainable rate in operations a second; asked is the time"),
     ],
     atol=0,  # times are micro- and milliseconds
@@ -105,6 +113,11 @@ def _shorter(program, block, size):
     return offsets, offsets < size
 
 
+def _cut_by_the_mask(program, block, size):
+    offsets, mask = tile_offsets(program, block, size)
+    return offsets[mask], mask
+
+
 def _clamped(program, block, size):
     offsets = (program * block + torch.arange(block)).clamp(max=size - 1)
     return offsets, offsets < size
@@ -136,6 +149,19 @@ register(Exercise(
         (_clamped, "clamped offsets stay inside, but count the last row several times: mask "
                    "them instead"),
         (_counted_from_one, "programs are numbered from 0"),
+        (lambda program, block, size: (tile_offsets(program, block, size)[0],
+                                       ~tile_offsets(program, block, size)[1]),
+         "the mask is upside down: True is what lies inside"),
+        (lambda program, block, size: tile_offsets(program, block, size)[::-1],
+         "right values in the other order: offsets first, then the mask"),
+        (lambda program, block, size: (tile_offsets(program, block, size)[0],
+                                       torch.arange(block) < size),
+         "the mask compares places within the tile; compare the offsets with size"),
+        (lambda program, block, size: (program + block * torch.arange(block),
+                                       program + block * torch.arange(block) < size),
+         "a tile's rows are neighbors: program * block + 0, 1, 2, ..., not `block` apart"),
+        (_cut_by_the_mask, "the mask goes beside the offsets, it does not cut them: a tile always "
+                           "has `block` of them"),
     ],
 ))
 
@@ -179,12 +205,6 @@ def _no_zero(x, codes, scale, zero):
     return _by_the_book(x, _right(codes), scale, zero, lambda q, s, z: s * q)
 
 
-def _zero_once(x, codes, scale, zero):
-    groups = scale.shape[1]
-    sums = (_right(codes).float() * x).unflatten(1, (groups, -1)).sum(2)
-    return (scale * (sums - zero)).sum(1)
-
-
 def _zero_unscaled(x, codes, scale, zero):
     return _by_the_book(x, _right(codes), scale, zero, lambda q, s, z: s * q - z)
 
@@ -195,10 +215,18 @@ def _first_grid(x, codes, scale, zero):
                         lambda q, s, z: s * (q - z))
 
 
-def _all_of_x(x, codes, scale, zero):
-    groups = scale.shape[1]
-    sums = (_right(codes).float() * x).unflatten(1, (groups, -1)).sum(2)
-    return (scale * (sums - zero * x.sum())).sum(1)
+def _corrected(inputs):
+    """The solution with another correction; `inputs` is a function of x (groups, size)."""
+    def wrong(x, codes, scale, zero):
+        parts = x.view(scale.shape[1], -1)
+        sums = (_right(codes).float() * x).unflatten(1, (scale.shape[1], -1)).sum(2)
+        return (scale * (sums - zero * inputs(parts))).sum(1)
+    return wrong
+
+
+def _grids_in_turns(x, codes, scale, zero):
+    times = len(x) // scale.shape[1]
+    return (scale.repeat(1, times) * (_right(codes) - zero.repeat(1, times))) @ x
 
 
 def _packed_case(rows, n, groups):
@@ -225,11 +253,30 @@ register(Exercise(
                       "feature after it"),
         (_halves, "low nibbles are features 0, 2, 4, ..., not the first half: they meet x[0::2]"),
         (_no_zero, "a code stands for scale * (code - zero): where is the zero-point?"),
-        (_zero_once, "each input has the zero-point taken off its own code: together that is "
-                     "zero times the SUM of the group's inputs"),
+        (_corrected(lambda parts: 1),
+         "each input has the zero-point taken off its own code: together that is zero times the "
+         "SUM of the group's inputs"),
         (_zero_unscaled, "the zero-point is a code, so it is scaled too: scale * (code - zero)"),
         (_first_grid, "every group has its own scale and zero-point"),
-        (_all_of_x, "a group's correction takes the inputs of that group alone"),
+        (_corrected(lambda parts: parts.sum()),
+         "a group's correction takes the inputs of that group alone"),
+        (_corrected(lambda parts: parts[:, 0::2].sum(1)),
+         "the correction takes ALL inputs of the group, those of the high nibbles too"),
+        (_corrected(lambda parts: parts.mean(1)), "the correction takes the SUM of the group's "
+                                                  "inputs, not their mean"),
+        (_corrected(lambda parts: -parts.sum(1)), "the zero-point is taken off: code - zero"),
+        (_grids_in_turns, "a group is a stretch of neighbors: repeat_interleave its scale, not "
+                          "repeat"),
+        (lambda x, codes, scale, zero: _by_the_book(x, _right(codes), scale, zero,
+                                                    lambda q, s, z: s * ((q - z) % 256)),
+         "codes are uint8 and wrap around below 0: make them floats before you subtract"),
+        (lambda x, codes, scale, zero: _by_the_book(
+            x, _codes_of(codes, lambda c: c & 15, lambda c: c & 240), scale, zero,
+            lambda q, s, z: s * (q - z)),
+         "the high nibble must be moved down by 4 bits: codes >> 4"),
+        (lambda x, codes, scale, zero: _by_the_book(x, _right(codes), scale, zero,
+                                                    lambda q, s, z: q - z),
+         "the scales are not used"),
     ],
     atol=1e-4,  # sums in another order
 ))
@@ -244,13 +291,16 @@ def cache_size(layers, kv_heads, head_dim, tokens, bits, group_size, recent):
     return old + numbers * (tokens - stored) * 2
 
 
+def _whole(tokens, group_size, recent):
+    return max(0, tokens - recent) // group_size * group_size
+
+
 def _size(layers, kv_heads, head_dim, tokens, bits, group_size, recent, *, pair=2, extra=4,
-          whole=True, unit=8):
-    stored = max(0, tokens - recent)
-    stored = stored // group_size * group_size if whole else stored
+          stored=_whole, unit=8, kept=2, scales=None):
+    old = stored(tokens, group_size, recent)
     numbers = pair * layers * kv_heads * head_dim
-    old = numbers * stored * bits // unit + numbers * stored // group_size * extra
-    return old + numbers * (tokens - stored) * 2
+    groups = numbers * old // group_size if scales is None else scales(numbers, old)
+    return numbers * old * bits // unit + groups * extra + numbers * (tokens - old) * kept
 
 
 def _variant(**how):
@@ -276,15 +326,32 @@ register(Exercise(
         (lambda g: (2, 3, 64, 96, 4, 32, 32), "a recent window"),
         (lambda g: (2, 2, 64, 100, 4, 32, 0), "a group that is not whole yet"),
         (lambda g: (4, 2, 64, 20, 4, 32, 32), "nothing old"),
+        (lambda g: (4, 2, 64, 20, 4, 32, 64), "a window longer than the text"),
+        (lambda g: (2, 2, 64, 150, 4, 32, 20), "a recent window of 20, groups of 32"),
         (lambda g: (32, 32, 128, 4096, 4, 32, 128), "LLaMA-2-7B at 4k"),
     ],
     mistakes=[
         (_variant(pair=1), "keys AND values are kept"),
         (_variant(extra=0), "each group also keeps a scale and a lowest value, 2 bytes each"),
         (_variant(extra=2), "a group keeps two fp16 numbers, a scale and a lowest value: 4 bytes"),
-        (_variant(unit=1), "bytes are asked: 8 bits are one"),
-        (_variant(whole=False), "only whole groups of tokens are stored as codes; the rest stays "
-                                "in 16 bits"),
+        (_variant(unit=1), "the codes are counted in bits: 8 bits are a byte"),
+        (_variant(unit=1, extra=32, kept=16), "bytes are asked, not bits: divide by 8"),
+        (_variant(kept=4), "what stays as it came takes 2 bytes a number"),
+        (_variant(stored=lambda tokens, size, recent: tokens // size * size),
+         "the newest `recent` tokens stay in 16 bits: take them off before you round down"),
+        (_variant(stored=lambda tokens, size, recent: max(0, tokens // size * size - recent)),
+         "first take off the recent tokens, then round down to whole groups; the other order "
+         "leaves no whole groups"),
+        (_variant(stored=lambda tokens, size, recent: (tokens - recent) // size * size),
+         "with fewer tokens than `recent` nothing is stored, not a negative number: max(0, ...)"),
+        (_variant(stored=lambda tokens, size, recent: -(-max(0, tokens - recent) // size) * size),
+         "a group that is not whole yet is not stored: round down"),
+        (_variant(scales=lambda numbers, old: numbers * old),
+         "a scale and a lowest value belong to a GROUP of numbers, not to each"),
+        (_variant(scales=lambda numbers, old: old),
+         "a token has many groups: one for every `group_size` of its numbers"),
+        (_variant(stored=lambda tokens, size, recent: max(0, tokens - recent)),
+         "only whole groups of tokens are stored as codes; the rest stays in 16 bits"),
         (_all_old, "the recent tokens, and those of a group that is not whole, stay in 16 bits"),
         (_no_recent_bytes, "tokens that stay in 16 bits take bytes too"),
     ],

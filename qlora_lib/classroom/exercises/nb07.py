@@ -49,8 +49,9 @@ def _one_row_each(x, weight, adapters, names):
     return mixed_batch(x, weight, adapters, kept)
 
 
-def _ignores_adapters(x, weight, adapters, names):
-    return x @ weight.T
+def _overwritten(x, weight, adapters, names):
+    chosen = torch.tensor([name is not None for name in names])
+    return torch.where(chosen[:, None], _adapter_alone(x, weight, adapters, names), x @ weight.T)
 
 
 def _layer(g: torch.Generator, rows: int, ranks: dict[str, int], out: int = 3, inside: int = 5):
@@ -79,7 +80,18 @@ register(Exercise(
         (_left_grouped, "right rows, in the order of their names: put each back at its place"),
         (_none_is_zero, "None means the base alone, x W^T, not zero"),
         (_one_row_each, "several rows may share an adapter: take all of them, not the first"),
-        (_ignores_adapters, "this is the base for every row: add the adapters"),
+        (lambda x, weight, adapters, names: x @ weight.T,
+         "this is the base for every row: add the adapters (y[rows] alone is a copy; "
+         "y[rows] += ... writes into y)"),
+        (_overwritten, "the adapter's part took the base's place: add it, y[rows] += ..."),
+        (lambda x, weight, adapters, names: mixed_batch(x, weight, {
+            n: (a, b, s / len(a)) for n, (a, b, s) in adapters.items()}, names),
+         "the scale is alpha / r already: do not divide by the rank again"),
+        (lambda x, weight, adapters, names: adapters[None],
+         "None is no adapter's name: such a row stays as the base makes it"),
+        (lambda x, weight, adapters, names: x @ weight,
+         "shapes do not fit: weights are (out, in), A (r, in), B (out, r), so each product takes "
+         "a transpose, and an adapter's part has the rows of x[rows] alone"),
     ],
 ))
 
@@ -123,6 +135,11 @@ def _a_first(adapters, weights):
     return combine(adapters, weights)[::-1]
 
 
+def _b_carries(adapters, weights):
+    b = torch.cat([w * s * b for w, (_, b, s) in zip(weights, adapters)], dim=1)
+    return b, torch.cat([a for a, _, _ in adapters])
+
+
 def _absolute(adapters, weights):
     return combine(adapters, [abs(w) for w in weights])
 
@@ -151,6 +168,16 @@ register(Exercise(
         (_mean, "weights are taken as they are: they need not sum to 1"),
         (_dense, "this is the dense update; return the two thin factors B and A"),
         (_a_first, "right factors, in the other order: return B, then A"),
+        (_b_carries, "the same update, but B carries the factors: let A carry them"),
+        (lambda adapters, weights: combine(adapters[::-1], weights[::-1]),
+         "the same update, with the adapters in another order than they came"),
+        (lambda adapters, weights: combine([(a, s * b, s) for a, b, s in adapters], weights),
+         "the scale is in A and in B, so it counts squared: A alone carries it"),
+        (lambda adapters, weights: combine([(a, b, 1.0) for a, b, _ in adapters],
+                                           [1.0] * len(weights)),
+         "neither weights nor scales are used: A carries w_i s_i"),
+        (lambda adapters, weights: combine(adapters, [w / len(weights) for w in weights]),
+         "this is divided by the number of adapters: wanted is the sum, not the mean"),
         (_absolute, "a negative weight subtracts: keep its sign"),
     ],
 ))
@@ -222,6 +249,16 @@ register(Exercise(
         (_ratio_of_norms, "this is the ratio of the norms; the energy is its square"),
         (_ratio_of_ranks, "the directions do not weigh the same: sum their squared singular "
                           "values"),
+        (lambda b, a, rank: kept_energy(b, a, rank - 1),
+         "one too few: [:rank] are the first `rank` of them"),
+        (lambda b, a, rank: _not_squared(b, a, rank) ** 2,
+         "square each singular value, then sum; you sum first"),
+        (lambda b, a, rank: kept_energy(b, a, rank) * ((b @ a) ** 2).sum().item(),
+         "this is the energy that is kept; asked is its share of all of it"),
+        (lambda b, a, rank: kept_energy(b, a, rank) - kept_energy(b, a, rank - 1),
+         "this is the share of one direction; sum those of the first `rank`"),
+        (lambda b, a, rank: kept_energy(a, b, rank),
+         "shapes do not fit: the update is B A, (out, r) @ (r, in)"),
         (_one_more, "one too many: [:rank] are the first `rank` of them"),
     ],
 ))
@@ -247,15 +284,18 @@ def _shared(value):
 share_ranks = _shared(lambda s, cost: s * s / cost)  # the most energy for each parameter
 
 
+def _offers(values, costs):
+    return sorted(((s * s / costs[i], i) for i, own in enumerate(values) for s in own),
+                  reverse=True)
+
+
 def _equal(values, costs, budget):
     return [budget // sum(costs)] * len(values)
 
 
 def _stops_at_the_first_misfit(values, costs, budget):
     ranks, left = [0] * len(values), budget
-    offers = sorted(((s * s / costs[i], i) for i, own in enumerate(values) for s in own),
-                    reverse=True)
-    for _, layer in offers:
+    for _, layer in _offers(values, costs):
         if costs[layer] > left:
             break
         ranks[layer] += 1
@@ -265,13 +305,22 @@ def _stops_at_the_first_misfit(values, costs, budget):
 
 def _over_budget(values, costs, budget):
     ranks, left = [0] * len(values), budget
-    offers = sorted(((s * s / costs[i], i) for i, own in enumerate(values) for s in own),
-                    reverse=True)
-    for _, layer in offers:
+    for _, layer in _offers(values, costs):
         if left > 0:
             ranks[layer] += 1
             left -= costs[layer]
     return ranks
+
+
+def _never_less(values, costs, budget):
+    ranks = [0] * len(values)
+    for _, layer in _offers(values, costs):
+        ranks[layer] += costs[layer] <= budget
+    return ranks
+
+
+def _something_must_be_left(values, costs, budget):
+    return share_ranks(values, costs, budget - 1)
 
 
 def _counts_ranks(values, costs, budget):
@@ -307,6 +356,11 @@ register(Exercise(
         (_stops_at_the_first_misfit, "an offer that no longer fits is skipped: a cheaper one "
                                      "further down may still fit"),
         (_over_budget, "the last rank exceeds the budget: it must fit into what is left"),
+        (_never_less, "what was given out is gone: take it off the budget"),
+        (_something_must_be_left, "a rank that costs exactly what is left still fits: <=, not <"),
+        (lambda values, costs, budget: [r * c for r, c in zip(share_ranks(values, costs, budget),
+                                                              costs)],
+         "these are parameters a layer; return ranks"),
         (_counts_ranks, "the budget counts parameters, not ranks: each rank costs its layer's "
                         "in + out"),
         (_one_layer_after_the_other, "one layer takes all it can before the next is asked; sort "

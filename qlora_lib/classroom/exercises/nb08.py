@@ -60,6 +60,34 @@ def _least_likely(logits, temperature, top_p):
     return p / p.sum()
 
 
+def _taken_by_order(logits, temperature, top_p):
+    return _left_sorted(logits, temperature, top_p)[logits.argsort(descending=True)]
+
+
+def _mask_by_order(logits, temperature, top_p):
+    p = torch.softmax(logits / temperature, -1)
+    ordered, order = p.sort(descending=True)
+    p = torch.where((ordered.cumsum(-1) - ordered < top_p)[order], p, 0)
+    return p / p.sum()
+
+
+def _sum_in_order_of_ids(logits, temperature, top_p):
+    p = torch.softmax(logits / temperature, -1)
+    p = torch.where(p.cumsum(-1) - p < top_p, p, 0)
+    return p / p.sum()
+
+
+def _each_above_top_p(logits, temperature, top_p):
+    p = torch.softmax(logits / temperature, -1)
+    p = torch.where(p >= top_p, p, 0)
+    return p / p.sum()
+
+
+def _softmax_twice(logits, temperature, top_p):
+    p = torch.softmax(logits / temperature, -1)
+    return torch.softmax(p.where(token_probabilities(logits, temperature, top_p) > 0, 0), -1)
+
+
 register(Exercise(
     name="next_token",
     reference=next_token,
@@ -69,6 +97,7 @@ register(Exercise(
         (lambda g: (2 * torch.randn(12, generator=g), 0.4, 0.95), "cold, 12 tokens"),
         (lambda g: (torch.tensor([0.0, 4.0, 1.0]), 1.0, 0.1),
          "one token alone has more than top_p"),
+        (lambda g: (0.5 * torch.randn(10, generator=g), 1.0, 0.5), "ten tokens, much alike"),
         (lambda g: (torch.randn(6, generator=g), 2.0, 1.0), "top_p=1 cuts nothing"),
     ],
     mistakes=[
@@ -85,6 +114,19 @@ register(Exercise(
         (_cut_before_temperature, "apply the temperature first: how many tokens reach top_p "
                                   "depends on it"),
         (_least_likely, "begin the sum with the MOST likely token: sort descending"),
+        (_taken_by_order, "kept[order] shuffles once more: position order[i] must GET kept[i], as "
+                          "scatter(0, order, kept) does; kept[order] reads it there"),
+        (_mask_by_order, "mask[order] is not the mask of the tokens: it is token order[i] whose "
+                         "verdict stands at place i; scatter(0, order, mask) puts them back"),
+        (_sum_in_order_of_ids, "the sum runs over the tokens from the most likely one down, not "
+                               "in the order of their ids: sort first"),
+        (_each_above_top_p, "top_p bounds the SUM of the kept probabilities, not each of them"),
+        (_softmax_twice, "a second softmax gives the tokens that were cut a chance again: divide "
+                         "by the sum"),
+        (lambda z, temperature, top_p: token_probabilities(z, 1.0, top_p),
+         "the temperature is not used: divide the logits by it"),
+        (lambda z, temperature, top_p: token_probabilities(z, temperature),
+         "top_p is not used: nothing was cut"),
     ],
 ))
 
@@ -94,10 +136,6 @@ register(Exercise(
 
 def vote(answers: list[str | None]) -> int:
     return choose(answers)
-
-
-def _answer_itself(answers):
-    return answers[choose(answers)] or ""
 
 
 def _none_votes(answers):
@@ -129,8 +167,18 @@ def _empty_fails(answers):
     return answers.index(counts.most_common(1)[0][0])
 
 
-def _first(answers):
-    return 0
+def _without_answers(what):
+    """`what` in place of 0 where no sample has an answer."""
+    return lambda answers: choose(answers) if any(answers) else what()
+
+
+def _among(own):
+    """The index in `own`, a list made of the answers."""
+    return lambda answers: own(answers).index(answers[choose(answers)]) if any(answers) else 0
+
+
+def _times(answers):
+    return answers.count(answers[choose(answers)]) if any(answers) else 0
 
 
 register(Exercise(
@@ -142,17 +190,30 @@ register(Exercise(
         (lambda g: (["5", "31", "4", "31", "4"],), "a tie, 31 came first"),
         (lambda g: ([None, "4", "31", "4", "31"],), "a tie, 4 came first"),
         (lambda g: ([None, None],), "no answer at all"),
-        (lambda g: (["3", "2", "2", "2"],), "a clear majority"),
+        (lambda g: (["3", "3", "2", "2", "2"],), "a clear majority"),
     ],
     mistakes=[
-        (_answer_itself, "this is the answer; return the INDEX of the first sample that gives it"),
+        (lambda answers: answers[choose(answers)] or "",
+         "this is the answer; return the INDEX of the first sample that gives it"),
         (_none_votes, "a sample without an answer has no vote: leave None out of the count"),
         (_largest_wins_ties, "of equals the answer that came first wins, not the larger text"),
         (_last_wins_ties, "of equals the answer that came first wins, not the last"),
         (_last_of_the_winner, "right answer, but return the FIRST sample that gives it"),
         (_needs_half, "the most frequent answer wins, with less than half of the votes too"),
         (_empty_fails, "where no sample has an answer there is nothing to count: return 0"),
-        (_first, "this is always the first sample; count the answers of all of them"),
+        (lambda answers: 0, "this is always the first sample; count the answers of all of them"),
+        (_without_answers(lambda: None), "an index is due here too: where no sample has an answer "
+                                         "return 0, not None"),
+        (_without_answers(lambda: -1), "-1 is the last sample: where no sample has an answer return "
+                                       "0"),
+        (_without_answers(lambda: max([])), "max of nothing fails: where no sample has an answer "
+                                            "return 0"),
+        (_among(lambda answers: [a for a in answers if a is not None]),
+         "this counts places without the Nones; the index is that in `answers` itself"),
+        (_among(lambda answers: [a for a in dict.fromkeys(answers) if a is not None]),
+         "this is a place among the DIFFERENT answers, as your counts hold them; return the "
+         "sample's place in `answers`"),
+        (_times, "this is how often the answer came; return the index of its first sample"),
     ],
 ))
 
@@ -162,34 +223,6 @@ register(Exercise(
 
 def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def _with_replacement(n, right, k):
-    return 1 - (1 - right / n) ** k
-
-
-def _all_right(n, right, k):
-    return math.comb(right, k) / math.comb(n, k)
-
-
-def _none_right(n, right, k):
-    return math.comb(n - right, k) / math.comb(n, k)
-
-
-def _rate(n, right, k):
-    return right / n
-
-
-def _any_of_n(n, right, k):
-    return float(right > 0)
-
-
-def _k_times_rate(n, right, k):
-    return min(1.0, k * right / n)
-
-
-def _exactly_one(n, right, k):
-    return right * math.comb(n - right, k - 1) / math.comb(n, k)
 
 
 register(Exercise(
@@ -204,14 +237,25 @@ register(Exercise(
         (lambda g: (12, 1, 12), "k = n"),
     ],
     mistakes=[
-        (_with_replacement, "this draws with replacement, the same sample may come twice; it is "
-                            "too low. Count the sets of k different samples"),
-        (_all_right, "this is the chance that ALL k are right; one is enough"),
-        (_none_right, "this is the chance that none of the k is right: take 1 minus it"),
-        (_rate, "this is the share of right samples, pass@1, whatever k is"),
-        (_any_of_n, "this asks whether any of all n samples is right, pass@n; only k are drawn"),
-        (_k_times_rate, "chances of samples do not add up: two of them may both be right"),
-        (_exactly_one, "this is the chance of exactly one right sample; more are as good"),
+        (lambda n, right, k: 1 - (1 - right / n) ** k,
+         "this draws with replacement, the same sample may come twice; it is "
+         "too low. Count the sets of k different samples"),
+        (lambda n, right, k: math.comb(right, k) / math.comb(n, k),
+         "this is the chance that ALL k are right; one is enough"),
+        (lambda n, right, k: math.comb(n - right, k) / math.comb(n, k),
+         "this is the chance that none of the k is right: take 1 minus it"),
+        (lambda n, right, k: right / n,
+         "this is the share of right samples, pass@1, whatever k is"),
+        (lambda n, right, k: float(right > 0),
+         "this is 1 as soon as any of all n samples is right, pass@n; only k are drawn. (If you "
+         "divide with `//`: that gives whole numbers, 0 or 1; use `/`)"),
+        (lambda n, right, k: min(1.0, k * right / n),
+         "chances of samples do not add up: two of them may both be right"),
+        (lambda n, right, k: 1 - math.comb(right, k) / math.comb(n, k),
+         "you leave out the sets in which all are right; leave out those without "
+         "a right one: k of the n - right wrong samples"),
+        (lambda n, right, k: right * math.comb(n - right, k - 1) / math.comb(n, k),
+         "this is the chance of exactly one right sample; more are as good"),
     ],
     rtol=1e-9,
 ))
@@ -241,10 +285,6 @@ def _by(value):
     return wrong
 
 
-def _majority(answers, scores):
-    return choose(answers)
-
-
 def _none_scores(answers, scores):
     sums = {}
     for answer, score in zip(answers, scores):
@@ -255,6 +295,33 @@ def _none_scores(answers, scores):
 def _above_a_half(answers, scores):
     kept = [a if s > 0.5 else None for a, s in zip(answers, scores)]
     return choose(kept)
+
+
+def _answer_of_best_sample(answers, scores):
+    return answers.index(answers[_best_sample(answers, scores)])
+
+
+def _place_of_best_sum(answers, scores):
+    sums = [sum(own) for own in _scores_of(answers, scores).values()]
+    return sums.index(max(sums)) if sums else 0
+
+
+def _sample_of_the_winner(best):
+    """Another sample than the first that gives the best answer; `best` tells which."""
+    def wrong(answers, scores):
+        winner = answers[choose(answers, scores)]
+        own = [i for i, a in enumerate(answers) if a == winner and a is not None]
+        return max(own, key=lambda i: best(i, scores)) if own else 0
+
+    return wrong
+
+
+def _weighted_answer(answers, scores):
+    return answers[choose(answers, scores)] or 0
+
+
+def _weighted_without_answers(what):
+    return lambda answers, scores: choose(answers, scores) if any(answers) else what()
 
 
 register(Exercise(
@@ -268,12 +335,30 @@ register(Exercise(
         (lambda g: ([None, None], [0.3, 0.4]), "no answer at all"),
         (lambda g: (["7", "2", "2"], [0.75, 0.9, 0.8]), "two sure ones"),
         (lambda g: (["1", "2", "2", "2"], [0.6, 0.3, 0.3, 0.3]), "three below a half"),
+        (lambda g: (["1", "2", "2"], [0.9, 0.6, 0.55]), "the best score against two good ones"),
+        (lambda g: (["4", "3", "3"], [0.6, 0.9, 0.1]), "one sample each pulls its answer's mean"),
     ],
     mistakes=[
         (_best_sample, "this is the best single sample; add the scores of equal answers"),
         (_by(lambda own: sum(own) / len(own)), "this is the MEAN score of an answer; the sum also "
                                                "counts how often it came"),
-        (_majority, "every sample has one vote here: let it weigh its score"),
+        (_by(max), "this keeps the best score of each answer; add them all"),
+        (_answer_of_best_sample, "this is the answer of the best single sample, with its first "
+                                 "place; which answer has the largest SUM of scores?"),
+        (_place_of_best_sum, "this is a place among your sums, one for each DIFFERENT answer; "
+                             "return a sample's place in `answers`"),
+        (_sample_of_the_winner(lambda i, scores: scores[i]),
+         "right answer, but this is its best sample; return the first that gives it"),
+        (_sample_of_the_winner(lambda i, scores: i),
+         "right answer, but this is the last sample that gives it; return the first"),
+        (_weighted_answer, "this is the answer; return the INDEX of the first sample that gives "
+                           "it"),
+        (_weighted_without_answers(lambda: None), "where no sample has an answer return 0, which "
+                                                  "is an index too, not None"),
+        (_weighted_without_answers(lambda: max([])), "where no sample has an answer your sums are "
+                                                     "empty, and max fails: return 0"),
+        (lambda answers, scores: choose(answers),
+         "every sample has one vote here: let it weigh its score"),
         (_none_scores, "a sample without an answer has no vote, however good its score"),
         (_above_a_half, "no threshold: a sample at 0.4 counts as 0.4"),
         (_by(lambda own: own[-1]), "the sums are overwritten: add each score to what its answer "
