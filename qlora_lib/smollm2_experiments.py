@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct, a real model on real text: `python -m qlora_lib.smollm2_experiments`.
 
-perplexity  WikiText-2 and GSM8K's solutions at 8, 4, 3 and 2 bits, round to nearest and GPTQ (at
-            2 and 3 bits also aiming at the dense model), in groups of 64 and with one grid a
-            row: data/results/smollm2-perplexity.json
+perplexity  WikiText-2 and GSM8K's solutions at 8, 4, 3 and 2 bits, round to nearest and GPTQ, in
+            groups of 64 and with one grid a row; at 3 and 2 bits in groups of 64 also with
+            GPTQ's options: data/results/smollm2-perplexity.json
 gsm8k       a QLoRA run on GSM8K's train problems, and exact match before and after, on the same
             fixed sample of its test problems: data/results/smollm2-gsm8k.json
 
@@ -45,12 +45,19 @@ DEV = 64  # dev problems of the QLoRA run
 CALIBRATION = 4096  # tokens of each of the two texts that GPTQ sees, none of them in the test
 ASKED = 200  # test problems, drawn once
 BASE = QuantSpec(bits=4, group_size=64)  # of the QLoRA run
+OPTIONS = {
+    "gptq": GPTQOptions(),
+    "damped": GPTQOptions(damp_percent=0.05),
+    "weighed": GPTQOptions(weigh_columns=True),
+    "match_dense": GPTQOptions(match_dense=True),
+    "together": GPTQOptions(damp_percent=0.05, weigh_columns=True, match_dense=True),
+}
 WIDTHS = {"fp32": None} | {
     f"{method}_{bits}bit_{group_size or 'row'}": (method, QuantSpec(bits, group_size))
     for bits in (2, 3, 4, 8)
     for group_size in (64, None)
-    for method in ("rtn", "gptq", "match_dense")  # the last is GPTQ with another target
-    if method != "match_dense" or bits < 4
+    for method in ("rtn", *OPTIONS)
+    if method in ("rtn", "gptq") or (bits < 4 and group_size)
 }
 
 
@@ -92,8 +99,8 @@ def width(model, tokenizer, profile: Profile, wikitext: Path, how) -> dict:
     if how is None:
         return perplexities(model, tokenizer, profile, wikitext)
     (method, spec), model = how, copy.deepcopy(model)
-    options = GPTQOptions(match_dense=method == "match_dense")
-    method = "gptq" if options.match_dense else method
+    options, usual = OPTIONS.get(method, GPTQOptions()), asdict(GPTQOptions())
+    method = "gptq" if method in OPTIONS else method
     batches = calibration(tokenizer, profile, wikitext) if method == "gptq" else None
     report = quantize_model(model, batches, spec, method, options)
     dequantize_model(model)
@@ -103,7 +110,7 @@ def width(model, tokenizer, profile: Profile, wikitext: Path, how) -> dict:
         "spec": asdict(spec), "method": method, "bits_per_weight": 8 * stored / weights,
         "calibration_tokens": sum(b["input_ids"].numel() for b in batches) if batches else 0,
         "seconds_quantizing": round(sum(row.seconds for row in report), 1),
-    } | ({"match_dense": True} if options.match_dense else {})  # fmt: skip
+    } | {k: v for k, v in asdict(options).items() if v != usual[k]}  # fmt: skip
 
 
 def sample_of_test(profile: Profile) -> list[dict]:
