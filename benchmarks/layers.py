@@ -20,6 +20,7 @@ CPU, TOKENS = torch.device("cpu"), (1, 32, 256)
 # Without instructions for it, bf16's backward of F.linear and of the peer takes seconds a call at
 # 4096 square, and more beyond: nothing that a ratio would add to.
 SLOW_BF16 = 1 << 24
+DTYPES = torch.bfloat16, torch.float32
 
 
 def bitsandbytes_layer(w: torch.Tensor, dtype: torch.dtype) -> nn.Module:
@@ -66,7 +67,7 @@ def contestants(out: int, n: int, group: int, dtype: torch.dtype, peer: bool) ->
 def run(shapes=SHAPES, rounds: int = 9) -> list[dict]:
     peer, rows = installed("bitsandbytes"), []
     for out, n, group in shapes:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in DTYPES:
             layers = contestants(out, n, group, dtype, peer)
             for tokens in TOKENS:
                 slow = out * n >= SLOW_BF16 and work_dtype(dtype, CPU) != dtype

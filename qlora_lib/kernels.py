@@ -111,13 +111,17 @@ def dense_matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dt
 def dense_matmul_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
     """grad (..., out) @ W -> (..., in) in its dtype: the gradient of `dense_matmul`."""
     work, total = work_dtype(grad.dtype, grad.device), None
-    worked = grad.to(work)
+    flat = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).to(work)  # (tokens, out)
     for rows, w in weight.pieces(work):
-        part = worked[..., rows] @ w  # (..., in)
-        if rows.stop - rows.start < weight.shape[0]:  # several: sum them in fp32 at least
-            part = part.to(torch.promote_types(work, torch.float32))
-        total = part if total is None else total.add_(part)
-    return total.to(grad.dtype)
+        if total is None:
+            several = rows.stop - rows.start < weight.shape[0]  # they are summed in fp32 at least
+            total = flat[:, rows] @ w  # (tokens, in)
+            total = total.to(torch.promote_types(work, torch.float32)) if several else total
+        elif total.dtype == work:
+            total.addmm_(flat[:, rows], w)
+        else:
+            total += flat[:, rows] @ w
+    return total.view(*grad.shape[:-1], weight.shape[1]).to(grad.dtype)
 
 
 def scale_grad(x: Tensor, grad: Tensor, weight: QuantizedTensor) -> Tensor:
