@@ -67,6 +67,37 @@ def test_the_solvers_ratios_are_the_recorded_ones(width):
     assert all(abs(d) < 2e-5 for r in rows for d in r.get("objective_over_reference", {}).values())
 
 
+@pytest.mark.parametrize("label, dtype, tokens, backward, ours", [
+    ("bf16, 1 token (`decoding_layout`)", "bfloat16", 1, False, "ours, decoding_layout"),
+    ("bf16, 32 tokens (`decoding_layout`)", "bfloat16", 32, False, "ours, decoding_layout"),
+    ("bf16, 256 tokens", "bfloat16", 256, False, "ours, 4-bit grid"),
+    ("fp32, 1 token", "float32", 1, False, "ours, 4-bit grid"),
+    ("fp32, 32 tokens", "float32", 32, False, "ours, 4-bit grid"),
+    ("fp32, 256 tokens, with backward", "float32", 256, True, "ours, 4-bit grid"),
+])  # fmt: skip
+def test_the_layers_ratios_are_the_recorded_ones(label, dtype, tokens, backward, ours):
+    path = ROOT / "data/results/bench-layers.json"
+    wanted = {"out": 4096, "in": 4096, "dtype": dtype, "tokens": tokens, "backward": backward}
+    seconds = next(
+        row["seconds"] for row in json.loads(path.read_text(encoding="utf-8"))["layers"]
+        if wanted.items() <= row.items()
+    )  # fmt: skip
+    dense = seconds["F.linear"]["median"]
+    cells = [f"{seconds[name]['median'] / dense:.2f}" for name in (ours, "bitsandbytes NF4")]
+    assert f"| {label} | " + " | ".join(cells) + " |" in README
+
+
+def test_the_training_step_is_the_recorded_one():
+    path = ROOT / "data/results/bench-step.json"
+    step = json.loads(path.read_text(encoding="utf-8"))["step"]
+    ours, peft, dense = (step["seconds"][name]["median"] for name in ("ours", "peft", "dense"))
+    peaks = ", {:.2f} and {:.2f}".format(*(step["peak_bytes"][n] / 1e9 for n in ("peft", "dense")))
+    text = " ".join(README.split())
+    assert f"{ours:.2f} s, PEFT over bitsandbytes {peft:.2f} s, with a dense" in text
+    assert f"base {dense:.2f} s; the process peaks" in text
+    assert f"peaks at {step['peak_bytes']['ours'] / 1e9:.2f}" + peaks + " GB" in text
+
+
 def test_merges_are_the_recorded_ones():
     path = ROOT / "data/results/tiny-merges.json"
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
