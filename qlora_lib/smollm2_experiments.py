@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct, a real model on real text: `python -m qlora_lib.smollm2_experiments`.
 
 perplexity  WikiText-2 and GSM8K's solutions at 8, 4, 3 and 2 bits, round to nearest and GPTQ, in
-            groups of 64 and with one grid a row; at 3 and 2 bits in groups of 64 also with
-            GPTQ's options: data/results/smollm2-perplexity.json
+            groups of 64 and with one grid a row; in groups of 64 also GPTQ's options, each
+            at 3 bits, together at 3 and 2: data/results/smollm2-perplexity.json
 gsm8k       a QLoRA run on GSM8K's train problems, and exact match before and after, on the same
             fixed sample of its test problems: data/results/smollm2-gsm8k.json
 
@@ -57,7 +57,8 @@ WIDTHS = {"fp32": None} | {
     for bits in (2, 3, 4, 8)
     for group_size in (64, None)
     for method in ("rtn", *OPTIONS)
-    if method in ("rtn", "gptq") or (bits < 4 and group_size)
+    if method in ("rtn", "gptq")
+    or (group_size and (bits == 3 or (bits == 2 and method == "together")))
 }
 
 
