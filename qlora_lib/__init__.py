@@ -49,7 +49,8 @@ _HOME = {
     "tasks": ["Score", "Task", "load_task", "score"],
     "finetuner": ["Finetuner"],
     "adapter_log": ["AdapterLog"],
-    "search": ["RankSearch", "Search", "Trial", "find_optimal_rank"],
+    "search": ["RankSearch", "Search", "find_optimal_rank"],
+    "trials": ["Trial"],
     "canaries": ["CanaryError", "run_canaries"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -3,6 +3,7 @@
     tasks           four adapters on one 4-bit GPTQ base, each asked every task
     learning-rates  full fine-tuning against LoRA, other places than all linears, more steps
     ranks           ranks 1 to 32, two seeds: dev accuracy over parameters
+    epochs          few examples often against many once, two seeds: dev accuracy, both losses
     mixing          weighted sums of two adapters, and what both tasks make of them
     methods         full, LoRA, QLoRA on the same data: parameters, bytes, memory, speed, accuracy
     federated       adapters of four shards averaged, against one trained on all of it
@@ -24,39 +25,32 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
 
+from .adapter_searches import (
+    BASE, RESULTS, SEARCHED, SHORT, base, best_rate, epochs, learning_rates, ranks, stored,
+)  # fmt: skip
 from .adapters import ADAPTER, load_adapter, save_adapter
 from .compose import combine_adapters
 from .data import DATA, collate, encode, pad_id, short_path
 from .generation import generator
-from .grid import QuantSpec
 from .lora import adapter_table, delete_adapter, inject_lora, trainable_parameters, use_adapter
 from .measure import step_memory
 from .models import dequantize_model
-from .profiles import load_profile
 from .results import stamp, write_json_atomic
 from .schedule import TrainConfig
-from .search import Search, Trial, find_optimal_rank
 from .tasks import Score, load_task, score
 from .train import finetune
 
-RESULTS, ADAPTERS, SEED = DATA / "results", DATA / "tiny-adapters", 0
-BASE = QuantSpec(bits=4, group_size=64)
+ADAPTERS, SEED = DATA / "tiny-adapters", 0
 CONFIG = TrainConfig(batch_size=16, max_length=160, compute_dtype="fp32")
-# Of searches, methods and federated: short, so that settings differ in what they reach.
-SHORT = TrainConfig(max_steps=60, batch_size=8, lr=3e-3, max_length=160, compute_dtype="fp32")
 # Steps and learning rate of the three adapters that are trained here
 STEPS = {"sentiment": (80, 3e-3), "translation": (300, 3e-3), "code": (150, 1e-2)}
 RANK = 4
 FOUR = ("word_problems", *STEPS)
 ASKED = 200  # test questions for each cell of the matrix
-SEARCHED = "classification"  # the task of the searches, of methods and of federated
-RANKS = (1, 2, 4, 8, 16, 32)
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SHARDS = 4
 WEIGHTS = (0.0, 0.5, 0.75, 1.0)  # of each adapter in a mixture
 MIXED = ("sentiment", "translation")
@@ -77,28 +71,6 @@ class Table:
             said = {k: v for k, v in made.items() if k not in ("right", "losses")}
             print(f"{name}: {json.dumps(said)}"[:200], flush=True)
         return self.rows[name]
-
-
-def stored(part: str, folder: Path = RESULTS) -> dict[str, dict]:
-    """The recorded rows of a part, by name. Raises FileNotFoundError where there are none."""
-    path = folder / f"tiny-adapters-{part}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {short_path(path)}; `make experiments` records it")
-    return json.loads(path.read_text(encoding="utf-8"))["rows"]
-
-
-@cache
-def base(packed: bool = False, quantized: bool = True):
-    """(model, tokenizer): the tiny model in 4-bit GPTQ, packed or as dense weights, or as it was.
-
-    Copy before you change it.
-    """
-    if quantized and not packed:
-        model, tokenizer = base(packed=True)
-        model = copy.deepcopy(model)
-        dequantize_model(model)
-        return model, tokenizer
-    return load_profile("tiny").load(quantize=BASE if quantized else None)
 
 
 def adapter_folder(task: str, folder: Path = ADAPTERS) -> Path:
@@ -162,41 +134,6 @@ def tasks(folder: Path, force: bool) -> None:
                     return ask(model, tokenizer, task).row()
 
             table.row(f"{adapter or 'base'} on {task}", make)
-
-
-def _searched(folder: Path, part: str, force: bool):
-    """What a search takes before its own arguments, and the file of its trials."""
-    path, task = folder / f"tiny-adapters-{part}.json", load_task(SEARCHED)
-    if force:
-        path.unlink(missing_ok=True)
-    return (*base(quantized=False), task, task.pairs("train"), task.pairs("dev")), path
-
-
-def ranks(folder: Path, force: bool) -> None:
-    args, path = _searched(folder, "ranks", force)
-    search = Search(*args, SHORT, path)
-    for rank in RANKS:  # what the rule of early stopping would look at; here nobody is stopped
-        search.run(Trial(rank=rank, steps=SHORT.max_steps // 4), ask=False)
-    print(find_optimal_rank(*args, RANKS, config=SHORT, path=path, hopeless=None))
-
-
-def learning_rates(folder: Path, force: bool) -> None:
-    args, path = _searched(folder, "learning-rates", force)
-    search = Search(*args, SHORT, path)
-    trials = [Trial(m, r, lr=lr) for m, r in (("full", None), ("lora", 8)) for lr in RATES]
-    trials += [Trial(rank=8, target_modules=place) for place in ("attention", "mlp")]
-    trials += [Trial("full", None, "embeddings")]
-    trials += [Trial(rank=rank, steps=4 * SHORT.max_steps) for rank in (1, 4, 32)]
-    for trial in trials:
-        print(trial, search.run(trial)["accuracy"], flush=True)
-
-
-def best_rate(method: str, folder: Path = RESULTS) -> float:
-    """The learning rate of "full" or "lora" with the highest dev accuracy in the stored search; of
-    equals the one with the lowest dev loss."""
-    rows = [row for row in stored("learning-rates", folder).values()
-            if row["trial"]["method"] == method and row["trial"]["lr"]]  # fmt: skip
-    return max(rows, key=lambda row: (row["accuracy"], -row["dev_loss"]))["trial"]["lr"]
 
 
 def mixing(folder: Path, force: bool) -> None:
@@ -288,8 +225,8 @@ def federated(folder: Path, force: bool, examples: int = 1000) -> None:
     shutil.rmtree(place)
 
 
-PARTS = {"tasks": tasks, "learning-rates": learning_rates, "ranks": ranks, "mixing": mixing,
-         "methods": methods, "federated": federated}  # fmt: skip
+PARTS = {"tasks": tasks, "learning-rates": learning_rates, "ranks": ranks, "epochs": epochs,
+         "mixing": mixing, "methods": methods, "federated": federated}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

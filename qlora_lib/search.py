@@ -22,91 +22,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
-
-from .blocks import linears_in_blocks
 from .data import Pair, short_path
 from .generation import fingerprint, generator
-from .lora import find_linears, inject_lora, linear_layers, trainable_parameters
-from .models import quantized_layers
 from .results import content_hash, mcnemar, newcombe, stamp, wilson, write_json_atomic
 from .schedule import TrainConfig
 from .tasks import Task, score
 from .train import finetune, validation_loss
+from .trials import Trial, prepare
 
-PLACES = ("all", "attention", "mlp", "embeddings")
 LEVEL = 0.05  # of McNemar's test
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One training: what is trained, and how. None: as the search's TrainConfig says."""
-
-    method: str = "lora"  # or "full": every weight, or the embeddings alone
-    rank: int | None = 8
-    target_modules: str | tuple[str, ...] = "all"  # or one of PLACES
-    lr: float | None = None
-    steps: int | None = None
-    epochs: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.method not in ("lora", "full"):
-            raise ValueError(f"method={self.method!r}; expected 'lora' or 'full'")
-        if self.method == "lora" and (self.rank is None or self.rank < 1):
-            raise ValueError(f"rank={self.rank} must be at least 1")
-        if self.method == "lora" and self.target_modules == "embeddings":
-            raise ValueError("embeddings are trained whole: Trial(method='full', rank=None, "
-                             "target_modules='embeddings')")  # fmt: skip
-
-    def config(self, base: TrainConfig) -> TrainConfig:
-        """The search's settings with this trial's."""
-        own = {"lr": self.lr, "max_steps": self.steps, "epochs": self.epochs, "seed": self.seed}
-        return replace(base, **{name: value for name, value in own.items() if value is not None})
-
-    def __str__(self) -> str:
-        where = self.target_modules
-        where = where if isinstance(where, str) else "+".join(where)
-        words = [self.method, where] + ([f"r={self.rank}"] if self.method == "lora" else [])
-        for name in ("lr", "steps", "epochs"):
-            if getattr(self, name) is not None:
-                words.append(f"{name}={getattr(self, name):g}")
-        return " ".join([*words, f"seed={self.seed}"])
-
-
-def prepare(model, trial: Trial) -> int:
-    """Set up the model, in place, for a trial; the number of parameters that it trains.
-
-    LoRA with alpha = 2 rank, so that the scale, and with it the learning rate, fits all ranks.
-    Raises ValueError for "full" on a quantized model, and what inject_lora raises.
-    """
-    places = trial.target_modules
-    if trial.method == "full":
-        if quantized_layers(model) and places != "embeddings":
-            raise ValueError("quantized weights can't be trained; method='lora' trains beside them")
-        model.requires_grad_(places == "all")
-        if places != "all":
-            for module in _whole(model, places):
-                module.requires_grad_(True)
-    else:
-        torch.manual_seed(trial.seed)
-        names = mlp_names(model) if places == "mlp" else places
-        inject_lora(model, names, rank=trial.rank, alpha=2 * trial.rank)
-    return sum(p.numel() for p in trainable_parameters(model).values())
-
-
-def _whole(model, places) -> list[torch.nn.Module]:
-    if places == "embeddings":
-        return [model.get_input_embeddings()]
-    return list(find_linears(model, mlp_names(model) if places == "mlp" else places).values())
-
-
-def mlp_names(model) -> tuple[str, ...]:
-    """Last path components of the blocks' linears outside of attention."""
-    linears = linear_layers(model)
-    attention = set(linears_in_blocks(model, linears, "attention"))
-    rest = [p for p in linears_in_blocks(model, linears, "all") if p not in attention]
-    return tuple(dict.fromkeys(path.rpartition(".")[2] for path in rest))
 
 
 class Search:
@@ -136,7 +60,8 @@ class Search:
     def run(self, trial: Trial, ask: bool = True) -> dict:
         """The row of a trial: trained and measured now, unless it is there.
 
-        ask: score dev by generating; else the dev loss alone is measured.
+        ask: score dev by generating; else the losses alone are measured. Raises ValueError for a
+        trial that wants fewer examples than one, or more than there are.
         """
         name = str(trial) if ask else f"{trial}, loss only"
         if name not in self.rows:
@@ -153,12 +78,16 @@ class Search:
         return self.rows[name]
 
     def train_one(self, trial: Trial):
-        """(a trained copy of the model, the trial's facts: parameters, seconds, dev loss)."""
+        """(a trained copy of the model, the trial's facts: parameters, seconds, dev loss).
+
+        With trial.examples also train_loss: of the pairs trained on, as the dev loss is measured.
+        """
+        pairs = self._pairs(trial)
         model = copy.deepcopy(self.model)
         parameters = prepare(model, trial)
         config = trial.config(self.config)
         began = time.perf_counter()
-        history = finetune(model, self.tokenizer, self.train, config)
+        history = finetune(model, self.tokenizer, pairs, config)
         seconds = time.perf_counter() - began
         row = {
             "trial": asdict(trial),
@@ -168,7 +97,17 @@ class Search:
             "tokens_per_second": round(sum(s["tokens"] for s in history.steps) / seconds, 1),
             "dev_loss": validation_loss(model, self.tokenizer, self.dev, config),
         }
+        if trial.examples is not None:
+            row["train_loss"] = validation_loss(model, self.tokenizer, pairs, config)
         return model, row
+
+    def _pairs(self, trial: Trial) -> list[Pair]:
+        """What a trial trains on."""
+        n = len(self.train) if trial.examples is None else trial.examples
+        if not 1 <= n <= len(self.train):
+            raise ValueError(f"examples={n}; the search has {len(self.train)} train pairs, so "
+                             f"expected 1 to {len(self.train)}")  # fmt: skip
+        return self.train[:n]
 
 
 @dataclass(frozen=True)

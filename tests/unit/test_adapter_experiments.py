@@ -8,12 +8,14 @@ from qlora_lib.adapter_experiments import (
     ADAPTERS, FOUR, PARTS, RESULTS, SHARDS, STEPS, WEIGHTS, Table, adapter_folder, load_four, main,
     stored,
 )  # fmt: skip
+from qlora_lib.adapter_searches import EPOCHS, SHORT, read_epochs, searched
 from qlora_lib.data import collate, encode, pad_id
 from qlora_lib.lora import adapter_table, inject_lora, trainable_parameters
 from qlora_lib.measure import step_memory
 from qlora_lib.profiles import load_profile
 from qlora_lib.results import wilson
-from qlora_lib.search import read_rank_search
+from qlora_lib.search import Search, read_rank_search
+from qlora_lib.trials import Trial
 from tests.unit.small_models import PAIRS, small_model, small_tokenizer
 
 
@@ -83,6 +85,31 @@ def test_the_record_is_whole():
     found = read_rank_search(RESULTS / "tiny-adapters-ranks.json")
     assert sorted(c.rank for c in [*found.candidates, *found.stopped]) == [1, 2, 4, 8, 16, 32]
     assert all(len(c.by_seed) == 2 for c in found.candidates)
+
+
+def test_the_epochs_are_whole_and_counted_in_steps():
+    table = read_epochs()
+    assert {n: tuple(rows) for n, rows in table.items()} == EPOCHS
+    for examples, rows in table.items():
+        for count, row in rows.items():
+            assert row["steps"] == count * examples // SHORT.batch_size
+            assert row["n"] == 400 and row["right"].count("1") == row["correct"]
+            assert row["interval"] == wilson(row["correct"], row["n"])
+            assert sum(row["by_seed"]) / 2 == pytest.approx(row["correct"] / row["n"])
+        assert 496 <= row["steps"] <= 512  # the last of each
+    seeds = [stored("epochs")[f"lora all r=8 epochs=1 examples=64 seed={i}"] for i in (0, 1)]
+    for key in ("dev_loss", "train_loss"):
+        assert table[64][1][key] == pytest.approx((seeds[0][key] + seeds[1][key]) / 2)
+
+
+def test_a_stored_point_of_the_epochs_is_measured_again():
+    """64 examples once, eight steps: the losses with and without them."""
+    trial, (args, _) = Trial(rank=8, epochs=1, examples=64), searched(RESULTS, "epochs")
+    recorded = stored("epochs")[str(trial)]
+    now = Search(*args, SHORT).run(trial, ask=False)
+    assert now["steps"] == recorded["steps"] == 8 and now["parameters"] == recorded["parameters"]
+    for key in ("dev_loss", "train_loss"):  # 1 or 2 threads: equal; other kernels: 3e-7 apart
+        assert now[key] == pytest.approx(recorded[key], rel=1e-4)
 
 
 def test_the_bundled_adapters_fit_the_bundled_base_and_are_small():

@@ -17,10 +17,11 @@ from qlora_lib.search import (
     choose,
     difference,
     find_optimal_rank,
-    prepare,
     read_rank_search,
 )
 from qlora_lib.tasks import Task
+from qlora_lib.train import validation_loss
+from qlora_lib.trials import prepare
 from tests.unit.small_models import PAIRS, small_model, small_tokenizer
 
 TASK = Task("toy", "", "", lambda split, n: PAIRS[:n], lambda said, target: said == target, 2)
@@ -61,6 +62,8 @@ def test_wrong_trials():
         Trial("dora")
     with pytest.raises(ValueError, match="embeddings are trained whole"):
         Trial(target_modules="embeddings")
+    with pytest.raises(ValueError, match="steps=9 and epochs=2; give one"):
+        Trial(steps=9, epochs=2)
     model = small_model()
     quantize_model(model, None, QuantSpec(4, 32), "rtn")
     with pytest.raises(ValueError, match="quantized weights can't be trained"):
@@ -163,8 +166,30 @@ def test_what_a_search_needs():
         Search(*args[:4], [])
 
 
+def test_a_trial_of_few_examples_is_a_search_of_these_alone():
+    args, trial = (small_model(), small_tokenizer(), TASK), Trial(rank=2, epochs=3, examples=9)
+    model, row = Search(*args, TRAIN, DEV, CONFIG).train_one(trial)
+    alone = Search(*args, TRAIN[:9], DEV, CONFIG).run(Trial(rank=2, epochs=3), ask=False)
+    assert row["steps"] == alone["steps"] == 6  # 3 epochs of 2 steps, not max_steps
+    assert row["dev_loss"] == alone["dev_loss"] and "train_loss" not in alone
+    assert row["train_loss"] == validation_loss(model, args[1], TRAIN[:9], CONFIG)
+    assert row["trial"]["examples"] == 9
+
+
+@pytest.mark.parametrize("n", [0, -1, 17])
+def test_a_trial_cant_have_more_examples_than_there_are_or_none(n):
+    search = Search(small_model(), small_tokenizer(), TASK, TRAIN, DEV, CONFIG)
+    with pytest.raises(ValueError, match=f"examples={n}; the search has 16 train pairs"):
+        search.run(Trial(rank=2, examples=n))
+    assert search.rows == {}
+
+
 def test_a_trials_own_settings_replace_the_searchs():
     trial = Trial("full", None, lr=1e-3, epochs=2, seed=3)
     config = trial.config(TrainConfig(lr=1.0, batch_size=4))
     assert (config.lr, config.epochs, config.seed, config.batch_size) == (1e-3, 2, 3, 4)
     assert str(trial) == "full all lr=0.001 epochs=2 seed=3"
+    counted = Trial(rank=2, epochs=2, examples=1000)
+    assert counted.config(TrainConfig(max_steps=60)) == TrainConfig(epochs=2)
+    assert Trial(steps=5).config(TrainConfig(max_steps=60)).max_steps == 5
+    assert str(counted) == "lora all r=2 epochs=2 examples=1000 seed=0"
