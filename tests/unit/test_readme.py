@@ -49,6 +49,8 @@ def test_a_perplexity_is_the_recorded_one(bits):
     cells = [f"{table[name]['wikitext2']:,.2f}" for name in names]
     assert f"| {bits} | " + " | ".join(cells) + " |" in README
     assert f"in fp32 {table['fp32']['wikitext2']:.2f}" in README
+    three, two = (f"{table[f'together_{b}bit_64']['wikitext2']:.2f}" for b in (3, 2))
+    assert f"comes to {three} at 3 bits and {two} at 2" in " ".join(README.split())
 
 
 @pytest.mark.parametrize("width", (1024, 4096))
