@@ -31,6 +31,7 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SHAPES = ((16, 256), (16, 256), (16, 256), (6, 640))
 LEARNING_RATE, WEIGHT_DECAY, WARMUP = 2e-3, 0.1, 200
 STEPS, SEED, CHECKPOINT_EVERY = 4500, 0, 250
+SAMPLE = 20_000  # documents that stand for the whole corpus
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -45,7 +46,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         pre_tokenizers.ByteLevel(add_prefix_space=False),
     ])
     raw.decoder = decoders.ByteLevel()
-    texts = [text for _, text in itertools.islice(documents(seed), 20_000)]
+    texts = [text for _, text in itertools.islice(documents(seed), SAMPLE)]
     texts += [f"Question: {entry['question']}\nAnswer:\n"
               + re.sub("<<.*?>>", "", entry["answer"])
               for entry in problems("train", n=2_000)]
@@ -189,10 +190,11 @@ def separate_unseen(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     which keeps them unlikely, and get a random part twice as long as a trained row.
     """
     weight = model.get_input_embeddings().weight  # (vocabulary, hidden)
-    seen = torch.zeros(len(weight), dtype=torch.bool)
-    for _, text in itertools.islice(documents(seed), 20_000):
-        seen[tokenizer.encode(text, add_special_tokens=False)] = True
-    seen[[tokenizer.bos_token_id, tokenizer.eos_token_id]] = True
+    texts = [text for _, text in itertools.islice(documents(seed), SAMPLE)]
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    used.update(*tokenizer(texts, add_special_tokens=False)["input_ids"])
+    seen = torch.zeros(len(weight), dtype=torch.bool)  # (vocabulary,)
+    seen[list(used)] = True
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
     noise = torch.nn.functional.normalize(noise, dim=1) * (2 * weight[seen].norm(dim=1).mean())
     weight[~seen] += noise[~seen]

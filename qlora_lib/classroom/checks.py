@@ -10,6 +10,7 @@ An exercise knows its typical mistakes as wrong functions. A learner whose outpu
 a wrong function gets the message that belongs to it, and a test can prove every message.
 """
 import copy
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -60,11 +61,16 @@ def register(exercise: Exercise) -> Exercise:
 
 def registered() -> dict[str, Exercise]:
     """All exercises, those of `classroom/exercises/*.py` included."""
+    _import_exercises()
+    return _EXERCISES
+
+
+@functools.cache
+def _import_exercises() -> None:
     from . import exercises
 
     for module in pkgutil.iter_modules(exercises.__path__):
         importlib.import_module(f"{exercises.__name__}.{module.name}")
-    return _EXERCISES
 
 
 def example(name: str, case: int = 1) -> tuple:
@@ -129,7 +135,8 @@ def _run(exercise: Exercise, function: Callable | None, case: int) -> _Result:
     arguments = example(exercise.name, case)
     before = copy.deepcopy(arguments)
     with torch.random.fork_rng(devices=[]):  # the notebook's own random numbers stay as they are
-        torch.manual_seed(case)
+        # Not torch.manual_seed: without a GPU it writes down the stack for three of them.
+        torch.default_generator.manual_seed(case)
         try:
             value = function(*arguments)
         except Exception as error:

@@ -1,10 +1,12 @@
 """What test_processes.py runs by itself, and again in two processes that share the work:
 
-python shared_run.py FOLDER PORT PORT PORT, with RANK and WORLD_SIZE in the environment.
+python shared_run.py FOLDER PORT PORT PORT, with WORLD_SIZE=2 in the environment. The two are
+forks of this one where forks are safe, on Linux, so that they import transformers once.
 """
 
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -90,17 +92,29 @@ def summed() -> list:
     return [p.grad if p.grad is None else p.grad.tolist() for p in three]
 
 
-if __name__ == "__main__":
-    place, (library, *ports) = Path(sys.argv[1]), sys.argv[2:]
+def run(rank: int, place: Path, library: str, *ports: str) -> None:
+    """One of the two processes: what it finds is in RANK.json, what it says in RANK.out."""
+    os.dup2(os.open(place / f"{rank}.out", os.O_WRONLY | os.O_CREAT), sys.stdout.fileno())
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": library}
     torch.set_num_threads(1)
-    os.environ["MASTER_PORT"] = library
     processes.start()
     result = train_and_evaluate(place / "two", seed=processes.rank())
     result |= {"errors": errors(), "summed": summed(), "share": list(processes.share(range(5)))}
-    (place / f"{processes.rank()}.json").write_text(json.dumps(result))
+    (place / f"{rank}.json").write_text(json.dumps(result))
     processes.stop()
     os.chdir(place / "two")
     for port, argv in zip(ports, COMMANDS.values()):
         os.environ["MASTER_PORT"] = port
         code = main(argv)
         assert code == 0, code
+
+
+if __name__ == "__main__":
+    folder, *ports = sys.argv[1:]
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    both = [context.Process(target=run, args=(rank, Path(folder), *ports)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    sys.exit(any(process.exitcode for process in both))

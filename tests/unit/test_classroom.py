@@ -139,7 +139,7 @@ def test_an_error_after_a_move_is_shown_and_goes_away():
     assert plot.error == ""
 
 
-def test_an_error_is_never_swallowed_where_it_can_be_raised(monkeypatch):
+def test_an_error_is_never_swallowed_where_it_can_be_raised(monkeypatch, quick_pictures):
     plot = SliderPlot(failing, {"bits": (2, 4)}, alt="x", size=(2, 1))
     with pytest.raises(ValueError, match="no such"):
         plot.draw_grid()
@@ -151,7 +151,7 @@ def test_an_error_is_never_swallowed_where_it_can_be_raised(monkeypatch):
         SliderPlot(failing, {"bits": (2, 4)}, alt="x", size=(2, 1))
 
 
-def test_a_control_without_effect_is_found(line):
+def test_a_control_without_effect_is_found(quick_pictures, line):
     line.draw_grid()
     idle = SliderPlot(lambda ax, a, b: ax.plot([0, a]), {"a": [1, 2], "b": [1, 2]}, alt="x",
                       size=(2, 1))
@@ -168,7 +168,7 @@ def test_a_control_without_effect_is_found(line):
     ((0, 10, 5), "IntSlider", [0, 5, 10]),
     ((0.0, 0.3, 0.1), "SelectionSlider", [0.0, 0.1, 0.2, 0.3]),
 ])
-def test_a_control_for_each_kind_of_values(spec, kind, values):
+def test_a_control_for_each_kind_of_values(spec, kind, values, quick_pictures):
     drawn = []
     plot = SliderPlot(lambda ax, x: drawn.append(x), {"x": spec}, alt="x", size=(2, 1))
     assert type(plot.controls["x"]).__name__ == kind and plot.values["x"] == values
@@ -303,6 +303,14 @@ def test_a_check_leaves_the_notebooks_random_numbers_alone(toy):
     torch.manual_seed(0)
     check("toy", lambda x, b: x + torch.rand_like(x))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_function_draws_the_same_random_numbers_in_each_check(toy):
+    drawn = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        check("toy", lambda x, b: drawn.append(torch.rand(3)))
+    assert torch.equal(drawn[0], drawn[len(TOY.cases)])
 
 
 def test_names_are_unique_and_unknown_ones_are_named(toy):

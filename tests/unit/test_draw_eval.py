@@ -10,6 +10,8 @@ from qlora_lib.classroom.plots import render
 from qlora_lib.classroom.widgets import SliderPlot
 from qlora_lib.results import wilson
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 LONG = ["<s>", "Q", "u", "est", "ion", ":", "␣", "2", "+", "3", "?", "⏎", "Ans", "wer", ":", "⏎"]
 SHORT = LONG[:5] + LONG[9:]
 PADS = ["pad"] * (len(LONG) - len(SHORT))
@@ -21,24 +23,22 @@ PAIRS = {key: {"gptq": 40 - key[0], "rtn": 8 + len(key[1]), "p": 0.01 / key[0]} 
 
 
 def padding():
-    return SliderPlot(draw.draw_padding, {"side": ["left", "right"], "new_tokens": [0, 2, 4, 8]},
+    return SliderPlot(draw.draw_padding, {"side": ["left", "right"], "new_tokens": [0, 4, 8]},
                       rows=ROWS, generated=WRITTEN, size=(10.5, 2.2), alt="two padded prompts")
 
 
 def interval():
     return SliderPlot(draw.draw_interval,
-                      {"n": [20, 50, 100, 200, 500, 1000, 1319],
-                       "accuracy": [0.0, 0.05, 0.15, 0.35, 0.73, 0.95]},
+                      {"n": [20, 200, 1319], "accuracy": [0.0, 0.35, 0.95]},
                       size=(9, 3), axes=(1, 2), alt="intervals")
 
 
 def claim():
-    return SliderPlot(draw.draw_claim, {"points_better": [1, 2, 3, 5, 10],
-                                        "accuracy": [0.15, 0.35, 0.65, 0.85]}, alt="questions")
+    return SliderPlot(draw.draw_claim, {"points_better": [1, 3, 10], "accuracy": [0.15, 0.85]}, alt="questions")
 
 
 def widths():
-    return SliderPlot(draw.draw_widths, {"bits": [8, 4, 3, 2],
+    return SliderPlot(draw.draw_widths, {"bits": [8, 2],
                                          "one_scale_for": ["a row", "64 weights"]},
                       rows=WIDTHS, pairs=PAIRS, full=(950, 1000), axes=(1, 2), alt="bits")
 

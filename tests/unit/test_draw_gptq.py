@@ -8,6 +8,8 @@ import torch
 from qlora_lib.classroom import draw_gptq as d
 from qlora_lib.classroom.plots import render
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 WEIGHT = torch.tensor([1.4, 1.3])
 DAMPS = [0.0, 0.01, 1.0]
 
@@ -95,4 +97,4 @@ def test_figures_without_controls():
             (d.draw_plane, (1, 1), {"points": points}),
             (d.draw_layer_errors, (2, 1), {"reports": {"RTN": report, "GPTQ": report}}),
             (d.draw_losses, (1, 2), {"losses": losses, "dense": 2.0})):
-        assert render(draw, [values], size=(7, 4), axes=axes).startswith(b"\x89PNG")
+        assert len(set(render(draw, [values], size=(7, 4), axes=axes))) > 2

@@ -12,6 +12,8 @@ from qlora_lib.grid import QuantSpec, quantize_rtn
 from qlora_lib.nf4 import NF4_LEVELS
 from qlora_lib.packing import pack
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 WEIGHT = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
 LEVELS = torch.tensor(NF4_LEVELS)
 

@@ -10,6 +10,8 @@ from qlora_lib.classroom.widgets import SliderPlot
 from qlora_lib.kv_cache import CacheSpec, cache_bytes
 from tests.helpers import normal
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 ROOFS = {"flops": 1e11, "bandwidth": 1e10}
 SMALL = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
 TILES = {"out": 200, "tokens": 40, "n": 256}

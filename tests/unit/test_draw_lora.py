@@ -8,8 +8,9 @@ from qlora_lib.classroom import draw_lora as draw
 from qlora_lib.classroom.plots import render
 from qlora_lib.classroom.widgets import SliderPlot
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 RANDOM = torch.Generator().manual_seed(0)
-RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
 def factors(outputs, inputs):
@@ -37,7 +38,7 @@ def scaling():
 
 
 def budget():
-    return SliderPlot(draw.draw_budget, {"rank": RANKS, "targets": list(PER_RANK)},
+    return SliderPlot(draw.draw_budget, {"rank": [1, 16, 256], "targets": list(PER_RANK)},
                       per_rank=PER_RANK, total=6_738_415_616, axes=(1, 2), alt="parameters")
 
 
@@ -66,7 +67,7 @@ STATIC = {
 def test_static_pictures_are_the_same_each_time(name):
     function, axes, values = STATIC[name]
     first, second = (render(function, [values], size=(6, 3), axes=axes) for _ in range(2))
-    assert first == second and first.startswith(b"\x89PNG")
+    assert first == second and len(set(first)) > 2
 
 
 def axes_of(function, shape, **values):

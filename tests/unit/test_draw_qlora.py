@@ -11,6 +11,8 @@ from qlora_lib.classroom import plots
 from qlora_lib.classroom.plots import render
 from qlora_lib.memory import PARTS, memory_ledger
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 CONFIG = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                      num_attention_heads=2)
 

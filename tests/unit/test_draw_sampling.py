@@ -10,6 +10,8 @@ from qlora_lib.classroom.widgets import SliderPlot
 from qlora_lib.sample_records import METHODS
 from tests.helpers import normal
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 LOGITS = normal(40, std=2)
 TOKENS = [chr(97 + i) for i in range(8)]
 KS = [1, 2, 4, 8]

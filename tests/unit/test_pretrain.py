@@ -28,6 +28,11 @@ def tokenizer():
     return pretrain.build_tokenizer(0)
 
 
+@pytest.fixture(scope="module")
+def encoded(corpus, tokenizer):
+    return tokenizer([text for _, text in corpus])["input_ids"]
+
+
 def broken_rules(text):
     """Names of the rules that a document breaks."""
     broken = []
@@ -103,10 +108,9 @@ def test_single_steps_cover_the_operands_of_the_problems(corpus):
             assert x <= known[step.op][0] and y <= known[step.op][1], (problem.kind, x, step.op, y)
 
 
-def test_texts_are_unlabelled_and_a_modest_share(corpus, tokenizer):
+def test_texts_are_unlabelled_and_a_modest_share(corpus, encoded):
     tokens = dict.fromkeys(MIX, 0)
-    names, contents = zip(*corpus[:4_000])
-    for name, ids in zip(names, tokenizer(list(contents))["input_ids"]):
+    for (name, _), ids in zip(corpus, encoded):
         tokens[name] += len(ids)
     texts = sum(tokens[name] for name in MIX if name not in ("equations", "steps", "questions"))
     assert 0.08 <= texts / sum(tokens.values()) <= 0.16
@@ -150,18 +154,20 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[-1] == pytest.approx(0.02 * pretrain.LEARNING_RATE, rel=0.01)
 
 
+def small_model(seed):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True))
+
+
 @pytest.fixture
 def small_run(monkeypatch, tokenizer):
-    def small_model(seed):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, tie_word_embeddings=True))
-
     monkeypatch.setattr(pretrain, "build_model", small_model)
     monkeypatch.setattr(pretrain, "build_tokenizer", lambda seed: tokenizer)
     monkeypatch.setattr(pretrain, "SHAPES", ((2, 32), (1, 64)))
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(pretrain, "SAMPLE", 200)
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, small_run):
@@ -192,18 +198,17 @@ def test_resume_refuses_nothing_to_resume_and_another_run(tmp_path, small_run):
         pretrain.pretrain(tmp_path / "out", tmp_path / "c", steps=4, resume=True)
 
 
-def used_tokens(tokenizer, texts):
-    return {token for ids in tokenizer(texts)["input_ids"] for token in ids} | {1, 2}
+def used_tokens(encoded):
+    return sorted({token for ids in encoded for token in ids} | {1, 2})
 
 
-def test_rows_of_unseen_tokens_are_told_apart_and_the_others_are_kept(
-        corpus, tokenizer, small_run):
-    model = pretrain.build_model(1)
+def test_rows_of_unseen_tokens_are_told_apart_and_the_others_are_kept(encoded, tokenizer):
+    model = small_model(1)
     rows = model.get_input_embeddings().weight
     rows.data[:] = torch.arange(512)[:, None] % 7 + torch.ones(32)
     before = rows.detach().clone()
     pretrain.separate_unseen(model, tokenizer, seed=0)
-    used = sorted(used_tokens(tokenizer, [text for _, text in corpus]))
+    used = used_tokens(encoded)
     assert torch.equal(rows[used], before[used])
     unseen = [tokenizer.convert_tokens_to_ids(token) for token in ("####", "Question", "Answer")]
     assert not set(unseen) & set(used)
@@ -214,7 +219,7 @@ def test_rows_of_unseen_tokens_are_told_apart_and_the_others_are_kept(
 def test_bundled_model_can_tell_the_words_of_an_answer_apart(tokenizer):
     answers = [re.sub("<<.*?>>", "", render(p)["answer"]) for p in draw("train", 0, 600)]
     rows = load_file(MODEL / "model.safetensors")["model.embed_tokens.weight"].float()
-    rows = rows[sorted(used_tokens(tokenizer, answers))]
+    rows = rows[used_tokens(tokenizer(answers)["input_ids"])]
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2)
     assert cosines.fill_diagonal_(0).max() < 0.95
 

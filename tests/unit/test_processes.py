@@ -49,13 +49,7 @@ def place(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }  # fmt: skip
     command = [sys.executable, Path(__file__).with_name("shared_run.py"), folder, *ports]
-    running = [
-        subprocess.Popen(
-            command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        for rank in range(2)
-    ]
+    both = subprocess.Popen(command, env=common, stderr=subprocess.PIPE, text=True)
     try:
         before = os.getcwd()
         os.chdir(one)
@@ -64,11 +58,10 @@ def place(tmp_path_factory):
             assert main(argv) == 0
     finally:
         os.chdir(before)
-        said = [process.communicate(timeout=300) for process in running]
-    for process, (out, err) in zip(running, said):
-        assert process.returncode == 0, out + err
+        _, errors = both.communicate(timeout=300)
+    assert both.returncode == 0, errors
     results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return folder, alone, results, [out for out, _ in said]
+    return folder, alone, results, [(folder / f"{rank}.out").read_text() for rank in range(2)]
 
 
 def close(a, b):
