@@ -3,7 +3,7 @@
 import json
 
 import torch
-from small_models import small_model
+from small_models import built_once, small_model
 
 from qlora_lib.gptq import GPTQOptions
 from qlora_lib.grid import QuantSpec
@@ -29,6 +29,7 @@ def trained(model, adapter: str = "default", seed: int = 0, std: float = 0.05):
     return model
 
 
+@built_once
 def base_of(kind: str, seed: int = 0):
     """A small model: "dense", "grid2" to "grid8", "symmetric", "g_idx", "nf4", "nf4 single"."""
     model = small_model(seed)

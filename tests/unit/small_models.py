@@ -1,6 +1,7 @@
 """A tokenizer and random Llamas small enough for unit tests."""
 
-from functools import cache
+import copy
+from functools import cache, wraps
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,6 +41,24 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def built_once(build):
+    """`build`, but that copies are given of what it made for the same arguments before. Random
+    numbers go on as if it were built each time."""
+
+    @cache
+    def first(*args, **given):
+        return build(*args, **given), torch.get_rng_state()
+
+    @wraps(build)
+    def copied(*args, **given):
+        made, state = first(*args, **given)
+        torch.set_rng_state(state)
+        return copy.deepcopy(made)
+
+    return copied
+
+
+@built_once
 def small_model(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
     """A random Llama, hidden 64, fp32. Weights are large enough for varied completions."""
     torch.manual_seed(seed)

@@ -148,7 +148,7 @@ def nbval(path):
     """(numbers of the cells that fail, all that is said) of pytest --nbval."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "conftest", "-p", "no:cacheprovider",
-         "--nbval", "--nbval-current-env", "--color=no", path],
+         "-p", "nbval", "--nbval", "--nbval-current-env", "--color=no", path],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return [int(n) for n in re.findall(r"^FAILED \S+::Cell (\d+)", done.stdout, re.M)], done.stdout
 
