@@ -20,7 +20,7 @@ from qlora_lib.merge import merge_into_original, merge_lora
 from qlora_lib.models import dequantize_model, quantize_model
 from qlora_lib.nf4 import NF4Spec
 from qlora_lib.peft_config import HARMLESS, READ, REFUSED, read_config
-from tests.helpers import PROPERTY, normal
+from tests.helpers import PROPERTY, normal, relative
 from tests.unit.small_models import small_model
 
 IDS = torch.randint(3, 260, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,9 @@ def test_gradients_are_the_same(config):
         for part in ("lora_A", "lora_B"):
             got = getattr(layer, part)["default"].grad
             want = state[f"base_model.model.{path}.{part}.default.weight"].grad
-            assert torch.allclose(got, want, rtol=1e-3, atol=1e-6)
+            # Scaled within a product or after it: some roundings of fp32 (6e-8) apart, a layer
+            # on top of the other. Single entries near zero differ by more, relatively.
+            assert relative(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
