@@ -1,12 +1,30 @@
 """Fixtures of several files."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
 # jsonschema would build a grammar of international addresses, which takes longer than all else
 # that nbformat imports, and which no notebook needs.
 sys.modules.setdefault("rfc3987_syntax", None)
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest first: a worker that began it last would end it alone."""
+    items.sort(key=lambda item: item.path.name != "test_sampling_experiments.py")
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """The experiments' answers end after 16 tokens: a random model knows no end."""
+    from qlora_lib.profiles import load_profile
+
+    def short(*args, **given):
+        return replace(load_profile(*args, **given), max_new_tokens=16)
+
+    for module in ("experiments", "sampling_experiments"):
+        monkeypatch.setattr(f"qlora_lib.{module}.load_profile", short)
 
 
 @pytest.fixture
