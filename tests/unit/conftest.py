@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -29,14 +30,18 @@ def short_answers(monkeypatch):
 
 @pytest.fixture
 def quick_pictures(monkeypatch):
-    """Pictures are raw pixels, drawn without the layout: half the time of a PNG.
+    """Pictures are raw pixels, drawn without the layout: half the time of a PNG. Sliders make
+    no film strip, and formulas are parsed once.
 
     Enough to see that a setting is drawn and what changes the picture. The whole way is that of
     test_classroom, and nbval draws every setting of every slider of the notebooks.
     """
+    from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure
 
-    from qlora_lib.classroom import plots
+    from qlora_lib.classroom import plots, widgets
 
     monkeypatch.setattr(plots, "Figure", lambda **k: Figure(**k | {"layout": "none"}))
     monkeypatch.setattr(plots, "_png", lambda pixels: pixels.tobytes())
+    monkeypatch.setattr(widgets.SliderPlot, "film_strip", lambda slider: b"")
+    monkeypatch.setattr(backend_agg, "MathTextParser", cache(backend_agg.MathTextParser))
