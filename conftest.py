@@ -9,14 +9,20 @@
 Every SliderPlot draws its whole grid while nbval runs a notebook.
 """
 import os
+import sys
+
+# jsonschema would build a grammar of international addresses, which takes longer than all else
+# that nbformat imports, and which no notebook needs.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 
 def pytest_configure(config):
-    if config.getoption("numprocesses", None) is None or hasattr(config, "workerinput"):
-        import torch  # only where tests run: it takes two seconds
+    runs_tests = config.getoption("numprocesses", None) is None or hasattr(config, "workerinput")
+    if runs_tests and "TRITON_INTERPRET" not in os.environ:
+        import torch  # takes two seconds
 
         if not torch.cuda.is_available():  # before transformers imports Triton: 06's kernels
-            os.environ.setdefault("TRITON_INTERPRET", "1")
+            os.environ["TRITON_INTERPRET"] = "1"
     if config.getoption("nbval", False):
         from qlora_lib.classroom import COMPARE_VARIABLE, GRID_VARIABLE
         from qlora_lib.classroom.books import isolate_kernels
