@@ -90,11 +90,12 @@ test: ## unit tests, then nbval
 
 # Two workers, a file each, with one thread each: threads of two processes would spin against
 # each other. (Two threads are what run-all has.) The unit tests load no plugin but xdist: all
-# three processes would wait for nbval's imports.
+# three processes would wait for nbval's imports. xdist would begin with the files of most tests,
+# and end with those of few and long ones.
 TWO := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(TWO) -p xdist tests/unit
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(TWO) -p xdist --no-loadscope-reorder tests/unit
 
 interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop
 	$(PEERS)/bin/python -m pytest -q tests/interop

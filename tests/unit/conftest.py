@@ -1,6 +1,8 @@
 """Fixtures of several files."""
 
 import sys
+from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -9,16 +11,37 @@ import pytest
 sys.modules.setdefault("rfc3987_syntax", None)
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest first: a worker that began it last would end it alone."""
+    items.sort(key=lambda item: item.path.name != "test_sampling_experiments.py")
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """The experiments' answers end after 16 tokens: a random model knows no end."""
+    from qlora_lib.profiles import load_profile
+
+    def short(*args, **given):
+        return replace(load_profile(*args, **given), max_new_tokens=16)
+
+    for module in ("experiments", "sampling_experiments"):
+        monkeypatch.setattr(f"qlora_lib.{module}.load_profile", short)
+
+
 @pytest.fixture
 def quick_pictures(monkeypatch):
-    """Pictures are raw pixels, drawn without the layout: half the time of a PNG.
+    """Pictures are raw pixels, drawn without the layout: half the time of a PNG. Sliders make
+    no film strip, and formulas are parsed once.
 
     Enough to see that a setting is drawn and what changes the picture. The whole way is that of
     test_classroom, and nbval draws every setting of every slider of the notebooks.
     """
+    from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure
 
-    from qlora_lib.classroom import plots
+    from qlora_lib.classroom import plots, widgets
 
     monkeypatch.setattr(plots, "Figure", lambda **k: Figure(**k | {"layout": "none"}))
     monkeypatch.setattr(plots, "_png", lambda pixels: pixels.tobytes())
+    monkeypatch.setattr(widgets.SliderPlot, "film_strip", lambda slider: b"")
+    monkeypatch.setattr(backend_agg, "MathTextParser", cache(backend_agg.MathTextParser))

@@ -139,7 +139,7 @@ def test_an_error_after_a_move_is_shown_and_goes_away():
     assert plot.error == ""
 
 
-def test_an_error_is_never_swallowed_where_it_can_be_raised(monkeypatch, quick_pictures):
+def test_an_error_is_never_swallowed_where_it_can_be_raised(monkeypatch):
     plot = SliderPlot(failing, {"bits": (2, 4)}, alt="x", size=(2, 1))
     with pytest.raises(ValueError, match="no such"):
         plot.draw_grid()

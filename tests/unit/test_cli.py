@@ -239,7 +239,7 @@ def test_help_names_every_command(capsys):
         assert "--profile" in capsys.readouterr().out
 
 
-def test_experiments_store_rows_and_do_not_measure_them_again(place, capsys):
+def test_experiments_store_rows_and_do_not_measure_them_again(place, capsys, short_answers):
     from qlora_lib.experiments import TRAINED, main
 
     argv = [*COMMON, "--out", "table.json", "--limit", "2", "--max-steps", "1"]

@@ -22,7 +22,7 @@ def make_adapter(folder, seed):
 
 
 @pytest.fixture
-def argv(tmp_path, monkeypatch):
+def argv(tmp_path, monkeypatch, short_answers):
     monkeypatch.chdir(tmp_path)
     small_model().save_pretrained("model")
     small_tokenizer().save_pretrained("model")
