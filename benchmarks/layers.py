@@ -16,11 +16,12 @@ SHAPES = (
     (1536, 576, 64), (576, 1536, 64), (1024, 1024, 128),
     (4096, 4096, 128), (11008, 4096, 128), (4096, 11008, 128),
 )  # fmt: skip
-CPU, TOKENS = torch.device("cpu"), (1, 32, 256)
+TOKENS = (1, 32, 256)
 # Without instructions for it, bf16's backward of F.linear and of the peer takes seconds a call at
 # 4096 square, and more beyond: nothing that a ratio would add to.
 SLOW_BF16 = 1 << 24
 DTYPES = torch.bfloat16, torch.float32
+CPU = torch.device("cpu")
 
 
 def bitsandbytes_layer(w: torch.Tensor, dtype: torch.dtype) -> nn.Module:

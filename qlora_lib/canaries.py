@@ -8,7 +8,6 @@ prompt fails none of them, so the prompts themselves are searched for it.
 
 import random
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from itertools import islice
 
 from .data import format_gsm8k, parse_gold

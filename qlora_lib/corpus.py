@@ -230,9 +230,9 @@ def stories(rng: random.Random) -> str:
     action = rng.choice((
         f"{m} came and looked for the {thing}.", f"{m} helped {n} with the {thing}.",
         f"{she} called {m}, and they looked behind the {spot}."))
-    turn = rng.choice((f"After an hour they found it under a tree.",
+    turn = rng.choice(("After an hour they found it under a tree.",
                        f"The {animal} was the first to see it.",
-                       f"They had to wait until the evening."))
+                       "They had to wait until the evening."))
     ending = rng.choice((f"In the end {n} was {mood}.", f"They went home, and {m} was {mood}.",
                          f"{n} said thank you to {m}."))
     middle = [trouble, action, turn]

@@ -45,6 +45,11 @@ class GPTQOptions:
         if not self.damp_percent >= 0:
             raise ValueError(f"damp_percent={self.damp_percent} must not be negative; try 0.01")
 
+    def changed(self) -> dict:
+        """Name and value of each setting that is not the default's."""
+        usual = vars(GPTQOptions())
+        return {name: value for name, value in vars(self).items() if value != usual[name]}
+
 
 class Hessian:
     """Second moment of a layer's inputs, H = mean of x^T x over the tokens seen.

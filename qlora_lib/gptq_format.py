@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import (
-    INDEX, WEIGHTS, atomic_folder, base_state, empty_model, fill, read_json, read_weights,
+    INDEX, atomic_folder, base_state, empty_model, fill, read_json, read_weights,
 )  # fmt: skip
 from .gptq_layout import FORMATS, check_shape, from_gptq, to_gptq
 from .grid import CLIP_NORM, QuantSpec

@@ -142,7 +142,7 @@ class NF4Tensor:
 
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The dense weight in `dtype`, some rows at a time: which, and their values (rows, in)."""
-        (out, n), block, device = self.shape, self.spec.block_size, self.codes.device
+        n, block, device = self.shape[1], self.spec.block_size, self.codes.device
         pairs, scales = _level_pairs(device), self.block_scales()
         # Rows that begin where a block and a byte begin.
         unit = math.lcm(2, block) // math.gcd(math.lcm(2, block), n)

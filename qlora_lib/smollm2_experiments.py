@@ -100,7 +100,7 @@ def width(model, tokenizer, profile: Profile, wikitext: Path, how) -> dict:
     if how is None:
         return perplexities(model, tokenizer, profile, wikitext)
     (method, spec), model = how, copy.deepcopy(model)
-    options, usual = OPTIONS.get(method, GPTQOptions()), asdict(GPTQOptions())
+    options = OPTIONS.get(method, GPTQOptions())
     method = "gptq" if method in OPTIONS else method
     batches = calibration(tokenizer, profile, wikitext) if method == "gptq" else None
     report = quantize_model(model, batches, spec, method, options)
@@ -111,7 +111,7 @@ def width(model, tokenizer, profile: Profile, wikitext: Path, how) -> dict:
         "spec": asdict(spec), "method": method, "bits_per_weight": 8 * stored / weights,
         "calibration_tokens": sum(b["input_ids"].numel() for b in batches) if batches else 0,
         "seconds_quantizing": round(sum(row.seconds for row in report), 1),
-    } | {k: v for k, v in asdict(options).items() if v != usual[k]}  # fmt: skip
+    } | options.changed()  # fmt: skip
 
 
 def sample_of_test(profile: Profile) -> list[dict]:

@@ -106,8 +106,7 @@ def make_base(
     if calibrated_on and method == "gptq":
         recipe["calibrated_on"] = calibrated_on
     if method == "gptq":
-        usual = dataclasses.asdict(GPTQOptions())
-        recipe |= {k: v for k, v in dataclasses.asdict(options).items() if v != usual[k]}
+        recipe |= options.changed()
     base, made = folder / "base", []
 
     def make() -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from .common import open_profile
@@ -20,7 +19,7 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--bits", type=int, default=4, help="2, 3, 4 or 8 (default 4); not for nf4")
     add("--group-size", type=int, default=64, help="weights that share a scale; 0: a whole row")
     add("--match-dense", action="store_true",
-        help="with gptq: each layer aims at its outputs in the dense model (better at 2 and 3 bits)")
+        help="with gptq: each layer aims at its outputs in the dense model (for 2 bits)")
     add("--weigh-columns", action="store_true",
         help="with gptq: grids are fitted to what an error in each column costs")
     add("--stream", action="store_true", help="quantize with one block in memory at a time")

@@ -6,7 +6,7 @@ import pytest
 from cli_place import COMMON, FAST, place, run  # noqa: F401
 from small_models import small_model, small_tokenizer
 
-from qlora_lib.__main__ import main, parser
+from qlora_lib.__main__ import parser
 
 
 def test_finetune_evaluate_generate(place, capsys):

@@ -306,6 +306,12 @@ def test_output_error_is_the_relative_error_on_the_inputs():
     assert output_error(torch.zeros_like(w), q, h) == 0.0
 
 
+def test_changed_names_what_differs_from_the_defaults():
+    assert GPTQOptions().changed() == GPTQOptions(True, damp_percent=0.01).changed() == {}
+    options = GPTQOptions(damp_percent=0.05, weigh_columns=True)
+    assert options.changed() == {"damp_percent": 0.05, "weigh_columns": True}
+
+
 @pytest.mark.parametrize(
     "given, message",
     [

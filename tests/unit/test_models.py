@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import small_model, small_tokenizer
+from small_models import small_model
 from torch import nn
 
 from qlora_lib import models
