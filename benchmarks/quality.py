@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize, output_error
 from qlora_lib.grid import QuantSpec, encode, quantize_rtn
+from qlora_lib.refit import refit_scales
 from qlora_lib.results import ROOT, stamp, write_json_atomic
 
 from .solver import column_loop, gptqmodel_solver
@@ -99,7 +100,7 @@ def descend(w: Tensor, h: Tensor, quantized, sweeps: int) -> Tensor:
 
 def ours(w: Tensor, h: Tensor, spec: QuantSpec) -> dict:
     """name -> quantized weight: our defaults first, then what is tried beside them."""
-    default = gptq_quantize(w, h, spec)
+    default, nearest = gptq_quantize(w, h, spec), quantize_rtn(w, spec)
     plain = replace(spec, clip_search=False)
 
     def by(**options):
@@ -115,6 +116,18 @@ def ours(w: Tensor, h: Tensor, spec: QuantSpec) -> dict:
         "ours, weighed": by(weigh_columns=True),
         "ours, weighed, damping 0.05": by(weigh_columns=True, damp_percent=0.05),
         "ours, weighed, dynamic groups": by(weigh_columns=True, static_groups=False),
+        "ours, refit": by(refit_scales=True),
+        "ours, weighed, refit": by(weigh_columns=True, refit_scales=True),
+        "ours, weighed, refit, damping 0.05": by(
+            weigh_columns=True, refit_scales=True, damp_percent=0.05
+        ),
+        "ours, weighed, dynamic groups, refit": by(
+            weigh_columns=True, static_groups=False, refit_scales=True
+        ),
+        "ours, weighed, dynamic groups, refit, damping 0.05": by(
+            weigh_columns=True, static_groups=False, refit_scales=True, damp_percent=0.05
+        ),
+        "round to nearest, refit": refit_scales(w, nearest, h).dequantize(),
         "ours, pivoted order": in_order(w, h, spec, pivoted_order(h)),
         "ours, 1 sweep of descent": descend(w, h, default, 1),
         "ours, 3 sweeps of descent": descend(w, h, default, 3),

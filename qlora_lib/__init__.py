@@ -12,6 +12,7 @@ _HOME = {
     "nf4": ["NF4Spec", "NF4Tensor", "quantize_nf4"],
     "adam8bit": ["Adam8bit"],
     "gptq": ["GPTQOptions", "Hessian", "gptq_quantize", "output_error"],
+    "refit": ["refit_scales"],
     "linear": ["QuantizedLinear", "decoding_layout"],
     "lora": [
         "LoRALinear", "adapter_names", "adapter_table", "delete_adapter", "inject_lora",

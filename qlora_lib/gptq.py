@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .grid import QuantizedTensor, QuantSpec, as_float, assemble, check_weight, encode, fit_grid
+from .refit import refit_scales
 
 SUB_BLOCK = 16  # columns between two updates of the rest of their block
 
@@ -38,6 +39,7 @@ class GPTQOptions:
     block_size: int = 128  # columns between two updates of the whole rest
     match_dense: bool = False  # aim at the dense model's outputs, not at the layer's own
     weigh_columns: bool = False  # the clip search counts what an error in a column will cost
+    refit_scales: bool = False  # once the codes are known, least squares for the scales
 
     def __post_init__(self):
         if self.block_size < 1:
@@ -177,7 +179,8 @@ def gptq_quantize(
 
     weight: floating point (out_features, in_features); hessian: a Hessian or its matrix
     (in, in). Works in fp32, or in fp64 when the weight is fp64. With options.match_dense
-    the columns are those of `dense_target`. Raises ValueError for NaN or Inf, mismatched
+    the columns are those of `dense_target`; with options.refit_scales the codes get the scales
+    of `refit.refit_scales`. Raises ValueError for NaN or Inf, mismatched
     shapes, no tokens, or a Hessian that damping does not mend.
     """
     check_weight(weight)
@@ -245,7 +248,10 @@ def gptq_quantize(
 
     g_idx = None if static or not options.desc_act else group_of[back]
     scale, zero = scale.t().contiguous(), zero.t().contiguous()
-    return assemble(codes[back].t().contiguous(), scale, zero, g_idx, spec)
+    quantized = assemble(codes[back].t().contiguous(), scale, zero, g_idx, spec)
+    if options.refit_scales:
+        quantized = refit_scales(w, quantized, h, options.damp_percent)
+    return quantized
 
 
 def output_error(weight: Tensor, approx: Tensor, hessian: Hessian | Tensor) -> float:

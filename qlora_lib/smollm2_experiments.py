@@ -2,7 +2,8 @@
 
 perplexity  WikiText-2 and GSM8K's solutions at 8, 4, 3 and 2 bits, round to nearest and GPTQ, in
             groups of 64 and with one grid a row; in groups of 64 also GPTQ's options, each
-            at 3 bits, together at 3 and 2: data/results/smollm2-perplexity.json
+            at 3 bits, some at 2, and some with other calibration texts (_text1, _text2):
+            data/results/smollm2-perplexity.json
 gsm8k       a QLoRA run on GSM8K's train problems, and exact match before and after, on the same
             fixed sample of its test problems: data/results/smollm2-gsm8k.json
 
@@ -50,15 +51,26 @@ OPTIONS = {
     "damped": GPTQOptions(damp_percent=0.05),
     "weighed": GPTQOptions(weigh_columns=True),
     "match_dense": GPTQOptions(match_dense=True),
+    "refit": GPTQOptions(refit_scales=True),
     "together": GPTQOptions(damp_percent=0.05, weigh_columns=True, match_dense=True),
+    "all_four": GPTQOptions(
+        damp_percent=0.05, weigh_columns=True, match_dense=True, refit_scales=True
+    ),
 }
+AT_2_BITS = "refit", "together", "all_four"  # besides GPTQ itself; at 3 bits all
 WIDTHS = {"fp32": None} | {
-    f"{method}_{bits}bit_{group_size or 'row'}": (method, QuantSpec(bits, group_size))
+    f"{method}_{bits}bit_{group_size or 'row'}": (method, QuantSpec(bits, group_size), 0)
     for bits in (2, 3, 4, 8)
     for group_size in (64, None)
     for method in ("rtn", *OPTIONS)
     if method in ("rtn", "gptq")
-    or (group_size and (bits == 3 or (bits == 2 and method == "together")))
+    or (group_size and (bits == 3 or (bits == 2 and method in AT_2_BITS)))
+}
+WIDTHS |= {
+    f"{method}_{bits}bit_64_text{text}": (method, QuantSpec(bits, 64), text)
+    for bits, methods in ((2, ("gptq", "refit", "together")), (3, ("gptq", "together")))
+    for method in methods
+    for text in (1, 2)
 }
 
 
@@ -70,16 +82,20 @@ def text_ids(tokenizer, path: Path, tokens: int) -> torch.Tensor:
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False)[:tokens])
 
 
-def calibration(tokenizer, profile: Profile, wikitext: Path) -> list[dict[str, torch.Tensor]]:
-    """As many tokens of WikiText-2's validation text as of GSM8K's train problems."""
-    windows = text_ids(tokenizer, wikitext / "valid.txt", CALIBRATION).view(-1, 512)
-    pairs, left = [], CALIBRATION
-    for entry in profile.examples("train"):
-        pair = format_gsm8k(entry)
-        left -= len(encode_example(tokenizer, *pair, 512)[0])
-        if left < 0:
-            break
-        pairs.append(pair)
+def calibration(tokenizer, profile: Profile, wikitext: Path, text: int = 0) -> list[dict]:
+    """As many tokens of WikiText-2's validation text as of GSM8K's train problems, of both the
+    first CALIBRATION for text 0, the next for text 1."""
+    ids = text_ids(tokenizer, wikitext / "valid.txt", (text + 1) * CALIBRATION)
+    windows = ids[text * CALIBRATION :].view(-1, 512)
+    problems = iter(profile.examples("train"))
+    for _ in range(text + 1):
+        pairs, left = [], CALIBRATION
+        for entry in problems:
+            pair = format_gsm8k(entry)
+            left -= len(encode_example(tokenizer, *pair, 512)[0])
+            if left < 0:  # does not fit
+                break
+            pairs.append(pair)
     return [{"input_ids": windows}, *calibration_batches(tokenizer, pairs)]
 
 
@@ -99,10 +115,10 @@ def width(model, tokenizer, profile: Profile, wikitext: Path, how) -> dict:
     """One row of the perplexity table: a copy of the model, quantized, kept dense for speed."""
     if how is None:
         return perplexities(model, tokenizer, profile, wikitext)
-    (method, spec), model = how, copy.deepcopy(model)
+    (method, spec, text), model = how, copy.deepcopy(model)
     options = OPTIONS.get(method, GPTQOptions())
     method = "gptq" if method in OPTIONS else method
-    batches = calibration(tokenizer, profile, wikitext) if method == "gptq" else None
+    batches = calibration(tokenizer, profile, wikitext, text) if method == "gptq" else None
     report = quantize_model(model, batches, spec, method, options)
     dequantize_model(model)
     stored = sum(row.bytes_after for row in report)

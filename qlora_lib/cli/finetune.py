@@ -22,6 +22,8 @@ def add_quantize_and_finetune(commands, shared) -> None:
         help="with gptq: each layer aims at its outputs in the dense model (for 2 bits)")
     add("--weigh-columns", action="store_true",
         help="with gptq: grids are fitted to what an error in each column costs")
+    add("--refit-scales", action="store_true",
+        help="with gptq: scales are fitted again once the codes are known")
     add("--stream", action="store_true", help="quantize with one block in memory at a time")
 
     alone = commands.add_parser(
@@ -82,7 +84,11 @@ def base_settings(profile, args) -> dict:
     return {
         "spec": NF4Spec() if nf4 else QuantSpec(bits=args.bits, group_size=args.group_size or None),
         "method": args.method,
-        "options": GPTQOptions(match_dense=args.match_dense, weigh_columns=args.weigh_columns),
+        "options": GPTQOptions(
+            match_dense=args.match_dense,
+            weigh_columns=args.weigh_columns,
+            refit_scales=args.refit_scales,
+        ),
         "device": args.device,
         "compute_dtype": args.compute_dtype,
         "calibrated_on": args.source,

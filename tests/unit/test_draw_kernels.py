@@ -61,10 +61,18 @@ def test_tiles_are_counted():
     assert axes[0].get_title() == "6 programs, 35% masked"
 
 
-def test_the_cache_s_point_is_the_library_s_number():
+def test_the_cache_s_point_its_lines_and_its_words_are_the_library_s_numbers():
     ax = Figure().subplots()
     draw.draw_cache(ax, "4 bits", 4096, 2, SMALL, 1e9)
-    assert ax.lines[-1].get_ydata()[0] == cache_bytes(SMALL, 4096, CacheSpec(4), 2) / 1e9
+    held = cache_bytes(SMALL, 4096, CacheSpec(4), 2) / 1e9
+    *lines, level, point = ax.lines
+    assert point.get_xydata().tolist() == [[4096, held]]
+    assert ax.get_title() == f"4 bits, 2 x 4,096 tokens: {held:.2f} GB"
+    assert list(level.get_ydata()) == [1, 1] and level.get_label() == "the weights, 1.0 GB"
+    assert [line.get_label() for line in lines] == list(draw.METHODS)
+    for line, (spec, _) in zip(lines, draw.METHODS.values()):
+        for tokens, found in line.get_xydata():
+            assert found == cache_bytes(SMALL, int(tokens), spec, 2) / 1e9
 
 
 def test_keys_and_recorded_times_are_drawn():

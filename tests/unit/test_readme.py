@@ -49,8 +49,21 @@ def test_a_perplexity_is_the_recorded_one(bits):
     cells = [f"{table[name]['wikitext2']:,.2f}" for name in names]
     assert f"| {bits} | " + " | ".join(cells) + " |" in README
     assert f"in fp32 {table['fp32']['wikitext2']:.2f}" in README
-    three, two = (f"{table[f'together_{b}bit_64']['wikitext2']:.2f}" for b in (3, 2))
-    assert f"comes to {three} at 3 bits and {two} at 2" in " ".join(README.split())
+
+
+def test_the_spans_over_calibration_texts_are_the_recorded_ones():
+    path = ROOT / "data/results/smollm2-perplexity.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+
+    def span(how, bits):
+        names = [f"{how}_{bits}bit_64{text}" for text in ("", "_text1", "_text2")]
+        found = [table[name]["wikitext2"] for name in names]
+        return f"{min(found):.2f} to {max(found):.2f}"
+
+    text = " ".join(README.split())
+    assert f"comes to {span('gptq', 2)} at 2 bits and {span('gptq', 3)} at 3; with" in text
+    assert f"together to {span('together', 2)} and {span('together', 3)}; with" in text
+    assert f"alone to {span('refit', 2)} at 2." in text
 
 
 @pytest.mark.parametrize("width", (1024, 4096))

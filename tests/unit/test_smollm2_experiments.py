@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from qlora_lib import smollm2_experiments as experiments
 from qlora_lib.data import DATA, calibration_batches
@@ -33,6 +34,21 @@ def test_gptq_sees_as_many_tokens_of_each_text_and_none_of_the_test(setting, mon
     train = [experiments.format_gsm8k(e) for e in profile.examples("train")[: len(problems) * 16]]
     first = calibration_batches(tokenizer, train[: sum(len(b["input_ids"]) for b in problems)])
     assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(problems, first))
+
+
+def test_other_calibration_texts_share_nothing_with_the_first(setting, monkeypatch):
+    _, tokenizer, profile, folder = setting
+    monkeypatch.setattr(experiments, "CALIBRATION", 1024)
+    texts = [experiments.calibration(tokenizer, profile, folder, text) for text in range(3)]
+    ids = experiments.text_ids(tokenizer, folder / "valid.txt", 3 * 1024)
+    assert torch.equal(torch.cat([first["input_ids"].flatten() for first, *_ in texts]), ids)
+    seen = [
+        {tuple(row[mask.bool()].tolist()) for b in problems
+         for row, mask in zip(b["input_ids"], b["attention_mask"])}
+        for _, *problems in texts
+    ]  # fmt: skip
+    assert all(len(s) > 3 for s in seen)
+    assert not (seen[0] & seen[1] or seen[1] & seen[2] or seen[0] & seen[2])
 
 
 def test_a_row_measures_a_copy_and_fewer_bits_cost_more(setting, monkeypatch):

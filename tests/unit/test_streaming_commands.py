@@ -35,7 +35,7 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     assert len(quantized_layers(whole)) == 8
     assert main([*common, "--targets", "attention", "--stream"]) == 0
     assert "is there, with these settings" in capsys.readouterr().out
-    for option in ("match_dense", "weigh_columns"):  # another base each, and remembered
+    for option in ("match_dense", "weigh_columns", "refit_scales"):  # another base each, and remembered
         named = [*common, "--targets", "attention", "--" + option.replace("_", "-")]
         assert main(named) == 0 and "quantizing model with gptq" in capsys.readouterr().out
         recipe = json.loads((tmp_path / "checkpoints/tiny/base/recipe.json").read_text())
