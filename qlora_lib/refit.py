@@ -6,7 +6,7 @@ linear in its scales, and its loss over the inputs, |x w - sum_g s_g x q_g|^2, i
 with one unknown a group. From scales s with errors e = w - s q, the step d to the best ones is
     A d = b,     A[g, k] = q_g^T H q_k,     b[g] = q_g^T H e,     H = sum x^T x,
 and the loss changes by d A d - 2 b d. It costs no bit. (Kim et al. 2026, arXiv 2602.02126,
-section 3.2, go through a row's groups in turn instead.)
+go through a row's groups in turn instead.)
 """
 
 from dataclasses import replace

@@ -119,9 +119,7 @@ def test_held_out_error_falls_much_after_rounding_to_nearest(bits):
     w = normal(256, 256, seed=3, std=0.02, dtype=torch.float64)
     nearest = quantize_rtn(w, QuantSpec(bits, 64))
     found = refit_scales(w, nearest, moment(seen))
-    error = [
-        relative(held @ q.dequantize(torch.float64).T, held @ w.T) for q in (nearest, found)
-    ]
+    error = [relative(held @ q.dequantize(torch.float64).T, held @ w.T) for q in (nearest, found)]
     print(f"{bits} bits: {error[1] / error[0]:.3f} of the error")
     assert error[1] < 0.95 * error[0]
 

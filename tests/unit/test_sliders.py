@@ -4,6 +4,7 @@ import pytest
 from qlora_lib.classroom import GRID_VARIABLE
 from qlora_lib.classroom.widgets import SliderPlot
 
+
 def draw_line(ax, bits, symmetric=False):
     ax.plot([-1 if symmetric else 0, 1], [0, bits])
     ax.set(xlim=(-1, 1), ylim=(0, 4), xticks=[], yticks=[])
