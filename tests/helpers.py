@@ -28,7 +28,7 @@ def ar1(tokens: int, features: int, rho=0.9, seed: int = 0, dtype=torch.float32)
 
 def relative(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|, Frobenius norms."""
-    return float((a - b).norm() / b.norm())
+    return float((a - b).detach().norm() / b.detach().norm())
 
 
 class LiveMemory(TorchDispatchMode):
