@@ -67,6 +67,28 @@ def test_a_row_measures_a_copy_and_fewer_bits_cost_more(setting, monkeypatch):
     assert dense["fp32"]["wikitext2_tokens"] == 597  # the first of each window is given
 
 
+def test_a_row_is_calibrated_on_its_own_text_with_its_own_options(setting, monkeypatch):
+    model, tokenizer, profile, folder = setting
+    monkeypatch.setattr(experiments, "CALIBRATION", 512)
+    monkeypatch.setattr(experiments, "perplexities", lambda *args: {})
+    asked, quantize = [], experiments.quantize_model
+
+    def nearest(model, batches, spec, method, options):  # GPTQ itself would take seconds
+        asked.append((batches, method, options))
+        return quantize(model, None, spec, "rtn")
+
+    monkeypatch.setattr(experiments, "quantize_model", nearest)
+    rows = [
+        experiments.width(model, tokenizer, profile, folder, experiments.WIDTHS[name])
+        for name in ("gptq_2bit_64", "gptq_2bit_64_text1", "refit_2bit_64")
+    ]
+    for (batches, method, options), text, refit in zip(asked, (0, 1, 0), (False, False, True)):
+        want = experiments.calibration(tokenizer, profile, folder, text)
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, want))
+        assert method == "gptq" and options.refit_scales == refit
+    assert rows[2]["refit_scales"] and "refit_scales" not in rows[0]
+
+
 def test_the_sample_of_the_test_is_fixed():
     profile = load_profile("tiny")
     first, second = (experiments.sample_of_test(profile) for _ in range(2))
