@@ -204,7 +204,9 @@ def gptq_quantize(
     r = hessian_factor(h, options.damp_percent, order)
     # The loss is the sum over columns of R[j, j]^2 (target - Q)^2: what a grid is to be good at.
     cost = r.diagonal().square() if options.weigh_columns else None  # (in,), in the loop's order
-    r /= r.diagonal()  # columns with 1 on the diagonal: R[i, j] / R[j, j]
+    # Columns with 1 on the diagonal, R[i, j] / R[j, j]. Divided by a view of itself, a column
+    # that two threads share would be divided by 1 where the other one was there first.
+    r /= r.diagonal().clone()
     if static:
         weights = None if cost is None else cost[back].view(groups, size)
         grids = fit_grid(w.unflatten(1, (groups, size)), spec, weights)  # (out, groups)

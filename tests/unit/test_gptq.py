@@ -48,6 +48,22 @@ def test_blocked_equals_column_by_column(group_size, static, desc_act):
         assert (got - want).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("threads", [2, 6])
+def test_threads_that_share_a_column_do_not_disturb_each_other(threads):
+    """896 columns: the share of one thread of six ends within a column."""
+    w, h = layer(torch.float32, 8, 896)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = objective(w, gptq_quantize(w, h, QuantSpec(4, 64)).dequantize(), h)
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            got = objective(w, gptq_quantize(w, h, QuantSpec(4, 64)).dequantize(), h)
+            assert abs(got / want - 1) < 1e-3  # in fp32 a code may flip
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
 @pytest.mark.parametrize("weighed", [True, False], ids=["weighed", "alike"])
