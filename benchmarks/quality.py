@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize, output_error
+from qlora_lib.gptq import GPTQOptions, gptq_quantize, output_error
 from qlora_lib.grid import QuantSpec, encode, quantize_rtn
+from qlora_lib.hessian import Hessian
 from qlora_lib.refit import refit_scales
 from qlora_lib.results import ROOT, stamp, write_json_atomic
 

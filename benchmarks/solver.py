@@ -5,8 +5,9 @@ import os
 import torch
 from torch import Tensor, nn
 
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.grid import QuantSpec, encode, fit_grid
+from qlora_lib.hessian import Hessian
 
 from .timing import correlated, in_turns, installed, show
 

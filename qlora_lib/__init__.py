@@ -11,7 +11,9 @@ _HOME = {
     "grid": ["QuantSpec", "QuantizedTensor", "quantize_rtn", "quant_matmul"],
     "nf4": ["NF4Spec", "NF4Tensor", "quantize_nf4"],
     "adam8bit": ["Adam8bit"],
-    "gptq": ["GPTQOptions", "Hessian", "gptq_quantize", "output_error"],
+    "hessian": ["Hessian"],
+    "damping": ["choose_damping"],
+    "gptq": ["GPTQOptions", "gptq_quantize", "output_error"],
     "refit": ["refit_scales"],
     "linear": ["QuantizedLinear", "decoding_layout"],
     "lora": [

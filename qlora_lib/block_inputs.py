@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from .gptq import Hessian
+from .hessian import Hessian
 
 
 def token_mask(batch: dict[str, Tensor]) -> Tensor:
@@ -95,18 +95,20 @@ def input_of(layer: nn.Module, block: nn.Module, call: tuple[tuple, dict]) -> Te
 
 
 def quantize_block(
-    block: nn.Module, layers: dict[str, nn.Module], calls, masks, swap, dense=None
+    block: nn.Module, layers: dict[str, nn.Module], calls, masks, swap, dense=None, halves=False
 ) -> list:
     """What swap(path, hessian) returns for each layer of a block, in the order of their calls.
 
     calls: (args, kwargs) of the block for each batch; masks: bool (batch, seq), real tokens.
     dense: the block as it was and its calls in the dense model, where Hessians shall know them.
+    halves: as for a Hessian.
     """
     report, names = [], {module: name for name, module in block.named_modules()}
     names = {path: names[layer] for path, layer in layers.items()}
     for stage in _shared_inputs(block, layers, calls[0]) if layers else []:
         first = layers[stage[0]]
-        hessian = Hessian(first.in_features, first.weight.device)  # one for the whole stage
+        # one for the whole stage
+        hessian = Hessian(first.in_features, first.weight.device, halves=halves)
         for n, (call, mask) in enumerate(zip(calls, masks)):
             before = None
             if dense is not None:

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .damping import choose_damping
 from .grid import QuantizedTensor, QuantSpec, as_float, assemble, check_weight, encode, fit_grid
+from .hessian import Hessian, act_order, hessian_factor
 from .refit import refit_scales
 
 SUB_BLOCK = 16  # columns between two updates of the rest of their block
@@ -35,7 +37,7 @@ class GPTQOptions:
 
     desc_act: bool = True  # act-order: columns with the largest inputs first
     static_groups: bool = True  # grids fixed from the original weights, before the loop
-    damp_percent: float = 0.01  # added to the diagonal of H, relative to its mean
+    damp_percent: float | None = 0.01  # added to H's diagonal, relative to its mean; None: chosen
     block_size: int = 128  # columns between two updates of the whole rest
     match_dense: bool = False  # aim at the dense model's outputs, not at the layer's own
     weigh_columns: bool = False  # the clip search counts what an error in a column will cost
@@ -44,66 +46,28 @@ class GPTQOptions:
     def __post_init__(self):
         if self.block_size < 1:
             raise ValueError(f"block_size={self.block_size} must be at least 1")
-        if not self.damp_percent >= 0:
+        if self.damp_percent is not None and not self.damp_percent >= 0:
             raise ValueError(f"damp_percent={self.damp_percent} must not be negative; try 0.01")
+
+    @classmethod
+    def best(cls, **changes) -> "GPTQOptions":
+        """The options that measured best on tokens they had not seen, with `changes`.
+
+        Damping is chosen from the calibration tokens (`damping.choose_damping`), so GPTQ must
+        get a Hessian with halves. The defaults are the paper's, with act-order. For a whole
+        model add match_dense=True. Figures: data/results/gptq-quality.json.
+        """
+        return cls(**dict(damp_percent=None, weigh_columns=True, refit_scales=True) | changes)
+
+    @property
+    def needs_halves(self) -> bool:
+        """Whether the Hessian must be made with halves=True."""
+        return self.damp_percent is None
 
     def changed(self) -> dict:
         """Name and value of each setting that is not the default's."""
         usual = vars(GPTQOptions())
         return {name: value for name, value in vars(self).items() if value != usual[name]}
-
-
-class Hessian:
-    """Second moment of a layer's inputs, H = mean of x^T x over the tokens seen.
-
-    Feed it the layer's own inputs, without padding. The mean (not the paper's sum of
-    2 x x^T) makes layers and token counts comparable; the loop is indifferent to it.
-    """
-
-    def __init__(self, in_features: int, device=None, dtype: torch.dtype = torch.float32):
-        self._sum = torch.zeros(in_features, in_features, device=device, dtype=dtype)
-        self._cross: Tensor | None = None
-        self.tokens = 0
-
-    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """Add x (..., in_features).
-
-        dense, of the same shape: what the layer gets at these tokens in the dense model, for
-        `dense_target`; given always or never. Raises ValueError for another width, NaN or
-        Inf, and where `dense` was given only sometimes.
-        """
-        if (dense is not None) != (self._cross is not None) and self.tokens:
-            raise ValueError("give the dense model's inputs with every update of a Hessian, or never")
-        x = self._checked(x)
-        if dense is not None:
-            if self._cross is None:
-                self._cross = torch.zeros_like(self._sum)
-            self._cross.addmm_(self._checked(dense).t(), x)
-        self._sum.addmm_(x.t(), x)
-        self.tokens += x.shape[0]
-
-    def _checked(self, x: Tensor) -> Tensor:
-        """(tokens, in) in the dtype of the sum, never bf16."""
-        if x.shape[-1] != self._sum.shape[0]:
-            raise ValueError(
-                f"inputs have {x.shape[-1]} features, this Hessian {self._sum.shape[0]}"
-            )
-        x = x.detach().reshape(-1, x.shape[-1]).to(self._sum)
-        if not torch.isfinite(x).all():
-            raise ValueError("calibration inputs hold NaN or Inf; check the layers before this one")
-        return x
-
-    @property
-    def matrix(self) -> Tensor:
-        """(in_features, in_features). Raises ValueError before the first token."""
-        if not self.tokens:
-            raise ValueError("this Hessian has seen no tokens; call update(x) with inputs first")
-        return self._sum / self.tokens
-
-    @property
-    def cross(self) -> Tensor | None:
-        """Mean of dense^T x (in_features, in_features); None where no `dense` was given."""
-        return None if self._cross is None else self._cross / self.tokens
 
 
 def dense_target(weight: Tensor, hessian: Hessian, damp_percent: float) -> Tensor:
@@ -128,47 +92,6 @@ def dense_target(weight: Tensor, hessian: Hessian, damp_percent: float) -> Tenso
     return w + torch.cholesky_solve(difference.t(), lower).t()
 
 
-def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
-    """Upper triangular R (in, in) with R R^T = H + damping: the U of eq. above is R^-1.
-
-    order: (in,), the order in which the columns are gone through; R is of H[order][:, order].
-    Cholesky gives a lower factor, H = L L^T. Of H with its rows and columns reversed it gives
-    one that, reversed again, is upper: J H J = L L^T, so H = (J L J) (J L J)^T. And R R^T = H
-    means R^-T R^-1 = H^-1: as Cholesky factors are unique, U = R^-1. The paper's three steps
-    (factor H, invert, factor the inverse) take four times the operations and more memory.
-    Columns that no input ever excites ("dead": H[j, j] = 0) get the mean diagonal, so
-    they are simply rounded to nearest. Raises ValueError, naming the column, when the
-    damped H is not positive definite.
-    """
-    order = torch.arange(len(h), device=h.device) if order is None else order
-    last_first = order.flip(0)
-    h = h.index_select(0, last_first).index_select(1, last_first)  # a copy
-    diagonal = h.diagonal()
-    dead = diagonal == 0
-    mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=h.dtype)
-    diagonal[dead] = mean
-    diagonal += damp_percent * mean  # relative: the same whatever the scale of the inputs
-    lower, info = torch.linalg.cholesky_ex(h)
-    if info:
-        raise ValueError(
-            "the Hessian is not positive definite at column "
-            f"{int(last_first[int(info) - 1])} with damp_percent={damp_percent}; "
-            "raise it (0.05, 0.1), or use more calibration tokens"
-        )
-    del h  # two matrices of this size at a time, no more
-    return lower.flip(0, 1)
-
-
-def inverse_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
-    """Upper triangular U (in, in) with U^T U = (H + damping)^-1, as Algorithm 1 reads it.
-
-    Arguments and errors as for `hessian_factor`, whose inverse it is.
-    """
-    r = hessian_factor(h, damp_percent, order)
-    eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
-    return torch.linalg.solve_triangular(r, eye, upper=True)
-
-
 def gptq_quantize(
     weight: Tensor,
     hessian: Hessian | Tensor,
@@ -178,7 +101,8 @@ def gptq_quantize(
     """Quantize one layer with GPTQ (Algorithm 1 of the paper).
 
     weight: floating point (out_features, in_features); hessian: a Hessian or its matrix
-    (in, in). Works in fp32, or in fp64 when the weight is fp64. With options.match_dense
+    (in, in). Works in fp32, or in fp64 when the weight is fp64. Without options.damp_percent
+    the Hessian must have kept halves (`damping.choose_damping`). With options.match_dense
     the columns are those of `dense_target`; with options.refit_scales the codes get the scales
     of `refit.refit_scales`. Raises ValueError for NaN or Inf, mismatched
     shapes, no tokens, or a Hessian that damping does not mend.
@@ -189,19 +113,20 @@ def gptq_quantize(
     if h.shape != (n, n):
         raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
     w = as_float(weight)
-    h = h.to(w)
+    h, damping = h.to(w), options.damp_percent
+    if (options.match_dense or damping is None) and not isinstance(hessian, Hessian):
+        what = "match_dense" if options.match_dense else "damp_percent=None"
+        raise ValueError(f"{what} needs a Hessian, not its matrix alone")
+    if damping is None:
+        damping = choose_damping(hessian, options.desc_act)
     if options.match_dense:
-        if not isinstance(hessian, Hessian):
-            raise ValueError("match_dense needs a Hessian that has seen the dense model's inputs")
-        w = dense_target(w, hessian, options.damp_percent)
+        w = dense_target(w, hessian, damping)
     groups, size = spec.groups(n), spec.group_size or n
     # One grid a row must be fitted before the loop: later, half the row is rounded.
     static = options.static_groups or spec.group_size is None
-    order = torch.arange(n, device=w.device)
-    if options.desc_act:
-        order = h.diagonal().argsort(descending=True, stable=True)
+    order = act_order(h) if options.desc_act else torch.arange(n, device=w.device)
     back = order.argsort()
-    r = hessian_factor(h, options.damp_percent, order)
+    r = hessian_factor(h, damping, order)
     # The loss is the sum over columns of R[j, j]^2 (target - Q)^2: what a grid is to be good at.
     cost = r.diagonal().square() if options.weigh_columns else None  # (in,), in the loop's order
     # Columns with 1 on the diagonal, R[i, j] / R[j, j]. Divided by a view of itself, a column
@@ -252,7 +177,7 @@ def gptq_quantize(
     scale, zero = scale.t().contiguous(), zero.t().contiguous()
     quantized = assemble(codes[back].t().contiguous(), scale, zero, g_idx, spec)
     if options.refit_scales:
-        quantized = refit_scales(w, quantized, h, options.damp_percent)
+        quantized = refit_scales(w, quantized, h, damping)
     return quantized
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .gptq import GPTQOptions, Hessian, gptq_quantize
+from .gptq import GPTQOptions, gptq_quantize
 from .grid import quantize_rtn
+from .hessian import Hessian
 from .linear import QuantizedLinear
 from .lora import LoRALinear, base_fingerprint, lora_layers, replace_module
 from .nf4 import NF4Spec, quantize_nf4

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .gptq import GPTQOptions, Hessian
+from .gptq import GPTQOptions
+from .hessian import Hessian
 from .lora import lora_layers, use_adapter
 from .merge import active_layers, merge_lora, unmerge_lora
 from .block_inputs import token_mask, watch_inputs
@@ -65,7 +66,9 @@ def merge_report(
         trained = [_logits(model, batch) for batch in batches]  # each (tokens, vocab)
         rows = []
         for method in methods:
-            hessians = merge_hessians(model, calibration) if method == "gptq" else None
+            hessians = None
+            if method == "gptq":
+                hessians = merge_hessians(model, calibration, options.needs_halves)
             with _merged(model, method, hessians, options) as lost:
                 row = MergeLoss(method, lost, *_compare(model, batches, trained))
                 row.measured = None if measure is None else measure(model)
@@ -75,14 +78,16 @@ def merge_report(
         model.train(was_training)
 
 
-def merge_hessians(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Hessian]:
+def merge_hessians(
+    model: nn.Module, batches: Sequence[Batch], halves: bool = False
+) -> dict[str, Hessian]:
     """The Hessian of each adapted layer's inputs, by path, as merge_lora(into="gptq") takes them.
 
-    batches: input_ids and attention_mask, each (batch, seq). One pass of the trained model,
-    base and adapter apart: all layers are calibrated on its own activations, not on those
-    of layers that are merged already, and all Hessians are alive together (layers that share
-    an input share one). For a model too large for that, merge into "dense" and run
-    quantize_model. Raises ValueError for no batches and for a merged model.
+    batches: input_ids and attention_mask, each (batch, seq); halves: as for a Hessian. One pass
+    of the trained model, base and adapter apart: all layers are calibrated on its own
+    activations, not on those of layers that are merged already, and all Hessians are alive
+    together (layers that share an input share one). For a model too large for that, merge into
+    "dense" and run quantize_model. Raises ValueError for no batches and for a merged model.
     """
     if not batches:
         raise ValueError("no calibration batches; pass at least one")
@@ -95,7 +100,8 @@ def merge_hessians(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Hess
         if path not in hessians:  # q, k and v are called with one tensor
             first[path] = last[0] if x is last[1] else path
             shared = hessians.get(first[path])
-            hessians[path] = shared or Hessian(layers[path].in_features, x.device)
+            width = layers[path].in_features
+            hessians[path] = shared or Hessian(width, x.device, halves=halves)
         if first[path] == path:
             hessians[path].update(x[mask.to(x.device)])  # (batch, seq, in) -> (tokens, in)
             last = (path, x)

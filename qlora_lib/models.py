@@ -12,8 +12,9 @@ from .block_inputs import (
     block_settings, first_block_inputs, next_call, quantize_block, token_mask,
 )  # fmt: skip
 from .blocks import decoder_blocks
-from .gptq import GPTQOptions, Hessian, gptq_quantize, output_error
+from .gptq import GPTQOptions, gptq_quantize, output_error
 from .grid import QuantSpec, quantize_rtn
+from .hessian import Hessian
 from .linear import Quantized, QuantizedLinear
 from .lora import LoRALinear, find_linears, lora_layers, replace_module
 from .nf4 import NF4Spec, quantize_nf4
@@ -153,13 +154,13 @@ def quantize_model(
     was_training, report = model.training, []
     model.eval()
     with torch.no_grad():
-        match_dense = options.match_dense and method == "gptq"
-        report = _quantize_blocks(model, calibration, targets, swap, method, match_dense)
+        used = options if method == "gptq" else GPTQOptions()
+        report = _quantize_blocks(model, calibration, targets, swap, method, used)
     model.train(was_training)
     return report
 
 
-def _quantize_blocks(model, batches, targets, swap, method, match_dense) -> list[LayerReport]:
+def _quantize_blocks(model, batches, targets, swap, method, options) -> list[LayerReport]:
     path_of_blocks, blocks = decoder_blocks(model)
     outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
     if outside:
@@ -173,12 +174,12 @@ def _quantize_blocks(model, batches, targets, swap, method, match_dense) -> list
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
         calls = [(args, kwargs) for (args, _), kwargs in zip(calls, settings[i])]
         dense = None
-        if match_dense:
+        if options.match_dense:
             again = [(args, kwargs) for (args, _), kwargs in zip(dense_calls, settings[i])]
             dense = copy.deepcopy(block), again
-        report += quantize_block(block, layers, calls, masks, swap, dense)
+        report += quantize_block(block, layers, calls, masks, swap, dense, options.needs_halves)
         calls = [next_call(block, call) for call in calls]  # the next block sees quantized outputs
-        if match_dense:
+        if options.match_dense:
             dense_calls = [next_call(dense[0], call) for call in dense[1]]
     return report
 

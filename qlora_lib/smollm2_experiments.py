@@ -49,6 +49,7 @@ BASE = QuantSpec(bits=4, group_size=64)  # of the QLoRA run
 OPTIONS = {
     "gptq": GPTQOptions(),
     "damped": GPTQOptions(damp_percent=0.05),
+    "chosen": GPTQOptions(damp_percent=None),
     "weighed": GPTQOptions(weigh_columns=True),
     "match_dense": GPTQOptions(match_dense=True),
     "refit": GPTQOptions(refit_scales=True),
@@ -56,8 +57,15 @@ OPTIONS = {
     "all_four": GPTQOptions(
         damp_percent=0.05, weigh_columns=True, match_dense=True, refit_scales=True
     ),
+    "best": GPTQOptions.best(),
+    "best_match": GPTQOptions.best(match_dense=True),
 }
-AT_2_BITS = "refit", "together", "all_four"  # besides GPTQ itself; at 3 bits all
+# At 2 bits these, besides GPTQ itself; at 3 bits all.
+AT_2_BITS = "chosen", "refit", "together", "all_four", "best", "best_match"
+WITH_OTHER_TEXTS = {
+    2: ("gptq", "refit", "together", "best_match"),
+    3: ("gptq", "together", "best_match"),
+}
 WIDTHS = {"fp32": None} | {
     f"{method}_{bits}bit_{group_size or 'row'}": (method, QuantSpec(bits, group_size), 0)
     for bits in (2, 3, 4, 8)
@@ -68,7 +76,7 @@ WIDTHS = {"fp32": None} | {
 }
 WIDTHS |= {
     f"{method}_{bits}bit_64_text{text}": (method, QuantSpec(bits, 64), text)
-    for bits, methods in ((2, ("gptq", "refit", "together")), (3, ("gptq", "together")))
+    for bits, methods in WITH_OTHER_TEXTS.items()
     for method in methods
     for text in (1, 2)
 }

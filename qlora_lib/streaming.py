@@ -98,6 +98,7 @@ def quantize_checkpoint(
     from transformers import AutoTokenizer, GenerationConfig
 
     check_method(method, spec, calibration)
+    options = options if method == "gptq" else GPTQOptions()
     folder, out = Path(folder), Path(out)
     streamed = StreamedModel(folder, device, compute_dtype, blocks)
     model, modules = streamed.model, streamed.blocks
@@ -141,12 +142,11 @@ def quantize_checkpoint(
         calls, dense_calls, masks = [], [], []
         if calibration and done < len(modules):
             calls = SpilledCalls(spill, streamed.device) if spill else []
-            match_dense = options.match_dense and method == "gptq"
-            if match_dense:
+            if options.match_dense:
                 dense_calls = SpilledCalls(spill, streamed.device) if spill else []
             for call in streamed.first_calls(calibration):
                 calls.append(call)
-                if match_dense:
+                if options.match_dense:
                     dense_calls.append(call)
             masks = [token_mask(batch).to(streamed.device) for batch in calibration]
 
@@ -171,7 +171,7 @@ def quantize_checkpoint(
                     twin = copy.deepcopy(modules[i]) if dense_calls else None
                     dense = (twin, dense_calls) if dense_calls else None
                     new, tensors = _quantize_block(
-                        streamed, i, own, stored, calls, masks, quantize, dense
+                        streamed, i, own, stored, calls, masks, quantize, dense, options.needs_halves
                     )
                     rows += new
                     # Rows of blocks that have no shard do not count: the shard comes last.
@@ -209,12 +209,12 @@ def quantize_checkpoint(
 
 
 def _quantize_block(
-    streamed: StreamedModel, i: int, paths: list[str], stored, calls, masks, quantize, dense
+    streamed: StreamedModel, i: int, paths: list[str], stored, calls, masks, quantize, dense, halves
 ) -> tuple[list[LayerReport], dict[str, Tensor]]:
     """The rows of block i, quantized in place, and the tensors of its shard.
 
     stored: its tensors as they were read. quantize(path, layer, hessian) replaces a layer and
-    returns its row. dense: as for `quantize_block`.
+    returns its row. dense, halves: as for `quantize_block`.
     """
     layers = {path: streamed.model.get_submodule(path) for path in paths}
 
@@ -222,7 +222,7 @@ def _quantize_block(
         return quantize(path, layers.pop(path), hessian)  # popped, so that its weight is freed
 
     if calls:
-        rows = quantize_block(streamed.blocks[i], layers, calls, masks, swap, dense)
+        rows = quantize_block(streamed.blocks[i], layers, calls, masks, swap, dense, halves)
     else:
         rows = [swap(path) for path in paths]
     tensors = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in paths}

@@ -11,6 +11,11 @@ METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
 
 
+def damping(text: str) -> float | None:
+    """What GPTQOptions calls damp_percent, None for "auto"."""
+    return None if text == "auto" else float(text)
+
+
 def add_quantize_and_finetune(commands, shared) -> None:
     """The two commands and their options."""
     base = argparse.ArgumentParser(add_help=False)
@@ -24,6 +29,11 @@ def add_quantize_and_finetune(commands, shared) -> None:
         help="with gptq: grids are fitted to what an error in each column costs")
     add("--refit-scales", action="store_true",
         help="with gptq: scales are fitted again once the codes are known")
+    add("--damping", type=damping, default=0.01, metavar="SHARE",
+        help="with gptq: of the mean of the Hessian's diagonal (default 0.01), or auto: chosen "
+        "for each layer from the calibration tokens")
+    add("--best", action="store_true",
+        help="with gptq: --match-dense --weigh-columns --refit-scales --damping auto")
     add("--stream", action="store_true", help="quantize with one block in memory at a time")
 
     alone = commands.add_parser(
@@ -84,10 +94,11 @@ def base_settings(profile, args) -> dict:
     return {
         "spec": NF4Spec() if nf4 else QuantSpec(bits=args.bits, group_size=args.group_size or None),
         "method": args.method,
-        "options": GPTQOptions(
+        "options": GPTQOptions.best(match_dense=True) if args.best else GPTQOptions(
             match_dense=args.match_dense,
             weigh_columns=args.weigh_columns,
             refit_scales=args.refit_scales,
+            damp_percent=args.damping,
         ),
         "device": args.device,
         "compute_dtype": args.compute_dtype,

@@ -9,7 +9,7 @@ import torch
 from qlora_lib.classroom import check, example
 from qlora_lib.classroom.checks import registered
 from qlora_lib.classroom.exercises import nb02
-from qlora_lib.gptq import Hessian
+from qlora_lib.hessian import Hessian
 
 NAMES = ("obs_step", "masked_hessian", "lazy_update", "undo_order")
 

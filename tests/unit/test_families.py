@@ -34,7 +34,8 @@ from qlora_lib import (
 from qlora_lib.blocks import decoder_blocks
 from qlora_lib.conv1d import linear_from_conv1d
 from qlora_lib.data import calibration_batches
-from qlora_lib.gptq import Hessian, gptq_quantize
+from qlora_lib.gptq import gptq_quantize
+from qlora_lib.hessian import Hessian
 from qlora_lib.lora import ALL_LINEAR, ATTENTION, base_fingerprint, find_linears
 from qlora_lib.models import quantized_layers
 from tests.helpers import relative

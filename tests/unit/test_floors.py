@@ -11,7 +11,9 @@ import pytest
 import qlora_lib
 
 PACKAGE = Path(qlora_lib.__file__).parent
-FLOOR_1 = {"packing", "grid", "nf4", "gptq", "gptq_layout", "refit", "adam8bit"}
+FLOOR_1 = {
+    "packing", "grid", "nf4", "hessian", "damping", "gptq", "gptq_layout", "refit", "adam8bit",
+}  # fmt: skip
 FLOOR_2 = {
     "blocks", "linear", "kernels", "choosing", "lora", "lora_layer", "lora_init", "merge",
     "compose", "variants", "triton_kernels",

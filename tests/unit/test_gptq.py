@@ -11,15 +11,9 @@ from slow_gptq import (
 )
 from torch import Tensor
 
-from qlora_lib.gptq import (
-    GPTQOptions,
-    Hessian,
-    gptq_quantize,
-    hessian_factor,
-    inverse_factor,
-    output_error,
-)
+from qlora_lib.gptq import GPTQOptions, gptq_quantize, output_error
 from qlora_lib.grid import QuantSpec, quantize_rtn
+from qlora_lib.hessian import Hessian, hessian_factor, inverse_factor
 from qlora_lib.packing import unpack
 from tests.helpers import ar1, normal, relative
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.grid import (
     CLIP_NORM,
     CLIP_RATIOS,
@@ -17,6 +17,7 @@ from qlora_lib.grid import (
     quantize_activations,
     quantize_rtn,
 )
+from qlora_lib.hessian import Hessian
 from qlora_lib.packing import BITS, unpack
 from tests.helpers import PROPERTY, ar1, normal, relative
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from qlora_lib import grid, kernels
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.grid import QuantSpec, quantize_rtn
+from qlora_lib.hessian import Hessian
 from qlora_lib.kernels import INT4_TOKENS, Int4Tiles, int4_tiles, tile_rows
 from qlora_lib.linear import QuantizedLinear, decoding_layout
 from qlora_lib.nf4 import quantize_nf4

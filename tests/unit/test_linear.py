@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.grid import QuantSpec, quantize_rtn
+from qlora_lib.hessian import Hessian
 from qlora_lib.linear import QuantizedLinear
 from qlora_lib.lora import LoRALinear, LoRAConfig
 from qlora_lib.nf4 import quantize_nf4

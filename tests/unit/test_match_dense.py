@@ -8,8 +8,9 @@ from test_models import STAGES, batches, logits, same
 
 from qlora_lib.block_inputs import token_mask
 from qlora_lib.checkpoint import load_quantized
-from qlora_lib.gptq import GPTQOptions, Hessian, dense_target, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, dense_target, gptq_quantize
 from qlora_lib.grid import QuantSpec
+from qlora_lib.hessian import Hessian
 from qlora_lib.linear import QuantizedLinear
 from qlora_lib.loading import load_model
 from qlora_lib.models import quantize_model

@@ -8,7 +8,7 @@ from lora_models import adapted, base_of, logits, trained
 from small_models import small_model
 from torch import nn
 
-from qlora_lib.gptq import Hessian
+from qlora_lib.hessian import Hessian
 from qlora_lib.linear import QuantizedLinear
 from qlora_lib.lora import (
     ALL_LINEAR,

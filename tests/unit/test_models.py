@@ -8,8 +8,9 @@ from small_models import small_model
 from torch import nn
 
 from qlora_lib import models
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.grid import QuantSpec, quantize_rtn
+from qlora_lib.hessian import Hessian
 from qlora_lib.linear import QuantizedLinear
 from qlora_lib.lora import ALL_LINEAR, ATTENTION, inject_lora, lora_layers
 from qlora_lib.merge import merge_lora

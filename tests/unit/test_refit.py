@@ -8,8 +8,9 @@ from slow_gptq import damped, objective
 from torch import Tensor
 
 from qlora_lib import refit
-from qlora_lib.gptq import GPTQOptions, Hessian, dense_target, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, dense_target, gptq_quantize
 from qlora_lib.grid import QuantizedTensor, QuantSpec, assemble, quantize_rtn
+from qlora_lib.hessian import Hessian
 from qlora_lib.refit import refit_scales
 from tests.helpers import ar1, normal, relative
 

@@ -35,11 +35,19 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     assert len(quantized_layers(whole)) == 8
     assert main([*common, "--targets", "attention", "--stream"]) == 0
     assert "is there, with these settings" in capsys.readouterr().out
-    for option in ("match_dense", "weigh_columns", "refit_scales"):  # another base each, and remembered
-        named = [*common, "--targets", "attention", "--" + option.replace("_", "-")]
+    options = {  # another base each, and remembered
+        "--match-dense": {"match_dense": True},
+        "--weigh-columns": {"weigh_columns": True},
+        "--refit-scales": {"refit_scales": True},
+        "--damping=0.05": {"damp_percent": 0.05},
+        "--damping=auto": {"damp_percent": None},
+        "--best": GPTQOptions.best(match_dense=True).changed(),
+    }
+    for option, stored in options.items():
+        named = [*common, "--targets", "attention", option]
         assert main(named) == 0 and "quantizing model with gptq" in capsys.readouterr().out
         recipe = json.loads((tmp_path / "checkpoints/tiny/base/recipe.json").read_text())
-        assert {k for k in recipe if k in asdict(GPTQOptions())} == {option}
+        assert {k: v for k, v in recipe.items() if k in asdict(GPTQOptions())} == stored
         assert main([*named, "--stream"]) == 0
         assert "is there, with these settings" in capsys.readouterr().out
     assert main([*common, "--spill", "spill"]) == 2

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from qlora_lib import kernels
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.grid import QuantSpec, quantize_rtn
+from qlora_lib.hessian import Hessian
 from qlora_lib.linear import QuantizedLinear
 from qlora_lib.nf4 import quantize_nf4
 from qlora_lib.results import ROOT

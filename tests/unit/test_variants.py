@@ -13,9 +13,10 @@ from qlora_lib import finetune, freeze_scales, inject_lora, lora_plus_groups, tr
 from qlora_lib.adapters import ADAPTER_CONFIG, load_adapter, save_adapter
 from qlora_lib.checkpoint import load_quantized, save_quantized
 from qlora_lib.compose import allocate_ranks, combine_adapters, prune_adapter
-from qlora_lib.gptq import GPTQOptions, Hessian, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.gptq_format import export_gptq
 from qlora_lib.grid import QuantSpec, quantize_rtn
+from qlora_lib.hessian import Hessian
 from qlora_lib.linear import QuantizedLinear, decoding_layout
 from qlora_lib.lora import (
     ALL_LINEAR,
