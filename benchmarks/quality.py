@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_lib.damping import choose_damping
 from qlora_lib.gptq import GPTQOptions, gptq_quantize, output_error
 from qlora_lib.grid import QuantSpec, encode, quantize_rtn
 from qlora_lib.hessian import Hessian
@@ -23,7 +24,7 @@ from qlora_lib.results import ROOT, stamp, write_json_atomic
 from .solver import column_loop, gptqmodel_solver
 from .timing import correlated, installed
 
-BITS, GROUP, TOKENS = (4, 3, 2), 128, 8192
+BITS, GROUP, TOKENS, WINDOW = (4, 3, 2), 128, 8192, 512
 PEER = [
     (damp, order, mse)
     for damp in (0.01, 0.05) for order in ("plain", "desc_act", "gar") for mse in (0.0, 2.4)
@@ -51,7 +52,7 @@ def real_layers(folder: Path, wikitext: Path) -> dict[str, tuple[Tensor, Tensor,
     ]
     for split in ("valid", "test"):
         text = (wikitext / f"{split}.txt").read_text(encoding="utf-8")[: 8 * TOKENS]
-        ids = torch.tensor(tokenizer.encode(text)[:TOKENS]).view(-1, 512)
+        ids = torch.tensor(tokenizer.encode(text)[:TOKENS]).view(-1, WINDOW)
         with torch.no_grad():
             for window in ids:
                 model(input_ids=window[None], use_cache=False)
@@ -99,13 +100,14 @@ def descend(w: Tensor, h: Tensor, quantized, sweeps: int) -> Tensor:
     return q
 
 
-def ours(w: Tensor, h: Tensor, spec: QuantSpec) -> dict:
+def ours(w: Tensor, hessian: Hessian, spec: QuantSpec) -> dict:
     """name -> quantized weight: our defaults first, then what is tried beside them."""
+    h = hessian.matrix
     default, nearest = gptq_quantize(w, h, spec), quantize_rtn(w, spec)
     plain = replace(spec, clip_search=False)
 
-    def by(**options):
-        return gptq_quantize(w, h, spec, GPTQOptions(**options)).dequantize()
+    def by(options=GPTQOptions, **given):
+        return gptq_quantize(w, hessian, spec, options(**given)).dequantize()
 
     return {
         "ours, defaults": default.dequantize(),
@@ -128,6 +130,9 @@ def ours(w: Tensor, h: Tensor, spec: QuantSpec) -> dict:
         "ours, weighed, dynamic groups, refit, damping 0.05": by(
             weigh_columns=True, static_groups=False, refit_scales=True, damp_percent=0.05
         ),
+        "ours, chosen damping": by(damp_percent=None),
+        "ours, best": by(GPTQOptions.best),
+        "ours, best, dynamic groups": by(GPTQOptions.best, static_groups=False),
         "round to nearest, refit": refit_scales(w, nearest, h).dequantize(),
         "ours, pivoted order": in_order(w, h, spec, pivoted_order(h)),
         "ours, 1 sweep of descent": descend(w, h, default, 1),
@@ -138,15 +143,15 @@ def ours(w: Tensor, h: Tensor, spec: QuantSpec) -> dict:
 def run(layers: dict[str, tuple[Tensor, Tensor, Tensor]]) -> list[dict]:
     peer, rows = installed("gptqmodel"), []
     for name, (w, seen, held) in layers.items():
-        moments = []
-        for x in (seen, held):
-            hessian = Hessian(w.shape[1])
-            hessian.update(x)
-            moments.append(hessian.matrix)
-        h, h_held = moments
+        hessian, other = Hessian(w.shape[1], halves=True), Hessian(w.shape[1])
+        for windows, x in ((hessian, seen), (other, held)):
+            for batch in x.split(4 * WINDOW):
+                windows.update(batch)
+        h_held, damping = other.matrix, choose_damping(hessian)
+        print(f"\n{name}: damping {damping} is chosen")
         for bits in BITS:
             spec = QuantSpec(bits, GROUP)
-            results = {"round to nearest": quantize_rtn(w, spec).dequantize(), **ours(w, h, spec)}
+            results = {"round to nearest": quantize_rtn(w, spec).dequantize(), **ours(w, hessian, spec)}
             for damp, order, mse in PEER if peer else ():
                 solve = gptqmodel_solver(
                     w, seen, GROUP, mse, bits=bits, damp=damp,
@@ -159,7 +164,8 @@ def run(layers: dict[str, tuple[Tensor, Tensor, Tensor]]) -> list[dict]:
             for key, error in errors.items():
                 mark = " <- the peer's best" if best and key == best[1] else ""
                 print(f"  {key:<44}{error:.4f}  {error / errors['ours, defaults']:.3f} x ours{mark}")
-            rows.append({"layer": name, "bits": bits, "group_size": GROUP, "errors": errors})
+            rows.append({"layer": name, "bits": bits, "group_size": GROUP,
+                         "chosen_damping": damping, "errors": errors})  # fmt: skip
     return rows
 
 

@@ -9,9 +9,10 @@ import torch
 from qlora_lib.classroom import check, example
 from qlora_lib.classroom.checks import registered
 from qlora_lib.classroom.exercises import nb02
+from qlora_lib.damping import expected_loss
 from qlora_lib.hessian import Hessian
 
-NAMES = ("obs_step", "masked_hessian", "lazy_update", "undo_order")
+NAMES = ("obs_step", "masked_hessian", "lazy_update", "undo_order", "foretold_loss")
 
 
 def own(name):
@@ -62,3 +63,16 @@ def test_undo_order_brings_every_column_home():
     order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
     codes = torch.randint(0, 16, (3, 17), generator=torch.Generator().manual_seed(1))
     assert torch.equal(nb02.undo_order(codes[:, order], order), codes)
+
+
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_foretold_loss_is_the_library_s_and_what_random_rounding_errors_lose(case):
+    factor, other = example("foretold_loss", case)
+    h = torch.linalg.inv((factor.T @ factor).double())
+    want = nb02.foretold_loss(factor, other).item()
+    assert expected_loss(h, other.double(), 0.0) == pytest.approx(want, rel=1e-5)
+    g = torch.Generator().manual_seed(0)
+    z = torch.rand(100_000, len(other), generator=g) - 0.5  # rounding errors, the step is 1
+    d = z @ (factor / factor.diagonal().unsqueeze(1))  # W - Q
+    lost = ((d @ other) * d).sum(1).mean().item()
+    assert 12 * lost == pytest.approx(want, rel=0.03)  # a mean of 100,000

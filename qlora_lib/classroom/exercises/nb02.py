@@ -339,3 +339,41 @@ register(Exercise(
                           "whole, by the order"),
     ],
 ))
+
+
+# --- 5. The loss that inputs nobody has seen will have -------------------------------------
+
+def foretold_loss(factor: Tensor, other: Tensor) -> Tensor:
+    v = factor / factor.diagonal().unsqueeze(1)  # each row with 1 on the diagonal
+    return ((v @ other) * v).sum()  # tr(V H' V^T)
+
+
+def _foretold(rows):
+    """The trace with something else in the place of V."""
+    return lambda factor, other: (rows(factor) @ other @ rows(factor).T).trace()
+
+
+register(Exercise(
+    name="foretold_loss",
+    reference=foretold_loss,
+    cases=[
+        (lambda g: (torch.tensor([[2.0, -1.0], [0.0, 0.5]]), torch.eye(2)), "two inputs"),
+        (lambda g: (torch.linalg.cholesky(_hessian(g, 5).inverse(), upper=True),
+                    _hessian(g, 5)), "five inputs, another H"),
+        (lambda g: (3 * torch.eye(4), _hessian(g, 4)), "no repairs: round to nearest"),
+    ],
+    mistakes=[
+        (_foretold(lambda u: u), "U as it is gives the scaled errors; divide each row by its "
+                                 "diagonal element first"),
+        (_foretold(lambda u: u / u.diagonal()), "this divides the columns: row j of U belongs to "
+                                                "column j's error, so divide the rows"),
+        (lambda u, h: foretold_loss(u, h.diagonal().diag()),
+         "inputs are correlated: take all of H', not its diagonal alone"),
+        (lambda u, h: u.diagonal().pow(-2).sum(), "this is section 7's sum, in which H judges "
+                                                  "itself; here another H' judges"),
+        (lambda u, h: (u / u.diagonal().unsqueeze(1)) @ h @ (u / u.diagonal().unsqueeze(1)).T,
+         "this is the matrix V H' V^T; the loss is its trace"),
+        (lambda u, h: foretold_loss(u, h) / len(h), "the sum over the columns, not the mean"),
+    ],
+    rtol=1e-4, atol=1e-5,
+))
