@@ -7,6 +7,7 @@ lattice point: the outputs that are sent there.
 import itertools
 
 import torch
+from matplotlib.collections import PolyCollection
 from matplotlib.patches import Polygon
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from .plots import COLORS
 NAMES = {"rtn": "RTN", "gptq": "GPTQ", "best": "best point"}
 SHADES = {"rtn": COLORS["rtn"], "gptq": COLORS["gptq"], "best": COLORS["other"]}
 AROUND = torch.tensor(list(itertools.product(range(-4, 5), repeat=2))).float()  # (81, 2)
+VIEW = 2.4  # what is drawn: coordinates from -VIEW to VIEW
 
 
 def basis(h: Tensor) -> Tensor:
@@ -60,6 +62,15 @@ def _clip(polygon: Tensor, point: Tensor) -> Tensor:
     return torch.stack(kept)
 
 
+def in_view(s: Tensor) -> Tensor:
+    """The lattice points (points, 2) of the basis s (2, 2) whose cells reach into the picture."""
+    reach = VIEW + s.norm(dim=1).sum() / 2  # half a cell's diagonal at most
+    most = int(2**0.5 * reach / torch.linalg.svdvals(s)[-1]) + 1
+    numbers = torch.cartesian_prod(*2 * [torch.arange(-most, most + 1)]).to(s)
+    points = numbers @ s
+    return points[(points.abs() <= reach).all(1)]
+
+
 def mean_loss(polygon: Tensor) -> float:
     """Mean squared distance from 0 over a polygon (k, 2) that is convex around 0."""
     p, q = polygon, polygon.roll(-1, 0)
@@ -77,19 +88,22 @@ def draw_cells(axes, correlation: float, input_1: float, first: str, weight: Ten
     h = torch.tensor([[1.0, correlation * input_1], [correlation * input_1, input_1**2]])
     s, index = basis(h), int(first[-1])
     shapes, chosen, star = cells(h, index), choices(weight, h, index), weight @ basis(h)
-    points = AROUND @ s  # (81, 2)
+    points = in_view(s)  # (points, 2)
     for ax, (name, label) in zip(axes, NAMES.items()):
         color = SHADES[name]
-        for point in points:
-            ax.add_patch(Polygon(shapes[name] + point, facecolor="none", edgecolor=color, lw=1.2))
+        corners = (shapes[name] + points.unsqueeze(1)).numpy()  # (points, k, 2)
+        ax.add_collection(PolyCollection(corners, facecolor="none", edgecolor=color, lw=1.2))
         ax.add_patch(Polygon(shapes[name] + chosen[name] @ s, facecolor=color, alpha=0.45))
-        for vector in s:  # b_0 and b_1
+        for number, vector in enumerate(s):
             ax.annotate("", xy=vector.tolist(), xytext=(0, 0),
                         arrowprops={"arrowstyle": "->", "color": COLORS["muted"], "linewidth": 2})
+            away = vector + 0.25 * torch.nn.functional.normalize(vector - s[1 - number], dim=0)
+            ax.text(*away.tolist(), f"$b_{number}$", ha="center", va="center", fontsize=11,
+                    bbox={"boxstyle": "round,pad=0.1", "color": "white", "alpha": 0.7})
         ax.scatter(*points.T, s=16, color=COLORS["fp"], zorder=3)
         ax.scatter(*star, s=110, marker="*", color=COLORS["fp"], zorder=4)
         loss = quadratic(chosen[name] - weight, h)
-        ax.set(xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[], aspect="equal",
+        ax.set(xlim=(-VIEW, VIEW), ylim=(-VIEW, VIEW), xticks=[], yticks=[], aspect="equal",
                title=f"{label}: loss {loss:.2f},\nmean over a cell {mean_loss(shapes[name]):.3f}")
         ax.grid(False)
         ax.spines[:].set_visible(False)

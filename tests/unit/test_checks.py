@@ -1,4 +1,6 @@
 """Checks of exercises, on a toy; then every exercise that the course registers."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,14 @@ def test_the_first_thing_wrong_is_said_in_words(toy, capsys, wrong, problem):
 def test_values_of_every_kind_are_compared(want, right, wrong):
     assert checks._mismatch(right, want, TOY) == ""
     assert checks._mismatch(wrong, want, TOY) != ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_whole_numbers_are_equal_whatever_the_dtype(dtype):
+    want, by_value = torch.tensor([2049]), replace(TOY, exact_dtype=False)
+    assert checks._mismatch(want.double(), want, by_value) == ""
+    assert want == want.to(dtype), "as PyTorch compares: 2049 is rounded too"
+    assert "wrong values at 1 of 1" in checks._mismatch(want.to(dtype), want, by_value)
 
 
 def test_a_check_leaves_the_notebooks_random_numbers_alone(toy):

@@ -17,10 +17,11 @@ def hessian(correlation, size):
 
 
 def inside(polygon, point):
-    """Whether a convex polygon (k, 2), corners in turn, holds the point (2,)."""
+    """Whether a convex polygon (k, 2), corners in turn, holds each point (..., 2)."""
+    point = point.unsqueeze(-2)  # (..., 1, 2)
     a, b = polygon - point, polygon.roll(-1, 0) - point
-    cross = a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
-    return bool((cross > -1e-6).all() or (cross < 1e-6).all())  # two corners may coincide
+    cross = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    return (cross > -1e-6).all(-1) | (cross < 1e-6).all(-1)  # two corners may coincide
 
 
 def area(polygon):
@@ -54,6 +55,17 @@ def test_the_mean_loss_is_that_of_many_weights():
     chosen = torch.stack([d.choices(w, h, 0)["gptq"] for w in weights])
     measured = float(d.quadratic(weights - chosen, h).mean())
     assert measured == pytest.approx(d.mean_loss(d.cells(h, 0)["gptq"]), rel=0.05)  # sampling
+
+
+@pytest.mark.parametrize("correlation, size", [(0.9, 0.5), (-0.6, 0.5), (0.0, 2.0)])
+def test_the_cells_cover_the_picture(correlation, size):
+    h = hessian(correlation, size)
+    s, points = d.basis(h), d.in_view(d.basis(h))
+    edge = torch.linspace(-d.VIEW, d.VIEW, 9)
+    places = torch.cartesian_prod(edge, edge).unsqueeze(1) - points  # (81, points, 2)
+    for polygon in d.cells(h, 0).values():
+        assert inside(polygon, places).any(1).all()
+    assert len(points) < 2 * (2 * d.VIEW + s.norm(dim=1).sum()) ** 2 / h.det().sqrt()
 
 
 def test_cells_over_its_grid():

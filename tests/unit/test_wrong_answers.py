@@ -103,6 +103,16 @@ def into_a_copy(x, weight, adapters, names):
 
 
 WRONG = {
+    "integer_product": [
+        (lambda a, za, q, zw: torch.matmul(a.half().sub(za), q.half().sub(zw).t()),
+         "fp16 holds every whole number only up to 2048"),
+    ],
+    "nearest_code": [
+        (lambda unit, levels: (unit[..., None] - levels).abs().argmin(-1).to(torch.uint8),
+         "a uint8 index is a mask"),
+        (lambda unit, levels: (unit[..., None] > (levels[1:] + levels[:-1]) / 2).float().sum(-1),
+         "an index is a whole number"),
+    ],
     "next_token": [
         (next_token(lambda p, kept, order: kept[order]), "kept[order] shuffles once more"),
         (next_token(lambda p, kept, order: p * (kept > 0)[order]), "mask[order] is not the mask"),

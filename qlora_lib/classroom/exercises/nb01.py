@@ -268,6 +268,8 @@ register(Exercise(
          + a.shape[1] * za * zw.T,
          "a product of uint8 stays uint8 and wraps around at 256; cast all four with .int() first"),
         (_zw_not_turned, "zw is (out, 1), the result (tokens, out): use zw.T"),
+        (lambda a, za, q, zw: (a.half() - za) @ (q.half() - zw).T,
+         "fp16 holds every whole number only up to 2048, bf16 up to 256; cast with .int()"),
     ],
     exact_dtype=False))
 
@@ -303,5 +305,9 @@ register(Exercise(
          "off by one: codes begin at 0"),
         (lambda unit, levels: (unit.unsqueeze(-1) - levels).argmin(-1),
          "a distance has no sign: take abs() before argmin"),
-    ],
-    exact_dtype=False))
+        (lambda unit, levels: nearest_code(unit, levels).byte(),
+         "the codes will index the table of levels, and in PyTorch a uint8 index is a mask: "
+         "return int64"),
+        (lambda unit, levels: nearest_code(unit, levels).float(),
+         "the codes will index the table of levels, and an index is a whole number: return int64"),
+    ]))
