@@ -1,7 +1,7 @@
 """What adapters do at work, measured: `python -m qlora_lib.adapter_experiments [PART ...]`.
 
     tasks           four adapters on one 4-bit GPTQ base, each asked every task
-    learning-rates  full fine-tuning against LoRA, other places than all linears, more steps
+    learning-rates  full fine-tuning against LoRA, other places than all linears, more steps or alpha
     ranks           ranks 1 to 32, two seeds: dev accuracy over parameters
     epochs          few examples often against many once, two seeds: dev accuracy, both losses
     mixing          weighted sums of two adapters, and what both tasks make of them

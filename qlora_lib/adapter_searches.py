@@ -77,6 +77,7 @@ def learning_rates(folder: Path, force: bool) -> None:
     trials += [Trial(rank=8, target_modules=place) for place in ("attention", "mlp")]
     trials += [Trial("full", None, "embeddings")]
     trials += [Trial(rank=rank, steps=4 * SHORT.max_steps) for rank in (1, 4, 32)]
+    trials += [Trial(rank=rank, alpha=2 * RANKS[-1]) for rank in (1, 4, 8)]  # that of rank 32
     for trial in trials:
         print(trial, search.run(trial)["accuracy"], flush=True)
 

@@ -11,8 +11,12 @@ parameters.
 
 Hopeless candidates stop early: all are first trained with the first seed for a quarter of the
 steps, and those whose dev loss is then more than 4 times the lowest get no full training.
-Such a rule is a guess: who learns late is stopped with those who never learn, and small ranks do
-learn later. Stored losses tell afterwards what it did, or would have done.
+Such a rule is a guess: who learns late is stopped with those who never learn. Stored losses tell
+afterwards what it did, or would have done.
+
+One learning rate and alpha = 2 rank for all candidates: under Adam small ranks then take smaller
+steps (see trials.prepare) and learn later. So what is compared is rank and step size together. To
+compare ranks alone, tune the rate or alpha for each, Trial(lr=, alpha=).
 """
 
 import copy

@@ -20,7 +20,7 @@ class Trial:
     """One training: what is trained, and how. None: as the search's TrainConfig says.
 
     steps or epochs, not both; either replaces what the search says of both. examples: train on
-    the first so many pairs of the search alone; None: on all.
+    the first so many pairs of the search alone; None: on all. alpha None: 2 rank.
     """
 
     method: str = "lora"  # or "full": every weight, or the embeddings alone
@@ -31,6 +31,7 @@ class Trial:
     epochs: int | None = None
     seed: int = 0
     examples: int | None = None
+    alpha: float | None = None
 
     def __post_init__(self):
         if self.method not in ("lora", "full"):
@@ -54,7 +55,7 @@ class Trial:
         where = self.target_modules
         where = where if isinstance(where, str) else "+".join(where)
         words = [self.method, where] + ([f"r={self.rank}"] if self.method == "lora" else [])
-        for name in ("lr", "steps", "epochs", "examples"):
+        for name in ("alpha", "lr", "steps", "epochs", "examples"):
             if getattr(self, name) is not None:
                 words.append(f"{name}={getattr(self, name):g}")
         return " ".join([*words, f"seed={self.seed}"])
@@ -63,8 +64,10 @@ class Trial:
 def prepare(model, trial: Trial) -> int:
     """Set up the model, in place, for a trial; the number of parameters that it trains.
 
-    LoRA with alpha = 2 rank, so that the scale, and with it the learning rate, fits all ranks.
-    Raises ValueError for "full" on a quantized model, and what inject_lora raises.
+    LoRA without an alpha has alpha = 2 rank: a scale of 2 at every rank. At one learning rate a
+    small rank then takes smaller steps: under Adam each number of B moves by about the rate, and
+    an update sums over `rank` of them. Raises ValueError for "full" on a quantized model, and
+    what inject_lora raises.
     """
     places = trial.target_modules
     if trial.method == "full":
@@ -77,7 +80,8 @@ def prepare(model, trial: Trial) -> int:
     else:
         torch.manual_seed(trial.seed)
         names = mlp_names(model) if places == "mlp" else places
-        inject_lora(model, names, rank=trial.rank, alpha=2 * trial.rank)
+        alpha = 2 * trial.rank if trial.alpha is None else trial.alpha
+        inject_lora(model, names, rank=trial.rank, alpha=alpha)
     return sum(p.numel() for p in trainable_parameters(model).values())
 
 

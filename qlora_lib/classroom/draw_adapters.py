@@ -27,7 +27,7 @@ def draw_matrix(ax, accuracy: dict[str, dict[str, float]]) -> None:
 
 
 def draw_rank(axes, rank: int, rows: dict[int, dict], base_bytes: int) -> None:
-    """Left: dev accuracy over ranks, the chosen one with its interval. Right: what it takes.
+    """Left: dev accuracy over ranks with intervals, one chosen. Right: what that one takes.
 
     rows: {rank: {"correct", "n", "parameters"}}; base_bytes: of the base that all share.
     """
@@ -36,18 +36,21 @@ def draw_rank(axes, rank: int, rows: dict[int, dict], base_bytes: int) -> None:
     at = {r: i for i, r in enumerate(ranks)}
     shares = {r: 100 * row["correct"] / row["n"] for r, row in rows.items()}
     left.plot(range(len(ranks)), list(shares.values()), "o-", color=ADAPTER)
+    for r, row in rows.items():
+        low, high = (100 * x for x in wilson(row["correct"], row["n"]))
+        left.errorbar(at[r], shares[r], yerr=[[shares[r] - low], [high - shares[r]]],
+                      color=FP if r == rank else ADAPTER, fmt="o", capsize=6 if r == rank else 4,
+                      markersize=9 if r == rank else 5, linewidth=2.5 if r == rank else 1.2)
     low, high = (100 * x for x in wilson(rows[rank]["correct"], rows[rank]["n"]))
-    left.errorbar(at[rank], shares[rank], yerr=[[shares[rank] - low], [high - shares[rank]]],
-                  color=FP, capsize=6, fmt="o", markersize=9)
     left.set(xticks=range(len(ranks)), xticklabels=ranks, xlabel="rank", ylim=(-2, 106),
              ylabel="dev, right in %", title=f"{shares[rank]:.1f}% [{low:.1f}, {high:.1f}]")
     size = 2 * rows[rank]["parameters"]  # bf16
     right.barh(["base, 4 bits", "adapter"], [base_bytes / 1e3, size / 1e3],
                color=[BASE, ADAPTER], height=0.55)
     for y, kilo in enumerate((base_bytes / 1e3, size / 1e3)):
-        right.text(kilo * 1.15, y, f"{kilo:,.0f} kB", va="center", fontsize=11)
-    right.set(xscale="log", xlim=(10, 1e5), xlabel="kB", ylim=(1.6, -0.6),
-              title=f"{rows[rank]['parameters']:,} parameters")
+        right.text(kilo + base_bytes / 5e4, y, f"{kilo:,.0f} kB", va="center", fontsize=11)
+    right.set(xlim=(0, 1.35 * base_bytes / 1e3), xlabel="kB", ylim=(1.6, -0.6),
+              title=f"{size / base_bytes:.1%} of the base's bytes")
     right.grid(axis="y", visible=False)
 
 

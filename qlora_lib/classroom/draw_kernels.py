@@ -110,22 +110,22 @@ METHODS = {  # of the cache: (spec, colour)
 def draw_cache(ax, method: str, context: int, batch: int, config, weights: float) -> None:
     """GB of the cache over the context, a line a method; the chosen one at `context` in words.
 
-    weights: bytes of the model beside it, drawn as a level.
+    weights: bytes of the packed weights beside it, drawn as a level.
     """
-    contexts = [2**i for i in range(9, 18)]
+    contexts = [2**i for i in range(6, 18)]
     for name, (spec, color) in METHODS.items():
         held = [cache_bytes(config, c, spec, batch) / 1e9 for c in contexts]
         ax.plot(contexts, held, color=color, linewidth=3 if name == method else 1.2, label=name)
     ax.axhline(weights / 1e9, color=FP, linestyle="--", linewidth=1.5,
-               label=f"the weights, {weights / 1e9:.1f} GB")
+               label=f"packed weights,\n{weights / 1e9:.1f} GB")
     spec, color = METHODS[method]
     held = cache_bytes(config, context, spec, batch) / 1e9
     ax.plot(context, held, "o", color=color, markersize=10, markeredgecolor="black", zorder=4)
-    ax.set(xscale="log", yscale="log", xlim=(contexts[0], 3 * contexts[-1]), ylim=(0.0005, 3000),
+    ax.set(xscale="log", yscale="log", xlim=(contexts[0], contexts[-1]), ylim=(0.01, 2000),
            ylabel="GB", xlabel="tokens of context",
            title=f"{method}, {batch} x {context:,} tokens: {held:.2f} GB")
-    ax.legend(loc="lower right", fontsize=9, ncols=3)
-    ax.set_xticks(contexts[::2], [f"{c / 1024:g}k" for c in contexts[::2]])
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    ax.set_xticks(contexts[::2], [f"{c // 1024}k" if c >= 1024 else c for c in contexts[::2]])
     ax.minorticks_off()
 
 

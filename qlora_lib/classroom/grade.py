@@ -13,6 +13,7 @@ import ast
 import contextlib
 import io
 import json
+import linecache
 import multiprocessing
 import os
 import pkgutil
@@ -98,8 +99,10 @@ def verdict(sources: list[str], name: str) -> tuple[str, str]:
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            code = compile(needed(sources[:last + 1]), name, "exec")
-            exec(code, {"check": collect, "__name__": "__main__"})
+            source = ast.unparse(needed(sources[:last + 1]))
+            # Where inspect finds it: on a GPU Triton compiles a kernel from its source.
+            linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+            exec(compile(source, name, "exec"), {"check": collect, "__name__": "__main__"})
             with contextlib.redirect_stdout(said):
                 passed = checks.check(name, mine[-1]) is mine[-1]
         except BaseException as error:  # sys.exit and Ctrl-C of a student's code included

@@ -110,3 +110,15 @@ def test_settings_of_one_plot_share_their_axes():
         draw.draw_rank(axes, rank, RANKS, base_bytes=2_000_000)
         limits.add(tuple((ax.get_xlim(), ax.get_ylim()) for ax in axes))
     assert len(limits) == 1
+
+
+def test_a_rank_is_drawn_with_all_intervals_and_its_share_of_the_base():
+    left, right = Figure().subplots(1, 2)
+    draw.draw_rank((left, right), 4, RANKS, base_bytes=2_000_000)
+    ends = [bar.get_segments()[0][:, 1] for c in left.containers for bar in c.lines[2]]
+    for found, row in zip(ends, RANKS.values(), strict=True):
+        assert found == pytest.approx([100 * x for x in wilson(row["correct"], row["n"])])
+    share = 2 * RANKS[4]["parameters"] / 2_000_000
+    base, adapter = (patch.get_width() for patch in right.patches)
+    assert right.get_xscale() == "linear" and adapter / base == pytest.approx(share)
+    assert right.get_title() == f"{share:.1%} of the base's bytes"

@@ -68,8 +68,9 @@ def test_the_cache_s_point_its_lines_and_its_words_are_the_library_s_numbers():
     *lines, level, point = ax.lines
     assert point.get_xydata().tolist() == [[4096, held]]
     assert ax.get_title() == f"4 bits, 2 x 4,096 tokens: {held:.2f} GB"
-    assert list(level.get_ydata()) == [1, 1] and level.get_label() == "the weights, 1.0 GB"
+    assert list(level.get_ydata()) == [1, 1] and level.get_label() == "packed weights,\n1.0 GB"
     assert [line.get_label() for line in lines] == list(draw.METHODS)
+    assert ax.get_xlim()[0] == min(lines[0].get_xdata()) == 64  # left of where lines bend
     for line, (spec, _) in zip(lines, draw.METHODS.values()):
         for tokens, found in line.get_xydata():
             assert found == cache_bytes(SMALL, int(tokens), spec, 2) / 1e9

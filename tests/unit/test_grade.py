@@ -103,6 +103,13 @@ def test_the_last_attempt_counts_and_earlier_exercises_serve_it():
         "SyntaxError")
 
 
+def test_an_exercise_is_found_by_inspect_as_triton_needs_it():
+    source = exercise("nearest_code", "import inspect\n"
+                      "    assert 'bucketize' in inspect.getsource(mine)\n"
+                      "    return torch.bucketize(a, (b[1:] + b[:-1]) / 2)")
+    assert grade.verdict([IMPORTS, source], "nearest_code") == ("passed", "")
+
+
 def test_a_folder_without_submissions_is_an_error(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="no submissions in .*expected a folder with"):

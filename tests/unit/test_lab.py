@@ -14,9 +14,17 @@ from tests.helpers import normal, relative
 
 
 def test_ceilings_count_operations_and_bytes(monkeypatch):
-    monkeypatch.setattr(lab, "seconds", lambda run: run() is None or 0.5)
-    flops, bandwidth = lab.ceilings(numbers=1000, width=32)
+    made = []
+    monkeypatch.setattr(lab, "seconds", lambda run: made.append(run()) or 0.5)
+    monkeypatch.setitem(lab.MEASURED, lab.DEVICE.type, (1000, 32, torch.bfloat16))
+    flops, bandwidth = lab.ceilings()
     assert flops == 2 * 32**3 / 0.5 and bandwidth == 2 * 4000 / 0.5
+    assert [t.dtype for t in made] == [torch.bfloat16, torch.float32]
+
+
+def test_on_a_gpu_the_roof_is_that_of_tensor_cores_and_of_its_memory():
+    numbers, width, dtype = lab.MEASURED["cuda"]  # the layer's dtype there, and its size or more
+    assert dtype == torch.bfloat16 and width >= 4096 and 4 * numbers > 100e6  # an H100's L2: 50 MB
 
 
 def test_the_least_time_is_taken_after_a_call_that_is_not_counted(monkeypatch):

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from qlora_lib.classroom import checks
+from qlora_lib.classroom import checks, lab
 from qlora_lib.classroom.normal_form import (NOTEBOOKS, definitions, dumps, exercises, normal,
                                              read, solve, tagged)
 from qlora_lib.classroom.record import LINE
@@ -125,8 +125,10 @@ def test_each_stub_is_unsolved_and_each_folded_solution_passes(stem, capsys):
     book = BOOKS[stem]
     for index, name, solution in exercises(book):
         stub = book.cells[index].source
-        for source, verdict in ((stub, f"… {name}: not solved yet"),
-                                (solve(stub, solution), f"✓ {name}: all")):
+        unsolved, passes = f"… {name}: not solved yet", f"✓ {name}: all"
+        if name == "group_kernel" and not lab.CAN_RUN:  # a Triton kernel
+            passes = unsolved
+        for source, verdict in ((stub, unsolved), (solve(stub, solution), passes)):
             names = {}
             exec(definitions(book), names)
             capsys.readouterr()

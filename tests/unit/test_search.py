@@ -46,6 +46,16 @@ def test_lora_trains_where_it_is_told(places, trained):
     assert names(model) == trained
 
 
+def test_alpha_is_the_trial_s_or_twice_the_rank_and_stands_in_the_name():
+    for trial, alpha in ((Trial(rank=4), 8), (Trial(rank=4, alpha=64), 64)):
+        model = small_model()
+        prepare(model, trial)
+        assert {c.alpha for layer in lora_layers(model).values()
+                for c in layer.configs.values()} == {alpha}
+    assert [str(Trial(rank=4)), str(Trial(rank=4, alpha=64, lr=0.1))] == [
+        "lora all r=4 seed=0", "lora all r=4 alpha=64 lr=0.1 seed=0"]
+
+
 def test_full_trains_everything_or_the_embeddings():
     model = small_model()
     assert prepare(model, Trial("full", None)) == sum(p.numel() for p in model.parameters())

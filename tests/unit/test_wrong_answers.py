@@ -70,13 +70,17 @@ def all_bytes(tokens, out, n, bits):
     return out * n * bits / 8 + 2 * tokens * (n + out)
 
 
-def cache_size(stored):
-    """06's fourth; `stored` is a function of (tokens, group_size, recent)."""
+def cache_size(stored, overhead=lambda numbers, group_size: numbers // group_size * 4):
+    """06's fifth; `stored` is a function of (tokens, group_size, recent)."""
     def mine(layers, kv_heads, head_dim, tokens, bits, group_size, recent):
         old, numbers = stored(tokens, group_size, recent), 2 * layers * kv_heads * head_dim
-        return (numbers * old * bits // 8 + numbers * old // group_size * 4
+        return (numbers * old * bits // 8 + overhead(numbers * old, group_size)
                 + numbers * (tokens - old) * 2)
     return mine
+
+
+def whole_groups(tokens, size, recent):
+    return max(0, tokens - recent) // size * size
 
 
 def in_uint8(x, codes, scale, zero):
@@ -179,6 +183,9 @@ WRONG = {
          "leaves no whole groups"),
         (cache_size(lambda tokens, size, recent: (tokens - recent) // size * size),
          "not a negative number"),
+        (cache_size(lambda tokens, size, recent: whole_groups(tokens, 32, recent),
+                    lambda numbers, size: numbers // 32 * 4), "not always 32"),
+        (cache_size(whole_groups, lambda numbers, size: numbers // 8), "scales follow"),
     ],
     "mixed_batch": [
         (place_of_the_base, "took the base's place"),

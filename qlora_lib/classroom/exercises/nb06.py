@@ -229,7 +229,7 @@ def _grids_in_turns(x, codes, scale, zero):
     return (scale.repeat(1, times) * (_right(codes) - zero.repeat(1, times))) @ x
 
 
-def _packed_case(rows, n, groups):
+def packed_case(rows, n, groups):
     def make(g):
         codes = torch.randint(0, 256, (rows, n // 2), generator=g, dtype=torch.uint8)
         scale = torch.rand(rows, groups, generator=g) / 10 + 0.01
@@ -239,14 +239,14 @@ def _packed_case(rows, n, groups):
     return make
 
 
-register(Exercise(
+PACKED_DOT = register(Exercise(
     name="packed_dot",
     reference=packed_dot,
     cases=[
-        (_packed_case(1, 4, 1), "one row, one group"),
-        (_packed_case(3, 8, 1), "several rows"),
-        (_packed_case(2, 16, 4), "several groups"),
-        (_packed_case(5, 64, 2), "more of everything"),
+        (packed_case(1, 4, 1), "one row, one group"),
+        (packed_case(3, 8, 1), "several rows"),
+        (packed_case(2, 16, 4), "several groups"),
+        (packed_case(5, 64, 2), "more of everything"),
     ],
     mistakes=[
         (_high_first, "the low nibble (codes & 15) is the even feature, the high one the odd "
@@ -328,6 +328,7 @@ register(Exercise(
         (lambda g: (4, 2, 64, 20, 4, 32, 32), "nothing old"),
         (lambda g: (4, 2, 64, 20, 4, 32, 64), "a window longer than the text"),
         (lambda g: (2, 2, 64, 150, 4, 32, 20), "a recent window of 20, groups of 32"),
+        (lambda g: (2, 2, 64, 170, 2, 16, 20), "groups of 16, 2 bits"),
         (lambda g: (32, 32, 128, 4096, 4, 32, 128), "LLaMA-2-7B at 4k"),
     ],
     mistakes=[
@@ -352,6 +353,11 @@ register(Exercise(
          "a token has many groups: one for every `group_size` of its numbers"),
         (_variant(stored=lambda tokens, size, recent: max(0, tokens - recent)),
          "only whole groups of tokens are stored as codes; the rest stays in 16 bits"),
+        (lambda layers, heads, dim, tokens, bits, group_size, recent:
+         cache_size(layers, heads, dim, tokens, bits, 32, recent),
+         "the group size is an argument, not always 32"),
+        (_variant(scales=lambda numbers, old: numbers * old // 32),
+         "scales follow the group size too: 4 bytes for every `group_size` numbers"),
         (_all_old, "the recent tokens, and those of a group that is not whole, stay in 16 bits"),
         (_no_recent_bytes, "tokens that stay in 16 bits take bytes too"),
     ],
