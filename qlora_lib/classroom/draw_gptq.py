@@ -163,6 +163,22 @@ def draw_damping(axes, tokens: int, damp_percent: float, dead_column: bool, resu
     ax.legend(loc="upper center", ncols=2, fontsize=10)
 
 
+def draw_foretold(ax, layer: str, questions: int, curves: dict, dampings: Sequence[float]) -> None:
+    """Loss over damping, foretold by a line and measured by dots, each over its least value.
+
+    curves: {(layer, questions): (foretold, measured)}, each a loss for each of `dampings`.
+    """
+    foretold, measured = ([v / min(values) for v in values] for values in curves[layer, questions])
+    places = range(len(dampings))
+    ax.plot(places, foretold, color=GPTQ, label="foretold from halves")
+    ax.plot(places, measured, "o", color=FP, label="measured, held-out")
+    where = [dampings[values.index(min(values))] for values in (foretold, measured)]
+    ax.set(ylim=(0.9, 2.2), xlim=(-0.4, len(dampings) - 0.6), xlabel="damp_percent",
+           ylabel="loss / least loss", xticks=places, xticklabels=[f"{d:g}" for d in dampings],
+           title=f"least: foretold at {where[0]:g}, measured at {where[1]:g}")
+    ax.legend(loc="upper center", fontsize=10)
+
+
 def draw_orders(ax, spread: float, bits: int, results: dict) -> None:
     """A bar for each order of the columns, and what U alone predicted.
 

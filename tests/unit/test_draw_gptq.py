@@ -76,6 +76,14 @@ def test_damping_over_its_grid_with_failures():
     assert distinct(d.draw_damping, settings, axes=(2, 1)) >= 6
 
 
+def test_foretold_over_its_grid():
+    controls = grid(layer=["q_proj", "down_proj"], questions=[4, 96])
+    curves = {(s["layer"], s["questions"]): ([2.0, 1 + len(s["layer"]) / 10], [3.0, s["questions"]])
+              for s in controls}
+    settings = [s | {"curves": curves, "dampings": [0.01, 0.1]} for s in controls]
+    assert distinct(d.draw_foretold, settings) == len(settings)
+
+
 def test_orders_over_its_grid():
     controls = grid(spread=[0.0, 1.0], bits=[2, 4])
     results = {(s["spread"], s["bits"]):
