@@ -108,11 +108,16 @@ def gptq_quantize(
     shapes, no tokens, or a Hessian that damping does not mend.
     """
     check_weight(weight)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        return _quantize(as_float(weight), hessian, spec, options)
+
+
+def _quantize(w: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, options: GPTQOptions):
+    """What `gptq_quantize` does, for w in fp32 or fp64."""
     h = hessian.matrix if isinstance(hessian, Hessian) else hessian
-    out, n = weight.shape
+    out, n = w.shape
     if h.shape != (n, n):
         raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
-    w = as_float(weight)
     h, damping = h.to(w), options.damp_percent
     if (options.match_dense or damping is None) and not isinstance(hessian, Hessian):
         what = "match_dense" if options.match_dense else "damp_percent=None"

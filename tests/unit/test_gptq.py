@@ -42,6 +42,14 @@ def test_blocked_equals_column_by_column(group_size, static, desc_act):
         assert (got - want).abs().max() < 1e-10
 
 
+def test_neither_autocast_nor_a_parameter_s_graph_reaches_it():
+    w, h = layer(torch.float32)
+    want = gptq_quantize(w, h, QuantSpec(4, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gptq_quantize(torch.nn.Parameter(w), h, QuantSpec(4, 32))
+    assert torch.equal(got.codes, want.codes) and not got.scale.requires_grad
+
+
 @pytest.mark.parametrize("threads", [2, 6])
 def test_threads_that_share_a_column_do_not_disturb_each_other(threads):
     """896 columns: the share of one thread of six ends within a column."""
