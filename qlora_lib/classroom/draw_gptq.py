@@ -173,9 +173,10 @@ def draw_foretold(ax, layer: str, questions: int, curves: dict, dampings: Sequen
     ax.plot(places, foretold, color=GPTQ, label="foretold from halves")
     ax.plot(places, measured, "o", color=FP, label="measured, held-out")
     where = [dampings[values.index(min(values))] for values in (foretold, measured)]
-    ax.set(ylim=(0.9, 2.2), xlim=(-0.4, len(dampings) - 0.6), xlabel="damp_percent",
-           ylabel="loss / least loss", xticks=places, xticklabels=[f"{d:g}" for d in dampings],
-           title=f"least: foretold at {where[0]:g}, measured at {where[1]:g}")
+    ax.set(ylim=(0.9, 2.7), xlim=(-0.4, len(dampings) - 0.6), xlabel="damp_percent",
+           ylabel="loss / least loss", xticks=places,
+           xticklabels=[f"{d:g}".lstrip("0") for d in dampings],
+           title=f"least: {where[0]:g} foretold, {where[1]:g} measured")
     ax.legend(loc="upper center", fontsize=10)
 
 
