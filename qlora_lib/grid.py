@@ -17,7 +17,7 @@ from torch import Tensor
 from .packing import check_bits, pack, unpack
 
 SCALE_DTYPE = torch.float16  # the dtype in which scales are stored
-CLIP_RATIOS = 1 - torch.arange(0, 60) / 80  # 1.00 down to 0.26 of the range
+CLIP_RATIOS = 1 - torch.arange(0, 60, dtype=torch.float32) / 80  # 1.00 down to 0.26 of the range
 CLIP_NORM = 2.4  # |error|**2.4: a little more weight on large errors than MSE
 PIECE = 1 << 20  # weights that are made dense at once on a CPU: what its cache holds
 SEARCH_AT_ONCE = 1 << 18, 1 << 24  # weights searched at once: what a CPU caches; elsewhere

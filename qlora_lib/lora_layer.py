@@ -92,7 +92,8 @@ class LoRALinear(nn.Module):
         self.start: tuple[Tensor, Tensor] | None = None
 
     def add(self, name: str, config: LoRAConfig) -> None:
-        """Add an adapter, B = 0. The first one becomes the active one.
+        """Add an adapter, B = 0. A layer's first one becomes its default (`active`), later ones
+        leave the default as it is (None, the base alone, too).
 
         Raises ValueError for a name in use with another configuration and for a rank
         above the layer's own.
@@ -102,13 +103,14 @@ class LoRALinear(nn.Module):
             return
         device = next(t.device for t in [*self.base.parameters(), *self.base.buffers()])
         # fp32 even on a bf16 base: an update of 1e-4 would vanish in bf16's 8 bits.
-        a = torch.empty(config.rank, self.in_features, device=device)
+        fp32 = {"dtype": torch.float32, "device": device}
+        a = torch.empty(config.rank, self.in_features, **fp32)
         if config.init == "gaussian":
             nn.init.normal_(a, std=1 / config.rank)
         else:  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT; LoftQ and PiSSA overwrite it
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.put(name, config, a, torch.zeros(self.out_features, config.rank, device=device))
-        self.active = self.active or name
+        self.active = self.active if self.configs else name
+        self.put(name, config, a, torch.zeros(self.out_features, config.rank, **fp32))
 
     def put(self, name: str, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
         """Store an adapter's factors as new parameters, over any that have its name."""
@@ -201,7 +203,7 @@ class LoRALinear(nn.Module):
         if y.dtype != h.dtype:
             return y + (h @ (config.scaling * b).t()).to(y.dtype)
         # One operation: a product, a scaling and a sum would each pass over (tokens, out) numbers.
-        flat = y.flatten(0, -2), h.flatten(0, -2)  # (tokens, out), (tokens, rank)
+        flat = y.reshape(-1, len(b)), h.reshape(-1, len(a))  # (tokens, out), (tokens, rank)
         return torch.addmm(*flat, b.t(), alpha=config.scaling).view(y.shape)
 
 
