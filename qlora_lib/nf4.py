@@ -184,7 +184,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     """
     spec = NF4Spec(block_size, double_quant)
     check_weight(weight)
-    blocks = _blocks(weight.float().flatten(), block_size)  # (blocks, block_size)
+    blocks = _blocks(weight.detach().float().flatten(), block_size)  # (blocks, block_size)
     absmax = blocks.abs().amax(1)  # (blocks,)
     # A block of zeros has absmax 0; dividing by 1 sends it to the level 0, exactly.
     unit = blocks / torch.where(absmax > 0, absmax, 1).unsqueeze(1)

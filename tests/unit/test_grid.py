@@ -1,5 +1,7 @@
 """Affine grids, round to nearest, clip search and the integer product."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -269,6 +271,15 @@ def test_integer_product_equals_the_product_of_the_dequantized(bits, group_size,
     bound = 8 * torch.finfo(torch.float32).eps * (xq.abs() @ w.abs().t())
     assert ((got.reshape(-1, 20) - xq @ w.t()).abs() <= bound).all()
     assert relative(got, x @ w.float().t()) < 0.02  # 8-bit activations are that good
+
+
+def test_groups_of_different_sizes_are_refused():
+    """Integer products take a group's features together, as many in each."""
+    q = replace(quantize_rtn(normal(4, 8), QuantSpec(4, 4)), g_idx=torch.tensor([0, 1] * 4))
+    quant_matmul(normal(2, 8), q)
+    for g_idx in ([0, 1, 0, 1, 1, 1, 0, 1], [0] * 8, [0, 0, 0, 0, 1, 1, 1, 2]):
+        with pytest.raises(ValueError, match="2 groups of 4 input features each are expected"):
+            quant_matmul(normal(2, 8), replace(q, g_idx=torch.tensor(g_idx)))
 
 
 def test_each_token_has_its_own_activation_grid():
