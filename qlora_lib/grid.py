@@ -181,10 +181,11 @@ def fit_grid(
     importance: as the last axes of w, (group_size,) or (groups, group_size); None: all ones.
     """
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (...)
-    if high.numel() and (high - low).max() > torch.finfo(SCALE_DTYPE).max:
+    span = 2 * torch.maximum(high, -low) if spec.symmetric else high - low
+    if span.numel() and span.max() > spec.max_code * torch.finfo(SCALE_DTYPE).max:
         raise ValueError(
-            f"weights span {float((high - low).max()):.3g}, more than an fp16 scale can hold; "
-            "rescale the layer"
+            f"weights span {float(span.max()):.3g}, more than an fp16 scale can hold in "
+            f"{spec.max_code} steps; rescale the layer"
         )
     if not spec.clip_search:
         return _grid_of_range(low, high, spec)

@@ -300,6 +300,20 @@ def test_nan_and_inf_are_refused(bad):
         quant_matmul(w, quantize_rtn(normal(4, 8), QuantSpec(4, 8)))
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_are_refused_where_a_scale_is_beyond_fp16(bits, symmetric):
+    """A scale is one step of the grid, not the span of the weights."""
+    spec = QuantSpec(bits, None, symmetric)
+    most = torch.finfo(torch.float16).max * (2**bits - 1)  # what the grid can span
+    one_sided = torch.tensor([[0.0, most / 4, most / (2 if symmetric else 1)]])
+    w = 0.99 * one_sided
+    q = quantize_rtn(w, spec)
+    assert q.scale.isfinite().all() and relative(q.dequantize(), w) < 2 / 2**bits
+    with pytest.raises(ValueError, match=f"an fp16 scale can hold in {2**bits - 1} steps"):
+        quantize_rtn(1.01 * one_sided, spec)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="group_size=24 does not divide in_features=64"):
         quantize_rtn(normal(4, 64), QuantSpec(4, 24))
