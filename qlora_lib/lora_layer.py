@@ -132,13 +132,15 @@ class LoRALinear(nn.Module):
         return [held[name] for held in (self.lora_A, self.lora_B, self.magnitude) if name in held]
 
     def delta(self, name: str, weight: Tensor | None = None) -> Tensor:
-        """The adapter as a dense update of the weight, fp32 (out, in): scaling * B A.
+        """The adapter as a dense update of this layer's base, fp32 (out, in): scaling * B A.
 
+        PiSSA's and LoftQ's is one of the residual that they left as the base, not of the weight
+        that they took apart: `residual_of` and `start` tell.
         With use_dora it depends on what it is added to, `weight` (out, in; None: the base's):
             W' - W,   W' = m (W + scaling * B A) / ||W + scaling * B A||
         """
         config = self.configs[name]
-        update = config.scaling * (self.lora_B[name] @ self.lora_A[name]).detach()
+        update = dense_update(self.lora_B[name], self.lora_A[name], config.scaling)
         if not config.use_dora:
             return update
         if weight is None:
@@ -205,6 +207,13 @@ class LoRALinear(nn.Module):
         # One operation: a product, a scaling and a sum would each pass over (tokens, out) numbers.
         flat = y.reshape(-1, len(b)), h.reshape(-1, len(a))  # (tokens, out), (tokens, rank)
         return torch.addmm(*flat, b.t(), alpha=config.scaling).view(y.shape)
+
+
+@torch.no_grad()
+def dense_update(b: Tensor, a: Tensor, scaling: float) -> Tensor:
+    """scaling * B A (out, in), in the dtype of the factors, whatever autocast is on."""
+    with torch.autocast(b.device.type, enabled=False):
+        return scaling * (b @ a)
 
 
 @torch.no_grad()
