@@ -124,6 +124,15 @@ def test_injecting_twice_changes_nothing():
     assert not any(isinstance(m.base, LoRALinear) for m in lora_layers(model).values())
 
 
+def test_an_adapter_of_several_calls_is_trained_in_all_its_layers():
+    model = small_model()
+    inject_lora(model, ("q_proj",), rank=4, adapter="other")
+    names = inject_lora(model, ("q_proj",), rank=4)
+    names += inject_lora(model, ("v_proj", "up_proj"), rank=2, alpha=8)
+    want = {f"{n}.lora_{part}.default" for n in names for part in "AB"}
+    assert len(names) == 6 and set(trainable_parameters(model)) == want
+
+
 def test_another_configuration_under_the_same_name_is_refused():
     model = small_model()
     inject_lora(model, rank=4)
