@@ -66,22 +66,25 @@ class Adam8bit(torch.optim.Optimizer):
         if not state:
             state |= _new_state(p.numel(), p.device)
         state["step"] += 1
-        flat, grad = p.view(-1), p.grad.reshape(-1)
+        flat, grad = p.reshape(-1), p.grad.reshape(-1)  # in the order of the elements
         for start in range(0, p.numel(), SLICE):
             part = slice(start, start + SLICE)
             m, v = (_read(state, name, part) for name in MOMENTS)
             _adamw(flat[part], grad[part].float(), m, v, int(state["step"]), group)
             for name, moment in zip(MOMENTS, (m, v)):
                 _write(state, name, part, moment)
+        if not p.is_contiguous():  # then `flat` may be a copy
+            p.copy_(flat.view(p.shape))
 
 
 def _new_state(n: int, device) -> dict[str, Tensor]:
-    state, packed = {"step": torch.tensor(0.0)}, n >= SMALLEST
+    state, packed = {"step": torch.tensor(0.0, dtype=torch.float32)}, n >= SMALLEST
     for name in MOMENTS:
         kind = torch.uint8 if packed else torch.float32
         state[name] = torch.zeros(n, dtype=kind, device=device)
         if packed:  # an absmax of 0 makes the first decoded moments 0, whatever the codes
-            state[f"{name}_absmax"] = torch.zeros(math.ceil(n / NESTED_BLOCK), device=device)
+            blocks = math.ceil(n / NESTED_BLOCK)
+            state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=device)
     return state
 
 

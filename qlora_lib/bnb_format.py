@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .checkpoint import empty_model, fill, read_json, read_weights
 from .linear import QuantizedLinear
 from .lora import replace_module
-from .nf4 import NESTED_BLOCK, NF4_LEVELS, NF4Spec, NF4Tensor, dynamic_map
+from .nf4 import NESTED_BLOCK, NF4Spec, NF4Tensor, dynamic_map, nf4_levels
 
 CONFIG_KEYS = {
     "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit",
@@ -154,7 +154,7 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
                 f"{name} holds {t.numel()} of {t.dtype}, should hold {size} of {dtype}; the file "
                 "is incomplete: save the model again"
             )
-    _check_levels(".quant_map", tensors[".quant_map"], torch.tensor(NF4_LEVELS))
+    _check_levels(".quant_map", tensors[".quant_map"], nf4_levels())
     if nested:
         _check_levels(".nested_quant_map", tensors[".nested_quant_map"], dynamic_map())
     return NF4Tensor(

@@ -29,7 +29,8 @@ def combine_adapters(
 
     With updates D_i = s_i B_i A_i (s_i the scaling) and weights w_i, negative ones too:
       "cat"     sum w_i D_i, exactly: A's below one another, B's side by side; the ranks add up
-      "svd"     the best approximation of that sum of rank `rank` (None: the largest of theirs)
+      "svd"     the best approximation of that sum of rank `rank` (None: a layer's largest of
+                theirs)
       "linear"  B A with A = sum sign(w_i) sqrt(|w_i| s_i) A_i, B = sum sqrt(|w_i| s_i) B_i:
                 one rank, and cross terms B_i A_j that no adapter ever was
     These are PEFT's add_weighted_adapter with the combination types of these names. Weights
@@ -55,14 +56,13 @@ def combine_adapters(
     if rank is not None and how != "svd":
         raise ValueError(f"rank={rank} goes with how='svd'; that of {how!r} follows from theirs")
     layers = {p: m for p, m in lora_layers(model).items() if set(weights) & set(m.configs)}
-    if rank is None:
-        rank = max(m.configs[n].rank for m in layers.values() for n in weights if n in m.configs)
     made = {}
     for path, layer in layers.items():
         parts = {n: w for n, w in weights.items() if n in layer.configs}
         try:
             _check_plain(layer, parts)
-            made[path] = b, a = _combined(layer, parts, how, rank)
+            most = max(layer.configs[n].rank for n in parts) if rank is None else rank
+            made[path] = b, a = _combined(layer, parts, how, most)
             check_adapter(layer, into, LoRAConfig(a.shape[0], alpha=a.shape[0]))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -175,10 +175,11 @@ def _check_plain(layer: LoRALinear, names) -> None:
 
 def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, k), S (k,), V^T (k, in) of B A, from thin factors alone; k = min(rank, out, in)."""
-    qb, rb = torch.linalg.qr(b.float())  # (out, k), (k, rank)
-    qa, ra = torch.linalg.qr(a.float().t())  # (in, k'), (k', rank)
-    u, s, vh = torch.linalg.svd(rb @ ra.t(), full_matrices=False)  # of the small core
-    return qb @ u, s, vh @ qa.t()
+    with torch.autocast(b.device.type, enabled=False):
+        qb, rb = torch.linalg.qr(b.float())  # (out, k), (k, rank)
+        qa, ra = torch.linalg.qr(a.float().t())  # (in, k'), (k', rank)
+        u, s, vh = torch.linalg.svd(rb @ ra.t(), full_matrices=False)  # of the small core
+        return qb @ u, s, vh @ qa.t()
 
 
 def _combined(layer: LoRALinear, weights: dict[str, float], how: str, rank: int):

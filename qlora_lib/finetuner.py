@@ -23,7 +23,7 @@ from .examples import make_examples
 from .generation import Decoding, generator
 from .history import History
 from .loading import load_model
-from .lora import adapter_names, inject_lora, trainable_parameters
+from .lora import adapter_names, inject_lora, set_adapter, trainable_parameters
 from .models import quantize_model, quantized_layers
 from .nf4 import NF4Spec
 from .results import write_json_atomic
@@ -42,11 +42,12 @@ class Finetuner:
     """A model that learns by one of three methods.
 
     model: a hub id, a folder or a GGUF file, or a causal model itself (then give `tokenizer`);
-    a model that is handed over is changed in place. method: "full" trains every weight; "lora"
-    an adapter beside dense weights; "qlora" beside quantized ones: quantized here to `spec`
-    (NF4, or a QuantSpec rounded to nearest), unless the model that is handed over already is
-    (by GPTQ, say). folder: for metrics.jsonl, checkpoints and the result; None: nothing is kept
-    on disk. Further keywords go to inject_lora, such as rank, alpha, target_modules and init.
+    a model that is handed over is changed in place, and the adapter becomes its default. method:
+    "full" trains every weight; "lora" an adapter beside dense weights; "qlora" beside quantized
+    ones: quantized here to `spec` (NF4, or a QuantSpec rounded to nearest), unless the model that
+    is handed over already is (by GPTQ, say). folder: for metrics.jsonl, checkpoints and the
+    result; None: nothing is kept on disk. Further keywords go to inject_lora, such as rank,
+    alpha, target_modules and init.
     Raises ValueError for another method, a module without a tokenizer, LoRA's settings with
     "full", and a quantized model with "full" or "lora"; and what the parts raise.
     """
@@ -82,6 +83,7 @@ class Finetuner:
             torch.manual_seed(seed)
             lora = {"target_modules": "all", "rank": 16} | lora
             inject_lora(model, adapter=adapter, **{"alpha": 2 * lora["rank"]} | lora)
+            set_adapter(model, adapter)  # what is trained is what calls use
         self.model, self.tokenizer, self.method = model, tokenizer, method
         self.spec, self.adapter = (spec if method == "qlora" and not quantized else None), adapter
         self.folder = None if folder is None else Path(folder)
@@ -199,6 +201,7 @@ class Finetuner:
         if name in adapter_names(model):
             raise ValueError(f"the model has an adapter {name!r} already; give its bare base")
         load_adapter(model, folder / "adapter", name)
+        set_adapter(model, name)
         return model.eval(), tokenizer
 
     def generate(self, prompts: Sequence[str], **decoding) -> list:

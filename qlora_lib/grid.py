@@ -17,7 +17,7 @@ from torch import Tensor
 from .packing import check_bits, pack, unpack
 
 SCALE_DTYPE = torch.float16  # the dtype in which scales are stored
-CLIP_RATIOS = 1 - torch.arange(0, 60) / 80  # 1.00 down to 0.26 of the range
+CLIP_RATIOS = 1 - torch.arange(0, 60, dtype=torch.float32) / 80  # 1.00 down to 0.26 of the range
 CLIP_NORM = 2.4  # |error|**2.4: a little more weight on large errors than MSE
 PIECE = 1 << 20  # weights that are made dense at once on a CPU: what its cache holds
 SEARCH_AT_ONCE = 1 << 18, 1 << 24  # weights searched at once: what a CPU caches; elsewhere
@@ -181,10 +181,11 @@ def fit_grid(
     importance: as the last axes of w, (group_size,) or (groups, group_size); None: all ones.
     """
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (...)
-    if high.numel() and (high - low).max() > torch.finfo(SCALE_DTYPE).max:
+    span = 2 * torch.maximum(high, -low) if spec.symmetric else high - low
+    if span.numel() and span.max() > spec.max_code * torch.finfo(SCALE_DTYPE).max:
         raise ValueError(
-            f"weights span {float((high - low).max()):.3g}, more than an fp16 scale can hold; "
-            "rescale the layer"
+            f"weights span {float(span.max()):.3g}, more than an fp16 scale can hold in "
+            f"{spec.max_code} steps; rescale the layer"
         )
     if not spec.clip_search:
         return _grid_of_range(low, high, spec)
@@ -241,6 +242,18 @@ def assemble(q: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor | None, spec:
     )
 
 
+def by_group(g_idx: Tensor, groups: int) -> Tensor:
+    """(in,): the input features in an order that puts each group's side by side.
+
+    g_idx: (in,), the group of each. Raises ValueError unless all groups are of one size.
+    """
+    order = g_idx.argsort(stable=True)
+    size = len(g_idx) // groups
+    if not torch.equal(g_idx[order].long(), torch.arange(len(g_idx), device=g_idx.device) // size):
+        raise ValueError(f"g_idx: {groups} groups of {size} input features each are expected")
+    return order
+
+
 def quantize_rtn(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
     """Round to nearest: each weight to the closest point of its group's grid.
 
@@ -248,7 +261,8 @@ def quantize_rtn(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
     Inf and for a group size that does not divide in_features.
     """
     check_weight(weight)
-    w = as_float(weight).unflatten(1, (spec.groups(weight.shape[1]), -1))  # (out, groups, size)
+    groups = spec.groups(weight.shape[1])
+    w = as_float(weight.detach()).unflatten(1, (groups, -1))  # (out, groups, size)
     scale, zero = fit_grid(w, spec)  # (out, groups)
     q = encode(w, scale.unsqueeze(-1), zero.unsqueeze(-1), spec.max_code)
     return assemble(q.flatten(1), scale, zero, None, spec)
@@ -274,7 +288,8 @@ def quant_matmul(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     """x @ W.T with integer products only; floats appear once a group, as scales.
 
     x: (..., in_features), quantized to 8 bits a token. Returns fp32 (..., out_features),
-    equal to the product of the dequantized operands. With x = sx (a - za), w = sw (q - zw):
+    equal to the product of the dequantized operands. Raises ValueError for NaN, Inf, another
+    width and groups of different sizes. With x = sx (a - za), w = sw (q - zw):
         sum_k x w = sx sw [ sum a q  -  zw sum a  -  za sum q  +  n za zw ]
     (Jacob et al. 2018, eq. 7). Only the first sum is a matrix product; the other three
     are the zero-point corrections, and sum q can be computed once, when W is packed.
@@ -286,7 +301,7 @@ def quant_matmul(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     a, sx, za = quantize_activations(x.reshape(-1, in_features))
     q = unpack(quantized.codes, spec.bits, quantized.shape).int()
     if quantized.g_idx is not None:  # bring each group's features together
-        order = quantized.g_idx.argsort(stable=True)
+        order = by_group(quantized.g_idx, groups)
         a, q = a[:, order], q[:, order]
     a = a.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, tokens, size)
     q = q.unflatten(1, (groups, -1)).permute(1, 2, 0)  # (groups, size, out)

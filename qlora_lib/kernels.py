@@ -132,7 +132,7 @@ def scale_grad(x: Tensor, grad: Tensor, weight: QuantizedTensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
     down = grad.reshape(-1, grad.shape[-1]).float()  # (tokens, out)
     zero, g_idx = weight.zero_point.float(), weight.g_idx
-    total = torch.zeros(weight.scale.shape, device=x.device)
+    total = torch.zeros(weight.scale.shape, dtype=torch.float32, device=x.device)
     if g_idx is None:
         size = weight.shape[1] // zero.shape[1]
         g_idx = torch.arange(weight.shape[1], device=x.device) // size
@@ -182,6 +182,7 @@ def matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -
     (out, n), groups = weight.shape, weight.scale.shape[1]
     if x.shape[-1] != n:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {n}")
-    flat, codes = x.reshape(x.shape[:-1].numel(), n).to(dtype), weight.codes.view(out, n // 2)
+    flat = x.reshape(x.shape[:-1].numel(), n).to(dtype).contiguous()
+    codes = weight.codes.view(out, n // 2)
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, codes, n // groups, weight.op_grids)
     return y.view(*x.shape[:-1], out)

@@ -66,6 +66,7 @@ class PackedStates:
     low: Tensor
     by: str
     bits: int
+    size: int  # numbers that share a scale
 
     @classmethod
     def of(cls, x: Tensor, spec: CacheSpec, by: str) -> "PackedStates":
@@ -81,12 +82,13 @@ class PackedStates:
         # Scale and low as they are stored, so that codes make up for their rounding.
         q = (groups - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
         q = q.round_().clamp_(0, 2**spec.bits - 1).to(torch.uint8)
-        return cls(pack(q.flatten(-2), spec.bits), scale, low, by, spec.bits)
+        return cls(pack(q.flatten(-2), spec.bits), scale, low, by, spec.bits, size)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(batch, heads, tokens, head_dim) in `dtype`."""
-        shape = (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits)
-        q = unpack(self.codes, self.bits, shape).float().unflatten(-1, (self.scale.shape[-1], -1))
+        # Bytes alone do not tell how many codes they hold: the last of a row may not be full.
+        shape = (*self.codes.shape[:-1], self.scale.shape[-1] * self.size)
+        q = unpack(self.codes, self.bits, shape).float().unflatten(-1, (-1, self.size))
         x = q.mul_(self.scale.float().unsqueeze(-1)).add_(self.low.float().unsqueeze(-1))
         x = x.flatten(-2).to(dtype)
         return x.transpose(2, 3) if self.by == "channel" else x
@@ -98,7 +100,7 @@ class PackedStates:
     def each(self, change, *others: "PackedStates") -> "PackedStates":
         """`change` applied to codes, scale and low."""
         parts = [change(*(getattr(p, name) for p in (self, *others))) for name in PARTS]
-        return PackedStates(*parts, self.by, self.bits)
+        return PackedStates(*parts, self.by, self.bits, self.size)
 
     @property
     def nbytes(self) -> int:

@@ -56,7 +56,7 @@ class QuantizedLinear(nn.Module):
         self._kind = type(quantized)
         for name in self._tensor_names():
             self.register_buffer(name, getattr(quantized, name))
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("op_grids", None, persistent=False)  # see decoding_layout
 
     def _tensor_names(self) -> tuple[str, ...]:
@@ -70,8 +70,7 @@ class QuantizedLinear(nn.Module):
         shape = (linear.out_features, linear.in_features)
         if tuple(quantized.shape) != shape:
             raise ValueError(f"the layer is {shape}, the quantized weight {tuple(quantized.shape)}")
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls(quantized, bias)
+        return cls(quantized, linear.bias)
 
     @property
     def held(self) -> Quantized:

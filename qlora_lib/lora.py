@@ -118,11 +118,13 @@ def inject_lora(
     init: with "kaiming" and "gaussian" the outputs do not change. "loftq" and "pissa" take dense
     layers, and replace their bases by residuals, quantized as `spec` says ("pissa" alone does
     without: a dense residual); outputs change by what rounding leaves (lora_init.py). Calling
-    it again with the same configuration changes nothing. Random draws come from torch's global
-    generator. Returns the paths of the adapted layers. Raises ValueError, before anything
-    is changed, for targets that match nothing, a rank out of range or of a path that is no
-    target, a name in use, a spec with other inits, DoRA with "loftq" or "pissa", and layers
-    that these two can't take.
+    it again with the same configuration changes nothing; with other targets it adds those to the
+    adapter, which is trained in all its layers (settings may differ by layer). The model's first
+    adapter becomes the default of calls; later ones leave the default as it is (`set_adapter`,
+    `use_adapter`). Random draws come from torch's global generator. Returns the paths of the
+    target layers. Raises ValueError, before anything is changed, for targets that match nothing,
+    a rank out of range or of a path that is no target, a name in use, a spec with other inits,
+    DoRA with "loftq" or "pissa", and layers that these two can't take.
     """
     found = find_linears(model, target_modules)
     ranks = rank if isinstance(rank, dict) else dict.fromkeys(found, rank)
@@ -146,7 +148,7 @@ def inject_lora(
     for path in new if init in RESIDUAL_INITS else ():
         start_from_base(layers[path], adapter, spec)
     model.requires_grad_(False)  # embeddings, norms and head too
-    for layer in layers.values():
+    for layer in lora_layers(model).values():  # those of earlier calls too
         for p in layer.parameters_of(adapter):
             p.requires_grad_(True)
     return list(found)
@@ -157,26 +159,41 @@ def add_adapters(
 ) -> dict[str, LoRALinear]:
     """Put an adapter on the linear layers at these paths, each with its own configuration.
 
-    Raises ValueError, with the layer's path, before the first layer is changed.
+    The model's default stays what it is, on layers that are new to adapters too; the first
+    adapter of a model becomes its default. Raises ValueError, with the layer's path, before the
+    first layer is changed.
     """
     for path, config in configs.items():
         try:
             check_adapter(model.get_submodule(path), adapter, config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+    have = lora_layers(model).values()
+    default = next((m.active for m in have if m.active), None) if have else adapter
     for path, config in configs.items():
         layer = model.get_submodule(path)
-        if not isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear):
+            layer.add(adapter, config)
+        else:
             layer = LoRALinear(layer)
+            layer.add(adapter, config)
+            layer.active = default
             replace_module(model, path, layer)
-        layer.add(adapter, config)
     return {path: model.get_submodule(path) for path in configs}
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Make this adapter the default of every layer (None: the base alone)."""
+    """Make this adapter the default of every layer (None: the base alone).
+
+    Layers that lack it have their base alone. Raises ValueError for an unknown name, and for a
+    merged model, whose default is what was merged.
+    """
     check_names(model, name)
-    for layer in lora_layers(model).values():
+    layers = lora_layers(model)
+    for path, layer in layers.items():
+        if layer.merged is not None:
+            raise ValueError(f"{path} is merged with its adapter; call unmerge_lora first")
+    for layer in layers.values():
         layer.active = name
 
 
@@ -199,6 +216,8 @@ def delete_adapter(model: nn.Module, name: str) -> list[str]:
             )
         if layer.merged is not None:
             raise ValueError(f"{path} is merged with its adapter; call unmerge_lora first")
+    for layer in lora_layers(model).values():  # those without it too
+        layer.active = None if layer.active == name else layer.active
     for path, layer in layers.items():
         layer.remove(name)
         if not layer.configs:

@@ -39,8 +39,9 @@ def pissa(
     as `spec` says (QPiSSA: without its largest directions W has a smaller range, and is
     rounded less).
     """
-    b, a = low_rank(weight, rank)
-    residual = weight.float() - b @ a
+    b, a = low_rank(weight.detach(), rank)
+    with torch.autocast(weight.device.type, enabled=False):
+        residual = weight.detach().float() - b @ a
     return residual if spec is None else _quantize(residual, spec), b, a
 
 
@@ -52,11 +53,12 @@ def loftq(
     weight (out, in). Alternates Q = quantize(W - B A) and B A = low_rank(W - Q), `steps`
     times from B A = 0. Returns (Q, B, A).
     """
-    w, product = weight.float(), 0
-    for _ in range(steps):
-        base = _quantize(w - product, spec)
-        b, a = low_rank(w - base.dequantize(), rank)
-        product = b @ a
+    w, product = weight.detach().float(), 0
+    with torch.autocast(w.device.type, enabled=False):
+        for _ in range(steps):
+            base = _quantize(w - product, spec)
+            b, a = low_rank(w - base.dequantize(), rank)
+            product = b @ a
     return base, b, a
 
 

@@ -92,7 +92,8 @@ class LoRALinear(nn.Module):
         self.start: tuple[Tensor, Tensor] | None = None
 
     def add(self, name: str, config: LoRAConfig) -> None:
-        """Add an adapter, B = 0. The first one becomes the active one.
+        """Add an adapter, B = 0. A layer's first one becomes its default (`active`), later ones
+        leave the default as it is (None, the base alone, too).
 
         Raises ValueError for a name in use with another configuration and for a rank
         above the layer's own.
@@ -102,13 +103,14 @@ class LoRALinear(nn.Module):
             return
         device = next(t.device for t in [*self.base.parameters(), *self.base.buffers()])
         # fp32 even on a bf16 base: an update of 1e-4 would vanish in bf16's 8 bits.
-        a = torch.empty(config.rank, self.in_features, device=device)
+        fp32 = {"dtype": torch.float32, "device": device}
+        a = torch.empty(config.rank, self.in_features, **fp32)
         if config.init == "gaussian":
             nn.init.normal_(a, std=1 / config.rank)
         else:  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT; LoftQ and PiSSA overwrite it
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.put(name, config, a, torch.zeros(self.out_features, config.rank, device=device))
-        self.active = self.active or name
+        self.active = self.active if self.configs else name
+        self.put(name, config, a, torch.zeros(self.out_features, config.rank, **fp32))
 
     def put(self, name: str, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
         """Store an adapter's factors as new parameters, over any that have its name."""
@@ -130,13 +132,15 @@ class LoRALinear(nn.Module):
         return [held[name] for held in (self.lora_A, self.lora_B, self.magnitude) if name in held]
 
     def delta(self, name: str, weight: Tensor | None = None) -> Tensor:
-        """The adapter as a dense update of the weight, fp32 (out, in): scaling * B A.
+        """The adapter as a dense update of this layer's base, fp32 (out, in): scaling * B A.
 
+        PiSSA's and LoftQ's is one of the residual that they left as the base, not of the weight
+        that they took apart: `residual_of` and `start` tell.
         With use_dora it depends on what it is added to, `weight` (out, in; None: the base's):
             W' - W,   W' = m (W + scaling * B A) / ||W + scaling * B A||
         """
         config = self.configs[name]
-        update = config.scaling * (self.lora_B[name] @ self.lora_A[name]).detach()
+        update = dense_update(self.lora_B[name], self.lora_A[name], config.scaling)
         if not config.use_dora:
             return update
         if weight is None:
@@ -201,8 +205,15 @@ class LoRALinear(nn.Module):
         if y.dtype != h.dtype:
             return y + (h @ (config.scaling * b).t()).to(y.dtype)
         # One operation: a product, a scaling and a sum would each pass over (tokens, out) numbers.
-        flat = y.flatten(0, -2), h.flatten(0, -2)  # (tokens, out), (tokens, rank)
+        flat = y.reshape(-1, len(b)), h.reshape(-1, len(a))  # (tokens, out), (tokens, rank)
         return torch.addmm(*flat, b.t(), alpha=config.scaling).view(y.shape)
+
+
+@torch.no_grad()
+def dense_update(b: Tensor, a: Tensor, scaling: float) -> Tensor:
+    """scaling * B A (out, in), in the dtype of the factors, whatever autocast is on."""
+    with torch.autocast(b.device.type, enabled=False):
+        return scaling * (b @ a)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .grid import quantize_rtn
 from .hessian import Hessian
 from .linear import QuantizedLinear
 from .lora import LoRALinear, base_fingerprint, lora_layers, replace_module
+from .lora_layer import dense_update
 from .nf4 import NF4Spec, quantize_nf4
 
 
@@ -94,10 +95,13 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
     the dense model would have given. It is what merging with PEFT onto the 16-bit checkpoint
     gives, and a common way to serve; measure it before you trust it.
 
+    Of PiSSA over a dense base what it learned is added, B A - (B A at step 0), as save_adapter
+    writes it. Over a quantized base, PiSSA and LoftQ fit that base alone.
+
     original: the model that `model`'s base was quantized from, dense, without adapters. Its
     weights keep their dtype. Returns a row a layer; `base_gap` compares the quantization error
     with the update. Raises ValueError, before anything is changed, for another model, another
-    shape, a layer that is missing or not dense.
+    shape, a layer that is missing or not dense, and an adapter that fits its own base alone.
     """
     layers = active_layers(model)
     if base_fingerprint(model) != base_fingerprint(original):
@@ -107,6 +111,11 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
         )
     linears = dict(original.named_modules())
     for path, layer in layers.items():
+        if layer.residual_of == layer.active and layer.start is None:
+            raise ValueError(
+                f"{path}: adapter {layer.active!r} was made together with its quantized base "
+                "(LoftQ, PiSSA), and fits no other; merge it into that one, merge_lora(model)"
+            )
         linear, shape = linears.get(path), (layer.out_features, layer.in_features)
         if type(linear) is not nn.Linear or tuple(linear.weight.shape) != shape:
             found = "nothing" if linear is None else type(linear).__name__
@@ -118,9 +127,9 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
     rows = []
     for path, layer in layers.items():
         weight = linears[path].weight.detach()
-        update = layer.delta(layer.active, weight).to(weight.device)  # (out, in)
+        update, base = (t.to(weight.device) for t in _learned(layer, weight))  # (out, in)
         target = weight.float() + update
-        gap = weight.float() - _dense_weight(layer.base).to(weight.device)
+        gap = weight.float() - base
         # A parameter of its own: in place, weights tied to the embeddings would drag them along.
         stored = target.to(weight.dtype)
         linears[path].weight = nn.Parameter(stored, linears[path].weight.requires_grad)
@@ -143,6 +152,16 @@ def _dense_weight(base: nn.Module) -> Tensor:
     return base.dequantize() if isinstance(base, QuantizedLinear) else base.weight.detach().float()
 
 
+def _learned(layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What training added to the original weight, and the weight beside which it did: (out, in)."""
+    update, base = layer.delta(layer.active, weight), _dense_weight(layer.base)
+    if layer.residual_of == layer.active:  # PiSSA: W = residual + scaling * B0 A0
+        b0, a0 = (t.to(update.device) for t in layer.start)
+        first = dense_update(b0, a0, layer.configs[layer.active].scaling)
+        update, base = update - first, base + first
+    return update, base
+
+
 def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module, MergeRow]:
     base, update = layer.base, layer.delta(layer.active)
     dense = _dense_weight(base)  # (out, in)
@@ -153,7 +172,8 @@ def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module
         merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         merged.weight = nn.Parameter(target.to(dtype), requires_grad=False)
         if base.bias is not None:
-            merged.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+            bias = base.bias.detach().to(merged.weight.dtype, copy=True)
+            merged.bias = nn.Parameter(bias, requires_grad=False)
     elif isinstance(base.spec, NF4Spec):
         new = quantize_nf4(target, base.spec.block_size, base.spec.double_quant)
         merged = QuantizedLinear(new, base.bias)

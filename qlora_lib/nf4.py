@@ -56,6 +56,11 @@ def nf4_formula() -> Tensor:
     return levels / levels.max()
 
 
+def nf4_levels(device: torch.device | None = None) -> Tensor:
+    """The 16 published levels; fp32 (16,), ascending, whatever torch's default dtype is."""
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
 def dynamic_map(signed: bool = True) -> Tensor:
     """The 8-bit "dynamic exponent" map of bitsandbytes; fp32 (256,), ascending.
 
@@ -66,11 +71,11 @@ def dynamic_map(signed: bool = True) -> Tensor:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
         fractions = (edges[:-1] + edges[1:]) / 2
         magnitude = (10.0 ** (exponent - 6)) * fractions
         values += magnitude.tolist() + ((-magnitude).tolist() if signed else [])
-    return torch.tensor(values).sort().values
+    return torch.tensor(values, dtype=torch.float32).sort().values
 
 
 def quantize_8bit(flat: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +115,7 @@ def _nested_levels(device: torch.device) -> Tensor:
 @cache
 def _level_pairs(device: torch.device) -> Tensor:
     """int64 (256,): the two fp32 levels that each byte stands for, as one 64-bit word."""
-    levels = torch.tensor(NF4_LEVELS, device=device)
+    levels = nf4_levels(device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
     return pairs.view(torch.int64).flatten()
 
@@ -179,11 +184,11 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     """
     spec = NF4Spec(block_size, double_quant)
     check_weight(weight)
-    blocks = _blocks(weight.float().flatten(), block_size)  # (blocks, block_size)
+    blocks = _blocks(weight.detach().float().flatten(), block_size)  # (blocks, block_size)
     absmax = blocks.abs().amax(1)  # (blocks,)
     # A block of zeros has absmax 0; dividing by 1 sends it to the level 0, exactly.
     unit = blocks / torch.where(absmax > 0, absmax, 1).unsqueeze(1)
-    codes = _nearest(unit, torch.tensor(NF4_LEVELS, device=weight.device)).flatten()
+    codes = _nearest(unit, nf4_levels(weight.device)).flatten()
     codes = torch.nn.functional.pad(codes[: weight.numel()], (0, weight.numel() % 2), value=7)
     packed = pack(codes.view(-1, 2).flip(1).flatten(), 4)  # flip: high nibble first
     if not double_quant:

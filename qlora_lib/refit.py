@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .grid import SCALE_DTYPE, QuantizedTensor, as_float
+from .grid import SCALE_DTYPE, QuantizedTensor, as_float, by_group
 
 ROWS = 512  # of the weight at a time: (ROWS, groups, groups) fits in memory
 
@@ -27,9 +27,10 @@ def refit_scales(
     weight: floating point (out, in); quantized: any rounding of it; h: (in, in), the matrix of a
     Hessian. damp_percent, added to the diagonal of h relative to its mean, pulls towards the
     weight itself. Scales stay positive and are rounded to fp16; a row whose damped loss would
-    not fall after that keeps its own. Raises ValueError for another shape of `weight` or `h`.
+    not fall after that keeps its own. Raises ValueError for another shape of `weight` or `h`, and
+    for groups of different sizes.
     """
-    w = as_float(weight)
+    w = as_float(weight.detach())
     n = w.shape[1]
     if w.shape != quantized.shape or h.shape != (n, n):
         raise ValueError(
@@ -39,7 +40,7 @@ def refit_scales(
     h.diagonal().add_(damp_percent * h.diagonal().mean())
     columns = None  # in which a group's are side by side
     if quantized.g_idx is not None:
-        columns = quantized.g_idx.argsort(stable=True)
+        columns = by_group(quantized.g_idx, quantized.scale.shape[1])
         h = h[columns][:, columns]
     scale = torch.empty_like(quantized.scale)
     for start in range(0, len(w), ROWS):
@@ -49,7 +50,8 @@ def refit_scales(
             part, q = part[:, columns], q[:, columns]
         q = q.unflatten(1, (scale.shape[1], -1))  # (rows, groups, group_size)
         q -= quantized.zero_point[rows].unsqueeze(2)
-        scale[rows] = _least_squares(part, q, quantized.scale[rows].to(w), h)
+        with torch.autocast(w.device.type, enabled=False):  # all in the dtype of w
+            scale[rows] = _least_squares(part, q, quantized.scale[rows].to(w), h)
     return replace(quantized, scale=scale)
 
 

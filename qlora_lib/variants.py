@@ -65,7 +65,7 @@ def freeze_scales(model: nn.Module) -> list[str]:
     """Round trained scales to the fp16 in which they are stored; the layers are frozen again.
 
     Returns the paths of the layers. Raises ValueError, before anything is changed, when no
-    layer's scales are trained, and for a scale that fp16 can't hold.
+    layer's scales are trained, and for a scale that fp16 can't hold, too large or rounded to 0.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     layers = {n: m for n, m in layers.items() if isinstance(getattr(m, "scale", 0), nn.Parameter)}
@@ -73,7 +73,7 @@ def freeze_scales(model: nn.Module) -> list[str]:
         raise ValueError("no layer's scales are being trained; call train_scales first")
     stored = {path: layer.scale.detach().to(SCALE_DTYPE) for path, layer in layers.items()}
     for path, scale in stored.items():
-        if not scale.isfinite().all():
+        if not scale.isfinite().all() or ((scale == 0) & (layers[path].scale != 0)).any():
             raise ValueError(f"{path}: a trained scale is beyond fp16; lower the learning rate")
     for path, layer in layers.items():
         del layer.scale

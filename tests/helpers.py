@@ -1,5 +1,7 @@
 """Inputs, slow specifications and measuring tools that several test files share."""
 
+from contextlib import contextmanager
+
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -29,6 +31,21 @@ def ar1(tokens: int, features: int, rho=0.9, seed: int = 0, dtype=torch.float32)
 def relative(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|, Frobenius norms."""
     return float((a - b).detach().norm() / b.detach().norm())
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    """Within it, torch makes new tensors in this dtype, as libraries that load models do."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def bf16_autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 class LiveMemory(TorchDispatchMode):

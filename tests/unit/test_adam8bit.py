@@ -6,7 +6,7 @@ import torch
 from qlora_lib import adam8bit
 from qlora_lib.adam8bit import Adam8bit
 from qlora_lib.nf4 import dequantize_8bit, dynamic_map, quantize_8bit
-from tests.helpers import normal
+from tests.helpers import default_dtype, normal
 
 SHAPES = [(64, 80), (4096,), (70, 71), (7, 13)]  # whole blocks; one; a rest; below 4096: fp32
 
@@ -113,6 +113,32 @@ def test_strided_gradients_closures_and_parameters_without_gradient():
     optimizer = Adam8bit([p, q, alone])
     assert optimizer.step(lambda: 3.0) == 3.0
     assert torch.equal(p, q) and alone not in optimizer.state and not alone.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 80), (7, 13)])
+def test_a_strided_parameter_is_updated_where_it_lies(shape, dtype):
+    p, q = (torch.nn.Parameter(normal(*shape, dtype=dtype)) for _ in range(2))
+    p.data = p.data.t().contiguous().t()
+    assert not p.is_contiguous()
+    lies_at = p.data_ptr(), p.stride()
+    one, other = Adam8bit([p]), Adam8bit([q])
+    for seed in (1, 2):
+        p.grad = q.grad = normal(*shape, seed=seed, dtype=dtype)
+        one.step(), other.step()
+    assert torch.equal(p, q) and not torch.equal(p, normal(*shape, dtype=dtype))
+    assert (p.data_ptr(), p.stride()) == lies_at
+
+
+def test_the_state_is_fp32_whatever_the_default_dtype():
+    adam8bit._levels.cache_clear()  # which are made once
+    with default_dtype(torch.bfloat16):
+        parameters, optimizer = train(Adam8bit, 2)
+    assert all(adam8bit._levels(n, p.device).dtype == torch.float32
+               for n in adam8bit.MOMENTS for p in parameters)  # fmt: skip
+    adam8bit._levels.cache_clear()
+    kinds = {t.dtype for p in parameters for t in optimizer.state[p].values()}
+    assert kinds == {torch.uint8, torch.float32}
 
 
 @pytest.mark.parametrize("bad", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": 0.0}])

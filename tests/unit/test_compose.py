@@ -13,7 +13,7 @@ from qlora_lib.lora import (
     delete_adapter,
     lora_layers,
 )
-from tests.helpers import relative
+from tests.helpers import bf16_autocast, relative
 
 
 def update(model, path, weights):
@@ -49,6 +49,32 @@ def test_svd_is_the_best_of_its_rank():
         assert relative(layer.delta("s"), best) < 1e-5
         assert relative(layer.delta("full"), want) < 1e-5  # 4 + 4 holds all of it
         assert layer.configs["default"].rank == 4
+
+
+def test_svd_keeps_each_layers_own_rank():
+    """No rank given: the largest of the adapters' in that layer, not in any other."""
+    path = "model.layers.0.self_attn.q_proj"
+    model, ranks = small_model(), {path.replace("q_proj", "k_proj"): 8, path: 40}
+    for i, name in enumerate("ab"):  # k_proj is 32 x 64
+        inject_lora(model, "attention", rank={**ranks, path: 40 + i}, adapter=name)
+        trained(model, name, seed=50 * i)
+    combine_adapters(model, {"a": 0.5, "b": 0.5}, into="s", how="svd")
+    found = {p: m.configs["s"].rank for p, m in lora_layers(model).items()}
+    assert found == {**ranks, path: 41}
+
+
+def test_autocast_changes_no_singular_value():
+    updates = []
+    for around in (torch.no_grad, bf16_autocast):
+        model = family(ranks=(4, 4))
+        with around():
+            combine_adapters(model, {"a": 1.0, "b": -0.5}, into="s", how="svd")
+            prune_adapter(model, "a", 2)
+            ranks = allocate_ranks(model, "b", 6000)
+        layers = lora_layers(model).values()
+        updates.append(([m.delta(name) for m in layers for name in ("s", "a")], ranks))
+    assert all(torch.equal(a, b) for a, b in zip(updates[0][0], updates[1][0], strict=True))
+    assert updates[0][1] == updates[1][1]
 
 
 def test_an_average_of_factors_is_not_the_average_of_updates():

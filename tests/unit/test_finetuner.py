@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_lib.finetuner import Finetuner, read_examples, tensorboard
-from qlora_lib.lora import trainable_parameters
+from qlora_lib.lora import inject_lora, set_adapter, trainable_parameters
 from qlora_lib.models import quantized_layers
 from qlora_lib.nf4 import NF4Spec
 from qlora_lib.schedule import TrainConfig
@@ -112,6 +112,28 @@ def test_a_module_that_is_handed_over(base):
     for method in ("full", "lora"):
         with pytest.raises(ValueError, match="the model is quantized"):
             Finetuner(model, tokenizer, method)
+
+
+@pytest.mark.parametrize("default", ["other", None])
+def test_beside_another_adapter_the_new_one_is_trained_and_used(default, tmp_path):
+    """Whatever the model's default was: the tuner's adapter is it now, and after loading."""
+    ids = torch.tensor([small_tokenizer().encode(PAIRS[3][0])])
+
+    def two():
+        model = small_model()
+        inject_lora(model, rank=2, adapter="other")
+        set_adapter(model, default)
+        return model
+
+    mine = Finetuner(two(), small_tokenizer(), "lora", tmp_path, adapter="new", rank=4)
+    history = mine.fit(PAIRS, config=CONFIG)
+    assert history.losses[-1] < history.losses[0]
+    mine.save()
+    model, _ = Finetuner.load(tmp_path, two(), small_tokenizer())
+    with torch.inference_mode():
+        got, want = model(ids).logits, mine.model.eval()(ids).logits
+        assert torch.allclose(got, want, rtol=0, atol=1e-5)
+        assert not torch.allclose(got, small_model()(ids).logits, rtol=0, atol=1e-2)
 
 
 def test_the_result_of_a_module_loads_on_that_module_alone(tmp_path):

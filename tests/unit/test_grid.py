@@ -1,5 +1,7 @@
 """Affine grids, round to nearest, clip search and the integer product."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -272,6 +274,15 @@ def test_integer_product_equals_the_product_of_the_dequantized(bits, group_size,
     assert relative(got, x @ w.float().t()) < 0.02  # 8-bit activations are that good
 
 
+def test_groups_of_different_sizes_are_refused():
+    """Integer products take a group's features together, as many in each."""
+    q = replace(quantize_rtn(normal(4, 8), QuantSpec(4, 4)), g_idx=torch.tensor([0, 1] * 4))
+    quant_matmul(normal(2, 8), q)
+    for g_idx in ([0, 1, 0, 1, 1, 1, 0, 1], [0] * 8, [0, 0, 0, 0, 1, 1, 1, 2]):
+        with pytest.raises(ValueError, match="2 groups of 4 input features each are expected"):
+            quant_matmul(normal(2, 8), replace(q, g_idx=torch.tensor(g_idx)))
+
+
 def test_each_token_has_its_own_activation_grid():
     x = torch.stack([normal(32), 1000 * normal(32, seed=1), torch.zeros(32)])
     a, scale, zero = quantize_activations(x)
@@ -288,6 +299,20 @@ def test_nan_and_inf_are_refused(bad):
         quantize_rtn(w, QuantSpec(4, 8))
     with pytest.raises(ValueError, match="activations hold NaN or Inf"):
         quant_matmul(w, quantize_rtn(normal(4, 8), QuantSpec(4, 8)))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_are_refused_where_a_scale_is_beyond_fp16(bits, symmetric):
+    """A scale is one step of the grid, not the span of the weights."""
+    spec = QuantSpec(bits, None, symmetric)
+    most = torch.finfo(torch.float16).max * (2**bits - 1)  # what the grid can span
+    one_sided = torch.tensor([[0.0, most / 4, most / (2 if symmetric else 1)]])
+    w = 0.99 * one_sided
+    q = quantize_rtn(w, spec)
+    assert q.scale.isfinite().all() and relative(q.dequantize(), w) < 2 / 2**bits
+    with pytest.raises(ValueError, match=f"an fp16 scale can hold in {2**bits - 1} steps"):
+        quantize_rtn(1.01 * one_sided, spec)
 
 
 def test_bad_input_is_named():

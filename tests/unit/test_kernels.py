@@ -11,7 +11,7 @@ from qlora_lib.hessian import Hessian
 from qlora_lib.kernels import INT4_TOKENS, Int4Tiles, int4_tiles, tile_rows
 from qlora_lib.linear import QuantizedLinear, decoding_layout
 from qlora_lib.nf4 import quantize_nf4
-from tests.helpers import normal, relative
+from tests.helpers import default_dtype, normal, relative
 
 BF16 = 2**-8  # one rounding to bf16, relative
 needs_operator = pytest.mark.skipif(
@@ -143,6 +143,14 @@ def test_the_operator_is_used_for_few_tokens_in_bf16_alone(monkeypatch):
 
 
 @needs_operator
+def test_the_operator_takes_strided_inputs():
+    layer, x = QuantizedLinear(weight(64)), normal(4, 3, 64).bfloat16()
+    with torch.no_grad(), decoding_layout(layer):
+        for part in (x[:, -1], x[:, -1:], x[0].t().contiguous().t()):  # the last token, say
+            assert not part.is_contiguous() and torch.equal(layer(part), layer(part.contiguous()))
+
+
+@needs_operator
 def test_within_the_layout_gradients_state_and_values_are_the_same():
     layer = QuantizedLinear(weight(64))
     state = {k: v.clone() for k, v in layer.state_dict().items()}
@@ -184,3 +192,12 @@ def test_another_width_is_refused():
     layer = QuantizedLinear(weight(64))
     with decoding_layout(layer), pytest.raises(ValueError, match="x has 32 features, the weight"):
         layer(normal(4, 32).bfloat16())
+
+
+def test_the_gradient_of_scales_is_fp32_whatever_the_default_dtype():
+    for q in (weight(64), shuffled(64)):
+        x, grad = normal(5, 64), normal(5, 64, seed=1)
+        want = kernels.scale_grad(x, grad, q)
+        with default_dtype(torch.bfloat16):
+            got = kernels.scale_grad(x, grad, q)
+        assert got.dtype == torch.float32 and torch.equal(got, want)

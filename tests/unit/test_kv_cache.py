@@ -1,5 +1,7 @@
 """The packed cache of keys and values: what it stores, returns and weighs, and in `generate`."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -34,6 +36,21 @@ def test_stored_states_are_within_half_a_step_of_their_group(bits, by):
     slack = 5 * 2**-11 * groups.abs().amax(axis + 1) / step
     assert (error / step).max() < 0.51 + slack.max()
     assert packed.codes.nbytes * 8 == x.numel() * bits
+
+
+@pytest.mark.parametrize("head", [5, 6, 10])
+@pytest.mark.parametrize("by", ["channel", "token"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_heads_that_fill_no_whole_bytes(bits, by, head):
+    x, spec = normal(2, 3, 32, head), CacheSpec(bits, group_size=24 if by == "token" else 16)
+    packed = PackedStates.of(x, spec, by)
+    axis, size = (2, 16) if by == "channel" else (3, math.gcd(24, head))
+    groups = x.unflatten(axis, (-1, size))
+    step = (groups.amax(axis + 1) - groups.amin(axis + 1)) / (2**bits - 1)
+    twice = packed.append(packed).dequantize(torch.float32)
+    assert twice.shape == (2, 3, 64, head) and torch.equal(twice[:, :, :32], twice[:, :, 32:])
+    error = (twice[:, :, :32] - x).unflatten(axis, (-1, size)).abs().amax(axis + 1)
+    assert (error <= 0.51 * step + 2**-9).all()
 
 
 def test_a_constant_group_and_a_large_offset_come_back():

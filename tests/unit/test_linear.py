@@ -106,6 +106,23 @@ def test_only_the_input_gets_a_gradient():
     assert layer(normal(2, IN).requires_grad_()).requires_grad
 
 
+@pytest.mark.parametrize("make", [
+    lambda w: quantize_rtn(w, QuantSpec(4, 16)),
+    lambda w: quantize_rtn(w, QuantSpec(4, 16, clip_search=False)),
+    lambda w: quantize_nf4(w),
+    lambda w: quantize_nf4(w, double_quant=False),
+])
+def test_a_layer_made_of_a_trained_one_keeps_no_graph(make):
+    dense = nn.Linear(IN, OUT)
+    packed = make(dense.weight)
+    layer = QuantizedLinear(packed, dense.bias)
+    assert not any(b.requires_grad for b in layer.buffers())
+    assert not layer(normal(2, IN)).requires_grad
+    assert torch.equal(copy.deepcopy(layer)(normal(2, IN)), layer(normal(2, IN)))
+    same = make(dense.weight.detach())
+    assert torch.equal(packed.codes, same.codes) and torch.equal(layer.bias, dense.bias)
+
+
 def chain(make, depth: int = 6, size: int = 256) -> nn.Sequential:
     """Layers with a trained adapter each, so that the graph runs through all of them."""
     torch.manual_seed(0)

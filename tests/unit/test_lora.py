@@ -22,7 +22,7 @@ from qlora_lib.lora import (
 )
 from qlora_lib.models import quantized_layers
 from qlora_lib.nf4 import quantize_nf4
-from tests.helpers import LiveMemory, normal
+from tests.helpers import LiveMemory, default_dtype, normal
 
 # --- injection ----------------------------------------------------------------------------
 
@@ -124,6 +124,15 @@ def test_injecting_twice_changes_nothing():
     assert not any(isinstance(m.base, LoRALinear) for m in lora_layers(model).values())
 
 
+def test_an_adapter_of_several_calls_is_trained_in_all_its_layers():
+    model = small_model()
+    inject_lora(model, ("q_proj",), rank=4, adapter="other")
+    names = inject_lora(model, ("q_proj",), rank=4)
+    names += inject_lora(model, ("v_proj", "up_proj"), rank=2, alpha=8)
+    want = {f"{n}.lora_{part}.default" for n in names for part in "AB"}
+    assert len(names) == 6 and set(trainable_parameters(model)) == want
+
+
 def test_another_configuration_under_the_same_name_is_refused():
     model = small_model()
     inject_lora(model, rank=4)
@@ -194,6 +203,31 @@ def test_a_bf16_input_goes_through_an_fp32_adapter_and_comes_out_bf16(make):
     assert torch.allclose(y.float(), want, rtol=2**-6, atol=2**-5)
     y.float().sum().backward()
     assert x.grad.dtype == torch.bfloat16 and layer.lora_A["default"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_adapter_is_fp32_whatever_the_default_dtype(dtype):
+    layer = LoRALinear(nn.Linear(64, 32))
+    with default_dtype(dtype):
+        layer.add("default", LoRAConfig(rank=4, use_dora=True))
+    assert {p.dtype for p in layer.parameters_of("default")} == {torch.float32}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("base", [
+    lambda: nn.Linear(64, 32),
+    lambda: QuantizedLinear(quantize_rtn(normal(32, 64), QuantSpec(4, 16))),
+])
+def test_inputs_of_any_number_of_axes(base, dora):
+    layer = LoRALinear(base())
+    layer.add("default", LoRAConfig(rank=4, use_dora=dora))
+    layer.lora_B["default"].data = normal(32, 4)
+    x = normal(2, 3, 64)
+    y = layer(x)
+    assert y.shape == (2, 3, 32)
+    one = layer(x[1, 2])  # without an axis of tokens
+    assert one.shape == (32,) and torch.allclose(one, y[1, 2], atol=1e-5)
+    assert layer(x[:0]).shape == (0, 3, 32)
 
 
 def test_gradient_reaches_the_adapter_below_through_packed_layers():

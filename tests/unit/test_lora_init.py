@@ -18,7 +18,7 @@ from qlora_lib.lora_init import loftq, low_rank, pissa, residual_fingerprint
 from qlora_lib.merge import merge_lora
 from qlora_lib.models import quantize_model
 from qlora_lib.nf4 import NF4Spec, quantize_nf4
-from tests.helpers import normal, relative
+from tests.helpers import bf16_autocast, normal, relative
 
 SPECS = [NF4Spec(32), QuantSpec(4, 16, clip_search=False), QuantSpec(2, 16, clip_search=False)]
 WEIGHT = normal(64, 96, seed=3) * torch.logspace(0, -1, 96)  # singular values that differ
@@ -78,6 +78,18 @@ def test_the_principal_part_makes_the_rest_easier_to_round(spec):
     assert relative(base.dequantize() + b @ a, WEIGHT) < relative(quantized(WEIGHT, spec), WEIGHT)
     dense, b2, a2 = pissa(WEIGHT, 8)
     assert torch.equal(b2 @ a2, b @ a) and relative(dense + b @ a, WEIGHT) < 1e-6
+
+
+@pytest.mark.parametrize("make", [
+    lambda w: pissa(w, 8), lambda w: pissa(w, 8, SPECS[1]), lambda w: loftq(w, 8, SPECS[0])
+])  # fmt: skip
+def test_a_trained_weight_and_autocast_change_nothing(make):
+    with bf16_autocast():
+        base, b, a = make(nn.Parameter(WEIGHT))
+    want, b_want, a_want = make(WEIGHT)
+    assert torch.equal(b, b_want) and torch.equal(a, a_want)
+    dense = [t if isinstance(t, torch.Tensor) else t.dequantize() for t in (base, want)]
+    assert torch.equal(*dense) and not any(t.requires_grad for t in (b, a, dense[0]))
 
 
 @pytest.mark.parametrize("scale", [dict(), dict(alpha=2), dict(use_rslora=True, alpha=9)], ids=str)

@@ -50,6 +50,33 @@ def test_deleting_the_last_adapter_puts_the_base_back(kind):
         delete_adapter(model, "a")
 
 
+def test_an_adapter_with_more_layers_leaves_the_default(tmp_path):
+    """One default for the whole model: no mixture of the old one and the new."""
+    for name, targets in (("a", "attention"), ("b", "all")):
+        save_adapter(adapted(small_model(), targets=targets, adapter=name), tmp_path / name, name)
+    model = small_model()
+    load_adapter(model, tmp_path / "a", "a")
+    want = logits(model)
+    load_adapter(model, tmp_path / "b", "b")
+    assert len(lora_layers(model)) == 14 and torch.equal(logits(model), want)
+    assert not torch.equal(under(model, "b"), want)
+
+
+def test_the_base_alone_stays_the_default():
+    model = adapted(small_model(), targets="attention", adapter="a")
+    set_adapter(model, None)
+    adapted(model, targets="all", adapter="b")
+    assert torch.equal(logits(model), logits(small_model()))
+
+
+def test_no_layer_remembers_a_default_that_is_gone():
+    model = adapted(small_model(), targets="attention", adapter="a")
+    adapted(model, targets="all", adapter="b")
+    delete_adapter(model, "a")
+    adapted(model, targets="all", adapter="a")
+    assert {layer.active for layer in lora_layers(model).values()} == {None}
+
+
 def test_a_merged_adapter_is_unmerged_before_it_is_deleted():
     from qlora_lib.merge import merge_lora, unmerge_lora
 

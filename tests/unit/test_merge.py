@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from lora_models import adapted, base_of, logits, trained
+from lora_models import IDS, adapted, base_of, logits, trained
 from small_models import small_model
 from torch import nn
 
+from qlora_lib.grid import QuantSpec, quantize_rtn
 from qlora_lib.hessian import Hessian
 from qlora_lib.linear import QuantizedLinear
 from qlora_lib.lora import (
@@ -17,10 +18,13 @@ from qlora_lib.lora import (
     inject_lora,
     lora_layers,
     replace_module,
+    set_adapter,
+    trainable_parameters,
     use_adapter,
 )
 from qlora_lib.merge import merge_into_original, merge_lora, unmerge_lora
-from tests.helpers import normal
+from qlora_lib.nf4 import NF4Spec
+from tests.helpers import bf16_autocast, normal, relative
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -62,6 +66,48 @@ def test_merging_keeps_the_bias():
     before = model(x)
     merge_lora(model, unload=True)
     assert (model(x) - before).abs().max() < 1e-5 and torch.equal(model[0].bias, layer.base.bias)
+
+
+@pytest.mark.parametrize("bias, model", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_packed_layers_bias_of_another_dtype_goes_along(bias, model):
+    """A file's biases keep their dtype, whatever the rest of the model is loaded in."""
+    bias, dtype = getattr(torch, bias), getattr(torch, model)
+    quantized = quantize_rtn(normal(8, 16), QuantSpec(4, 8))
+    layer = LoRALinear(QuantizedLinear(quantized, normal(8).to(bias)))
+    layer.add("default", LoRAConfig(rank=2))
+    model = nn.Sequential(nn.Linear(16, 16).to(dtype), layer)
+    x = normal(3, 16).to(dtype)
+    before = model(x)
+    merge_lora(model)
+    assert layer.merged.bias.dtype == dtype and relative(model(x).float(), before.float()) < 1e-2
+    assert layer.base.bias.dtype == bias and torch.equal(layer.base.bias, normal(8).to(bias))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_autocast_changes_no_merge(dora):
+    """Within it a product would be of bf16's 8 bits, and `lost` would not show it."""
+    merged = []
+    for around in (torch.no_grad, bf16_autocast):
+        model, original = adapted(base_of("grid4"), use_dora=dora), small_model()
+        with around():
+            merge_into_original(model, original)
+            merge_lora(model, unload=True)
+        merged.append([*model.parameters(), *original.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*merged, strict=True))
+
+
+def test_a_merged_model_keeps_its_default():
+    """What would be chosen has no effect: the merged weights are used."""
+    model = adapted(small_model())
+    inject_lora(model, rank=2, adapter="b")
+    merge_lora(model)
+    for name in ("b", None, "default"):
+        with pytest.raises(ValueError, match="q_proj is merged .*; call unmerge_lora"):
+            set_adapter(model, name)
+    assert {m.active for m in lora_layers(model).values()} == {"default"}
+    unmerge_lora(model)
+    set_adapter(model, None)
+    assert torch.equal(logits(model), logits(small_model()))
 
 
 @pytest.mark.parametrize("kind", ["grid4", "nf4"])
@@ -219,3 +265,31 @@ def test_only_the_dense_original_takes_the_update(original, message):
     with pytest.raises(ValueError, match=message):
         merge_into_original(model, original)
     assert torch.equal(logits(original), before)
+
+
+@pytest.mark.parametrize("given", [{}, dict(alpha=3), dict(use_rslora=True)], ids=str)
+def test_the_original_gets_what_pissa_learned(given):
+    """The adapter began as a part of the weight, which the original has already."""
+    model, original = small_model(), small_model()
+    inject_lora(model, ALL_LINEAR, rank=4, init="pissa", **given)
+    rows = merge_into_original(model, original)  # nothing yet, to the bit
+    assert torch.equal(logits(original), logits(small_model()))
+    assert all(row.update_norm < 1e-30 for row in rows)
+    model(IDS, labels=IDS).loss.backward()
+    with torch.no_grad():
+        for p in trainable_parameters(model).values():
+            p -= 0.05 * p.grad
+    rows = merge_into_original(model, original)
+    assert relative(logits(original), logits(model)) < 1e-4
+    assert relative(logits(small_model()), logits(model)) > 1e-2
+    # it was trained beside the weight itself, taken apart: no quantization error
+    assert all(row.update_norm > 1e-4 and row.base_gap < 1e-2 for row in rows)
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_an_adapter_of_its_own_quantized_base_fits_no_original(init):
+    model, original = small_model(), small_model()
+    inject_lora(model, ALL_LINEAR, rank=4, init=init, spec=NF4Spec(32))
+    with pytest.raises(ValueError, match="q_proj: adapter 'default' was made together"):
+        merge_into_original(model, original)
+    assert torch.equal(logits(original), logits(small_model()))

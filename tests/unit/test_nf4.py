@@ -14,7 +14,8 @@ from qlora_lib.nf4 import (
     nf4_formula,
     quantize_nf4,
 )
-from tests.helpers import PROPERTY, normal, relative
+from qlora_lib import nf4
+from tests.helpers import PROPERTY, default_dtype, normal, relative
 
 LEVELS = torch.tensor(NF4_LEVELS)
 
@@ -144,6 +145,26 @@ def test_dtypes(dtype):
     q = quantize_nf4(w)
     assert torch.equal(q.codes, quantize_nf4(w.float()).codes)
     assert torch.equal(q.dequantize(dtype), q.dequantize().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_bit(dtype):
+    """Levels are fp32, and made once: what the default was at that time would stay."""
+    w = normal(8, 64)
+    want = quantize_nf4(w)
+    dense = want.dequantize()
+    tables = nf4._level_pairs, nf4._nested_levels
+    try:
+        for table in tables:
+            table.cache_clear()
+        with default_dtype(dtype):
+            got = quantize_nf4(w)
+            assert got.dequantize().dtype == dynamic_map().dtype == torch.float32
+        assert torch.equal(got.codes, want.codes) and torch.equal(got.absmax, want.absmax)
+        assert torch.equal(got.dequantize(), dense)  # from the tables made above
+    finally:
+        for table in tables:
+            table.cache_clear()
 
 
 def test_on_normal_weights_it_beats_the_uniform_grid_of_its_size():

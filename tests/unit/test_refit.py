@@ -1,5 +1,7 @@
 """Scales fitted to known codes: least squares itself, and what it promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from qlora_lib.gptq import GPTQOptions, dense_target, gptq_quantize
 from qlora_lib.grid import QuantizedTensor, QuantSpec, assemble, quantize_rtn
 from qlora_lib.hessian import Hessian
 from qlora_lib.refit import refit_scales
-from tests.helpers import ar1, normal, relative
+from tests.helpers import ar1, bf16_autocast, normal, relative
 
 OUT, IN, SIZE = 24, 96, 16
 
@@ -156,3 +158,21 @@ def test_another_shape_is_refused():
         refit_scales(w[:12], quantized, h)
     with pytest.raises(ValueError, match=r"h \(95, 95\)"):
         refit_scales(w, quantized, h[1:, 1:])
+
+
+def test_groups_of_different_sizes_are_refused():
+    w, quantized, h = rounded(static=False)
+    assert quantized.g_idx is not None
+    g_idx = quantized.g_idx.clone()
+    g_idx[g_idx == 0] = 1
+    with pytest.raises(ValueError, match=f"groups of {SIZE} input features each are expected"):
+        refit_scales(w, replace(quantized, g_idx=g_idx), h)
+
+
+def test_a_trained_weight_and_autocast_change_nothing():
+    w, quantized, h = rounded()
+    w, h = w.float(), h.float()
+    with bf16_autocast():
+        got = refit_scales(w.clone().requires_grad_(), quantized, h)
+    assert torch.equal(got.scale, refit_scales(w, quantized, h).scale)
+    assert not got.scale.requires_grad

@@ -296,3 +296,8 @@ def test_scales_that_can_not_be_trained_or_stored_are_named():
     with pytest.raises(ValueError, match="q_proj: a trained scale is beyond fp16"):
         freeze_scales(model)
     assert len(trainable_parameters(model)) == 14
+    next(iter(trainable_parameters(model).values())).data[0, 0] = 1e-9  # 0 in fp16
+    with pytest.raises(ValueError, match="q_proj: a trained scale is beyond fp16"):
+        freeze_scales(model)
+    next(iter(trainable_parameters(model).values())).data[0, 0] = 0  # as it was trained
+    assert len(freeze_scales(model)) == 14
