@@ -105,12 +105,14 @@ def draw_update(axes, layer: str, rank: int, spectra: dict[str, dict]) -> None:
         ax.title.set_fontsize(11)
 
 
-def draw_regained(ax, ranks, losses: dict[str, list[float]], start: float, full: float) -> None:
-    """Dev loss after keeping only the first `rank` directions of every update."""
-    for (name, values), color in zip(losses.items(), (COLORS["lora"], COLORS["muted"])):
-        ax.plot(range(len(ranks)), values, "o-", color=color, label=name)
+def draw_regained(ax, ranks, losses: dict[str, list[float]], start: float, whole: float) -> None:
+    """Dev loss after keeping only some directions of every update: up to three ways, of which the
+    last is the control. whole: with all directions of the first way."""
+    styles = ((COLORS["lora"], "o-"), (PLAIN[0], "s-"), (COLORS["muted"], "o:"))
+    for (name, values), (color, style) in zip(losses.items(), styles):
+        ax.plot(range(len(ranks)), values, style, color=color, label=name)
     ax.axhline(start, color=PLAIN[2], linestyle="--", label="before fine-tuning")
-    ax.axhline(full, color=COLORS["fp"], linestyle="--", label="the whole update")
+    ax.axhline(whole, color=COLORS["fp"], linestyle="--", label="all linears, whole")
     ax.set(xticks=range(len(ranks)), xticklabels=list(map(str, ranks)), xlabel="rank kept",
            ylabel="dev loss", ylim=(0, None))
     _handles(ax, loc="upper right", bbox_to_anchor=(1, 0.94))

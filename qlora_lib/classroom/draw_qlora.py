@@ -6,7 +6,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from .plots import COLORS, PARTS, PLAIN
 
-CARDS = (8, 24, 80)  # GB of common GPUs
+CARDS = (8, 24, 80)  # GiB of common GPUs
+GIB = 2**30 / 1e9  # in GB
 TOKEN_COLORS = {"prompt": "#E3E3E3", "learned": "#8CCFB9", "wrong": "#F2A97E", "pad": "#FFFFFF"}
 MASKS = ("right", "padding counts", "every eos masked", "prompt counts")
 
@@ -15,6 +16,7 @@ def draw_ledger(ax, method: str, batch: int, tokens: int, checkpointing: bool,
                 ledgers: dict[tuple, dict[str, int]]) -> None:
     """GB by part on a log scale, and their total beside the memory of common GPUs.
 
+    Dots: on a log scale the length of a bar says nothing.
     ledgers: {(method, batch, tokens, checkpointing): {part: bytes}}.
     """
     parts = ledgers[method, batch, tokens, checkpointing]
@@ -23,19 +25,19 @@ def draw_ledger(ax, method: str, batch: int, tokens: int, checkpointing: bool,
         if size == 0:
             ax.text(0.0125, y, "none", va="center", fontsize=10, color=COLORS["muted"])
             continue
-        ax.barh(y, size - 0.01, left=0.01, height=0.66, color=PARTS.get(part, COLORS["fp"]))
-        ax.text(size * 1.12, y, f"{size:,.2f} GB" if size < 100 else f"{size:,.0f} GB",
-                va="center", fontsize=10, fontweight="bold" if part == "total" else None,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+        ax.plot(size, y, "o", markersize=9, color=PARTS.get(part, COLORS["fp"]))
+        ax.annotate(f"{size:,.2f} GB" if size < 100 else f"{size:,.0f} GB", (size, y), (8, 0),
+                    textcoords="offset points", va="center", fontsize=10,
+                    fontweight="bold" if part == "total" else None,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     for size in CARDS:
-        ax.axvline(size, color=COLORS["muted"], linestyle=":", linewidth=1.5, zorder=0)
-        ax.text(size, -0.7, f"{size}", ha="center", fontsize=10)
-    ax.text(125, -0.7, "GB GPU", fontsize=10)
-    ax.set(xscale="log", xlim=(0.01, 1500), ylim=(len(sizes) - 0.4, -1.1), xlabel="GB",
+        ax.axvline(size * GIB, color=COLORS["muted"], linestyle=":", linewidth=1.5, zorder=0)
+        ax.text(size * GIB, -0.7, f"{size}", ha="center", fontsize=10)
+    ax.text(170, -0.7, "GiB GPU", fontsize=10)
+    ax.set(xscale="log", xlim=(0.01, 4000), ylim=(len(sizes) - 0.4, -1.1), xlabel="GB",
            yticks=range(len(sizes)), yticklabels=list(sizes))
     ax.set_xticks([0.01, 0.1, 1, 10, 100, 1000], labels=["0.01", "0.1", "1", "10", "100", "1000"])
     ax.minorticks_off()
-    ax.grid(axis="y", visible=False)
 
 
 def draw_saved(ax, depths: Sequence[int], saved: dict[str, list[int]], packed: list[int]) -> None:

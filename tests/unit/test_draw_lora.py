@@ -57,8 +57,8 @@ STATIC = {
         "values": {"update": torch.rand(9) + 1, "weight": torch.rand(9) + 1},
         "energy": {"update": np.linspace(0.2, 1, 9), "weight": np.linspace(0.1, 1, 9)}}),
     "regained": (draw.draw_regained, (1, 1), {
-        "ranks": [0, 1, 2], "losses": {"all": [3.0, 2.0, 1.0], "some": [3.0, 2.5, 2.0]},
-        "start": 3.0, "full": 0.9}),
+        "ranks": [0, 1, 2], "start": 3.0, "whole": 0.9,
+        "losses": {"all": [3.0, 2.0, 1.0], "some": [3.0, 2.5, 2.0], "any": [3.0, 2.4, 1.4]}}),
     "losses": (draw.draw_losses, (1, 1), {"runs": {"a": [3.0, 2.0], "b": [3.0, 1.0]}}),
 }
 

@@ -90,6 +90,30 @@ def in_uint8(x, codes, scale, zero):
     return (scale.repeat_interleave(size, 1) * away) @ x
 
 
+def sizes(count):
+    """03's fourth; `count` is a function of (shapes, rank)."""
+    return lambda shapes, rank: ((n := count(shapes, rank)), 4 * n, 16 * n)
+
+
+def until_the_first_eos(pairs, eos):
+    rows = [[*prompt, *target, eos] for prompt, target in pairs]
+    ids = torch.tensor([row + [eos] * (max(map(len, rows)) - len(row)) for row in rows])
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, _) in enumerate(pairs):
+        end = ids[row].tolist().index(eos) + 1
+        labels[row, len(prompt):end] = ids[row, len(prompt):end]
+    return ids, labels
+
+
+def training_with_gradients_for_all(model, batches, lr):
+    optimizer = torch.optim.SGD([model.lora_A, model.lora_B], lr=lr)
+    for ids, y in batches:
+        (model(ids) - y).square().mean().backward()
+        optimizer.step()
+        model.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
 def place_of_the_base(x, weight, adapters, names):
     y = x @ weight.T
     for name, (a, b, scale) in adapters.items():
@@ -171,6 +195,12 @@ WRONG = {
         (roofline(lambda tokens, out, n, bits: n * out * bits / 8 + 2 * tokens * n),
          "the outputs, tokens * out_features"),
     ],
+    "adapter_size": [
+        (sizes(lambda shapes, rank: len(shapes) * rank * (shapes[0][0] + shapes[0][1])),
+         "diagnosis: you take the first layer's shape for all of them"),
+    ],
+    "padded_batch": [(until_the_first_eos, "diagnosis: you mask behind the first eos")],
+    "train_adapter": [(training_with_gradients_for_all, "diagnosis: right numbers, but embedding")],
     "tile_offsets": [
         (lambda program, block, size: (at := program * block + torch.arange(block), at >= size),
          "the mask is upside down"),

@@ -126,6 +126,7 @@ register(Exercise(
         (lambda g: ([(4096, 4096)], 8), "one square layer, rank 8"),
         (lambda g: ([(11008, 4096), (4096, 11008)], 16), "up and down, rank 16"),
         (lambda g: ([(768, 256)] * 3, 1), "three layers, rank 1"),
+        (lambda g: ([(4096, 4096), (11008, 4096), (512, 4096)], 4), "three shapes, rank 4"),
     ],
     mistakes=[
         (_counted(lambda shapes, rank: sum(o * i for o, i in shapes)),
@@ -138,6 +139,8 @@ register(Exercise(
          "2 * r * out holds for square layers only; it is r * (in + out)"),
         (_counted(lambda shapes, rank: rank * sum(shapes[0])),
          "you count the first layer only; sum over all of them"),
+        (_counted(lambda shapes, rank: len(shapes) * rank * sum(shapes[0])),
+         "you take the first layer's shape for all of them; each has its own"),
         (_counted(lambda shapes, rank: sum(rank * o * i for o, i in shapes)),
          "you multiply in by out; A and B lie side by side, r * in + out * r"),
         (_bytes(2, 16), "an fp32 number takes 4 bytes, not 2: adapters are kept in fp32"),
