@@ -89,10 +89,9 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
     """Add the active adapters of `model` to the dense weights of `original`, in place.
 
     For an adapter trained beside a quantized base this is *another model* than the trained one.
-    Training saw W_base = W + error, so the update also learned to mend the quantization
-    error. Here that error is absent, and the mending is a disturbance: W + update is neither
-    the trained W_base + update (merge_lora into "dense" gives that) nor what fine-tuning
-    the dense model would have given. It is what merging with PEFT onto the 16-bit checkpoint
+    Training saw W_base = W + error, and what of the update answers to that error has nothing to
+    answer to here: W + update is neither the trained W_base + update (merge_lora into "dense"
+    gives that) nor what fine-tuning the dense model would have given. It is what merging with PEFT onto the 16-bit checkpoint
     gives, and a common way to serve; measure it before you trust it.
 
     Of PiSSA over a dense base what it learned is added, B A - (B A at step 0), as save_adapter
