@@ -6,12 +6,13 @@ every row's last token is its prompt's. Not handled: stopping early at a stop st
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .data import encode_prompt, pad, pad_id, short_path
 from .linear import decoding_layout
@@ -138,11 +139,16 @@ def fingerprint(model) -> str:
     digest = hashlib.sha256(str(model).encode())
     for name, layer in lora_layers(model).items():
         digest.update(f"{name} {layer.active} {layer.configs}".encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    add_tensors(digest, [*model.named_parameters(), *model.named_buffers()])
+    return digest.hexdigest()
+
+
+def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Take names, shapes, dtypes and bytes of these tensors into a hash."""
+    for name, tensor in named:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @torch.inference_mode()

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from . import processes
 from .adam8bit import Adam8bit
 from .data import IGNORE, Encoded, Pair, collate, encode, pad_id
+from .generation import add_tensors
 from .history import History, peak_memory, start_metrics
-from .lora import keep_choice, trainable_parameters
+from .lora import keep_choice, lora_layers, trainable_parameters
 from .loss import chunk_for, loss_sum
 from .models import dtype_name, resolve_dtype
 from .schedule import TrainConfig, learning_rate, schedule
@@ -84,8 +85,10 @@ def finetune(
     optimizer = kind(groups, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = History(dtype_name(dtype), sum(p.numel() for p in parameters.values()))
-    identity = _identity(config, history.compute_dtype, encoded)
+    identity = _identity(config, history.compute_dtype, encoded) | _settings(model)
     folder = None if config.folder is None else Path(config.folder)
+    if folder:  # hashing a model reads all of it: worth it only where a checkpoint is kept
+        identity["base"] = _base_hash(model, parameters)
     if folder and config.resume:
         history.steps = load_last(folder, parameters, optimizer, scaler, identity)
         history.resumed_from = len(history.steps)
@@ -171,6 +174,26 @@ def _identity(config: TrainConfig, compute_dtype: str, encoded: Sequence[Encoded
     identity = {k: v for k, v in asdict(config).items() if k not in free}
     digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
     return identity | {"compute_dtype": compute_dtype, "examples": digest}
+
+
+def _settings(model) -> dict:
+    """Each setting of each adapter: the value, or where layers differ {path: value}."""
+    found: dict[str, dict] = {}
+    for path, layer in lora_layers(model).items():
+        for name, config in layer.configs.items():
+            for key, value in asdict(config).items():
+                found.setdefault(f"{key} of adapter {name!r}", {})[path] = value
+    return {
+        key: values if len(set(values.values())) > 1 else next(iter(values.values()))
+        for key, values in found.items()
+    }
+
+
+def _base_hash(model, trained: dict) -> str:
+    """SHA-256 of the tensors that a checkpoint of the model would hold and that stay as they are."""
+    digest = hashlib.sha256()
+    add_tensors(digest, ((n, t) for n, t in model.state_dict().items() if n not in trained))
+    return digest.hexdigest()
 
 
 @contextmanager
