@@ -132,7 +132,7 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
             [(f"{split} problem {i}", entry) for i, entry in enumerate(profile.examples(split), 1)]
             for split in ("train", "dev")
         )
-        return name, *read(train), read(dev)[1]
+        return name, *read(train), read(dev)[1] if dev else []
     if source in TRAINING_SETS:
         rows = enumerate(load_training_set(source), 1)
         return source, *read([(f"{source}, row {i}", row) for i, row in rows]), None

@@ -39,17 +39,24 @@ def metamath(i: int, query: str | None = None, original: int | None = None) -> d
 
 
 def test_the_profiles_own_problems_in_their_order(profile, monkeypatch):
-    monkeypatch.setattr("qlora_lib.profiles.GSM8K_DEV", 5)
+    monkeypatch.setattr("qlora_lib.profiles.GSM8K_DEV", 2)
     data = prepare(profile, small_tokenizer())
     pairs = [format_gsm8k(e) for e in profile.examples("train")]
     assert data.train == [encode(small_tokenizer(), pair, 512) for pair in pairs]
-    assert len(data.train) == 25 and len(data.dev) == 5 and data.readable == 25
+    assert len(data.train) == 28 and len(data.dev) == 2 and data.readable == 28
     text = str(data)
-    assert "the problems of profile smollm2 (GSM8K); calculator notes stripped; 5 held out" in text
-    assert "0 equal one of 1 test questions" in text and "25 examples" in text
+    assert "the problems of profile smollm2 (GSM8K); calculator notes stripped; 2 held out" in text
+    assert "0 equal one of 1 test questions" in text and "28 examples" in text
     kept = prepare(profile, small_tokenizer(), notes=True)
     assert kept.report()["calculator_notes"] == "kept"
     assert kept.count.tokens > data.count.tokens
+
+
+def test_too_few_problems_to_hold_some_out(profile, monkeypatch):
+    few = {split: profile.examples(split)[:9] for split in ("train", "test")}
+    monkeypatch.setattr("qlora_lib.profiles.load_gsm8k", lambda split, folder: few[split])
+    data = prepare(profile, small_tokenizer())
+    assert data.dev == [] and len(data.train) == 9
 
 
 def test_dev_is_held_out_with_all_versions_of_its_problems(profile, tmp_path):
