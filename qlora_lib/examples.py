@@ -20,7 +20,7 @@ which strict extraction reads as it does `#### N`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import IGNORE, PROMPT, Encoded, Pair, encode_prompt, format_gsm8k
+from .data import IGNORE, PROMPT, Encoded, Pair, check_text, encode_prompt, format_gsm8k
 
 FORMATS = {
     "text": ("text",),
@@ -93,6 +93,7 @@ def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
     for field in FORMATS[name]:
         if not isinstance(row[field], str) or not row[field].strip():
             raise ValueError(f"`{field}` should be a text that is not empty, got {row[field]!r:.80}")
+        check_text(row[field])
     if name == "MathInstruct" and row.get("input"):
         raise ValueError(
             f"`input` {row['input']!r:.60} would be lost: an instruction is asked alone; write the "
@@ -174,5 +175,6 @@ def _check_messages(messages) -> None:
                 f"a message needs a role ({', '.join(ROLES)}) and a text `content` that is not "
                 f"empty, got {message!r:.80}"
             )
+        check_text(content)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"a chat should end with the assistant's turn, not {messages[-1]!r:.80}")

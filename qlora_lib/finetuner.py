@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .adapters import load_adapter, save_adapter
-from .checkpoint import atomic_folder, open_tensors, read_json
+from .checkpoint import atomic_folder, check_place, open_tensors, read_json
 from .data import Encoded, Pair, read_rows, short_path
 from .examples import make_examples
 from .generation import Decoding, generator
@@ -84,7 +84,7 @@ class Finetuner:
             lora = {"target_modules": "all", "rank": 16} | lora
             if "alpha" not in lora:
                 if isinstance(lora["rank"], dict):
-                    raise ValueError("a rank a layer needs alpha, the one of all layers; give alpha=")
+                    raise ValueError("a rank a layer needs one alpha for all of them; give alpha=")
                 lora["alpha"] = 2 * lora["rank"]
             inject_lora(model, adapter=adapter, **lora)
         self.model, self.tokenizer, self.method = model, tokenizer, method
@@ -126,10 +126,12 @@ class Finetuner:
     def try_saving(self) -> None:
         """Save into the folder, read back, remove: what would fail at the end fails now.
 
-        Raises ValueError where the folder can't be written or gives back something else.
+        Raises ValueError where the folder can't be written, gives back something else, or has
+        other files where the result should be.
         """
         trial = self.folder / "trial"
         try:
+            check_place(self.folder / "result", ABOUT)
             self._write(trial)
             wanted = self._tensors()
             found = {}
@@ -182,8 +184,9 @@ class Finetuner:
         """(model, tokenizer) of what `save` wrote, in eval mode.
 
         model, tokenizer: the base that was handed over to the tuner, for which no name is known;
-        a dense one is quantized in place, where the tuner did that. options: device and compute_dtype. Raises FileNotFoundError, and ValueError where the
-        base is not known or another one.
+        a dense one is quantized in place, where the tuner did that. options: device and
+        compute_dtype. Raises FileNotFoundError, and ValueError where the base is not known or
+        another one.
         """
         from .grid import QuantSpec
 

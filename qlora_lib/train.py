@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from . import processes
 from .adam8bit import Adam8bit
-from .data import IGNORE, Encoded, Pair, collate, encode, pad_id
+from .data import IGNORE, Encoded, Pair, check_tokens, collate, encode, pad_id
 from .generation import add_tensors
 from .history import History, peak_memory, start_metrics
 from .lora import keep_choice, lora_layers, trainable_parameters
@@ -59,8 +59,8 @@ def finetune(
     writes the files; parameters start as its own; each returns the same history.
 
     Raises ValueError for no examples, nothing to train (with a LoRA+ ratio: no B), a prompt that
-    fills max_length, a checkpoint of another run, processes that differ in their settings or
-    examples, and a loss or gradient that is not finite.
+    fills max_length, a token that the model does not have, a checkpoint of another run, processes
+    that differ in their settings or examples, and a loss or gradient that is not finite.
     """
     if not examples or (dev is not None and not dev):
         raise ValueError("there are no examples to train on (or an empty dev set was given)")
@@ -73,6 +73,7 @@ def finetune(
         raise ValueError("fp16 needs its trained parameters in fp32; load with compute_dtype=fp32")
     encoded = _encode(tokenizer, examples, config)
     encoded_dev = _encode(tokenizer, dev, config) if dev else []
+    check_tokens(model, {pad_id(tokenizer)}.union(*(ids for ids, _ in encoded + encoded_dev)))
 
     lengths = [len(ids) for ids, _ in encoded]
     window = config.batch_size * config.accumulation  # examples in an optimizer step
@@ -190,7 +191,7 @@ def _settings(model) -> dict:
 
 
 def _base_hash(model, trained: dict) -> str:
-    """SHA-256 of the tensors that a checkpoint of the model would hold and that stay as they are."""
+    """SHA-256 of the tensors that the model's checkpoint would hold and that are not trained."""
     digest = hashlib.sha256()
     add_tensors(digest, ((n, t) for n, t in model.state_dict().items() if n not in trained))
     return digest.hexdigest()

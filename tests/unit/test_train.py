@@ -273,6 +273,10 @@ def test_errors_say_what_to_do():
         run(small_model().requires_grad_(False), config())
     with pytest.raises(ValueError, match="fills the context"):
         run(adapted(), config(max_length=8))
+    with pytest.raises(ValueError, match="token id 308, but the model has embeddings of 308"):
+        finetune(adapted(), small_tokenizer(), [([1, 308], [-100, 308])], config())
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        TrainConfig(max_length=0)
     with pytest.raises(ValueError, match="fp16 needs"):
         run(small_model().half(), config(compute_dtype="fp16"))
     with pytest.raises(ValueError, match="at least 1"):
