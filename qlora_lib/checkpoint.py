@@ -161,7 +161,7 @@ def describe(model, tokenizer, specs: dict[str, QuantSpec | NF4Spec], folder: Pa
     """Write all that stands beside the weights: specs by layer, config, tokenizer."""
     layers = {path: spec_as_json(spec) for path, spec in specs.items()}
     text = json.dumps({"format": FORMAT, "layers": layers}, indent=1)
-    (folder / QUANTIZATION).write_text(text + "\n")
+    (folder / QUANTIZATION).write_text(text + "\n", encoding="utf-8")
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -42,6 +42,19 @@ def test_finetune_evaluate_generate(place, capsys):
     assert "no chat template" in capsys.readouterr().err
 
 
+def test_only_the_answer_to_a_question_ends_before_the_next(place, monkeypatch):
+    from qlora_lib import generation
+
+    stops, real = [], generation.generator
+    monkeypatch.setattr(
+        generation, "generator", lambda *a: stops.append(a[2].stop) or real(*a)
+    )
+    argv = ["generate", *COMMON, "--dense", "--no-adapter", "--max-new-tokens", "2"]
+    for form in ("question", "prompt"):
+        assert run(*argv, "--form", form, "1 + 1?") == 0
+    assert stops == [("Question:",), ()]
+
+
 def test_evaluate_goes_on_compares_and_refuses_other_settings(place, capsys):
     argv = [*COMMON, "--max-new-tokens", "4", "--dense", "--no-adapter"]
     assert run("evaluate", *argv) == 0

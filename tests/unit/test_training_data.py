@@ -92,6 +92,16 @@ def test_test_questions_are_left_out_unless_told(profile, tmp_path):
         prepare(profile, small_tokenizer(), tmp_path / "meta.json")
 
 
+def test_kept_overlap_needs_no_test_set(profile, tmp_path):
+    write(tmp_path / "meta.json", [metamath(i) for i in range(6)])
+    (tmp_path / "problems" / "test.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="test.jsonl"):
+        prepare(profile, small_tokenizer(), tmp_path / "meta.json")
+    kept = prepare(profile, small_tokenizer(), tmp_path / "meta.json", keep_overlap=True)
+    assert len(kept.train) == 6 and kept.overlap.questions == 0
+    assert "0 equal one of 0 test questions" in str(kept)
+
+
 def test_training_sets_by_name(profile, monkeypatch):
     rows = {"metamathqa": [metamath(i) for i in range(3)], "mathinstruct": [{"query": 3}]}
     monkeypatch.setattr(training_data, "load_training_set", rows.get)
