@@ -20,7 +20,9 @@ def check_device(device: str | None) -> None:
 
     try:
         wanted = torch.device(device or "cpu")
-    except RuntimeError as error:
+        if wanted.type != "cuda":  # which would take memory of the first GPU
+            torch.zeros(1, device=wanted).cpu()
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: expected cpu, cuda, cuda:1 ...") from error
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= here:

@@ -271,7 +271,7 @@ def test_partly_quantized_base_fails_the_check(place, capsys):
 )
 def test_numbers_out_of_range_are_refused_by_the_parser(capsys, argv, message):
     with pytest.raises(SystemExit) as done:
-        run(*argv)
+        parser().parse_args(argv)
     assert done.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -299,6 +299,7 @@ def test_what_would_fail_at_the_end_fails_before_the_work(place, capsys):
     "argv, message",
     [
         (["evaluate", "--device", "gpu"], "--device gpu: expected cpu, cuda"),
+        (["evaluate", "--device", "meta"], "--device meta: expected cpu, cuda"),
         (["evaluate", "--device", "cuda:99"], "CUDA devices"),
         (["evaluate", "--dense", "--no-adapter", "--out", "model/config.json"], "config.json"),
         (["evaluate", "--dense", "--no-adapter", "--out", "model/config.json/x"], "config.json"),
