@@ -73,7 +73,8 @@ def finetune(
         raise ValueError("fp16 needs its trained parameters in fp32; load with compute_dtype=fp32")
     encoded = _encode(tokenizer, examples, config)
     encoded_dev = _encode(tokenizer, dev, config) if dev else []
-    check_tokens(model, {pad_id(tokenizer)}.union(*(ids for ids, _ in encoded + encoded_dev)))
+    padding = {pad_id(tokenizer)} if config.batch_size > 1 else set()
+    check_tokens(model, padding.union(*(ids for ids, _ in encoded + encoded_dev)))
 
     lengths = [len(ids) for ids, _ in encoded]
     window = config.batch_size * config.accumulation  # examples in an optimizer step
