@@ -30,8 +30,8 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     path: a hub id, a folder with config.json, tokenizer and safetensors, a GGUF file or a
     folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear.
     Raises FileNotFoundError, saying what to do, where there are no weights, they are gated or
-    the hub can't be reached; ValueError for pickled, truncated, incomplete or quantized weights and for
-    a tokenizer without an end token.
+    the hub can't be reached; ValueError for pickled, truncated, incomplete or quantized weights
+    and for a tokenizer without an end token.
     """
     from transformers.utils.logging import disable_progress_bar
 

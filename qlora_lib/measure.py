@@ -211,7 +211,8 @@ def _room_in_container(group: Path = Path("/sys/fs/cgroup")) -> float:
     try:
         limit = int((group / "memory.max").read_text(encoding="utf-8"))
         used = int((group / "memory.current").read_text(encoding="utf-8"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        stat = dict(line.split() for line in lines)
         return limit - used + int(stat["inactive_file"])
     except (OSError, ValueError, KeyError):  # no cgroup v2, or "max": no limit
         return math.inf

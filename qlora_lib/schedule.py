@@ -43,8 +43,8 @@ class TrainConfig:
         counts += [n for n in (self.max_length, self.max_steps, self.eval_every) if n is not None]
         if min(counts) < 1:
             raise ValueError(
-                "epochs, max_steps, batch_size, accumulation, eval_every, save_every and max_length "
-                f"must be at least 1, got {self}"
+                "epochs, max_steps, batch_size, accumulation, eval_every, save_every and "
+                f"max_length must be at least 1, got {self}"
             )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(

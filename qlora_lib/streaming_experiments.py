@@ -69,7 +69,8 @@ def make_folder(folder: Path, shape: dict, blocks: int | None = None) -> None:
         for k, names in enumerate(files, 1) for name in names
     }  # fmt: skip
     index = folder / INDEX
-    if index.is_file() and json.loads(index.read_text(encoding="utf-8"))["weight_map"] == weight_map:
+    there = index.is_file() and json.loads(index.read_text(encoding="utf-8"))
+    if there and there["weight_map"] == weight_map:
         return
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DATA / "tiny-llama").save_pretrained(folder)

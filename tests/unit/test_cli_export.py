@@ -58,9 +58,13 @@ def test_the_merge_is_calibrated_on_what_the_base_was(place, capsys, monkeypatch
     from qlora_lib import merge_loss
 
     seen, real = [], merge_loss.merge_hessians
-    monkeypatch.setattr(
-        merge_loss, "merge_hessians", lambda model, batches: seen.append(batches) or real(model, batches)
-    )
+
+
+    def remember(model, batches):
+        seen.append(batches)
+        return real(model, batches)
+
+    monkeypatch.setattr(merge_loss, "merge_hessians", remember)
     own = place / "own.jsonl"
     own.write_text("\n".join(json.dumps({"text": f"{i} apples"}) for i in range(12)))
     argv = ["--model", "model", "--data", "own.jsonl", "--group-size", "32"]

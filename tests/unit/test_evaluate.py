@@ -162,7 +162,7 @@ def test_a_question_that_is_too_long_is_found_before_the_first_is_asked(tmp_path
         return generate(prompts)
 
     counted.check = generate.check
-    problems = [{"question": "1?", "answer": "#### 1"}, {"question": "2 " * 300, "answer": "#### 2"}]
+    problems = [{"question": question, "answer": "#### 1"} for question in ("1?", "2 " * 300)]
     scored = with_scores(counted, lambda prompts, said: [1.0] * len(said), "one")
     for ask in (counted, scored):
         with pytest.raises(ValueError, match="exceed the context of 256: 'Question: 2 2"):

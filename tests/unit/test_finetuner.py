@@ -154,7 +154,7 @@ def test_a_rank_a_layer_takes_one_alpha():
     rank = {"model.layers.0.self_attn.q_proj": 2}
     mine = Finetuner(small_model(), small_tokenizer(), "lora", rank=rank, alpha=4)
     assert len(trainable_parameters(mine.model)) == 2
-    with pytest.raises(ValueError, match="a rank a layer needs alpha"):
+    with pytest.raises(ValueError, match="a rank a layer needs one alpha"):
         Finetuner(small_model(), small_tokenizer(), "lora", rank=rank)
 
 
