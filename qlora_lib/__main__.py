@@ -14,7 +14,7 @@ import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from .cli.common import open_profile, shared_options
+from .cli.common import check_device, open_profile, shared_options
 from .cli.evaluate import add_evaluate_and_generate, evaluate, generate
 from .cli.export import add_export, export
 from .cli.finetune import add_quantize_and_finetune, finetune, quantize
@@ -50,11 +50,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.command} runs in one process, {processes.launched()} were launched; start "
                 f"it as python -m qlora_lib {args.command}"
             )
+        check_device(args.device)
         args.device = processes.start(args.device)
         # One process speaks for all; errors are each one's own.
         with nullcontext() if processes.first() else redirect_stdout(open(os.devnull, "w")):
             commands[args.command](args)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -44,8 +44,12 @@ class AdapterLog:
         } | more
         line = json.dumps(row, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(line)
+        with open(self.path, "ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read() != b"\n":  # torn by a kill: that line alone is damaged
+                    line = "\n" + line
+            stream.write(line.encode())  # at the end, wherever was read
             stream.flush()
             os.fsync(stream.fileno())
         return row

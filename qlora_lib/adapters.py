@@ -67,7 +67,9 @@ def save_adapter(
     }
     with atomic_folder(folder, ADAPTER_CONFIG) as scratch:
         save_file(state, scratch / ADAPTER, metadata=metadata)
-        (scratch / ADAPTER_CONFIG).write_text(json.dumps(described, indent=1) + "\n")
+        (scratch / ADAPTER_CONFIG).write_text(
+            json.dumps(described, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _learned_is_a_difference(layer: LoRALinear, adapter: str) -> bool:

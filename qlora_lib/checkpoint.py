@@ -6,6 +6,7 @@ beside its place and renamed, so that a killed run leaves no half checkpoint.
 
 import json
 import shutil
+import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,17 +29,28 @@ WEIGHTS, QUANTIZATION = "model.safetensors", "quantization.json"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in shards: which file holds which tensor
 
 
+def check_place(folder: Path | str, marker: str) -> None:
+    """Raises what writing a checkpoint to `folder` would raise: ValueError when it holds files
+    but not `marker`, the file that each checkpoint of the kind has, as to replace it would delete
+    what is there; OSError when nothing can be written beside it.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files; give a folder of its own")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder.parent):
+        pass
+
+
 @contextmanager
 def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
     """A scratch folder beside `folder` that takes its place when the block succeeds.
 
     keep: a block that fails leaves its scratch folder, and the next one finds it.
-    Raises ValueError when `folder` holds files but not `marker`, the file that each
-    checkpoint of the kind has: to replace it would delete what is there.
+    Raises what check_place raises.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds other files; give a folder of its own")
+    check_place(folder, marker)
     scratch = folder.with_name(folder.name + (".unfinished" if keep else ".part"))
     if not keep:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -87,7 +99,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is this the right folder?")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
 
@@ -149,7 +161,7 @@ def describe(model, tokenizer, specs: dict[str, QuantSpec | NF4Spec], folder: Pa
     """Write all that stands beside the weights: specs by layer, config, tokenizer."""
     layers = {path: spec_as_json(spec) for path, spec in specs.items()}
     text = json.dumps({"format": FORMAT, "layers": layers}, indent=1)
-    (folder / QUANTIZATION).write_text(text + "\n")
+    (folder / QUANTIZATION).write_text(text + "\n", encoding="utf-8")
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -79,7 +79,27 @@ def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
 def _field(entry: dict[str, str], name: str) -> str:
     if not isinstance(entry.get(name), str) or not entry[name].strip():
         raise ValueError(f"an entry needs a non-empty text `{name}`, got {entry!r:.120}")
+    check_text(entry[name])
     return entry[name]
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for half a surrogate pair, which JSON can write and tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"a text holds half a surrogate pair, {half!r}; mend it") from error
+
+
+def check_tokens(model, ids: Iterable[int]) -> None:
+    """Raises ValueError for a token id that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (largest := max(ids, default=0)) >= rows:
+        raise ValueError(
+            f"token id {largest}, but the model has embeddings of {rows} tokens: the tokenizer is "
+            "another model's, or tokens were added to it (model.resize_token_embeddings)"
+        )
 
 
 def read_rows(path: Path) -> list[tuple[str, dict]]:

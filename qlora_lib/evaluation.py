@@ -166,9 +166,10 @@ def evaluate(
 
     report_folder gets settings.json, predictions.jsonl as it grows, and report.json at the
     end. A killed evaluation, called again, keeps the chunks it has and gives the same report
-    (but for the clock). Raises ValueError for a folder with answers of other settings, which
-    `restart` replaces; for no problems; GoldError for an unparsable gold, before anything is
-    generated; CanaryError for a grader or a prompt that can't be trusted.
+    (but for the clock). Raises, before anything is generated, ValueError for a folder with
+    answers of other settings, which `restart` replaces, for no problems, and for a prompt that
+    `generate.check` refuses, where there is one; GoldError for an unparsable gold; CanaryError for
+    a grader or a prompt that can't be trusted.
     """
     if not problems:
         raise ValueError("there are no problems to evaluate on")
@@ -176,6 +177,8 @@ def evaluate(
     prompts = [prompt(entry)[0] for entry in problems]
     if canaries:
         run_canaries(evaluate, problems, prompt)
+    if hasattr(generate, "check"):  # a question that can't be asked, before the first is
+        generate.check(prompts)
     info = dict(getattr(generate, "info", {})) | {
         "problems_hash": questions_hash((e["question"], g) for e, g in zip(problems, golds)),
         "prompts_hash": content_hash(prompts),

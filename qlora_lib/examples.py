@@ -10,7 +10,8 @@ A file has one format, told by its fields:
     query, response           MetaMathQA's, asked likewise; original_question, where there is one,
                               tells rephrasings of a problem
     instruction, output       MathInstruct's, asked likewise; rows whose source is PoT are left
-                              out: their solutions are programs, and nothing here runs them
+                              out: their solutions are programs, and nothing here runs them.
+                              Alpaca's rows with an `input` are refused: it would be lost
 
 The end token is learned too. Solutions stay as published: MetaMathQA's end in "The answer is: N",
 which strict extraction reads as it does `#### N`.
@@ -19,7 +20,7 @@ which strict extraction reads as it does `#### N`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import IGNORE, PROMPT, Encoded, Pair, format_gsm8k
+from .data import IGNORE, PROMPT, Encoded, Pair, check_text, encode_prompt, format_gsm8k
 
 FORMATS = {
     "text": ("text",),
@@ -56,6 +57,8 @@ def make_examples(
     formats, texts that are empty or no text, and chats that can't be written; likewise when
     nothing is left.
     """
+    if not rows:
+        raise ValueError("there are no rows to make examples of")
     name, examples = _format_of(*rows[0]), []
     for where, row in rows:
         if _format_of(where, row) != name:
@@ -90,6 +93,12 @@ def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
     for field in FORMATS[name]:
         if not isinstance(row[field], str) or not row[field].strip():
             raise ValueError(f"`{field}` should be a text that is not empty, got {row[field]!r:.80}")
+        check_text(row[field])
+    if name == "MathInstruct" and row.get("input"):
+        raise ValueError(
+            f"`input` {row['input']!r:.60} would be lost: an instruction is asked alone; write the "
+            "row as prompt and completion"
+        )
     texts = tuple(row[field] for field in FORMATS[name])
     if name == "text":
         pair = ("", texts[0])
@@ -125,8 +134,11 @@ def chat_example(messages, tokenizer) -> Example:
                 f"the chat template writes the first {i + 1} messages otherwise once others follow; "
                 "give each answer a chat of its own"
             )
-        # Apart, as when the model is asked; the template has written bos and the like.
-        given = tokenizer.encode(asked[len(done) :], add_special_tokens=False)
+        # Apart, as when the model is asked: from bos on, which most templates write.
+        if done:
+            given = tokenizer.encode(asked[len(done) :], add_special_tokens=False)
+        else:
+            given = encode_prompt(tokenizer, asked)
         learned = tokenizer.encode(answered[len(asked) :], add_special_tokens=False)
         ids += given + learned
         labels += [IGNORE] * len(given) + learned
@@ -163,5 +175,6 @@ def _check_messages(messages) -> None:
                 f"a message needs a role ({', '.join(ROLES)}) and a text `content` that is not "
                 f"empty, got {message!r:.80}"
             )
+        check_text(content)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"a chat should end with the assistant's turn, not {messages[-1]!r:.80}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .adapters import load_adapter, save_adapter
-from .checkpoint import atomic_folder, open_tensors, read_json
+from .checkpoint import atomic_folder, check_place, open_tensors, read_json
 from .data import Encoded, Pair, read_rows, short_path
 from .examples import make_examples
 from .generation import Decoding, generator
@@ -63,7 +63,8 @@ class Finetuner:
             raise ValueError(f"{sorted(lora)} are LoRA's; method='full' trains every weight")
         self.source = None
         if isinstance(model, (str, Path)):
-            self.source = str(model)
+            # A folder's whole path, so that the result is read from any working directory.
+            self.source = str(Path(model).resolve()) if Path(model).exists() else str(model)
             model, own = load_model(model, device, compute_dtype)
             tokenizer = tokenizer or own
         elif tokenizer is None:
@@ -82,7 +83,11 @@ class Finetuner:
         else:
             torch.manual_seed(seed)
             lora = {"target_modules": "all", "rank": 16} | lora
-            inject_lora(model, adapter=adapter, **{"alpha": 2 * lora["rank"]} | lora)
+            if "alpha" not in lora:
+                if isinstance(lora["rank"], dict):
+                    raise ValueError("a rank a layer needs one alpha for all of them; give alpha=")
+                lora["alpha"] = 2 * lora["rank"]
+            inject_lora(model, adapter=adapter, **lora)
             set_adapter(model, adapter)  # what is trained is what calls use
         self.model, self.tokenizer, self.method = model, tokenizer, method
         self.spec, self.adapter = (spec if method == "qlora" and not quantized else None), adapter
@@ -123,10 +128,12 @@ class Finetuner:
     def try_saving(self) -> None:
         """Save into the folder, read back, remove: what would fail at the end fails now.
 
-        Raises ValueError where the folder can't be written or gives back something else.
+        Raises ValueError where the folder can't be written, gives back something else, or has
+        other files where the result should be.
         """
         trial = self.folder / "trial"
         try:
+            check_place(self.folder / "result", ABOUT)
             self._write(trial)
             wanted = self._tensors()
             found = {}
@@ -178,9 +185,10 @@ class Finetuner:
     def load(cls, folder: str | Path, model=None, tokenizer=None, **options):
         """(model, tokenizer) of what `save` wrote, in eval mode.
 
-        model, tokenizer: the base that was handed over to the tuner, for which no name is known.
-        options: device and compute_dtype. Raises FileNotFoundError, and ValueError where the
-        base is not known or another one.
+        model, tokenizer: the base that was handed over to the tuner, for which no name is known;
+        a dense one is quantized in place, where the tuner did that. options: device and
+        compute_dtype. Raises FileNotFoundError, and ValueError where the base is not known or
+        another one.
         """
         from .grid import QuantSpec
 
@@ -193,10 +201,14 @@ class Finetuner:
                 raise ValueError(f"{short_path(folder)}: the base was handed over as a module; "
                                  "give model= and tokenizer=")  # fmt: skip
             model, tokenizer = load_model(about["model"], **options)
-            for kind, settings in (about["spec"] or {}).items():
-                spec = {"NF4Spec": NF4Spec, "QuantSpec": QuantSpec}[kind](**settings)
-                how = "nf4" if kind == "NF4Spec" else "rtn"
-                quantize_model(model, None, spec, how, target_modules="all")
+        for kind, settings in (about["spec"] or {}).items() if not quantized_layers(model) else ():
+            spec = {"NF4Spec": NF4Spec, "QuantSpec": QuantSpec}[kind](**settings)
+            how = "nf4" if kind == "NF4Spec" else "rtn"
+            quantize_model(model, None, spec, how, target_modules="all")
+        if bool(quantized_layers(model)) != (about["method"] == "qlora"):
+            kinds = {"qlora": "a quantized", "lora": "a dense"}
+            raise ValueError(f"{short_path(folder)}: the adapter was trained on "
+                             f"{kinds[about['method']]} base; give that one")  # fmt: skip
         name = about["adapter"]
         if name in adapter_names(model):
             raise ValueError(f"the model has an adapter {name!r} already; give its bare base")
@@ -205,7 +217,11 @@ class Finetuner:
         return model.eval(), tokenizer
 
     def generate(self, prompts: Sequence[str], **decoding) -> list:
-        """Completions of the prompts; keywords are those of Decoding."""
+        """Completions of the prompts; keywords are those of Decoding.
+
+        They end before "Question:", as answers to data.PROMPT should; for chats and prompts of
+        your own give stop=().
+        """
         return generator(self.model, self.tokenizer, Decoding(**decoding))(prompts)
 
     def score(self, task: Task, pairs: Sequence[Pair]) -> Score:

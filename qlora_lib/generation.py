@@ -6,14 +6,15 @@ every row's last token is its prompt's. Not handled: stopping early at a stop st
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .data import encode_prompt, pad, pad_id, short_path
+from .data import check_tokens, encode_prompt, pad, pad_id, short_path
 from .linear import decoding_layout
 from .lora import use_adapter
 from .lora_layer import check_names, lora_layers
@@ -69,13 +70,19 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
     """A function from a list of prompts to a list of Completions in the same order.
 
     With samples > 1 it returns a list of `samples` Completions for each prompt. Its
-    attributes `info` and `fingerprint()` say what a report should. Prompts are batched by
-    length and padded on the left. `generate(prompts, adapters)` gives each prompt an adapter of
-    its own, by name (None: the base), in batches that mix them. Raises ValueError where a
-    prompt and max_new_tokens exceed the context, for unknown adapters, and unless there is
-    one a prompt.
+    attributes `info` and `fingerprint()` say what a report should; `check(prompts)` raises what
+    asking these would. Prompts are batched by length and padded on the left.
+    `generate(prompts, adapters)` gives each prompt an adapter of its own, by name (None: the
+    base), in batches that mix them. Raises ValueError for what check_prompt refuses, for unknown
+    adapters, and unless there is one a prompt.
     """
     dtype = model.get_input_embeddings().weight.dtype
+
+    def check(prompts: Sequence[str]) -> list[list[int]]:
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, encoded):
+            check_prompt(model, decoding, prompt, ids)
+        return encoded
 
     def generate(prompts: Sequence[str], adapters: Sequence[str | None] | None = None) -> list:
         if adapters is not None:
@@ -85,9 +92,7 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
                     "a name, or None, for each prompt"
                 )
             check_names(model, *adapters)
-        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, encoded):
-            check_prompt(model, decoding, prompt, ids)
+        encoded = check(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         results: list = [None] * len(prompts)
         was_training = model.training
@@ -118,11 +123,14 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
         "decoding": {k: v for k, v in asdict(decoding).items() if k != "cache_bits" or v},
     }
     generate.fingerprint = lambda: fingerprint(model)
+    generate.check = check
     return generate
 
 
 def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> None:
-    """Raises ValueError where a prompt (its tokens: ids) and max_new_tokens exceed the context."""
+    """Raises ValueError where a prompt (its tokens: ids) and max_new_tokens exceed the context, or
+    where the model does not have one of its tokens."""
+    check_tokens(model, ids)
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
     if len(ids) + decoding.max_new_tokens > context:
         raise ValueError(
@@ -138,11 +146,16 @@ def fingerprint(model) -> str:
     digest = hashlib.sha256(str(model).encode())
     for name, layer in lora_layers(model).items():
         digest.update(f"{name} {layer.active} {layer.configs}".encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    add_tensors(digest, [*model.named_parameters(), *model.named_buffers()])
+    return digest.hexdigest()
+
+
+def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Take names, shapes, dtypes and bytes of these tensors into a hash."""
+    for name, tensor in named:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @torch.inference_mode()

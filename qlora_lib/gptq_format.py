@@ -69,7 +69,7 @@ def export_gptq(
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         text = json.dumps(config.quantization_config, indent=1)
-        (scratch / MARKER).write_text(text + "\n")
+        (scratch / MARKER).write_text(text + "\n", encoding="utf-8")
 
 
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -148,7 +148,7 @@ def _save_shards(state: dict[str, Tensor], folder: Path, max_shard_size: int | s
         save_file({n: state[n] for n in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def import_gptq(folder: Path | str, device=None, compute_dtype: str = "auto"):

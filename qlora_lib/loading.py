@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .conv1d import linear_from_conv1d
 from .gguf_files import gguf_file, load_gguf
@@ -29,8 +30,8 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     path: a hub id, a folder with config.json, tokenizer and safetensors, a GGUF file or a
     folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear.
     Raises FileNotFoundError, saying what to do, where there are no weights, they are gated or
-    the hub can't be reached; ValueError for pickled, incomplete or quantized weights and for a
-    tokenizer without an end token.
+    the hub can't be reached; ValueError for pickled, truncated, incomplete or quantized weights
+    and for a tokenizer without an end token.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -64,6 +65,16 @@ def _from_safetensors(path: str, dtype: torch.dtype):
             model, found = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: its weights are truncated or corrupt ({error}); get them again"
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} holds tensors of other shapes than its config.json says; get both again"
+        ) from error
     except OSError as error:
         text = str(error)
         reason = text.strip().splitlines()[0].rstrip(".")

@@ -196,7 +196,7 @@ def available_memory(device: torch.device | str) -> float:
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
     except (OSError, StopIteration):
         try:
@@ -209,9 +209,10 @@ def available_memory(device: torch.device | str) -> float:
 def _room_in_container(group: Path = Path("/sys/fs/cgroup")) -> float:
     """Bytes below the limit of a cgroup v2, file caches that can go not counted as used."""
     try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        stat = dict(line.split() for line in lines)
         return limit - used + int(stat["inactive_file"])
     except (OSError, ValueError, KeyError):  # no cgroup v2, or "max": no limit
         return math.inf

@@ -12,6 +12,7 @@ from .block_inputs import (
     block_settings, first_block_inputs, next_call, quantize_block, token_mask,
 )  # fmt: skip
 from .blocks import decoder_blocks
+from .data import check_tokens
 from .gptq import GPTQOptions, gptq_quantize, output_error
 from .grid import QuantSpec, quantize_rtn
 from .hessian import Hessian
@@ -132,9 +133,13 @@ def quantize_model(
     block, and every layer aims at its outputs there (gptq.dense_target).
     target_modules: as for find_linears; "all" are the linears of the decoder blocks.
     Raises ValueError for a method that does not fit the spec, targets that match
-    nothing, a model with adapters or one that is quantized already.
+    nothing, a token that the model does not have, a model with adapters or one that is quantized
+    already.
     """
     check_method(method, spec, calibration)
+    if calibration:
+        found = (int(b["input_ids"].max()) for b in calibration if "input_ids" in b)
+        check_tokens(model, found)
     targets = find_linears(model, target_modules)
     for path, layer in targets.items():
         if not isinstance(layer, nn.Linear):

@@ -102,7 +102,7 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opti
                for name, parameter in model.named_parameters()
                for key in ("exp_avg", "exp_avg_sq", "step")}
     save_file(moments, beside / "optimizer.safetensors")
-    (beside / "state.json").write_text(json.dumps(state))
+    (beside / "state.json").write_text(json.dumps(state), encoding="utf-8")
     _replace(beside, folder)
 
 
@@ -115,7 +115,7 @@ def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opti
     path = folder / "state.json"
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint in {folder}; run without --resume")
-    state = json.loads(path.read_text())
+    state = json.loads(path.read_text(encoding="utf-8"))
     if {key: state[key] for key in asked} != asked:
         raise ValueError(f"the checkpoint in {folder} is of a run with "
                          f"{ {key: state[key] for key in asked} }, this one has {asked}; "

@@ -20,7 +20,7 @@ from .models import default_device
 
 # The others wait while the first quantizes; a launcher ends them all when one of them fails.
 PATIENCE = timedelta(hours=24)
-SPOKEN = (ValueError, FileNotFoundError, ImportError)  # errors that say what to do
+SPOKEN = (ValueError, FileNotFoundError, OSError, ImportError)  # errors that say what to do
 
 
 def launched() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .data import DATA, calibration_batches, format_gsm8k
+from .data import DATA, calibration_batches, format_gsm8k, read_jsonl
 from .gptq import GPTQOptions
 from .grid import QuantSpec
 from .lora import ALL_LINEAR
@@ -22,7 +22,7 @@ from .schedule import TrainConfig
 from .sources import load_gsm8k, load_gsm_hard, load_minigsm
 
 Entry = dict[str, str]
-GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems are held out
+GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems, at most a tenth
 CALIBRATION = 128  # examples that GPTQ sees
 
 
@@ -42,7 +42,8 @@ class Profile:
 
     def examples(self, split: str) -> list[Entry]:
         """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
-        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K."""
+        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K. Where GSM8K's folder
+        has no dev.jsonl, the last tenth of train is dev, at most 256."""
         return self.read(split)
 
     def load(
@@ -96,8 +97,12 @@ def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
         return load_gsm_hard(folder if here else None)
     if split not in ("train", "dev"):
         return load_gsm8k(split, folder)  # test, or an error that names the splits
+    own = None if folder is None else Path(folder) / "dev.jsonl"
+    if own is not None and own.is_file():
+        return load_gsm8k("train", folder) if split == "train" else read_jsonl(own)
     entries = load_gsm8k("train", folder)
-    return {"train": entries[:-GSM8K_DEV], "dev": entries[-GSM8K_DEV:]}[split]
+    kept = len(entries) - min(GSM8K_DEV, len(entries) // 10)
+    return {"train": entries[:kept], "dev": entries[kept:]}[split]
 
 
 TINY = DATA / "tiny-llama"

@@ -126,6 +126,8 @@ def with_scores(generate: Generate, score: Score, name: str) -> Generate:
     parts = [f.fingerprint for f in (generate, score) if hasattr(f, "fingerprint")]
     if parts:
         scored.fingerprint = lambda: content_hash([part() for part in parts])
+    if hasattr(generate, "check"):
+        scored.check = generate.check
     return scored
 
 

@@ -40,11 +40,11 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = [self.epochs, self.batch_size, self.accumulation, self.save_every]
-        counts += [n for n in (self.max_steps, self.eval_every) if n is not None]
+        counts += [n for n in (self.max_length, self.max_steps, self.eval_every) if n is not None]
         if min(counts) < 1:
             raise ValueError(
-                "epochs, max_steps, batch_size, accumulation, eval_every and save_every must be "
-                f"at least 1, got {self}"
+                "epochs, max_steps, batch_size, accumulation, eval_every, save_every and "
+                f"max_length must be at least 1, got {self}"
             )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(

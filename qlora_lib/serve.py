@@ -20,6 +20,7 @@ for all layers, no rank_pattern (docs.vllm.ai, "LoRA Adapters"; vllm/lora/peft_h
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -239,4 +240,5 @@ class AdapterServer:
 
 def _percentile(found: Sequence[float], part: float) -> float | None:
     """Nearest rank of sorted values; None of none."""
-    return found[min(len(found) - 1, int(part * len(found)))] if found else None
+    # Less a billionth: 0.95 * n may come out just above the whole number that it is.
+    return found[max(0, math.ceil(part * len(found) - 1e-9) - 1)] if found else None

@@ -44,17 +44,18 @@ def save_last(folder: Path, parameters: Parameters, optimizer, scaler, identity,
 def load_last(folder: Path, parameters: Parameters, optimizer, scaler, identity) -> list[dict]:
     """Put parameters, optimizer and scaler back; returns the metrics up to that step.
 
-    Returns [] where there is no checkpoint yet. Raises ValueError, naming what differs,
-    for the checkpoint of another run, and for a damaged one.
+    Returns [] where there is no checkpoint yet. What an older checkpoint does not say counts
+    as equal. Raises ValueError, naming what differs, for the checkpoint of another run, and for a
+    damaged one.
     """
     path = folder / "last.safetensors"
     if not path.exists():
         return []
     tensors, state = _load(path)
     old = state["identity"]
-    differ = [k for k in identity if old.get(k) != identity[k]]
+    differ = [k for k in identity if k in old and old[k] != identity[k]]
     if differ:
-        changes = ", ".join(f"{k} was {old.get(k)!r:.20}, is {identity[k]!r:.20}" for k in differ)
+        changes = ", ".join(f"{k} was {old[k]!r:.20}, is {identity[k]!r:.20}" for k in differ)
         raise ValueError(
             f"{path} belongs to another run: {changes}. Give the same settings to resume it, "
             "or another folder (or resume=False) to start anew"

@@ -92,7 +92,7 @@ def load_training_set(name: str) -> list[dict[str, str]]:
 
 
 def data_file(folder: Path, split: str = "train") -> Path:
-    """`folder`/{split}.jsonl or .json or, for "train", the only such file that is there.
+    """`folder`/{split}.jsonl or .json or, for "train", the only such file but dev and test.
 
     Raises FileNotFoundError, saying what the folder holds.
     """
@@ -100,8 +100,9 @@ def data_file(folder: Path, split: str = "train") -> Path:
         if (folder / f"{split}.{suffix}").is_file():
             return folder / f"{split}.{suffix}"
     found = sorted([*folder.glob("*.jsonl"), *folder.glob("*.json")])
-    if split == "train" and len(found) == 1:
-        return found[0]
+    to_train = [file for file in found if file.stem not in ("dev", "test")]
+    if split == "train" and len(to_train) == 1:
+        return to_train[0]
     names = ", ".join(file.name for file in found) or "no JSON file"
     raise FileNotFoundError(
         f"{short_path(folder)} has no {split}.jsonl (it holds {names}); name a file, or a folder "

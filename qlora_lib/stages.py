@@ -7,13 +7,14 @@ and evaluation keep their own state there (train.py, evaluation.py).
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from . import processes
-from .checkpoint import load_quantized, save_quantized
+from .checkpoint import QUANTIZATION, check_place, load_quantized, read_json, save_quantized
 from .data import DATA, short_path, weights_id
 from .gptq import GPTQOptions
 from .grid import QuantSpec
@@ -24,8 +25,9 @@ from .measure import check_fits
 from .memory import memory_ledger
 from .models import LayerReport, default_device, dtype_name, resolve_dtype
 from .nf4 import NF4Spec
-from .results import ROOT, stamp, write_json_atomic
+from .results import ROOT, content_hash, stamp, write_json_atomic
 from .schedule import TrainConfig
+from .sources import TRAINING_SETS
 from .streaming import REPORT, quantize_checkpoint
 
 
@@ -91,8 +93,12 @@ def make_base(
     profile's train problems. stream, spill: one decoder block in memory at a time
     (quantize_checkpoint); a hub model is downloaded first, and a killed run goes on.
     options: of GPTQ.
-    Raises FileNotFoundError where the profile has no weights, and what quantizing raises.
+    The base is made anew, too, when the calibration examples are others than they were, but for
+    published sets. Raises FileNotFoundError where the profile has no weights, and what check_place
+    and quantizing raise.
     """
+    from transformers import AutoTokenizer
+
     method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
     dtype = compute_dtype or profile.compute_dtype
     recipe = {
@@ -108,22 +114,28 @@ def make_base(
     if method == "gptq":
         recipe |= options.changed()
     base, made = folder / "base", []
+    pairs = examples if "calibrated_on" in recipe else None
+    seen = None  # by GPTQ: a hash, as a function of the tokenizer
+    if method == "gptq" and calibrated_on not in TRAINING_SETS:
+
+        def seen(tokenizer) -> str:
+            return calibration_hash(profile.calibration(tokenizer, pairs and pairs(tokenizer)))
 
     def make() -> None:
-        if _is_made_so(base, recipe):
+        if _is_made_so(base, recipe, seen):
             print(f"base: {short_path(base)} is there, with these settings")
             return
+        check_place(base, QUANTIZATION)
         print(f"base: {'streaming' * stream or 'quantizing'} {short_path(Path(profile.model))} "
               f"with {method}")  # fmt: skip
-        pairs = examples if "calibrated_on" in recipe else None
         if stream:
             source = dataclasses.replace(profile, model=str(_local(profile.model)))
             _stream(source, base, spec, method, options, target_modules, pairs, device, dtype, spill)
         else:
             model, tokenizer = profile.load(device=device, compute_dtype=dtype)
-            pairs = pairs and pairs(tokenizer)
             report = profile.quantize(
-                model, tokenizer, spec, method, target_modules, pairs, options
+                model, tokenizer, spec, method, target_modules, pairs and pairs(tokenizer),
+                options,
             )
             for row in report:
                 _show(row)
@@ -131,16 +143,33 @@ def make_base(
             made.append((model, tokenizer))
             before, after = sum(r.bytes_before for r in report), sum(r.bytes_after for r in report)
             print(f"  {before:,} -> {after:,} bytes, saved to {short_path(base)}")
+        if seen:
+            recipe["calibration"] = seen(AutoTokenizer.from_pretrained(base))
         write_json_atomic(base / "recipe.json", recipe)
 
     processes.on_first(make)
     return made[0] if made else None
 
 
-def _is_made_so(base: Path, recipe: dict) -> bool:
-    file = base / "recipe.json"
+def calibration_hash(batches: Sequence[dict[str, Tensor]]) -> str:
+    """SHA-256 of the token ids that GPTQ sees."""
+    return content_hash([batch["input_ids"].tolist() for batch in batches])
+
+
+def _is_made_so(base: Path, recipe: dict, seen: Callable | None) -> bool:
+    from transformers import AutoTokenizer
+
+    if not (base / "recipe.json").is_file():
+        return False
+    made = read_json(base / "recipe.json")
+    before = made.pop("calibration", None)  # older ones do not say
     # Compared as JSON holds it, which has no tuples.
-    return file.is_file() and json.loads(file.read_text()) == json.loads(json.dumps(recipe))
+    if made != json.loads(json.dumps(recipe)):
+        return False
+    try:
+        return not (seen and before) or seen(AutoTokenizer.from_pretrained(base)) == before
+    except FileNotFoundError:  # problems that can't be read now, such as the hub's
+        return True
 
 
 def _show(row: LayerReport) -> None:
@@ -162,7 +191,7 @@ def _stream(
         profile.model, base, spec, batches, method, options, target_modules=target_modules,
         compute_dtype=dtype, device=device, spill=spill, progress=_show,
     )  # fmt: skip
-    made = json.loads((base / REPORT).read_text())
+    made = read_json(base / REPORT)
     print(
         f"  {made['weight_bytes']:,} bytes for {made['parameters']:,} parameters, "
         f"{made['bits_per_parameter']:.2f} bits each, saved to {short_path(base)}"

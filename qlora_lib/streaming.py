@@ -28,6 +28,7 @@ from .checkpoint import (
     INDEX, QUANTIZATION, atomic_folder, describe, open_tensors, put_packed, read_json,
     read_tensors, spec_as_json,
 )  # fmt: skip
+from .data import check_tokens
 from .gptq import GPTQOptions
 from .grid import QuantSpec
 from .lora import find_linears, replace_module
@@ -102,6 +103,8 @@ def quantize_checkpoint(
     folder, out = Path(folder), Path(out)
     streamed = StreamedModel(folder, device, compute_dtype, blocks)
     model, modules = streamed.model, streamed.blocks
+    if calibration:
+        check_tokens(model, (int(batch["input_ids"].max()) for batch in calibration))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -197,7 +200,7 @@ def quantize_checkpoint(
             with open_tensors(shard) as file:
                 weight_map |= dict.fromkeys(file.keys(), shard.name)
         text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1)
-        (scratch / INDEX).write_text(text + "\n")
+        (scratch / INDEX).write_text(text + "\n", encoding="utf-8")
         size = sum(shard.stat().st_size for shard in shards)
         write_json_atomic(scratch / REPORT, _report(made_from, rows) | {
             "parameters": streamed.parameters,

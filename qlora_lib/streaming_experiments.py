@@ -69,7 +69,8 @@ def make_folder(folder: Path, shape: dict, blocks: int | None = None) -> None:
         for k, names in enumerate(files, 1) for name in names
     }  # fmt: skip
     index = folder / INDEX
-    if index.is_file() and json.loads(index.read_text())["weight_map"] == weight_map:
+    there = index.is_file() and json.loads(index.read_text(encoding="utf-8"))
+    if there and there["weight_map"] == weight_map:
         return
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DATA / "tiny-llama").save_pretrained(folder)
@@ -101,7 +102,7 @@ def write_random(path: Path, shapes: dict[str, torch.Size], seeds: dict[str, int
 def memory_status() -> dict[str, int]:
     """Bytes from /proc/self/status (Linux): RssAnon, memory that no file backs, and VmHWM, the
     peak of all that was resident, mapped files included."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {key: 1024 * int(fields[key].split()[0]) for key in ("RssAnon", "VmHWM")}
 
@@ -111,7 +112,7 @@ class PeakMemory:
 
     def __enter__(self):
         with suppress(OSError):  # not every container allows it
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
         self.before = self.peak = memory_status()["RssAnon"]
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -153,7 +154,7 @@ def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill
     seconds, by_layer = time.perf_counter() - began, defaultdict(list)
     for row in rows:
         by_layer[row.name.rpartition(".")[2]].append(row.seconds)
-    made = json.loads((out / REPORT).read_text())
+    made = json.loads((out / REPORT).read_text(encoding="utf-8"))
     ledger = memory_ledger(config, "qlora", spec=spec, targets=targets)
     a_block = sum(row.bytes_after for row in rows) / blocks
     predicted = (ledger.parts["packed weights"] + ledger.parts["scales"]) / config.num_hidden_layers

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from . import processes
 from .adam8bit import Adam8bit
-from .data import IGNORE, Encoded, Pair, collate, encode, pad_id
+from .data import IGNORE, Encoded, Pair, check_tokens, collate, encode, pad_id
+from .generation import add_tensors
 from .history import History, peak_memory, start_metrics
-from .lora import keep_choice, trainable_parameters
+from .lora import keep_choice, lora_layers, trainable_parameters
 from .loss import chunk_for, loss_sum
 from .models import dtype_name, resolve_dtype
 from .schedule import TrainConfig, learning_rate, schedule
@@ -58,8 +59,8 @@ def finetune(
     writes the files; parameters start as its own; each returns the same history.
 
     Raises ValueError for no examples, nothing to train (with a LoRA+ ratio: no B), a prompt that
-    fills max_length, a checkpoint of another run, processes that differ in their settings or
-    examples, and a loss or gradient that is not finite.
+    fills max_length, a token that the model does not have, a checkpoint of another run, processes
+    that differ in their settings or examples, and a loss or gradient that is not finite.
     """
     if not examples or (dev is not None and not dev):
         raise ValueError("there are no examples to train on (or an empty dev set was given)")
@@ -72,6 +73,8 @@ def finetune(
         raise ValueError("fp16 needs its trained parameters in fp32; load with compute_dtype=fp32")
     encoded = _encode(tokenizer, examples, config)
     encoded_dev = _encode(tokenizer, dev, config) if dev else []
+    padding = {pad_id(tokenizer)} if config.batch_size > 1 else set()
+    check_tokens(model, padding.union(*(ids for ids, _ in encoded + encoded_dev)))
 
     lengths = [len(ids) for ids, _ in encoded]
     window = config.batch_size * config.accumulation  # examples in an optimizer step
@@ -84,8 +87,10 @@ def finetune(
     optimizer = kind(groups, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = History(dtype_name(dtype), sum(p.numel() for p in parameters.values()))
-    identity = _identity(config, history.compute_dtype, encoded)
+    identity = _identity(config, history.compute_dtype, encoded) | _settings(model)
     folder = None if config.folder is None else Path(config.folder)
+    if folder:  # hashing a model reads all of it: worth it only where a checkpoint is kept
+        identity["base"] = _base_hash(model, parameters)
     if folder and config.resume:
         history.steps = load_last(folder, parameters, optimizer, scaler, identity)
         history.resumed_from = len(history.steps)
@@ -171,6 +176,26 @@ def _identity(config: TrainConfig, compute_dtype: str, encoded: Sequence[Encoded
     identity = {k: v for k, v in asdict(config).items() if k not in free}
     digest = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
     return identity | {"compute_dtype": compute_dtype, "examples": digest}
+
+
+def _settings(model) -> dict:
+    """Each setting of each adapter: the value, or where layers differ {path: value}."""
+    found: dict[str, dict] = {}
+    for path, layer in lora_layers(model).items():
+        for name, config in layer.configs.items():
+            for key, value in asdict(config).items():
+                found.setdefault(f"{key} of adapter {name!r}", {})[path] = value
+    return {
+        key: values if len(set(values.values())) > 1 else next(iter(values.values()))
+        for key, values in found.items()
+    }
+
+
+def _base_hash(model, trained: dict) -> str:
+    """SHA-256 of the tensors that the model's checkpoint would hold and that are not trained."""
+    digest = hashlib.sha256()
+    add_tensors(digest, ((n, t) for n, t in model.state_dict().items() if n not in trained))
+    return digest.hexdigest()
 
 
 @contextmanager

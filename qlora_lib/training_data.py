@@ -89,7 +89,8 @@ def prepare(
     folder with train.jsonl (and dev.jsonl), in a format of examples.py. Without a dev file the
     last examples are held out, and other versions of their problems leave train.
     Examples that overlap with the profile's test questions are left out unless `keep_overlap`,
-    and so are those whose prompt fills max_length.
+    which does without the test set where it can't be read. Examples whose prompt fills max_length
+    are left out too.
     Raises ValueError and FileNotFoundError as the readers do, and ValueError when nothing is
     left.
     """
@@ -101,7 +102,12 @@ def prepare(
         problems = {words(example.problem) for example in dev}
         rest = [example for example in train if words(example.problem) not in problems]
         train, versions = rest, len(train) - len(rest)
-    test = [entry["question"] for entry in profile.examples("test")]
+    try:
+        test = [entry["question"] for entry in profile.examples("test")]
+    except FileNotFoundError:
+        if not keep_overlap:
+            raise
+        test = []  # nothing to compare with: none of 0 questions
     overlap = find_overlap([example.texts for example in train], test, profile.ngram)
     dropped = set() if keep_overlap else overlap.found
     train = [example for i, example in enumerate(train) if i not in dropped]
@@ -132,7 +138,7 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
             [(f"{split} problem {i}", entry) for i, entry in enumerate(profile.examples(split), 1)]
             for split in ("train", "dev")
         )
-        return name, *read(train), read(dev)[1]
+        return name, *read(train), read(dev)[1] if dev else []
     if source in TRAINING_SETS:
         rows = enumerate(load_training_set(source), 1)
         return source, *read([(f"{source}, row {i}", row) for i, row in rows]), None

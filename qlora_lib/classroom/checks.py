@@ -147,6 +147,8 @@ def _run(exercise: Exercise, function: Callable | None, case: int) -> _Result:
 
 def _differ(before: Any, after: Any) -> bool:
     """Whether a tensor or array in nested arguments changed; other objects are not looked at."""
+    if type(before) is not type(after):
+        return True
     if isinstance(before, (tuple, list)):
         return len(before) != len(after) or any(map(_differ, before, after))
     if isinstance(before, dict):
@@ -173,6 +175,13 @@ def _problem(exercise: Exercise, got: _Result, want: _Result) -> str:
 
 def _mismatch(got: Any, want: Any, exercise: Exercise) -> str:
     """The first difference between two values of any kind, in words; kind and shape first."""
+    try:
+        return _difference(got, want, exercise)
+    except Exception:  # text in an array, a sparse tensor, one without data: there is no end of it
+        return f"it returns {_kind(got)}, expected {_kind(want)}"
+
+
+def _difference(got: Any, want: Any, exercise: Exercise) -> str:
     if isinstance(want, (tuple, list)):
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
             return f"it returns {_kind(got)}, expected {_kind(want)}"
@@ -213,11 +222,20 @@ def _close(got: torch.Tensor, want: torch.Tensor, exercise: Exercise) -> torch.T
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
+        return f"an array of {value.dtype}"
+    if isinstance(value, torch.Tensor) and (value.is_meta or value.layout != torch.strided):
+        return f"a {'meta' if value.is_meta else 'sparse'} Tensor of shape {tuple(value.shape)}"
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
-    return f"{type(value).__name__} {value!r}" if value is not None else "None"
+    if value is None:
+        return "None"
+    try:
+        return f"{type(value).__name__} {value!r:.60}"
+    except Exception:  # whatever its __repr__ does; an int of too many digits
+        return type(value).__name__
 
 
 def _explain(exercise: Exercise, results: list[_Result], case: int, want: _Result) -> None:
@@ -253,7 +271,7 @@ def _alike(exercise: Exercise, a: _Result, b: _Result) -> bool:
 
 def side_by_side(yours: Any, expected: Any, width: int = 34) -> str:
     """Two columns of text; tensors are cut to their first 4 rows and 4 columns."""
-    left, right = _lines(yours, width), _lines(expected, width)
+    left, right = _shown(yours, width), _shown(expected, width)
     height = max(len(left), len(right))
     left += [""] * (height - len(left))
     right += [""] * (height - len(right))
@@ -266,6 +284,15 @@ def _lines(value: Any, width: int) -> list[str]:
         return [line for part in value for line in _lines(part, width)]
     if isinstance(value, (torch.Tensor, np.ndarray)) and np.ndim(value) > 0:
         corner = torch.as_tensor(value).detach()
+        if corner.numel() == 0:
+            return [f"no numbers, shape {tuple(corner.shape)}"[:width]]
         corner = corner.reshape(-1, corner.shape[-1])[:4, :4].tolist()
         return [" ".join(f"{x:.4g}".rjust(7) for x in row)[:width] for row in corner]
     return [str(value)[:width]]
+
+
+def _shown(value: Any, width: int) -> list[str]:
+    try:
+        return _lines(value, width)
+    except Exception:
+        return [_kind(value)[:width]]

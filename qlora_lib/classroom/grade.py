@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
+from IPython.core.inputtransformer2 import TransformerManager
+
 from . import checks, exercises
 from .normal_form import CHECK, notebooks, read
 from .normal_form import exercises as exercises_of
@@ -52,6 +54,9 @@ def _names(statement: ast.stmt) -> tuple[set[str], set[str]]:
     """Names that a statement of a module binds there, and names that it looks up there."""
     table = symtable.symtable(ast.unparse(statement), "cell", "exec")
     bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    bound |= _changed(statement)
+    if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
+        bound.add("*")
     used, tables = {s.get_name() for s in table.get_symbols() if s.is_referenced()}, [table]
     while tables:
         inner = tables.pop().get_children()
@@ -60,20 +65,52 @@ def _names(statement: ast.stmt) -> tuple[set[str], set[str]]:
     return bound, used
 
 
+def _changed(statement: ast.stmt) -> set[str]:
+    """Names whose items or attributes a statement sets: `cache["one"] = 1`, `ns.one = 1`."""
+    found, nodes = set(), [statement]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue  # done when it is called
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+            while isinstance(node, (ast.Subscript, ast.Attribute)):
+                node = node.value
+            found |= {node.id} if isinstance(node, ast.Name) else set()
+    return found
+
+
+def _python(source: str) -> str:
+    """The Python that IPython makes of a cell: magics become calls of get_ipython(). Of a cell
+    magic that runs its cell as it stands, what stands below it."""
+    first, _, below = source.partition("\n")
+    if re.match(r"%%(time|capture|prun)\b", first):
+        source = below
+    return TransformerManager().transform_cell(source)
+
+
+class _Shell:
+    """What get_ipython() gives: magics do nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *arguments, **named: None
+
+
 def needed(sources: list[str]) -> ast.Module:
     """The last source, and before it the statements of the others that it needs.
 
-    A statement is needed if it binds a name that the last source, or a needed statement, looks up.
-    Of an import only the needed names stay. `check` is left to the caller. A source that is not
-    Python (a magic, a cell that the student broke) is left out, unless it is the last.
+    A statement is needed if it binds a name that the last source, or a needed statement, looks up,
+    or if it sets an item or an attribute of one. Of an import only the needed names stay, and of
+    `import *` all. `check` is left to the caller. A source that is not Python (a cell that the
+    student broke) is left out, unless it is the last.
     """
     statements = []
     for source in sources[:-1]:
         with contextlib.suppress(SyntaxError):
-            statements += ast.parse(source).body
-    last = ast.parse(sources[-1]).body
+            statements += ast.parse(_python(source)).body
+    last = ast.parse(_python(sources[-1])).body
     names = [_names(s) for s in statements]
-    wanted = set().union(*(_names(s)[1] for s in last)) - {"check"}
+    wanted = set().union({"*"}, *(_names(s)[1] for s in last)) - {"check"}
     kept: set[int] = set()
     while new := {i for i, (bound, _) in enumerate(names) if i not in kept and bound & wanted}:
         kept |= new
@@ -102,7 +139,9 @@ def verdict(sources: list[str], name: str) -> tuple[str, str]:
             source = ast.unparse(needed(sources[:last + 1]))
             # Where inspect finds it: on a GPU Triton compiles a kernel from its source.
             linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
-            exec(compile(source, name, "exec"), {"check": collect, "__name__": "__main__"})
+            exec(compile(source, name, "exec"),
+                 {"check": collect, "__name__": "__main__", "get_ipython": _Shell,
+                  "display": lambda *shown, **named: None})
             with contextlib.redirect_stdout(said):
                 passed = checks.check(name, mine[-1]) is mine[-1]
         except BaseException as error:  # sys.exit and Ctrl-C of a student's code included
@@ -112,7 +151,7 @@ def verdict(sources: list[str], name: str) -> tuple[str, str]:
         return PASSED, ""
     if f"… {name}: not solved yet" in said:
         return UNSOLVED, ""
-    problem = re.search(rf"^✗ {name}: (.*); going on with the reference", said, re.M)
+    problem = re.search(rf"^✗ {name}: (.*?); going on with the reference", said, re.M | re.S)
     diagnosis = re.search(r"^    (?:diagnosis|perhaps): (.*)", said, re.M)
     return WRONG, (diagnosis or problem)[1]
 

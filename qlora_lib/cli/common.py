@@ -1,11 +1,32 @@
 """What the commands share: options, the profile, a run's base and adapter."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 # torch and transformers take seconds to import, so --help does without them.
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return int(text)
+
+
+def check_device(device: str | None) -> None:
+    """Raises ValueError for a device that torch does not know or that is not here."""
+    import torch
+
+    try:
+        wanted = torch.device(device or "cpu")
+        if wanted.type != "cuda":  # which would take memory of the first GPU
+            torch.zeros(1, device=wanted).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: expected cpu, cuda, cuda:1 ...") from error
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.type == "cuda" and (wanted.index or 0) >= here:
+        raise ValueError(f"--device {device}: this torch sees {here} CUDA devices")
 
 
 def shared_options() -> argparse.ArgumentParser:
@@ -29,7 +50,7 @@ def add_run_options(add) -> None:
     """Options of the commands that ask a run's model."""
     add("--dense", action="store_true", help="for a run made with --method none")
     add("--no-adapter", action="store_true", help="the base model alone")
-    add("--max-new-tokens", type=int, help="(default: the profile's)")
+    add("--max-new-tokens", type=positive, help="(default: the profile's)")
     add("--cache-bits", type=int, choices=(8, 4), help="of the keys and values of old tokens")
 
 
@@ -61,7 +82,7 @@ def read_data_option(args) -> tuple[str | None, str | None, str | None]:
         raise FileNotFoundError(f"there is no folder or file {data}; --data also takes {names}")
     if data and holds_problems(Path(data)):
         return None, data, None
-    if data and args.command not in ("quantize", "finetune"):
+    if data and args.command not in ("quantize", "finetune", "export"):
         raise ValueError(
             f"--data {data} is something to train on; {args.command} asks problems: name a folder "
             "with test.jsonl (question and answer a line), or leave --data out"
@@ -69,10 +90,33 @@ def read_data_option(args) -> tuple[str | None, str | None, str | None]:
     return None, None if args.profile == "tiny" else gsm8k, data
 
 
+def check_base(folder: Path) -> None:
+    """Raises ValueError where folder/base is not the one that the run's adapter was trained on.
+    Runs from before run.json said so pass.
+    """
+    from ..checkpoint import read_json
+    from ..data import short_path
+
+    then, recipe = read_json(folder / "run.json").get("base"), folder / "base" / "recipe.json"
+    if then is None or not recipe.is_file():
+        return
+    now = read_json(recipe)
+    changed = [
+        f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"the adapter in {short_path(folder)} was trained on another base "
+            f"({'; '.join(changed)}); quantize as it was then, or finetune on this one"
+        )
+
+
 def open_run(profile, args):
     """Base and adapter of args.folder, the base checked to be quantized unless args.dense."""
     from ..adapters import load_adapter
-    from ..checkpoint import load_quantized
+    from ..checkpoint import load_quantized, read_json
     from ..data import short_path
     from ..lora import find_linears
     from ..models import quantized_layers
@@ -82,7 +126,7 @@ def open_run(profile, args):
     if not args.no_adapter:
         if not how.is_file():
             raise FileNotFoundError(f"{short_path(args.folder)} holds no finished run; `{command}`")
-        if (json.loads(how.read_text())["method"] == "none") != args.dense:
+        if (read_json(how)["method"] == "none") != args.dense:
             found = f"the adapter in {short_path(args.folder)} was trained on a "
             if args.dense:
                 raise ValueError(found + "quantized base; leave out --dense")
@@ -95,6 +139,8 @@ def open_run(profile, args):
         base = args.folder / "base"
         if not base.is_dir():
             raise FileNotFoundError(f"there is no quantized base {short_path(base)}; `{command}`")
+        if not args.no_adapter:
+            check_base(args.folder)
         model, tokenizer = load_quantized(base, args.device, args.compute_dtype)
         linears, quantized = find_linears(model, "all"), quantized_layers(model)
         dense = sorted(set(linears) - set(quantized))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .common import add_run_options, open_profile, open_run
+from .common import add_run_options, open_profile, open_run, positive
 from .verifier import open_verifier
 
 SPLITS = ("dev", "test", "test_changed", "test_larger", "gsm_hard")
@@ -15,13 +15,13 @@ def add_evaluate_and_generate(commands, shared) -> None:
     add = commands.add_parser("evaluate", parents=[shared], help=text).add_argument
     add_run_options(add)
     add("--split", default="test", choices=SPLITS, help="which problems (default: test)")
-    add("--limit", type=int, help="only the first so many problems")
+    add("--limit", type=positive, help="only the first so many problems")
     add("--few-shot", type=int, default=0, metavar="K", help="solved problems before each")
-    add("--batch-size", type=int, default=64)
+    add("--batch-size", type=positive, default=64)
     add("--out", type=Path, help="(default: outputs/PROFILE/eval, and what is special)")
     add("--restart", action="store_true", help="replace answers instead of going on")
     add("--compare", type=Path, metavar="REPORT", help="folder of another evaluation")
-    add("--samples", type=int, default=1, metavar="K", help="completions a question")
+    add("--samples", type=positive, default=1, metavar="K", help="completions a question")
     add("--vote", choices=VOTES, help="which of the samples counts (default: majority)")
     add("--temperature", type=float, help="(default: 0, with --samples 0.7)")
     add("--top-p", type=float, default=1.0, help="only the likeliest tokens, this much together")
@@ -30,8 +30,8 @@ def add_evaluate_and_generate(commands, shared) -> None:
     add = commands.add_parser("generate", parents=[shared], help="answer one question").add_argument
     add_run_options(add)
     add("--form", choices=("question", "prompt", "chat"), default="question",
-        help="how it is asked: with the template of the problems (default), exactly as it stands, "
-        "or as a chat's first turn")  # fmt: skip
+        help="how it is asked: with the template of the problems (default; the answer ends before "
+        "another \"Question:\"), exactly as it stands, or as a chat's first turn")  # fmt: skip
     add("question")
 
 
@@ -127,7 +127,8 @@ def generate(args) -> None:
 
     profile = open_profile(args)
     model, tokenizer = open_run(profile, args)
-    ask = generator(model, tokenizer, make_decoding(profile, args, batch_size=1))
+    stop = {} if args.form == "question" else {"stop": ()}
+    ask = generator(model, tokenizer, make_decoding(profile, args, batch_size=1, **stop))
     prompt = {"question": PROMPT.format(question=args.question), "prompt": args.question}
     if args.form == "chat":
         turn = [{"role": "user", "content": args.question}]

@@ -1,8 +1,10 @@
 """`python -m qlora_lib export`: a run as a GPTQ checkpoint, and the command that serves it."""
 
-import json
 import shlex
 from pathlib import Path
+
+from .common import check_base
+from .finetune import training_data
 
 # torch and transformers take seconds to import, so --help does without them.
 
@@ -35,9 +37,14 @@ def export(profile, args) -> None:
             f"{short_path(args.folder)} holds no adapter that was trained on a quantized base; "
             f"leave out --merge, or `python -m qlora_lib finetune --profile {profile.name}`"
         )
+    if adapter:
+        check_base(args.folder)
     model, tokenizer = load_quantized(base, args.device, args.compute_dtype)
     if args.merge:
-        merge_adapter(model, tokenizer, adapter, args.merge, profile)
+        batches = None
+        if args.merge == "gptq":
+            batches = calibration(profile, args, tokenizer)
+        merge_adapter(model, adapter, args.merge, batches)
         adapter = None
     out = args.out or args.folder / ("gptq-merged" if args.merge else "gptq")
     export_gptq(model, out, args.format, tokenizer)
@@ -57,19 +64,37 @@ def trained_adapter(folder: Path) -> Path | None:
     return folder / "adapter"
 
 
-def merge_adapter(model, tokenizer, adapter: Path, method: str, profile) -> None:
-    """Merge in place; "gptq" calibrates on the problems that the base was calibrated on."""
+def calibration(profile, args, tokenizer) -> list:
+    """Batches of what the base was calibrated on, or of what --data names."""
+    from ..checkpoint import read_json
+    from ..sources import TRAINING_SETS
+    from ..stages import calibration_hash
+
+    recipe = args.folder / "base" / "recipe.json"
+    recipe = read_json(recipe) if recipe.is_file() else {}
+    if not args.data:
+        args.source = recipe.get("calibrated_on")
+    source = args.source
+    if source and source not in TRAINING_SETS and not Path(source).exists():
+        raise FileNotFoundError(
+            f"the base was calibrated on {source}, which is not here: name it, or what is to take "
+            "its place, with --data"
+        )
+    examples = training_data(profile, args, tokenizer).train if source else None
+    batches = profile.calibration(tokenizer, examples)
+    if recipe.get("calibration") not in (None, calibration_hash(batches)):
+        print("calibrated on other examples than the base; if it should not be, name its --data")
+    return batches
+
+
+def merge_adapter(model, adapter: Path, method: str, batches: list | None) -> None:
+    """Merge in place; "gptq" calibrates on the batches."""
     from .. import merge_lora
     from ..adapters import load_adapter
-    from ..data import calibration_batches, format_gsm8k
     from ..merge_loss import merge_hessians
 
     load_adapter(model, adapter)
-    hessians = None
-    if method == "gptq":
-        pairs = [format_gsm8k(entry) for entry in profile.examples("train")]
-        batches = calibration_batches(tokenizer, pairs, max_length=profile.train.max_length)
-        hessians = merge_hessians(model, batches)
+    hessians = merge_hessians(model, batches) if method == "gptq" else None
     rows = merge_lora(model, method, hessians, unload=True)
     lost = [row.lost for row in rows]
     print(
@@ -83,9 +108,11 @@ def serve_command(folder: Path, adapter: Path | None = None) -> str:
 
     float16: vLLM's kernel for grids with zero-points has no bf16.
     """
+    from ..checkpoint import read_json
+
     words = ["vllm", "serve", str(folder), "--dtype", "float16"]
     if adapter:
-        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+        rank = read_json(adapter / "adapter_config.json")["r"]
         room = next((r for r in LORA_RANKS if r >= rank), rank)
         words += ["--enable-lora", "--lora-modules", f"adapter={adapter}"]
         words += ["--max-lora-rank", str(room)]

@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
-from .common import open_profile
+from .common import open_profile, positive
 from .residual import residual_base
 
 METHODS = ("gptq", "rtn", "nf4", "none")
@@ -14,6 +15,13 @@ INITS = ("kaiming", "gaussian", "loftq", "pissa")
 def damping(text: str) -> float | None:
     """What GPTQOptions calls damp_percent, None for "auto"."""
     return None if text == "auto" else float(text)
+
+
+def above_zero(text: str) -> float:
+    """A number above 0, for argparse: alpha 0 would train nothing."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return number
 
 
 def add_quantize_and_finetune(commands, shared) -> None:
@@ -48,17 +56,18 @@ def add_quantize_and_finetune(commands, shared) -> None:
         "finetune", parents=[shared, base], help="quantize, inject LoRA, train, save"
     )
     add = train.add_argument
-    add("--epochs", type=int, help="passes over the training examples")
-    add("--max-steps", type=int, help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=int, help="examples at a time; the rest of a step is accumulated")
-    add("--accumulation", type=int, help="batches in a step (default: keeps the profile's step)")
+    add("--epochs", type=positive, help="passes over the training examples")
+    add("--max-steps", type=positive, help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=positive, help="examples at a time; the rest of a step is accumulated")
+    add("--accumulation", type=positive,
+        help="batches in a step (default: what comes to about as many examples as the profile's)")
     add("--optimizer", choices=("adamw", "adam8bit"), help="(default: adamw)")
     add("--lr", type=float, help="peak learning rate")
-    add("--max-length", type=int, help="tokens of prompt and target")
-    add("--eval-every", type=int, help="steps between dev losses (default: each epoch's end)")
+    add("--max-length", type=positive, help="tokens of prompt and target")
+    add("--eval-every", type=positive, help="steps between dev losses (default: each epoch's end)")
     add("--gradient-checkpointing", action="store_true", default=None)
-    add("--rank", type=int, help="of the adapter")
-    add("--alpha", type=float, help="LoRA's scale is alpha / rank (default: 2 * rank)")
+    add("--rank", type=positive, help="of the adapter")
+    add("--alpha", type=above_zero, help="LoRA's scale is alpha / rank (default: 2 * rank)")
     add("--dropout", type=float, default=0.0)
     add("--init", choices=INITS, default="kaiming", help="of A and B; loftq: with nf4 or rtn")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")
@@ -135,7 +144,8 @@ def finetune(args) -> None:
     from tqdm import tqdm
 
     from .. import processes
-    from ..adapters import save_adapter
+    from ..adapters import ADAPTER_CONFIG, save_adapter
+    from ..checkpoint import check_place, read_json
     from ..data import short_path
     from ..lora import WORDS, inject_lora, trainable_parameters
     from ..lora_init import RESIDUAL_INITS
@@ -145,9 +155,11 @@ def finetune(args) -> None:
 
     profile = open_profile(args)
     config = train_config(profile, args)
+    check_place(args.folder / "adapter", ADAPTER_CONFIG)  # before hours of work, not after
     targets = args.targets if args.targets in WORDS else tuple(args.targets.split(","))
     rank = args.rank or profile.rank
-    lora = {"rank": rank, "alpha": args.alpha or 2 * rank, "dropout": args.dropout}
+    alpha = 2 * rank if args.alpha is None else args.alpha
+    lora = {"rank": rank, "alpha": alpha, "dropout": args.dropout}
     lora |= {"init": args.init, "use_rslora": args.rslora}
     spec = None if args.method == "none" else base_settings(profile, args)["spec"]
     check_memory(profile, config, rank, targets, spec, args.device, args.compute_dtype)
@@ -185,5 +197,8 @@ def finetune(args) -> None:
     save_adapter(model, args.folder / "adapter")
     how = {"method": args.method, "targets": targets, "lora": lora, "training": str(history)}
     how["data"] = data.report()
+    recipe = args.folder / "base" / "recipe.json"
+    if args.method != "none" and recipe.is_file():
+        how["base"] = read_json(recipe)
     write_json_atomic(args.folder / "run.json", how | {"stamp": stamp(args.seed)})
     print(f"adapter saved to {short_path(args.folder / 'adapter')}")

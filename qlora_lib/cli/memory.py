@@ -1,5 +1,7 @@
 """`python -m qlora_lib memory`: what training would take, part by part, before anything is loaded."""
 
+from .common import positive
+
 # torch and transformers take seconds to import, so --help does without them.
 
 
@@ -10,9 +12,9 @@ def add_memory(commands, shared) -> None:
     add("--method", choices=("full", "lora", "qlora"), help="(default: all three)")
     add("--bits", type=int, help="of QLoRA's base: 2, 3, 4 or 8 (default: NF4)")
     add("--group-size", type=int, default=64, help="weights that share a scale; 0: a whole row")
-    add("--batch-size", type=int, default=1, help="sequences at a time (default 1)")
-    add("--tokens", type=int, default=512, help="of each sequence (default 512)")
-    add("--rank", type=int, help="of the adapter (default: the profile's)")
+    add("--batch-size", type=positive, default=1, help="sequences at a time (default 1)")
+    add("--tokens", type=positive, default=512, help="of each sequence (default 512)")
+    add("--rank", type=positive, help="of the adapter (default: the profile's)")
     add("--targets", choices=("all", "attention"), default="all")
     add("--gradient-checkpointing", action="store_true")
     add("--optimizer", choices=("adamw", "adam8bit"), default="adamw")

@@ -11,7 +11,7 @@ def residual_base(profile, args, targets: str | tuple[str, ...], lora: dict):
     ValueError for inits that do not go with the method.
     """
     from .. import processes
-    from ..checkpoint import save_quantized
+    from ..checkpoint import QUANTIZATION, check_place, save_quantized
     from ..data import short_path, weights_id
     from ..grid import QuantSpec
     from ..lora import find_linears, inject_lora, lora_layers
@@ -31,6 +31,8 @@ def residual_base(profile, args, targets: str | tuple[str, ...], lora: dict):
             "--init loftq mends what quantization breaks, and --method none quantizes nothing; "
             "give --method nf4 or rtn (or --init pissa, which takes a dense base too)"
         )
+    if method != "none":
+        check_place(args.folder / "base", QUANTIZATION)
     model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
     if method == "none":
         return model, tokenizer, inject_lora(model, targets, **lora)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .common import add_run_options, open_profile, open_run
+from .common import add_run_options, open_profile, open_run, positive
 
 
 def add_verifier(commands, shared) -> None:
@@ -10,12 +10,12 @@ def add_verifier(commands, shared) -> None:
     text = "sample solutions of train problems, label them, train a verifier on them"
     add = commands.add_parser("verifier", parents=[shared], help=text).add_argument
     add_run_options(add)
-    add("--limit", type=int, default=1000, help="train problems to sample for (default: 1000)")
-    add("--samples", type=int, default=8, metavar="K", help="solutions of each (default: 8)")
+    add("--limit", type=positive, default=1000, help="train problems to sample for (default: 1000)")
+    add("--samples", type=positive, default=8, metavar="K", help="solutions of each (default: 8)")
     add("--temperature", type=float, default=0.7)
-    add("--epochs", type=int, default=1, help="passes over the solutions")
-    add("--batch-size", type=int, default=64, help="solutions at a time")
-    add("--rank", type=int, default=16, help="of the adapter")
+    add("--epochs", type=positive, default=1, help="passes over the solutions")
+    add("--batch-size", type=positive, default=64, help="solutions at a time")
+    add("--rank", type=positive, default=16, help="of the adapter")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
 
 

@@ -27,6 +27,7 @@ def place(tmp_path, monkeypatch):
 
 
 COMMON = ["--model", "model", "--data", "data"]
+SHORT = ["--limit", "2", "--max-new-tokens", "2"]
 FAST = [*COMMON, "--max-steps", "2", "--batch-size", "4", "--accumulation", "1", "--rank", "2"]
 
 

@@ -50,6 +50,18 @@ def test_nothing_wrong_is_written(log):
     assert len(log.rows()) == 4
 
 
+def test_a_torn_line_does_not_take_the_next_one_along(log):
+    with open(log.path, "a") as stream:
+        stream.write('{"task": "code", "ada')
+    log.add("code", "c", 80, 100)
+    lines = log.path.read_text().split("\n")
+    assert lines[4] == '{"task": "code", "ada' and json.loads(lines[5])["adapter"] == "c"
+    with pytest.raises(ValueError, match="line 5 is not JSON"):
+        log.rows()
+    log.path.write_text("\n".join(lines[:4] + lines[5:]))
+    assert log.best("code")["adapter"] == "c" and log.path.read_text().count("\n") == 5
+
+
 def test_a_broken_line_is_named(log):
     whole = log.path.read_text()
     log.path.write_text(whole + '{"task": "code", "ada')

@@ -89,6 +89,15 @@ def test_a_mistake_alike_in_some_cases_is_a_guess_the_likest_of_all(monkeypatch,
     assert "perhaps" not in capsys.readouterr().out
 
 
+class Unshown:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+def broken_repr(x, bits):
+    return Unshown()
+
+
 @pytest.mark.parametrize("wrong, problem", [
     (flattened, "it returns shape (6,), expected (2, 3)"),
     (lambda x, b: rescale(x, b).double(), "right values, but dtype torch.float64"),
@@ -98,6 +107,15 @@ def test_a_mistake_alike_in_some_cases_is_a_guess_the_likest_of_all(monkeypatch,
     (lambda x: x, "it raises TypeError"),
     (lambda x, b: rescale(x, b) * float("nan"), "wrong values at 6 of 6 places"),
     (lambda x, b: rescale(x, b) if b == 2 else None, "case 2 of 2"),
+    (lambda x, b: torch.tensor([]), "it returns shape (0,), expected (2, 3)"),
+    (lambda x, b: torch.zeros(3, 0), "it returns shape (3, 0), expected (2, 3)"),
+    (lambda x, b: [torch.tensor([])], "it returns a list of 1, expected a Tensor"),
+    (lambda x, b: np.array(["a", None]), "it returns an array of object, expected a Tensor"),
+    (lambda x, b: np.array(["a", "b"]), "it returns an array of <U1, expected a Tensor"),
+    (lambda x, b: rescale(x, b).to("meta"), "it returns a meta Tensor of shape (2, 3), expected"),
+    (lambda x, b: rescale(x, b).to_sparse(), "it returns a sparse Tensor of shape (2, 3), expec"),
+    (lambda x, b: 10 ** 5000, "it returns int, expected a Tensor"),
+    (broken_repr, "it returns Unshown, expected a Tensor"),
 ])
 def test_the_first_thing_wrong_is_said_in_words(toy, capsys, wrong, problem):
     assert check("toy", wrong) is rescale
@@ -119,6 +137,15 @@ def test_whole_numbers_are_equal_whatever_the_dtype(dtype):
     assert checks._mismatch(want.double(), want, by_value) == ""
     assert want == want.to(dtype), "as PyTorch compares: 2049 is rounded too"
     assert "wrong values at 1 of 1" in checks._mismatch(want.to(dtype), want, by_value)
+
+
+def test_an_argument_made_into_something_else_is_written_into():
+    before, text = [torch.ones(2)], ["text"]
+    assert checks._differ(before, text) and not checks._differ(before, [torch.ones(2)])
+
+
+def test_a_number_too_large_to_compare_is_wrong():
+    assert checks._mismatch(10 ** 400, 0.5, TOY).startswith("it returns int 1000")
 
 
 def test_a_check_leaves_the_notebooks_random_numbers_alone(toy):

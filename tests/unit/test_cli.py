@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from cli_place import COMMON, FAST, place, run  # noqa: F401
+from cli_place import COMMON, FAST, SHORT, place, run  # noqa: F401
 from small_models import small_model, small_tokenizer
 
 from qlora_lib.__main__ import parser
@@ -40,6 +40,19 @@ def test_finetune_evaluate_generate(place, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == said
     assert run("generate", *COMMON, *short, "--form", "chat", "1 + 1?") == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_only_the_answer_to_a_question_ends_before_the_next(place, monkeypatch):
+    from qlora_lib import generation
+
+    stops, real = [], generation.generator
+    monkeypatch.setattr(
+        generation, "generator", lambda *a: stops.append(a[2].stop) or real(*a)
+    )
+    argv = ["generate", *COMMON, "--dense", "--no-adapter", "--max-new-tokens", "2"]
+    for form in ("question", "prompt"):
+        assert run(*argv, "--form", form, "1 + 1?") == 0
+    assert stops == [("Question:",), ()]
 
 
 def test_evaluate_goes_on_compares_and_refuses_other_settings(place, capsys):
@@ -82,6 +95,49 @@ def test_base_is_reused_only_if_made_the_same_way(place, capsys):
     assert not quantizes("--method", "nf4")
     small_model(seed=1).save_pretrained("model")
     assert quantizes("--method", "nf4")
+
+
+def forget(path, key):
+    kept = json.loads(path.read_text())
+    del kept[key]
+    path.write_text(json.dumps(kept))
+
+
+def test_an_adapter_is_asked_on_its_own_base_only(place, capsys):
+    assert run("finetune", *FAST, "--method", "rtn") == 0
+    assert run("quantize", *COMMON, "--method", "rtn", "--bits", "2") == 0
+    for argv in (["evaluate", *COMMON, *SHORT], ["export", *COMMON, "--merge", "rtn"]):
+        assert run(*argv) == 2
+        err = capsys.readouterr().err
+        assert "checkpoints/tiny was trained on another base (spec was {'bits': 4" in err
+    assert run("evaluate", *COMMON, *SHORT, "--no-adapter") == 0
+    assert run("quantize", *COMMON, "--method", "rtn") == 0  # as it was then
+    assert run("evaluate", *COMMON, *SHORT) == 0
+    forget(place / "checkpoints/tiny/run.json", "base")
+    assert run("quantize", *COMMON, "--method", "rtn", "--bits", "2") == 0
+    assert run("evaluate", *COMMON, *SHORT, "--out", "as-before") == 0
+
+
+def test_other_calibration_examples_make_another_base(place, capsys):
+    def quantizes(*argv):
+        assert run("quantize", "--model", "model", "--group-size", "32", *argv) == 0
+        return "quantizing" in capsys.readouterr().out
+
+    def write(n, path=place / "own.jsonl"):
+        path.write_text("\n".join(json.dumps({"text": f"{n} and {i}"}) for i in range(5)))
+
+    write(1)
+    own = ["--data", "own.jsonl"]
+    assert quantizes(*own) and not quantizes(*own)
+    write(2)
+    assert quantizes(*own)
+    forget(place / "checkpoints/tiny/base/recipe.json", "calibration")
+    write(3)
+    assert not quantizes(*own)  # a base from before this was kept says nothing of it
+    problems = ["--data", "data"]
+    assert quantizes(*problems) and not quantizes(*problems)
+    (place / "data" / "train.jsonl").write_text((place / "data" / "dev.jsonl").read_text())
+    assert quantizes(*problems)
 
 
 def test_killed_run_resumes(place, capsys):
@@ -160,6 +216,9 @@ def test_an_adapter_that_starts_from_its_base(place, capsys, method, init, targe
     if not dense:  # another base in its place: refused
         assert run("quantize", *COMMON, "--method", method) == 0
         assert run("evaluate", *COMMON, "--limit", "2") == 2
+        assert "another base (compute_dtype was None, is 'fp32'; init" in capsys.readouterr().err
+        forget(place / "checkpoints/tiny/run.json", "base")  # a run from before this was kept
+        assert run("evaluate", *COMMON, "--limit", "2") == 2
         assert "init='loftq' made this adapter together" in capsys.readouterr().err
 
 
@@ -198,6 +257,52 @@ def test_partly_quantized_base_fails_the_check(place, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["evaluate", "--samples", "0"], "--samples: expected a whole number from 1 on, got 0"),
+        (["evaluate", "--batch-size", "0"], "--batch-size: expected a whole number"),
+        (["evaluate", "--limit", "-2"], "--limit: expected a whole number from 1 on, got -2"),
+        (["evaluate", "--max-new-tokens", "0"], "--max-new-tokens: expected"),
+        (["verifier", "--samples", "0"], "--samples: expected"),
+        (["finetune", "--rank", "0"], "--rank: expected"),
+        (["finetune", "--alpha", "0"], "--alpha: expected a number above 0, got 0"),
+        (["finetune", "--max-length", "-1"], "--max-length: expected"),
+        (["memory", "--tokens", "-5"], "--tokens: expected"),
+        (["memory", "--batch-size", "one"], "--batch-size: expected"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_parser(capsys, argv, message):
+    with pytest.raises(SystemExit) as done:
+        parser().parse_args(argv)
+    assert done.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_would_fail_at_the_end_fails_before_the_work(place, capsys):
+    (place / "foreign" / "adapter").mkdir(parents=True)
+    (place / "foreign" / "adapter" / "mine.txt").touch()
+    assert run("finetune", *FAST, "--method", "rtn", "--folder", "foreign") == 2
+    out, err = capsys.readouterr()
+    assert "foreign/adapter holds other files" in err and "quantizing" not in out
+    for init in ([], ["--init", "loftq"]):
+        (place / "taken" / "base").mkdir(parents=True, exist_ok=True)
+        (place / "taken" / "base" / "mine.txt").touch()
+        argv = [*FAST, "--method", "nf4", *init, "--folder", "taken"]
+        assert run("finetune", *argv) == 2
+        out, err = capsys.readouterr()
+        assert "taken/base holds other files" in err and "bits a weight" not in out
+    (place / "file").touch()
+    assert run("quantize", *COMMON, "--method", "rtn", "--folder", "file/run") == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and "Not a directory" in err and "bits a weight" not in out
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["evaluate", "--device", "gpu"], "--device gpu: expected cpu, cuda"),
+        (["evaluate", "--device", "meta"], "--device meta: expected cpu, cuda"),
+        (["evaluate", "--device", "cuda:99"], "CUDA devices"),
+        (["evaluate", "--dense", "--no-adapter", "--out", "model/config.json"], "config.json"),
+        (["evaluate", "--dense", "--no-adapter", "--out", "model/config.json/x"], "config.json"),
         (["evaluate"], "no finished run"),
         (["evaluate", "--no-adapter"], "no quantized base"),
         (["finetune", "--bits", "5"], "bits"),

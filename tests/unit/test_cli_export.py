@@ -54,6 +54,37 @@ def test_export_of_the_base_and_of_the_merged_model(place, capsys):
             base, _ = load_quantized(f"{run_folder}/base", "cpu", "fp32")
 
 
+def test_the_merge_is_calibrated_on_what_the_base_was(place, capsys, monkeypatch):
+    from qlora_lib import merge_loss
+
+    seen, real = [], merge_loss.merge_hessians
+
+
+    def remember(model, batches):
+        seen.append(batches)
+        return real(model, batches)
+
+    monkeypatch.setattr(merge_loss, "merge_hessians", remember)
+    own = place / "own.jsonl"
+    own.write_text("\n".join(json.dumps({"text": f"{i} apples"}) for i in range(12)))
+    argv = ["--model", "model", "--data", "own.jsonl", "--group-size", "32"]
+    assert run("finetune", *argv, "--max-steps", "1", "--batch-size", "4", "--rank", "2") == 0
+    capsys.readouterr()
+    merge = ["export", "--model", "model", "--merge", "gptq"]
+    assert run(*merge) == 0
+    out = capsys.readouterr().out
+    assert "data: own.jsonl (text)" in out and "calibrated on other" not in out
+    assert sum(len(batch["input_ids"]) for batch in seen[-1]) == 11  # of 12, one is held out
+    assert run(*merge, "--data", "data") == 0
+    assert "calibrated on other examples than the base" in capsys.readouterr().out
+    assert sum(len(batch["input_ids"]) for batch in seen[-1]) == 12
+    own.rename(place / "moved.jsonl")
+    assert run(*merge) == 2
+    assert "calibrated on own.jsonl, which is not here" in capsys.readouterr().err
+    assert run(*merge, "--data", "moved.jsonl") == 0
+    assert "calibrated on other" not in capsys.readouterr().out
+
+
 def test_export_leaves_out_an_adapter_of_a_dense_base(place, capsys):
     assert run("quantize", *COMMON, "--method", "rtn") == 0
     assert run("finetune", *FAST, "--method", "none") == 0

@@ -12,6 +12,7 @@ from qlora_lib.data import PROMPT
 from qlora_lib.evaluation import EvalReport, evaluate, few_shot
 from qlora_lib.generation import Completion, Decoding, fingerprint, generator
 from qlora_lib.lora import inject_lora
+from qlora_lib.sampling import with_scores
 from qlora_lib.sources import load_minigsm
 
 PROBLEMS = load_minigsm("test")[:200]
@@ -150,6 +151,23 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_report(tmp_path, left, k
         p["completion"] for p in whole.predictions
     ]
     assert resumed.seconds == sum(p["seconds"] for p in loaded.predictions)
+
+
+def test_a_question_that_is_too_long_is_found_before_the_first_is_asked(tmp_path):
+    asked = []
+    generate = generator(small_model(), small_tokenizer(), Decoding(max_new_tokens=2))
+
+    def counted(prompts):
+        asked.append(prompts)
+        return generate(prompts)
+
+    counted.check = generate.check
+    problems = [{"question": question, "answer": "#### 1"} for question in ("1?", "2 " * 300)]
+    scored = with_scores(counted, lambda prompts, said: [1.0] * len(said), "one")
+    for ask in (counted, scored):
+        with pytest.raises(ValueError, match="exceed the context of 256: 'Question: 2 2"):
+            evaluate(ask, problems, tmp_path / "eval", chunk=1)
+    assert asked == [] and not (tmp_path / "eval").exists()
 
 
 def test_a_finished_evaluation_asks_nothing_again(tmp_path):

@@ -5,8 +5,8 @@ import copy
 import pytest
 from small_models import small_tokenizer
 
-from qlora_lib.data import IGNORE, PROMPT, encode
-from qlora_lib.examples import FORMATS, make_examples
+from qlora_lib.data import IGNORE, PROMPT, encode, encode_prompt
+from qlora_lib.examples import FORMATS, make_examples, write_chat
 from qlora_lib.extraction import extract_answer
 
 CHATML = (
@@ -111,6 +111,15 @@ def test_a_template_without_an_end_token_gets_one():
     assert supervised(example) == "It is 42.\n44.\n</s>"
 
 
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("{{ bos_token }}", "")])
+def test_a_chat_is_learned_as_it_is_asked(template):
+    _, (example,) = examples({"messages": CHAT[:3]}, template=template)
+    ids, labels = example.data
+    asked = encode_prompt(tokenizer(template), write_chat(tokenizer(template), CHAT[:2], ask=True))
+    assert ids[: len(asked)] == asked and ids.count(tokenizer().bos_token_id) == 1
+    assert labels[: len(asked)] == [IGNORE] * len(asked) and labels[len(asked)] != IGNORE
+
+
 def bad_chat(*messages, **change):
     return {"messages": [*messages] if messages else [CHAT[1] | change, CHAT[2]]}
 
@@ -122,12 +131,17 @@ def bad_chat(*messages, **change):
         ({"text": "a", "prompt": "b", "completion": "c"}, "expected those of one format"),
         ({"text": "  "}, "`text` should be a text that is not empty, got '  '"),
         ({"prompt": "a", "completion": ""}, "`completion` should be"),
+        ({"text": "a \ud83d b"}, "half a surrogate pair, .*ud83d"),
+        ({"question": "a \ud83d b", "answer": "#### 1"}, "half a surrogate pair"),
         ({"prompt": 3, "completion": "c"}, "`prompt` should be .* got 3"),
         ({"question": "q", "answer": "no number"}, "#### N"),
+        ({"instruction": "Translate", "input": "Good morning", "output": "Bonjour"},
+         "`input` 'Good morning' would be lost.*write the row as prompt and completion"),
         ({"messages": []}, "list of messages, got"),
         ({"messages": "hello"}, "list of messages, got 'hello'"),
         (bad_chat(content=""), "text `content` that is not empty"),
         (bad_chat(content=[{"type": "image"}]), "text `content`"),
+        (bad_chat(content="a \udc00"), "half a surrogate pair"),
         (bad_chat(role="human"), "a role .system, user, assistant."),
         (bad_chat("hello"), "got 'hello'"),
         (bad_chat(CHAT[1]), "end with the assistant's turn"),
@@ -136,6 +150,13 @@ def bad_chat(*messages, **change):
 def test_bad_rows_are_named(row, message):
     with pytest.raises(ValueError, match=f"line 1.*{message}"):
         examples(row)
+
+
+def test_an_empty_input_is_none():
+    name, (example,) = examples({"instruction": "Say hi", "input": "", "output": "hi"})
+    assert name == "MathInstruct" and example.data[1] == "hi"
+    with pytest.raises(ValueError, match="there are no rows"):
+        examples()
 
 
 def test_formats_are_not_mixed():

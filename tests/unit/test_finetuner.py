@@ -10,7 +10,7 @@ import torch
 
 from qlora_lib.finetuner import Finetuner, read_examples, tensorboard
 from qlora_lib.lora import inject_lora, set_adapter, trainable_parameters
-from qlora_lib.models import quantized_layers
+from qlora_lib.models import quantize_model, quantized_layers
 from qlora_lib.nf4 import NF4Spec
 from qlora_lib.schedule import TrainConfig
 from tests.unit.small_models import PAIRS, small_model, small_tokenizer
@@ -144,6 +144,40 @@ def test_the_result_of_a_module_loads_on_that_module_alone(tmp_path):
     model, _ = Finetuner.load(tmp_path, small_model(), small_tokenizer())
     with pytest.raises(ValueError, match="has an adapter 'default' already"):
         Finetuner.load(tmp_path, model, small_tokenizer())
+
+
+def test_a_dense_base_is_quantized_as_the_tuner_did(tmp_path):
+    tokenizer = small_tokenizer()
+    mine = Finetuner(small_model(), tokenizer, "qlora", tmp_path, rank=2)
+    mine.save()
+    model, _ = Finetuner.load(tmp_path, small_model(), tokenizer)
+    ids = torch.tensor([tokenizer.encode(PAIRS[3][0])])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, mine.model.eval()(ids).logits)
+    base = small_model()
+    quantize_model(base, None, NF4Spec(), "nf4", target_modules="all")
+    specs = [layer.spec for layer in quantized_layers(base).values()]
+    model, _ = Finetuner.load(tmp_path, base, tokenizer)  # quantized already: taken as it is
+    assert [layer.spec for layer in quantized_layers(model).values()] == specs
+    other = Finetuner(model, tokenizer, "qlora", tmp_path / "other", adapter="b", rank=2)
+    other.save()
+    with pytest.raises(ValueError, match="was trained on a quantized base; give that one"):
+        Finetuner.load(tmp_path / "other", small_model(), tokenizer)
+
+
+def test_a_relative_base_is_found_from_elsewhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    tuner(base.name, "lora", tmp_path / "run").save()
+    monkeypatch.chdir(tmp_path)
+    assert Finetuner.load(tmp_path / "run", compute_dtype="fp32")
+
+
+def test_a_rank_a_layer_takes_one_alpha():
+    rank = {"model.layers.0.self_attn.q_proj": 2}
+    mine = Finetuner(small_model(), small_tokenizer(), "lora", rank=rank, alpha=4)
+    assert len(trainable_parameters(mine.model)) == 2
+    with pytest.raises(ValueError, match="a rank a layer needs one alpha"):
+        Finetuner(small_model(), small_tokenizer(), "lora", rank=rank)
 
 
 @pytest.mark.parametrize("wrong, message", [

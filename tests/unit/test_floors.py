@@ -122,6 +122,14 @@ def test_no_pickle(name):
             assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_text_files_are_utf_8_wherever_they_are_read(name):
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("read_text", "write_text"):
+                assert "encoding" in {k.arg for k in node.keywords}, ast.unparse(node)
+
+
 @pytest.mark.parametrize("name", sorted(FLOOR_1 | (FLOOR_2 & set(FILES))))
 def test_floors_1_and_2_import_torch_alone(name):
     outside = GRAPH[name][1] - set(sys.stdlib_module_names)

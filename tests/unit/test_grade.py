@@ -93,6 +93,30 @@ def test_only_what_an_exercise_needs_is_run():
         "y = before(t)"]
 
 
+def test_what_changes_a_needed_object_is_run():
+    module = grade.needed([
+        "from math import *\nfrom time import time", "cache = {}\nother = {}",
+        "cache['one'] = load.one = 1\nother['x'] = 1", "def fill():\n    cache['two'] = 2",
+        "%load_ext autoreload\nns = object()\n%time x = 1\nns.inner.y[0] = sqrt(4)\n!ls",
+        "%%time\nK = cache['one'] + ns.z"])
+    assert ast.unparse(module).split("\n") == [
+        "from math import *", "cache = {}", "cache['one'] = load.one = 1", "ns = object()",
+        "ns.inner.y[0] = sqrt(4)", "K = cache['one'] + ns.z"]
+
+
+def test_a_cell_with_what_ipython_adds_to_python_passes():
+    cell = "%matplotlib inline\nimport torch\n" + exercise(
+        "nearest_code", "return torch.bucketize(a, (b[1:] + b[:-1]) / 2)")
+    for source in (cell, "%%time\n" + cell.partition("\n")[2] + "\ndisplay(mine)\n!ls"):
+        assert grade.verdict([IMPORTS, source], "nearest_code") == ("passed", "")
+
+
+def test_an_answer_shown_in_several_lines_is_wrong_in_words():
+    cell = exercise("nearest_code", "return {'x': torch.eye(3)}")
+    verdict, says = grade.verdict([IMPORTS, cell], "nearest_code")
+    assert verdict == "wrong" and "it returns dict {'x': tensor([[1., 0., 0.],\n" in says
+
+
 def test_the_last_attempt_counts_and_earlier_exercises_serve_it():
     cells = [IMPORTS, UNPACK, STUBS[0], exercise("nearest_code", "return 0"),
              exercise("nearest_code", "unpack_nibbles(a.byte()[None], 1)\n"

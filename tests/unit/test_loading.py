@@ -64,6 +64,17 @@ def test_pickled_weights_are_refused_and_the_command_converts_them(folder):
         assert torch.equal(logits(load_model(folder, "cpu", "fp32")[0]), logits(small_model()))
 
 
+def test_weights_that_do_not_fit_are_value_errors(folder, caplog):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ValueError, match="tensors of other shapes than its config.json says"):
+        load_model(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated or corrupt .*; get them again"):
+        load_model(folder)
+
+
 def test_safetensors_are_taken_even_beside_pickled_ones(folder):
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
     assert torch.equal(logits(load_model(folder, "cpu", "fp32")[0]), logits(small_model()))

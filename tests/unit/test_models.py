@@ -293,6 +293,7 @@ def test_a_batch_without_a_mask_has_no_padding():
         ({"attention_mask": torch.ones(1, 4)}, r"holds \['attention_mask'\], but needs input_ids"),
         ({"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.ones(1, 5)},
          r"attention_mask \(1, 5\) for input_ids \(1, 4\)"),
+        ({"input_ids": torch.full((1, 4), 308)}, "token id 308, but the model has embeddings"),
     ):  # fmt: skip
         model = small_model()
         before = {n: m for n, m in model.named_modules()}

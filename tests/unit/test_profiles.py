@@ -59,14 +59,30 @@ def test_calibration_sees_train_problems_only(folder, monkeypatch):
     assert seen == ["train"]
 
 
-def test_gsm8k_dev_is_held_out_of_train(tmp_path):
+def test_gsm8k_dev_is_held_out_of_train(tmp_path, monkeypatch):
     for split, n in (("train", 300), ("test", 5)):
         lines = [json.dumps({"question": f"{split} {i}", "answer": "#### 1"}) for i in range(n)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     profile = load_profile("smollm2", data=tmp_path)
     splits = {s: {e["question"] for e in profile.examples(s)} for s in ("train", "dev", "test")}
-    assert {s: len(qs) for s, qs in splits.items()} == {"train": 44, "dev": 256, "test": 5}
+    assert {s: len(qs) for s, qs in splits.items()} == {"train": 270, "dev": 30, "test": 5}
     assert not splits["train"] & splits["dev"]
+    published = [{"question": str(i), "answer": "#### 1"} for i in range(7473)]
+    monkeypatch.setattr(profiles, "load_gsm8k", lambda split, folder: published)
+    profile = load_profile("smollm2")
+    assert profile.examples("train") == published[:-256]
+    assert profile.examples("dev") == published[-256:]
+    monkeypatch.setattr(profiles, "load_gsm8k", lambda split, folder: published[:9])
+    assert len(profile.examples("train")) == 9 and profile.examples("dev") == []
+
+
+def test_a_folders_own_dev_problems_are_taken(tmp_path):
+    for split, n in (("train", 40), ("dev", 3), ("test", 5)):
+        lines = [json.dumps({"question": f"{split} {i}", "answer": "#### 1"}) for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    profile = load_profile("llama2-7b", data=tmp_path)
+    assert [len(profile.examples(split)) for split in ("train", "dev", "test")] == [40, 3, 5]
+    assert profile.examples("dev")[0]["question"] == "dev 0"
 
 
 def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from small_models import PAIRS, small_model, small_tokenizer
 
 from qlora_lib.generation import Completion, Decoding, generator
 from qlora_lib.lora import ALL_LINEAR, delete_adapter, inject_lora, use_adapter
-from qlora_lib.serve import AdapterServer, RequestTimeout, ServerFull, ServerStopped
+from qlora_lib.serve import AdapterServer, RequestTimeout, ServerFull, ServerStopped, _percentile
 
 PROMPTS = [prompt for prompt, _ in PAIRS[:6]]
 TASKS = ["a", "b", "c", "d", None]
@@ -312,6 +312,14 @@ def test_stopping_by_force_leaves_nobody_waiting():
 def test_bad_settings_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         AdapterServer(small_model(), small_tokenizer(), **given)
+
+
+def test_percentiles_are_those_of_the_nearest_rank():
+    found = {n: list(range(1, n + 1)) for n in (1, 2, 20, 100)}
+    assert [_percentile(found[n], 0.5) for n in found] == [1, 1, 10, 50]
+    assert [_percentile(found[n], 0.95) for n in found] == [1, 2, 19, 95]
+    assert all(_percentile(list(range(1, 100 * n + 1)), 0.95) == 95 * n for n in range(1, 30))
+    assert _percentile([], 0.5) is None
 
 
 def test_numbers_of_nothing_are_none():

@@ -132,6 +132,15 @@ def test_training_sets_come_from_data_or_the_hub(tmp_path, monkeypatch):
 def test_which_file_of_a_folder(tmp_path):
     (tmp_path / "mine.jsonl").touch()
     assert sources.data_file(tmp_path).name == "mine.jsonl"  # the only one
+    (tmp_path / "test.jsonl").touch()
+    (tmp_path / "dev.json").touch()
+    assert sources.data_file(tmp_path).name == "mine.jsonl"  # the only one to train on
+    (tmp_path / "mine.jsonl").unlink()
+    for left in ("dev.json, test.jsonl", "test.jsonl"):  # neither, nor a single one of them
+        with pytest.raises(FileNotFoundError, match=f"no train.jsonl .it holds {left}."):
+            sources.data_file(tmp_path)
+        (tmp_path / "dev.json").unlink(missing_ok=True)
+    (tmp_path / "test.jsonl").rename(tmp_path / "mine.jsonl")
     (tmp_path / "other.json").touch()
     with pytest.raises(FileNotFoundError, match="it holds mine.jsonl, other.json"):
         sources.data_file(tmp_path)

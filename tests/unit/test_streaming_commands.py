@@ -43,11 +43,11 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
         "--damping=auto": {"damp_percent": None},
         "--best": GPTQOptions.best(match_dense=True).changed(),
     }
-    for option, stored in options.items():
+    for option, changed in options.items():
         named = [*common, "--targets", "attention", option]
         assert main(named) == 0 and "quantizing model with gptq" in capsys.readouterr().out
         recipe = json.loads((tmp_path / "checkpoints/tiny/base/recipe.json").read_text())
-        assert {k: v for k, v in recipe.items() if k in asdict(GPTQOptions())} == stored
+        assert {k: v for k, v in recipe.items() if k in asdict(GPTQOptions())} == changed
         assert main([*named, "--stream"]) == 0
         assert "is there, with these settings" in capsys.readouterr().out
     assert main([*common, "--spill", "spill"]) == 2

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from small_models import PAIRS, small_model, small_tokenizer
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lib import adam8bit, train
+from qlora_lib import adam8bit, snapshots, train
 from qlora_lib.data import encode_example
 from qlora_lib.grid import QuantSpec
 from qlora_lib.lora import (
@@ -163,8 +163,10 @@ def test_resume_refuses_another_run_and_damaged_files(tmp_path):
         )
     other = small_model()
     inject_lora(other, rank=2)
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="rank of adapter 'default' was 4, is 2"):
         run(other, config(folder=tmp_path, resume=True))
+    with pytest.raises(ValueError, match="other parameters"):
+        load_parameters(tmp_path / "last.safetensors", trainable_parameters(other))
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="lacks steps"):
         run(adapted(), config(folder=tmp_path, resume=True))
@@ -175,6 +177,35 @@ def test_resume_refuses_another_run_and_damaged_files(tmp_path):
     assert run(adapted(), config(folder=tmp_path)).resumed_from == 0  # and anew without resume
     with pytest.raises(ValueError, match="folder"):
         TrainConfig(resume=True)
+
+
+@pytest.mark.parametrize(
+    "bits, lora, message",
+    [
+        (4, {"alpha": 80}, "alpha of adapter 'default' was 8, is 80"),
+        (4, {"use_rslora": True}, "use_rslora of adapter 'default' was False, is True"),
+        (4, {"dropout": 0.5}, "dropout of adapter 'default' was 0.0, is 0.5"),
+        (2, {}, "base was "),
+    ],
+)
+def test_resume_refuses_an_adapter_or_a_base_made_otherwise(tmp_path, bits, lora, message):
+    def made(bits=4, **lora):
+        model = small_model()
+        quantize_model(model, None, QuantSpec(bits, 32, clip_search=False), "rtn")
+        inject_lora(model, ALL_LINEAR, **{"rank": 4, "alpha": 8} | lora)
+        return model
+
+    run(made(), config(folder=tmp_path, max_steps=2))
+    again = config(folder=tmp_path, max_steps=2, resume=True)
+    with pytest.raises(ValueError, match=f"belongs to another run: {message}"):
+        run(made(bits, **lora), again)
+    assert run(made(), again).resumed_from == 2
+    # A checkpoint of before these were kept says nothing of them, and is resumed.
+    tensors, state = snapshots._load(tmp_path / "last.safetensors")
+    state["identity"] = {k: v for k, v in state["identity"].items() if " of adapter " not in k}
+    del state["identity"]["base"]
+    snapshots._save(tmp_path / "last.safetensors", tensors, state)
+    assert run(made(bits, **lora), again).resumed_from == 2
 
 
 def test_best_checkpoint_is_the_lowest_dev_loss(tmp_path):
@@ -242,6 +273,10 @@ def test_errors_say_what_to_do():
         run(small_model().requires_grad_(False), config())
     with pytest.raises(ValueError, match="fills the context"):
         run(adapted(), config(max_length=8))
+    with pytest.raises(ValueError, match="token id 308, but the model has embeddings of 308"):
+        finetune(adapted(), small_tokenizer(), [([1, 308], [-100, 308])], config())
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        TrainConfig(max_length=0)
     with pytest.raises(ValueError, match="fp16 needs"):
         run(small_model().half(), config(compute_dtype="fp16"))
     with pytest.raises(ValueError, match="at least 1"):

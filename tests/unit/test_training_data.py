@@ -39,17 +39,24 @@ def metamath(i: int, query: str | None = None, original: int | None = None) -> d
 
 
 def test_the_profiles_own_problems_in_their_order(profile, monkeypatch):
-    monkeypatch.setattr("qlora_lib.profiles.GSM8K_DEV", 5)
+    monkeypatch.setattr("qlora_lib.profiles.GSM8K_DEV", 2)
     data = prepare(profile, small_tokenizer())
     pairs = [format_gsm8k(e) for e in profile.examples("train")]
     assert data.train == [encode(small_tokenizer(), pair, 512) for pair in pairs]
-    assert len(data.train) == 25 and len(data.dev) == 5 and data.readable == 25
+    assert len(data.train) == 28 and len(data.dev) == 2 and data.readable == 28
     text = str(data)
-    assert "the problems of profile smollm2 (GSM8K); calculator notes stripped; 5 held out" in text
-    assert "0 equal one of 1 test questions" in text and "25 examples" in text
+    assert "the problems of profile smollm2 (GSM8K); calculator notes stripped; 2 held out" in text
+    assert "0 equal one of 1 test questions" in text and "28 examples" in text
     kept = prepare(profile, small_tokenizer(), notes=True)
     assert kept.report()["calculator_notes"] == "kept"
     assert kept.count.tokens > data.count.tokens
+
+
+def test_too_few_problems_to_hold_some_out(profile, monkeypatch):
+    few = {split: profile.examples(split)[:9] for split in ("train", "test")}
+    monkeypatch.setattr("qlora_lib.profiles.load_gsm8k", lambda split, folder: few[split])
+    data = prepare(profile, small_tokenizer())
+    assert data.dev == [] and len(data.train) == 9
 
 
 def test_dev_is_held_out_with_all_versions_of_its_problems(profile, tmp_path):
@@ -83,6 +90,16 @@ def test_test_questions_are_left_out_unless_told(profile, tmp_path):
     write(tmp_path / "meta.json", rows[1:3])
     with pytest.raises(ValueError, match="no example is left to train on; 2 overlap"):
         prepare(profile, small_tokenizer(), tmp_path / "meta.json")
+
+
+def test_kept_overlap_needs_no_test_set(profile, tmp_path):
+    write(tmp_path / "meta.json", [metamath(i) for i in range(6)])
+    (tmp_path / "problems" / "test.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="test.jsonl"):
+        prepare(profile, small_tokenizer(), tmp_path / "meta.json")
+    kept = prepare(profile, small_tokenizer(), tmp_path / "meta.json", keep_overlap=True)
+    assert len(kept.train) == 6 and kept.overlap.questions == 0
+    assert "0 equal one of 0 test questions" in str(kept)
 
 
 def test_training_sets_by_name(profile, monkeypatch):
