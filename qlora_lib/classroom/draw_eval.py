@@ -98,16 +98,26 @@ def questions_paired(discordant: float, difference: float) -> float:
     return (Z * math.sqrt(discordant) + POWER * root) ** 2 / difference**2
 
 
+def most_discordant(p: float, difference: float) -> float:
+    """The largest share of questions that one model only can have right, at accuracies p and
+    p + difference: the worse one's own are at most p, and at most what the other has wrong."""
+    return 2 * min(p, 1 - p - difference) + difference
+
+
 def draw_claim(ax, points_better: int, accuracy: float) -> None:
-    """Questions that a claim of so many points needs, over how much the two models differ."""
-    d = points_better / 100
-    apart = questions_unpaired(accuracy, d)
-    shares = [d + (0.5 - d) * i / 60 for i in range(61)]
+    """Questions that a claim of so many points needs, over how much the two models differ: as
+    far as they can, up to 50%. The square: models that have nothing in common."""
+    p, d = accuracy, points_better / 100
+    apart, last = questions_unpaired(p, d), min(0.5, most_discordant(p, d))
+    shares = [d + (last - d) * i / 60 for i in range(61)]
+    unrelated = p * (1 - p - d) + (p + d) * (1 - p)
     ax.axhline(apart, color=RTN, label=f"each its own questions: {apart:,.0f}")
     ax.plot([100 * s for s in shares], [questions_paired(s, d) for s in shares], color=GPTQ,
             label=f"the same questions: from {questions_paired(d, d):,.0f}")
+    ax.plot(100 * unrelated, questions_paired(unrelated, d), "s", color=GPTQ, markersize=8,
+            label=f"unrelated models: {unrelated:.0%} differ")
     ax.axhline(GSM8K_TEST, color=MUTED, linestyle=":", label="GSM8K's test: 1,319")
-    ax.set(yscale="log", xlim=(0, 50), ylim=(30, 50_000_000), ylabel="questions needed",
+    ax.set(yscale="log", xlim=(0, 50), ylim=(30, 1_000_000_000), ylabel="questions needed",
            xlabel="right in one of the two only, %")
     ax.set_yticks([100, 1000, 10_000, 100_000], ["100", "1,000", "10,000", "100,000"])
     ax.legend(loc="upper left", fontsize=10.5,
@@ -176,7 +186,7 @@ def draw_coverage(ax, n: int, rates: Sequence[float],
     for (name, values), color in zip(coverage.items(), (MUTED, GPTQ)):
         ax.plot([100 * r for r in rates], [100 * v for v in values], color=color, label=name)
     ax.axhline(95, color=BAD, linestyle=":")
-    ax.set(xlim=(0, 50), ylim=(60, 101), xlabel="true accuracy in %",
+    ax.set(xlim=(0, 50), ylim=(35, 101), xlabel="true accuracy in %",
            ylabel="intervals that hold it, %", title=f"n = {n}")
     ax.legend(loc="lower right")
 

@@ -27,18 +27,19 @@ METHODS = {  # name: (label, colour), in the order of the legends
 def draw_next_token(ax, temperature: float, top_p: float, logits: Tensor,
                     tokens: Sequence[str]) -> None:
     """Probabilities of the next token. logits (vocab,); tokens: texts of the most likely ones,
-    by falling logit."""
+    by falling logit. Without top-p no token is cut: one at 0 is too small for fp32."""
     p = token_probabilities(logits, temperature, top_p)
     order = logits.argsort(descending=True, stable=True)[:len(tokens)]
     shown = p[order].tolist()
-    cut = [x == 0 for x in shown]
+    cut = [x == 0 and top_p < 1 for x in shown]
     ax.bar(range(len(tokens)), shown, color=[MUTED if c else MAJORITY for c in cut], width=0.7)
     for x, (value, gone) in enumerate(zip(shown, cut)):
         ax.text(x, value + 0.015, "cut" if gone else f"{value:.2f}", ha="center", fontsize=10,
                 color=MUTED if gone else "black")
     rest = max(0.0, 1 - sum(shown))
+    possible = int((p > 0).sum()) if top_p < 1 else len(p)
     ax.set(ylim=(0, 1.12), xticks=range(len(tokens)), ylabel="probability",
-           title=f"{int((p > 0).sum())} tokens possible, {rest:.2f} not shown")
+           title=f"{possible} tokens possible, {rest:.2f} not shown")
     ax.set_xticklabels(tokens, fontfamily="monospace")
     ax.grid(axis="x", visible=False)
 

@@ -86,6 +86,22 @@ def test_as_many_questions_as_a_claim_needs_find_it_four_times_out_of_five():
         draw.Z * math.sqrt(share) + draw.POWER * math.sqrt(share - d * d))
 
 
+@pytest.mark.parametrize("p, points, most", [(0.85, 10, 20), (0.85, 1, 29), (0.35, 2, 50)])
+def test_the_curve_ends_where_two_models_differ_most(p, points, most):
+    ax = Figure().subplots()
+    draw.draw_claim(ax, points_better=points, accuracy=p)
+    curve, square = ax.lines[1:3]
+    assert curve.get_xdata()[[0, -1]] == pytest.approx([points, most])
+    worse, better = p * 1000, (p + points / 100) * 1000  # as many questions as each has right
+    both = max(0, worse + better - 1000)  # at least
+    share = (worse + better - 2 * both) / 10
+    assert min(50, share) == pytest.approx(most)
+    own, theirs = p * (1 - p - points / 100), (p + points / 100) * (1 - p)
+    assert square.get_xdata()[0] == pytest.approx(100 * (own + theirs))
+    assert square.get_ydata()[0] == pytest.approx(
+        draw.questions_unpaired(p, points / 100), rel=0.05)
+
+
 def test_independent_models_gain_little_from_sharing_their_questions():
     p, d = 0.35, 0.02
     share = p * (1 - p - d) + (p + d) * (1 - p)

@@ -60,6 +60,15 @@ def test_bars_of_tokens_that_are_cut_are_grey_and_say_so():
     assert gray == [h == 0 for h in heights]
 
 
+def test_without_top_p_every_token_is_possible_even_where_fp32_has_0():
+    for top_p, possible in ((1.0, "40"), (0.9, "1")):
+        ax = Figure().subplots()
+        draw.draw_next_token(ax, temperature=0.01, top_p=top_p, logits=LOGITS, tokens=TOKENS)
+        assert ax.get_title().startswith(f"{possible} tokens possible")
+        texts = [t.get_text() for t in ax.texts]
+        assert "0.00" in texts if top_p == 1 else texts.count("cut") == len(TOKENS) - 1
+
+
 def test_votes_are_counted_and_the_right_answer_is_green():
     ax = Figure().subplots()
     draw.draw_votes(ax, temperature=1.0, samples=SAMPLES, gold="4", greedy="5")

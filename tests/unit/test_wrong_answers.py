@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qlora_lib.classroom import check
+from qlora_lib.data import to_number
 
 
 def next_token(put_back):
@@ -50,6 +51,22 @@ def wilson(ends):
 
 def around(centre, half):
     return centre - half, centre + half
+
+
+def leader(answers, scores=None):
+    """One pass over the samples, which keeps the first answer to get ahead."""
+    sums, best = {}, None
+    for answer, score in zip(answers, scores or [1] * len(answers)):
+        if answer is not None:
+            sums[answer] = sums.get(answer, 0) + score
+            best = answer if best is None or sums[answer] > sums[best] else best
+    return answers.index(best) if sums else 0
+
+
+def grade(equal):
+    """05's fourth; `equal` compares two texts."""
+    return lambda answers, golds: (
+        sum(a is not None and equal(a, g) for a, g in zip(answers, golds)), len(golds))
 
 
 def first(answers, counts):
@@ -156,6 +173,7 @@ WRONG = {
         (vote(lambda answers, counts: list(counts).index(max(counts, key=counts.get)),
               lambda counts: 0), "a place among the DIFFERENT answers"),
         (vote(lambda answers, counts: max(counts.values()), lambda counts: 0), "how often"),
+        (leader, "the first to reach the top"),
     ],
     "pass_at_k": [
         (lambda n, right, k: 1 - math.comb(n - right, k) // math.comb(n, k), "divide with `//`"),
@@ -173,6 +191,18 @@ WRONG = {
         (weighted_vote(lambda answers, scores, sums: winner(sums)), "return the INDEX"),
         (weighted_vote(lambda answers, scores, sums: answers.index(winner(sums)), winner),
          "your sums are empty"),
+        (weighted_vote(lambda answers, scores, sums: answers.index(max(
+            zip(sums.values(), sums))[1])), "not the larger text"),
+        (weighted_vote(lambda answers, scores, sums: answers.index(sorted(
+            sums, key=sums.get)[-1])), "not the last"),
+        (leader, "the first to reach the top"),
+    ],
+    "grade": [
+        (grade(lambda a, g: abs(float(to_number(a)) - float(to_number(g))) < 0.1),
+         "perhaps: a tolerance accepts 18.0005"),
+        (grade(lambda a, g: abs(to_number(a) - to_number(g)) < 0.1), "a tolerance accepts 18.0005"),
+        (grade(lambda a, g: float(to_number(a)) == float(to_number(g))), "one number"),
+        (grade(lambda a, g: math.isclose(to_number(a), to_number(g))), "or math.isclose"),
     ],
     "wilson_interval": [
         (wilson(lambda p, z2, n, by: around(

@@ -317,24 +317,11 @@ def _none_is_zero(answers, golds):
     return sum(to_number(a or "0") == to_number(g) for a, g in zip(answers, golds)), len(golds)
 
 
-def _relative(answers, golds):
-    right = sum(a is not None and math.isclose(to_number(a), to_number(g), rel_tol=1e-4)
-                for a, g in zip(answers, golds))
-    return right, len(golds)
-
-
-def _rounded(answers, golds):
-    right = sum(a is not None and round(to_number(a)) == round(to_number(g))
-                for a, g in zip(answers, golds))
-    return right, len(golds)
-
-
-def _percent_too(answers, golds):
-    right = 0
-    for a, g in zip(answers, golds):
-        gold = to_number(g)
-        right += a is not None and to_number(a) in (gold, gold / 100, gold * 100)
-    return right, len(golds)
+def _right_if(equal):
+    """Another comparison of the two exact numbers."""
+    return lambda answers, golds: (
+        sum(a is not None and equal(to_number(a), to_number(g)) for a, g in zip(answers, golds)),
+        len(golds))
 
 
 def _as_rate(answers, golds):
@@ -352,6 +339,8 @@ register(Exercise(
         (lambda g: (["70003", "18.4", "18.2", "19.7", "19.8", "0.25", "2500", "0.5", "12"],
                     ["70000", "18", "18", "19", "19", "25", "25", "50", "2"]),
          "close is not right"),
+        (lambda g: (["18.0005"], ["18"]), "very close is not right"),
+        (lambda g: (["9007199254740993"], ["9007199254740992"]), "the next whole number"),
         (lambda g: ([None, None], ["3", "4"]), "a model that says nothing"),
     ],
     mistakes=[
@@ -365,10 +354,17 @@ register(Exercise(
         (_contained, "`gold in answer` accepts 12 where 2 is right"),
         (_none_is_zero, "no answer is not the answer 0: it would be right wherever the gold is "
                         "0"),
-        (_relative, "a relative tolerance accepts 70003 for 70000: integers must be equal"),
-        (_rounded, "rounding accepts 18.4 for 18: compare exactly"),
-        (_percent_too, "accepting gold/100 and gold*100 as well makes 0.25 right where the gold "
-                       "is 25"),
+        (_right_if(lambda a, g: abs(a - g) < 0.1),
+         "a tolerance accepts 18.0005 for 18: compare exactly, with =="),
+        (_right_if(lambda a, g: math.isclose(a, g, rel_tol=1e-4)),
+         "a relative tolerance accepts 70003 for 70000: integers must be equal"),
+        (_right_if(math.isclose),
+         "as floats, 9007199254740993 and ...992 are one number: compare with == what to_number "
+         "gives, without float() or math.isclose"),
+        (_right_if(lambda a, g: round(a) == round(g)),
+         "rounding accepts 18.4 for 18: compare exactly"),
+        (_right_if(lambda a, g: a in (g, g / 100, g * 100)),
+         "accepting gold/100 and gold*100 as well makes 0.25 right where the gold is 25"),
         (_as_rate, "return the counts (right, n): a rate without its n says little"),
     ],
 ))

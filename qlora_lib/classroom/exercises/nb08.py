@@ -41,10 +41,14 @@ def _left_sorted(logits, temperature, top_p):
     return token_probabilities(logits, temperature, top_p).sort(descending=True).values
 
 
-def _by_threshold(logits, temperature, top_p):
-    p = torch.softmax(logits / temperature, -1)
-    p = torch.where(p >= 1 - top_p, p, 0)
-    return p / p.sum()
+def _keeping(which):
+    """Those of the probabilities for which `which` is true, whatever their sum is."""
+    def wrong(logits, temperature, top_p):
+        p = torch.softmax(logits / temperature, -1)
+        p = torch.where(which(p, top_p), p, 0)
+        return p / p.sum()
+
+    return wrong
 
 
 def _cut_before_temperature(logits, temperature, top_p):
@@ -68,18 +72,6 @@ def _mask_by_order(logits, temperature, top_p):
     p = torch.softmax(logits / temperature, -1)
     ordered, order = p.sort(descending=True)
     p = torch.where((ordered.cumsum(-1) - ordered < top_p)[order], p, 0)
-    return p / p.sum()
-
-
-def _sum_in_order_of_ids(logits, temperature, top_p):
-    p = torch.softmax(logits / temperature, -1)
-    p = torch.where(p.cumsum(-1) - p < top_p, p, 0)
-    return p / p.sum()
-
-
-def _each_above_top_p(logits, temperature, top_p):
-    p = torch.softmax(logits / temperature, -1)
-    p = torch.where(p >= top_p, p, 0)
     return p / p.sum()
 
 
@@ -109,8 +101,9 @@ register(Exercise(
         (_reaching_token_cut, "the token with which the sum reaches top_p is kept too: keep a "
                               "token while the sum BEFORE it is below top_p"),
         (_left_sorted, "right numbers, in sorted order: put each back at its token's place"),
-        (_by_threshold, "top-p keeps as many tokens as it takes to reach top_p together; it does "
-                        "not compare each probability with a threshold"),
+        (_keeping(lambda p, top_p: p >= 1 - top_p),
+         "top-p keeps as many tokens as it takes to reach top_p together; it does not compare each "
+         "probability with a threshold"),
         (_cut_before_temperature, "apply the temperature first: how many tokens reach top_p "
                                   "depends on it"),
         (_least_likely, "begin the sum with the MOST likely token: sort descending"),
@@ -118,9 +111,11 @@ register(Exercise(
                           "scatter(0, order, kept) does; kept[order] reads it there"),
         (_mask_by_order, "mask[order] is not the mask of the tokens: it is token order[i] whose "
                          "verdict stands at place i; scatter(0, order, mask) puts them back"),
-        (_sum_in_order_of_ids, "the sum runs over the tokens from the most likely one down, not "
-                               "in the order of their ids: sort first"),
-        (_each_above_top_p, "top_p bounds the SUM of the kept probabilities, not each of them"),
+        (_keeping(lambda p, top_p: p.cumsum(-1) - p < top_p),
+         "the sum runs over the tokens from the most likely one down, not in the order of their "
+         "ids: sort first"),
+        (_keeping(lambda p, top_p: p >= top_p),
+         "top_p bounds the SUM of the kept probabilities, not each of them"),
         (_softmax_twice, "a second softmax gives the tokens that were cut a chance again: divide "
                          "by the sum"),
         (lambda z, temperature, top_p: token_probabilities(z, 1.0, top_p),
@@ -150,6 +145,15 @@ def _largest_wins_ties(answers):
 def _last_wins_ties(answers):
     winner = answers[::-1][choose(answers[::-1])]
     return answers.index(winner)
+
+
+def _first_to_reach(answers, scores=None):
+    """The answer whose count, or sum of scores, was the first to reach the top."""
+    def so_far(i):
+        own = zip(answers[:i + 1], scores or [1] * len(answers))
+        return sum(s for a, s in own if a == answers[i] is not None)
+
+    return answers.index(answers[max(range(len(answers)), key=so_far)])
 
 
 def _last_of_the_winner(answers):
@@ -189,6 +193,7 @@ register(Exercise(
         (lambda g: ([None, None, None, "7", "8", "8"],), "most samples have no answer"),
         (lambda g: (["5", "31", "4", "31", "4"],), "a tie, 31 came first"),
         (lambda g: ([None, "4", "31", "4", "31"],), "a tie, 4 came first"),
+        (lambda g: (["4", "31", "31", "4"],), "a tie, 4 came first, 31 was the first with two"),
         (lambda g: ([None, None],), "no answer at all"),
         (lambda g: (["3", "3", "2", "2", "2"],), "a clear majority"),
     ],
@@ -198,6 +203,8 @@ register(Exercise(
         (_none_votes, "a sample without an answer has no vote: leave None out of the count"),
         (_largest_wins_ties, "of equals the answer that came first wins, not the larger text"),
         (_last_wins_ties, "of equals the answer that came first wins, not the last"),
+        (_first_to_reach, "of equals the answer that came first wins, not the one whose count was "
+                          "the first to reach the top: count all votes, then compare"),
         (_last_of_the_winner, "right answer, but return the FIRST sample that gives it"),
         (_needs_half, "the most frequent answer wins, with less than half of the votes too"),
         (_empty_fails, "where no sample has an answer there is nothing to count: return 0"),
@@ -277,10 +284,11 @@ def _best_sample(answers, scores):
     return max(range(len(answers)), key=scores.__getitem__)
 
 
-def _by(value):
+def _by(value, tie=lambda a, answers: 0):
     def wrong(answers, scores):
         own = _scores_of(answers, scores)
-        return answers.index(max(own, key=lambda a: value(own[a]))) if own else 0
+        best = max(own, key=lambda a: (value(own[a]), tie(a, answers)), default=answers[0])
+        return answers.index(best)
 
     return wrong
 
@@ -290,11 +298,6 @@ def _none_scores(answers, scores):
     for answer, score in zip(answers, scores):
         sums[answer] = sums.get(answer, 0) + score
     return answers.index(max(sums, key=sums.get))
-
-
-def _above_a_half(answers, scores):
-    kept = [a if s > 0.5 else None for a, s in zip(answers, scores)]
-    return choose(kept)
 
 
 def _answer_of_best_sample(answers, scores):
@@ -337,6 +340,7 @@ register(Exercise(
         (lambda g: (["1", "2", "2", "2"], [0.6, 0.3, 0.3, 0.3]), "three below a half"),
         (lambda g: (["1", "2", "2"], [0.9, 0.6, 0.55]), "the best score against two good ones"),
         (lambda g: (["4", "3", "3"], [0.6, 0.9, 0.1]), "one sample each pulls its answer's mean"),
+        (lambda g: ([*"5694349356"], [0.5] * 10), "five equal sums"),
     ],
     mistakes=[
         (_best_sample, "this is the best single sample; add the scores of equal answers"),
@@ -360,9 +364,16 @@ register(Exercise(
         (lambda answers, scores: choose(answers),
          "every sample has one vote here: let it weigh its score"),
         (_none_scores, "a sample without an answer has no vote, however good its score"),
-        (_above_a_half, "no threshold: a sample at 0.4 counts as 0.4"),
+        (lambda answers, scores: choose([a if s > 0.5 else None for a, s in zip(answers, scores)]),
+         "no threshold: a sample at 0.4 counts as 0.4"),
         (_by(lambda own: own[-1]), "the sums are overwritten: add each score to what its answer "
                                    "has already"),
+        (_by(sum, lambda a, answers: a),
+         "of equal sums the answer that came first wins, not the larger text"),
+        (_by(sum, lambda a, answers: answers.index(a)),
+         "of equal sums the answer that came first wins, not the last: `>`, not `>=`"),
+        (_first_to_reach, "of equal sums the answer that came first wins, not the one that was the "
+                          "first to reach the top: add all scores, then compare"),
         (_by(math.prod), "multiplying makes every further sample a loss: add the scores"),
     ],
 ))
