@@ -64,6 +64,27 @@ def test_the_spans_over_calibration_texts_are_the_recorded_ones():
     assert f"comes to {span('gptq', 2)} at 2 bits and {span('gptq', 3)} at 3; with" in text
     assert f"together to {span('together', 2)} and {span('together', 3)}; with" in text
     assert f"alone to {span('refit', 2)} at 2." in text
+    best, matched = (table[f"{name}_2bit_64"]["wikitext2"] for name in ("best", "best_match"))
+    assert f"comes to {best:.2f} at 2 bits, and to {matched:.2f} with `match_dense`" in text
+
+
+def test_the_best_options_lose_less_than_the_best_of_gptqmodel_s():
+    """What README and notebook 02 say of them: four layers, three widths, unseen tokens."""
+    path = ROOT / "data/results/gptq-quality.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert sorted({row["bits"] for row in rows}) == [2, 3, 4] and len(rows) == 12
+    parts, defaults = [], []
+    for row in rows:
+        peer = [e for name, e in row["errors"].items() if name.startswith("GPTQModel")]
+        parts.append(row["errors"]["ours, best"] / min(peer))
+        defaults.append(row["errors"]["ours, defaults"] / min(peer))
+        assert len(peer) == 12
+    assert max(parts) < 1
+    text = " ".join(README.split())
+    assert f"{100 * (1 - max(parts)):.0f} to {100 * (1 - min(parts)):.0f}% below" in text
+    assert f"{100 * (min(defaults) - 1):.0f} to {100 * (max(defaults) - 1):.0f}% above" in text
+    chosen = [row["chosen_damping"] for row in rows]
+    assert [chosen[i] for i in (0, 3, 6, 9)] == [0.01, 0.1, 0.2, 0.01]
 
 
 @pytest.mark.parametrize("width", (1024, 4096))
