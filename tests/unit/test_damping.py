@@ -1,8 +1,11 @@
 """Damping chosen from halves of the calibration tokens: the formula, the choice, its users."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lora_models import IDS, adapted, base_of
+from small_models import small_model
 from streamed_models import CALIBRATION, store, stream
 from test_models import same
 from torch import Tensor
@@ -10,13 +13,14 @@ from torch import Tensor
 from qlora_lib import damping
 from qlora_lib.checkpoint import load_quantized
 from qlora_lib.damping import DAMPINGS, choose_damping, expected_loss
-from qlora_lib.gptq import GPTQOptions, gptq_quantize
+from qlora_lib.gptq import GPTQOptions, dense_target, gptq_quantize
 from qlora_lib.grid import QuantSpec
 from qlora_lib.hessian import Hessian, act_order, hessian_factor
 from qlora_lib.loading import load_model
 from qlora_lib.merge import merge_lora, unmerge_lora
 from qlora_lib.merge_loss import merge_hessians, merge_report
 from qlora_lib.models import quantize_model
+from qlora_lib.refit import refit_scales
 from tests.helpers import ar1, normal
 
 IN = 48
@@ -104,20 +108,26 @@ def test_the_choice_is_nearly_the_best_for_tokens_that_nobody_has_seen(tokens, d
     assert max(losses.values()) > 1.1 * losses[chosen]
 
 
-def test_no_damping_is_gptq_with_the_chosen_one():
-    x, w = inputs(80), normal(16, IN, seed=3, dtype=torch.float64)
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_no_damping_is_gptq_with_the_chosen_one_in_all_its_parts(desc_act, monkeypatch):
+    x, w, spec = inputs(80), normal(16, IN, seed=3, dtype=torch.float64), QuantSpec(3, 16)
     hessian = Hessian(IN, dtype=torch.float64, halves=True)
     hessian.update(x, x + 0.1 * normal(80, IN, seed=4).double())
-    for options in (GPTQOptions(), GPTQOptions(refit_scales=True, match_dense=True)):
-        chosen = choose_damping(hessian)
-        assert chosen != options.damp_percent  # else this shows nothing
-        want = gptq_quantize(w, hessian, QuantSpec(3, 16), change(options, chosen))
-        got = gptq_quantize(w, hessian, QuantSpec(3, 16), change(options, None))
+    chosen = {True: 0.3, False: 0.02}  # made up: the orders' own choices may be the same
+    monkeypatch.setattr("qlora_lib.gptq.choose_damping", lambda h, order: chosen[order])
+    known = GPTQOptions(desc_act, damp_percent=chosen[desc_act])
+    options = GPTQOptions(desc_act, damp_percent=None)
+
+    def equal(got, want):
         assert torch.equal(got.codes, want.codes) and torch.equal(got.scale, want.scale)
 
-
-def change(options: GPTQOptions, damp_percent) -> GPTQOptions:
-    return GPTQOptions(**vars(options) | {"damp_percent": damp_percent})
+    plain = gptq_quantize(w, hessian, spec, known)
+    equal(gptq_quantize(w, hessian, spec, options), plain)
+    refit = refit_scales(w, plain, hessian.matrix, known.damp_percent)
+    equal(gptq_quantize(w, hessian, spec, replace(options, refit_scales=True)), refit)
+    target = dense_target(w, hessian, known.damp_percent)
+    aimed = gptq_quantize(target, hessian, spec, known)
+    equal(gptq_quantize(w, hessian, spec, replace(options, match_dense=True)), aimed)
 
 
 def test_halves_are_halves_of_each_update():
@@ -145,6 +155,8 @@ def test_a_choice_is_made_once_and_forgotten_with_the_next_token(monkeypatch):
     first = choose_damping(hessian)
     made = len(calls)
     assert choose_damping(hessian) == first and len(calls) == made > 0
+    for one, other in zip(calls[::2], calls[1::2]):  # each half is once the unseen one
+        assert one[0] is other[1] and one[1] is other[0] and one[2] == other[2]
     choose_damping(hessian, desc_act=False)
     assert len(calls) > made
     for seed in range(20, 30):
@@ -207,6 +219,19 @@ def test_a_model_in_memory_and_streamed_gets_a_damping_for_each_layer(
     assert same(model, streamed)
     assert len(used) == 28 and used[:14] == used[14:]  # 14 layers, twice
     assert set(used) <= set(DAMPINGS) and set(used) != {GPTQOptions().damp_percent}
+
+
+@pytest.mark.parametrize("options", [GPTQOptions(), BEST], ids=["defaults", "best"])
+def test_halves_are_kept_only_where_they_are_needed(options, monkeypatch):
+    kept = set()
+
+    def listening(weight, hessian, spec, options):
+        kept.add(hessian._first is not None)
+        return gptq_quantize(weight, hessian, spec, options)
+
+    monkeypatch.setattr("qlora_lib.models.gptq_quantize", listening)
+    quantize_model(small_model(), CALIBRATION, QuantSpec(4, 16), options=options)
+    assert kept == {options.damp_percent is None}
 
 
 def test_merging_takes_hessians_with_halves_and_the_report_makes_its_own():

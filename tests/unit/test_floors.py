@@ -196,7 +196,7 @@ weighted_vote with_scores likelihood pass_at_k Verifier train_verifier Adam8bit
 memory_ledger decoding_ledger check_fits NotEnoughMemory adapter_names adapter_table delete_adapter
 combine_adapters prune_adapter allocate_ranks train_scales freeze_scales lora_plus_groups
 AdapterServer ServerFull ServerStopped RequestTimeout CacheSpec PackedCache
-Finetuner find_optimal_rank AdapterLog load_task score
+Finetuner find_optimal_rank AdapterLog load_task score refit_scales choose_damping
 """.split()
 
 
