@@ -151,7 +151,8 @@ def run(layers: dict[str, tuple[Tensor, Tensor, Tensor]]) -> list[dict]:
         print(f"\n{name}: damping {damping} is chosen")
         for bits in BITS:
             spec = QuantSpec(bits, GROUP)
-            results = {"round to nearest": quantize_rtn(w, spec).dequantize(), **ours(w, hessian, spec)}
+            results = {"round to nearest": quantize_rtn(w, spec).dequantize()}
+            results |= ours(w, hessian, spec)
             for damp, order, mse in PEER if peer else ():
                 solve = gptqmodel_solver(
                     w, seen, GROUP, mse, bits=bits, damp=damp,

@@ -91,8 +91,9 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
     For an adapter trained beside a quantized base this is *another model* than the trained one.
     Training saw W_base = W + error, and what of the update answers to that error has nothing to
     answer to here: W + update is neither the trained W_base + update (merge_lora into "dense"
-    gives that) nor what fine-tuning the dense model would have given. It is what merging with PEFT onto the 16-bit checkpoint
-    gives, and a common way to serve; measure it before you trust it.
+    gives that) nor what fine-tuning the dense model would have given. It is what merging with
+    PEFT onto the 16-bit checkpoint gives, and a common way to serve; measure it before you
+    trust it.
 
     Of PiSSA over a dense base what it learned is added, B A - (B A at step 0), as save_adapter
     writes it. Over a quantized base, PiSSA and LoftQ fit that base alone.

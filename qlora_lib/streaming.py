@@ -2,8 +2,9 @@
 
 A block's weights are read, quantized on the inputs that the blocks before it, already
 quantized, produce, written to a shard of their own, and freed. In memory are one block, one
-Hessian with the copies that its factorization makes, and the calibration activations, which
-may lie on disk instead (with GPTQOptions(match_dense=True) two blocks and two sets of them). Codes and errors are those of `quantize_model`, bit for bit.
+Hessian with the copies that its factorization makes (a second one where GPTQOptions choose the
+damping), and the calibration activations, which may lie on disk instead (with match_dense two
+blocks and two sets of them). Codes and errors are those of `quantize_model`, bit for bit.
 
 Finished shards stay in OUT.unfinished until all are there; it then becomes OUT. A killed run
 goes on from them: the finished blocks compute their activations again, so that nothing else
