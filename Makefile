@@ -13,7 +13,7 @@ DIR          :=
 
 PYTHON := $(VENV)/bin/python
 PIP    := $(PYTHON) -m pip --disable-pip-version-check
-BOOKS  := $(PYTHON) -m qlora_lib.classroom.books
+TOOLS  := $(PYTHON) -m course.tools
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
@@ -76,12 +76,12 @@ $(VENV)/.browser: $(READY) tests/browser/requirements.txt
 	$(PIP) install $(PIP_ARGS) -r tests/browser/requirements.txt
 	@touch $@
 
-run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m qlora_lib.classroom.books run [--profile tiny] [--parameters "bits=3"] [01 02]
-	$(BOOKS) run --profile $(PROFILE) --parameters "$(P)$(if $(filter-out tiny,$(PROFILE)),$(if $(MODEL), weights_from='$(MODEL)')$(if $(GSM8K_DIR), data_from='$(GSM8K_DIR)'))" $(NB)
+run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m course.tools run [--profile tiny] [--parameters "bits=3"] [01 02]
+	$(TOOLS) run --profile $(PROFILE) --parameters "$(P)$(if $(filter-out tiny,$(PROFILE)),$(if $(MODEL), weights_from='$(MODEL)')$(if $(GSM8K_DIR), data_from='$(GSM8K_DIR)'))" $(NB)
 
 rehearsal: $(READY) ## 04 and 05 as they run LLaMA-2-7B, on a small random model in its folder layout
-	$(PYTHON) tests/random_llama.py build/random-llama
-	$(BOOKS) run --profile llama2-7b --parameters \
+	$(PYTHON) tests/support/random_llama.py build/random-llama
+	$(TOOLS) run --profile llama2-7b --parameters \
 	    "weights_from=build/random-llama data_from=data/minigsm steps=6 live_problems=8"
 
 test: ## unit tests, then nbval
@@ -113,24 +113,24 @@ ui: $(VENV)/.browser ## run the notebooks in JupyterLab in a browser, move every
 pictures: $(VENV)/.browser ## the same, and take the pictures of the README ## python -m pytest tests/browser --pictures docs/pictures
 	$(PYTHON) -m pytest -q tests/browser $(SELECTED) --pictures docs/pictures
 
-store: $(READY) ## run the notebooks and keep their outputs in them ## python -m qlora_lib.classroom.books store [01 02]
-	$(BOOKS) store $(NB)
+store: $(READY) ## run the notebooks and keep their outputs in them ## python -m course.tools store [01 02]
+	$(TOOLS) store $(NB)
 
-normal: $(READY) ## mend notebooks saved by JupyterLab, for a commit ## python -m qlora_lib.classroom.books normal [01 02]
-	$(BOOKS) normal $(NB)
+normal: $(READY) ## mend notebooks saved by JupyterLab, for a commit ## python -m course.tools normal [01 02]
+	$(TOOLS) normal $(NB)
 
-solved: $(READY) ## run the notebooks with their folded solutions in place ## python -m qlora_lib.classroom.books solved [01 02]
-	$(BOOKS) solved $(NB)
+solved: $(READY) ## run the notebooks with their folded solutions in place ## python -m course.tools solved [01 02]
+	$(TOOLS) solved $(NB)
 
-html: $(READY) ## the course as web pages, readable offline, in build/html ## python -m qlora_lib.classroom.pages
-	$(PYTHON) -m qlora_lib.classroom.pages
+html: $(READY) ## the course as web pages, readable offline, in build/html ## python -m course.tools html
+	$(TOOLS) html
 
-student: $(READY) ## the notebooks without solutions and outputs, in build/student ## python -m qlora_lib.classroom.student [01 02]
-	$(PYTHON) -m qlora_lib.classroom.student $(NB)
+student: $(READY) ## the notebooks without solutions and outputs, in build/student ## python -m course.tools student [01 02]
+	$(TOOLS) student $(NB)
 
-grade: $(READY) ## check the exercises of all submissions, DIR=folder ## python -m qlora_lib.classroom.grade FOLDER
+grade: $(READY) ## check the exercises of all submissions, DIR=folder ## python -m course.tools grade FOLDER
 	@test -n "$(DIR)" || { echo "make grade DIR=folder, with a notebook or a folder of notebooks for each student" >&2; exit 2; }
-	$(PYTHON) -m qlora_lib.classroom.grade "$(DIR)"
+	$(TOOLS) grade "$(DIR)"
 
 lab: $(READY) ## JupyterLab on this machine only, with a token ## python -m jupyterlab --ServerApp.ip=127.0.0.1
 	@echo "From another machine: ssh -N -L $(PORT):127.0.0.1:$(PORT) $$(id -un)@$$(hostname)"
@@ -142,16 +142,16 @@ lab: $(READY) ## JupyterLab on this machine only, with a token ## python -m jupy
 kernel: $(READY) ## offer this environment to a JupyterLab that already runs ## python -m ipykernel install --user --name qlora-course
 	$(PYTHON) -m ipykernel install --user --name qlora-course --display-name "Python (qlora course)"
 
-pretrain: $(READY) ## train the bundled tiny model again, from its seed ## python -m qlora_lib.pretrain
-	$(PYTHON) -m qlora_lib.pretrain
+pretrain: $(READY) ## train the bundled tiny model again, from its seed ## python -m experiments.toy.pretrain
+	$(PYTHON) -m experiments.toy.pretrain
 
-experiments: $(READY) ## make the recorded results in data/results again ## python -m qlora_lib.experiments; python -m qlora_lib.sampling_experiments; python -m qlora_lib.adapter_experiments
-	$(PYTHON) -m qlora_lib.experiments
-	$(PYTHON) -m qlora_lib.sampling_experiments
-	$(PYTHON) -m qlora_lib.step_experiments
-	$(PYTHON) -m qlora_lib.adapter_experiments
-	$(PYTHON) -m qlora_lib.serve_experiments
-	$(PYTHON) -m qlora_lib.cache_experiments
+experiments: $(READY) ## make the recorded results in data/results again ## python -m experiments.accuracy; python -m experiments.sampling; python -m experiments.adapters
+	$(PYTHON) -m experiments.accuracy
+	$(PYTHON) -m experiments.sampling
+	$(PYTHON) -m experiments.step
+	$(PYTHON) -m experiments.adapters
+	$(PYTHON) -m experiments.serving
+	$(PYTHON) -m experiments.cache
 
 bench: $(PEERS)/.ready ## us and the peers side by side, on an idle CPU ## python -m benchmarks
 	$(PEERS)/bin/python -m benchmarks

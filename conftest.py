@@ -1,6 +1,6 @@
 """nbval, made proof against the noise of floats and three quirks of its own.
 
-* Outputs are compared by `qlora_lib.classroom.compare`: words and whole numbers exactly, floats
+* Outputs are compared by `course.tools.compare`: words and whole numbers exactly, floats
   by a tolerance, which the tag `rtol=0.05` widens for one cell. stderr (progress bars, warnings
   with process numbers) and SVG (random ids) are not compared.
 * A cell tagged `varies` is run, not compared.
@@ -18,8 +18,8 @@ def pytest_configure(config):
         if not torch.cuda.is_available():  # before transformers imports Triton: 06's kernels
             os.environ.setdefault("TRITON_INTERPRET", "1")
     if config.getoption("nbval", False):
-        from qlora_lib.classroom import COMPARE_VARIABLE, GRID_VARIABLE
-        from qlora_lib.classroom.books import isolate_kernels
+        from course.kit import COMPARE_VARIABLE, GRID_VARIABLE
+        from course.tools.execute import isolate_kernels
 
         mend_nbval()
         isolate_kernels()
@@ -30,7 +30,7 @@ def pytest_configure(config):
 def mend_nbval():
     from nbval import kernel, plugin
 
-    from qlora_lib.classroom.compare import RTOL, same_text
+    from course.tools.compare import RTOL, same_text
 
     class Text(str):
         """An output whose == is `same_text`."""

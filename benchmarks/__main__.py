@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from qlora_lib.results import ROOT, stamp, write_json_atomic
+from qlora_lib.base.files import write_json_atomic
+from qlora_lib.base.paths import ROOT
+from qlora_lib.base.stamp import stamp
 
 from . import layers, solver, step, timing
 

@@ -28,19 +28,24 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation
 
-from qlora_lib.kernels import fused_kernels  # noqa: E402
-from qlora_lib.kv_cache import CacheSpec, PackedCache  # noqa: E402
-from qlora_lib.linear import QuantizedLinear  # noqa: E402
-from qlora_lib.loading import load_model  # noqa: E402
-from qlora_lib.lora import ALL_LINEAR, inject_lora, trainable_parameters  # noqa: E402
-from qlora_lib.loss import CHUNK  # noqa: E402
-from qlora_lib.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
-from qlora_lib.memory import memory_ledger  # noqa: E402
-from qlora_lib.models import dtype_name, quantize_model, quantize_weight  # noqa: E402
-from qlora_lib.models import resolve_dtype  # noqa: E402
-from qlora_lib.results import stamp, write_json_atomic  # noqa: E402
-from qlora_lib.step_experiments import SEED, SPECS, random_packed_model  # noqa: E402
-from qlora_lib.train import training_mode  # noqa: E402
+from experiments.step import SEED, SPECS, random_packed_model  # noqa: E402
+from qlora_lib.base.devices import (
+    dtype_name,
+    resolve_dtype,  # noqa: E402
+)
+from qlora_lib.base.files import write_json_atomic  # noqa: E402
+from qlora_lib.base.stamp import stamp
+from qlora_lib.generation.kv_cache import CacheSpec, PackedCache  # noqa: E402
+from qlora_lib.layers.kernels import fused_kernels  # noqa: E402
+from qlora_lib.layers.linear import QuantizedLinear  # noqa: E402
+from qlora_lib.lora.inject import inject_lora, trainable_parameters  # noqa: E402
+from qlora_lib.lora.targets import ALL_LINEAR
+from qlora_lib.models.load import load_model  # noqa: E402
+from qlora_lib.models.quantize import quantize_model, quantize_weight  # noqa: E402
+from qlora_lib.train.finetune import training_mode  # noqa: E402
+from qlora_lib.train.loss import CHUNK  # noqa: E402
+from qlora_lib.train.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
+from qlora_lib.train.memory import memory_ledger  # noqa: E402
 
 RANK = 16
 # (batch, gradient checkpointing)

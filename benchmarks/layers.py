@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qlora_lib.grid import QuantSpec, quantize_rtn
-from qlora_lib.kernels import work_dtype
-from qlora_lib.linear import QuantizedLinear
-from qlora_lib.nf4 import quantize_nf4
+from qlora_lib.layers.kernels import work_dtype
+from qlora_lib.layers.linear import QuantizedLinear
+from qlora_lib.quant.grid import QuantSpec, quantize_rtn
+from qlora_lib.quant.nf4 import quantize_nf4
 
 from .timing import in_turns, installed, rotating, show
 

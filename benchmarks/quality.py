@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_lib.damping import choose_damping
-from qlora_lib.gptq import GPTQOptions, gptq_quantize, output_error
-from qlora_lib.grid import QuantSpec, encode, quantize_rtn
-from qlora_lib.hessian import Hessian
-from qlora_lib.refit import refit_scales
-from qlora_lib.results import ROOT, stamp, write_json_atomic
+from qlora_lib.base.files import write_json_atomic
+from qlora_lib.base.paths import ROOT
+from qlora_lib.base.stamp import stamp
+from qlora_lib.quant.damping import choose_damping
+from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize, output_error
+from qlora_lib.quant.grid import QuantSpec, encode, quantize_rtn
+from qlora_lib.quant.hessian import Hessian
+from qlora_lib.quant.refit import refit_scales
 
 from .solver import column_loop, gptqmodel_solver
 from .timing import correlated, installed

@@ -5,9 +5,9 @@ import os
 import torch
 from torch import Tensor, nn
 
-from qlora_lib.gptq import GPTQOptions, gptq_quantize
-from qlora_lib.grid import QuantSpec, encode, fit_grid
-from qlora_lib.hessian import Hessian
+from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
+from qlora_lib.quant.grid import QuantSpec, encode, fit_grid
+from qlora_lib.quant.hessian import Hessian
 
 from .timing import correlated, in_turns, installed, show
 

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     # Lines appear at once in a pipe too, and a terminal without the check mark gets a "?".
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     args = parser().parse_args(argv)
-    from . import processes  # and with it torch, which --help does without
+    from .base import processes  # and with it torch, which --help does without
 
     commands = {"quantize": quantize, "finetune": finetune}
     commands |= {"verifier": verifier, "evaluate": evaluate, "generate": generate}

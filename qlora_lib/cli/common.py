@@ -38,7 +38,7 @@ def shared_options() -> argparse.ArgumentParser:
     add("--model", default=os.environ.get("MODEL"), help=weights)
     add("--data", help="gsm8k, or a folder with {split}.jsonl to use instead of the profile's "
         "problems; to train on, also metamathqa, mathinstruct, or a file or folder of your own "
-        "(formats: qlora_lib/examples.py). GSM8K's folder is also $GSM8K_DIR")  # fmt: skip
+        "(formats: qlora_lib/data/examples.py). GSM8K's folder is also $GSM8K_DIR")  # fmt: skip
     add("--folder", type=Path, help="of the run (default: checkpoints/PROFILE)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--compute-dtype", choices=("auto", "bf16", "fp16", "fp32"), help="(default: profile's)")
@@ -57,7 +57,7 @@ def add_run_options(add) -> None:
 def open_profile(args):
     from transformers.utils.logging import disable_progress_bar
 
-    from ..profiles import load_profile
+    from ..runs.profiles import load_profile
 
     disable_progress_bar()
     problems, folder, args.source = read_data_option(args)
@@ -72,7 +72,7 @@ def read_data_option(args) -> tuple[str | None, str | None, str | None]:
 
     Sets that are only for training go with GSM8K's problems, your own files with the profile's.
     """
-    from ..sources import TRAINING_SETS, holds_problems
+    from ..data.sources import TRAINING_SETS, holds_problems
 
     data, gsm8k = args.data, os.environ.get("GSM8K_DIR")
     if data == "gsm8k" or data in TRAINING_SETS:
@@ -94,8 +94,8 @@ def check_base(folder: Path) -> None:
     """Raises ValueError where folder/base is not the one that the run's adapter was trained on.
     Runs from before run.json said so pass.
     """
-    from ..checkpoint import read_json
-    from ..data import short_path
+    from ..base.files import read_json
+    from ..base.paths import short_path
 
     then, recipe = read_json(folder / "run.json").get("base"), folder / "base" / "recipe.json"
     if then is None or not recipe.is_file():
@@ -115,11 +115,12 @@ def check_base(folder: Path) -> None:
 
 def open_run(profile, args):
     """Base and adapter of args.folder, the base checked to be quantized unless args.dense."""
-    from ..adapters import load_adapter
-    from ..checkpoint import load_quantized, read_json
-    from ..data import short_path
-    from ..lora import find_linears
-    from ..models import quantized_layers
+    from ..base.files import read_json
+    from ..base.paths import short_path
+    from ..lora.files import load_adapter
+    from ..lora.targets import find_linears
+    from ..models.checkpoint import load_quantized
+    from ..models.quantize import quantized_layers
 
     command = f"python -m qlora_lib finetune --profile {profile.name}"
     how = args.folder / "run.json"

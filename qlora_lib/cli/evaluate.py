@@ -36,7 +36,7 @@ def add_evaluate_and_generate(commands, shared) -> None:
 
 
 def make_decoding(profile, args, **settings):
-    from ..generation import Decoding
+    from ..generation.generate import Decoding
 
     length = args.max_new_tokens or profile.max_new_tokens
     return Decoding(max_new_tokens=length, cache_bits=args.cache_bits, **settings)
@@ -44,8 +44,8 @@ def make_decoding(profile, args, **settings):
 
 def sampler(profile, args):
     """(function from prompts to completions, vote or None) as the options say."""
-    from .. import sampling
-    from ..generation import generator
+    from ..evaluation import votes as sampling
+    from ..generation.generate import generator
 
     if args.vote and args.samples < 2:
         raise ValueError(f"--vote {args.vote} chooses among samples; give --samples 2 or more")
@@ -73,11 +73,12 @@ def sampler(profile, args):
 
 
 def evaluate(args) -> None:
-    from ..comparison import report_difference
-    from ..data import format_gsm8k, short_path
-    from ..evaluation import EvalReport, few_shot
-    from ..evaluation import evaluate as score
-    from ..results import stamp
+    from ..base.paths import short_path
+    from ..base.stamp import stamp
+    from ..data.gsm8k import format_gsm8k
+    from ..evaluation.comparison import report_difference
+    from ..evaluation.evaluate import EvalReport, few_shot
+    from ..evaluation.evaluate import evaluate as score
 
     other = EvalReport.load(args.compare) if args.compare else None  # missing: say so at once
     profile = open_profile(args)
@@ -121,9 +122,9 @@ def evaluation_name(args) -> str:
 
 
 def generate(args) -> None:
-    from ..data import PROMPT
-    from ..examples import write_chat
-    from ..generation import generator
+    from ..data.examples import write_chat
+    from ..data.gsm8k import PROMPT
+    from ..generation.generate import generator
 
     profile = open_profile(args)
     model, tokenizer = open_run(profile, args)

@@ -24,9 +24,9 @@ def add_export(commands, shared) -> None:
 
 def export(profile, args) -> None:
     """Export args.folder/base, with the adapter merged into it if args.merge says how."""
-    from ..checkpoint import load_quantized
-    from ..data import short_path
-    from ..gptq_format import export_gptq
+    from ..base.paths import short_path
+    from ..formats.gptq_checkpoint import export_gptq
+    from ..models.checkpoint import load_quantized
 
     base, adapter = args.folder / "base", trained_adapter(args.folder)
     if not base.is_dir():
@@ -57,7 +57,7 @@ def export(profile, args) -> None:
 
 def trained_adapter(folder: Path) -> Path | None:
     """The run's adapter, if it was trained on the quantized base."""
-    from ..checkpoint import read_json
+    from ..base.files import read_json
 
     if not (folder / "run.json").is_file() or read_json(folder / "run.json")["method"] == "none":
         return None
@@ -66,9 +66,9 @@ def trained_adapter(folder: Path) -> Path | None:
 
 def calibration(profile, args, tokenizer) -> list:
     """Batches of what the base was calibrated on, or of what --data names."""
-    from ..checkpoint import read_json
-    from ..sources import TRAINING_SETS
-    from ..stages import calibration_hash
+    from ..base.files import read_json
+    from ..data.calibration import calibration_hash
+    from ..data.sources import TRAINING_SETS
 
     recipe = args.folder / "base" / "recipe.json"
     recipe = read_json(recipe) if recipe.is_file() else {}
@@ -90,8 +90,8 @@ def calibration(profile, args, tokenizer) -> list:
 def merge_adapter(model, adapter: Path, method: str, batches: list | None) -> None:
     """Merge in place; "gptq" calibrates on the batches."""
     from .. import merge_lora
-    from ..adapters import load_adapter
-    from ..merge_loss import merge_hessians
+    from ..lora.files import load_adapter
+    from ..models.merge_hessians import merge_hessians
 
     load_adapter(model, adapter)
     hessians = merge_hessians(model, batches) if method == "gptq" else None
@@ -108,7 +108,7 @@ def serve_command(folder: Path, adapter: Path | None = None) -> str:
 
     float16: vLLM's kernel for grids with zero-points has no bf16.
     """
-    from ..checkpoint import read_json
+    from ..base.files import read_json
 
     words = ["vllm", "serve", str(folder), "--dtype", "float16"]
     if adapter:

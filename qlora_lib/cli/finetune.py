@@ -5,8 +5,8 @@ import dataclasses
 import math
 from pathlib import Path
 
+from ..runs.residual_base import residual_base
 from .common import open_profile, positive
-from .residual import residual_base
 
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
@@ -81,7 +81,7 @@ def add_quantize_and_finetune(commands, shared) -> None:
 
 def training_data(profile, args, tokenizer):
     """What to train on, read once a run and said on the way."""
-    from ..training_data import prepare
+    from ..runs.training_data import prepare
 
     if not hasattr(args, "prepared"):
         length = getattr(args, "max_length", None) or profile.train.max_length
@@ -95,9 +95,9 @@ def training_data(profile, args, tokenizer):
 
 def base_settings(profile, args) -> dict:
     """What make_base and quantized_base are called with."""
-    from ..gptq import GPTQOptions
-    from ..grid import QuantSpec
-    from ..nf4 import NF4Spec
+    from ..quant.gptq import GPTQOptions
+    from ..quant.grid import QuantSpec
+    from ..quant.nf4 import NF4Spec
 
     nf4 = args.method == "nf4"
     return {
@@ -117,7 +117,7 @@ def base_settings(profile, args) -> dict:
 
 
 def quantize(args) -> None:
-    from ..stages import make_base
+    from ..runs.base import make_base
 
     if args.method == "none":
         raise ValueError("quantize needs a method: gptq, rtn or nf4")
@@ -143,15 +143,16 @@ def finetune(args) -> None:
     import torch
     from tqdm import tqdm
 
-    from .. import processes
-    from ..adapters import ADAPTER_CONFIG, save_adapter
-    from ..checkpoint import check_place, read_json
-    from ..data import short_path
-    from ..lora import WORDS, inject_lora, trainable_parameters
-    from ..lora_init import RESIDUAL_INITS
-    from ..results import stamp, write_json_atomic
-    from ..stages import check_memory, quantized_base
-    from ..train import finetune as train
+    from ..base import processes
+    from ..base.files import check_place, read_json, write_json_atomic
+    from ..base.paths import short_path
+    from ..base.stamp import stamp
+    from ..layers.blocks import WORDS
+    from ..lora.files import ADAPTER_CONFIG, save_adapter
+    from ..lora.init import RESIDUAL_INITS
+    from ..lora.inject import inject_lora, trainable_parameters
+    from ..runs.base import check_memory, quantized_base
+    from ..train.finetune import finetune as train
 
     profile = open_profile(args)
     config = train_config(profile, args)

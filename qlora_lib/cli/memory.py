@@ -22,12 +22,12 @@ def add_memory(commands, shared) -> None:
 
 def memory(profile, args) -> None:
     """Print a ledger a method. Raises what memory_ledger raises."""
-    from ..grid import QuantSpec
-    from ..lora import ALL_LINEAR, ATTENTION
-    from ..loss import CHUNK
-    from ..memory import memory_ledger
-    from ..models import default_device, dtype_name, resolve_dtype
-    from ..nf4 import NF4Spec
+    from ..base.devices import default_device, dtype_name, resolve_dtype
+    from ..lora.targets import ALL_LINEAR, ATTENTION
+    from ..quant.grid import QuantSpec
+    from ..quant.nf4 import NF4Spec
+    from ..train.loss import CHUNK
+    from ..train.memory import memory_ledger
 
     config = model_config(profile)
     spec = QuantSpec(args.bits, args.group_size or None) if args.bits else NF4Spec()
@@ -47,7 +47,7 @@ def model_config(profile):
     """
     from transformers import AutoConfig, LlamaConfig
 
-    from ..profiles import load_profile
+    from ..runs.profiles import load_profile
 
     try:
         return AutoConfig.from_pretrained(profile.model)

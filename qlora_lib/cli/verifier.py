@@ -24,12 +24,14 @@ def train(args) -> None:
     import torch
     from tqdm import tqdm
 
-    from ..data import format_gsm8k, short_path
-    from ..extraction import is_correct
-    from ..generation import Decoding, generator
-    from ..results import stamp, write_json_atomic
-    from ..schedule import TrainConfig
-    from ..verifier import Verifier, train_verifier
+    from ..base.files import write_json_atomic
+    from ..base.paths import short_path
+    from ..base.stamp import stamp
+    from ..data.gsm8k import format_gsm8k
+    from ..evaluation.extraction import is_correct
+    from ..evaluation.verifier import Verifier, train_verifier
+    from ..generation.generate import Decoding, generator
+    from ..train.config import TrainConfig
 
     profile = open_profile(args)
     entries = profile.examples("train")[: args.limit]
@@ -68,8 +70,8 @@ def train(args) -> None:
 
 def open_verifier(model, tokenizer, profile, args):
     """The verifier in args.verifier or the run's folder, on `model`."""
-    from ..data import short_path
-    from ..verifier import Verifier
+    from ..base.paths import short_path
+    from ..evaluation.verifier import Verifier
 
     folder = args.verifier or args.folder / "verifier"
     if not folder.is_dir():

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qlora_lib.classroom import OUTPUTS_VARIABLE
-from qlora_lib.classroom.books import CELL_SECONDS, isolate_kernels
-from qlora_lib.classroom.normal_form import NOTEBOOKS, write
+from course.kit import OUTPUTS_VARIABLE
+from course.tools.execute import CELL_SECONDS, isolate_kernels
+from course.tools.normal_form import NOTEBOOKS, write
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MISSING = ("no browser: install Chromium (Debian: apt-get install chromium) or Chrome, or run "

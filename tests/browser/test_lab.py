@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from qlora_lib.classroom.normal_form import notebooks, read
+from course.tools.normal_form import notebooks, read
 
 PIXELS = """image => {
     const canvas = document.createElement('canvas')

@@ -1,8 +1,8 @@
 """The course as web pages, opened from the disk: whole, and nothing is asked of the network."""
 import pytest
 
-from qlora_lib.classroom import pages
-from qlora_lib.classroom.normal_form import notebooks
+from course.tools import pages
+from course.tools.normal_form import notebooks
 
 SMALLEST = """() => Math.min(...Array.from(document.querySelectorAll('math'),
     formula => Math.min(formula.getBoundingClientRect().width,

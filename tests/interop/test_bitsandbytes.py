@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lib.adapters import load_adapter
-from qlora_lib.bnb_format import load_bnb_4bit
-from qlora_lib.checkpoint import load_quantized, save_quantized
-from qlora_lib.lora import ALL_LINEAR, find_linears
-from qlora_lib.models import quantize_model, quantized_layers
-from qlora_lib.nf4 import NESTED_BLOCK, NF4_LEVELS, NF4Spec, dynamic_map, quantize_nf4
-from tests.helpers import normal
-from tests.unit.small_models import small_model, small_tokenizer
+from qlora_lib.formats.bnb_checkpoint import load_bnb_4bit
+from qlora_lib.lora.files import load_adapter
+from qlora_lib.lora.targets import ALL_LINEAR, find_linears
+from qlora_lib.models.checkpoint import load_quantized, save_quantized
+from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.quant.nf4 import NESTED_BLOCK, NF4_LEVELS, NF4Spec, dynamic_map, quantize_nf4
+from tests.support.small_models import small_model, small_tokenizer
+from tests.support.tensors import normal
 
 # (out, in): square, tall, wide, an odd number of blocks, blocks across rows, odd sizes
 SHAPES = [(64, 64), (512, 512), (96, 320), (33, 192), (7, 320), (10, 100), (3, 33), (1, 63)]
@@ -110,7 +110,7 @@ def test_dequantized_values_are_equal_under_double_quantization():
 def test_a_linear4bit_gives_the_same_output():
     import bitsandbytes as package
 
-    from qlora_lib.linear import QuantizedLinear
+    from qlora_lib.layers.linear import QuantizedLinear
 
     w, x = normal(96, 128, std=0.02), normal(5, 128, seed=1)
     theirs_layer = package.nn.Linear4bit(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from bitsandbytes.backends.cpu import ops
 
-from qlora_lib.adam8bit import MOMENTS, Adam8bit
-from qlora_lib.nf4 import dequantize_8bit, dynamic_map
-from tests.helpers import normal
+from qlora_lib.quant.nf4 import dequantize_8bit, dynamic_map
+from qlora_lib.train.adam8bit import MOMENTS, Adam8bit
+from tests.support.tensors import normal
 
 SHAPES = [(64, 80), (4096,), (70, 71), (7, 13)]  # whole blocks; one; a rest; below 4096: fp32
 STEPS = 24

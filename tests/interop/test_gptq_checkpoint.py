@@ -9,14 +9,14 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPTQConfig, LlamaConfig, LlamaForCausalLM
 
-from qlora_lib import gptq_layout
-from qlora_lib.gptq import GPTQOptions
-from qlora_lib.gptq_format import export_gptq, import_gptq
-from qlora_lib.grid import QuantSpec
-from qlora_lib.models import dequantize_model, quantize_model, quantized_layers
-from qlora_lib.packing import pack
-from tests.helpers import relative
-from tests.unit.small_models import small_tokenizer
+from qlora_lib.formats import gptq_layout
+from qlora_lib.formats.gptq_checkpoint import export_gptq, import_gptq
+from qlora_lib.models.quantize import dequantize_model, quantize_model, quantized_layers
+from qlora_lib.quant.gptq import GPTQOptions
+from qlora_lib.quant.grid import QuantSpec
+from qlora_lib.quant.packing import pack
+from tests.support.small_models import small_tokenizer
+from tests.support.tensors import relative
 
 IDS = torch.randint(3, 260, (4, 64), generator=torch.Generator().manual_seed(0))
 ORDERS = {

@@ -13,15 +13,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from qlora_lib.adapters import ADAPTER_CONFIG, load_adapter, save_adapter
-from qlora_lib.grid import QuantSpec
-from qlora_lib.lora import ALL_LINEAR, ATTENTION, inject_lora, lora_layers
-from qlora_lib.merge import merge_into_original, merge_lora
-from qlora_lib.models import dequantize_model, quantize_model
-from qlora_lib.nf4 import NF4Spec
-from qlora_lib.peft_config import HARMLESS, READ, REFUSED, read_config
-from tests.helpers import PROPERTY, normal, relative
-from tests.unit.small_models import small_model
+from qlora_lib.lora.files import ADAPTER_CONFIG, load_adapter, save_adapter
+from qlora_lib.lora.inject import inject_lora
+from qlora_lib.lora.layer import lora_layers
+from qlora_lib.lora.merge import merge_into_original, merge_lora
+from qlora_lib.lora.peft_config import HARMLESS, READ, REFUSED, read_config
+from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
+from qlora_lib.models.quantize import dequantize_model, quantize_model
+from qlora_lib.quant.grid import QuantSpec
+from qlora_lib.quant.nf4 import NF4Spec
+from tests.support.small_models import small_model
+from tests.support.tensors import PROPERTY, normal, relative
 
 IDS = torch.randint(3, 260, (2, 12), generator=torch.Generator().manual_seed(0))
 CONFIGS = [

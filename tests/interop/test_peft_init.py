@@ -7,12 +7,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import loftq_utils
 
-from qlora_lib.adapters import save_adapter
-from qlora_lib.lora import ALL_LINEAR, inject_lora, lora_layers
-from qlora_lib.lora_init import loftq
-from qlora_lib.nf4 import NF4Spec
-from tests.helpers import normal, relative
-from tests.unit.small_models import small_model
+from qlora_lib.lora.files import save_adapter
+from qlora_lib.lora.init import loftq
+from qlora_lib.lora.inject import inject_lora
+from qlora_lib.lora.layer import lora_layers
+from qlora_lib.lora.targets import ALL_LINEAR
+from qlora_lib.quant.nf4 import NF4Spec
+from tests.support.small_models import small_model
+from tests.support.tensors import normal, relative
 
 IDS = torch.randint(3, 260, (2, 12), generator=torch.Generator().manual_seed(0))
 CONFIGS = [dict(alpha=16), dict(alpha=5), dict(alpha=16, use_rslora=True)]

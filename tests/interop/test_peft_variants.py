@@ -8,11 +8,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
 from qlora_lib import combine_adapters, inject_lora, lora_plus_groups, save_adapter, use_adapter
-from qlora_lib.adapters import ADAPTER, ADAPTER_CONFIG, load_adapter, read_tensors
-from qlora_lib.lora import ALL_LINEAR, ATTENTION, lora_layers, trainable_parameters
-from qlora_lib.merge import merge_lora
-from tests.helpers import normal, relative
-from tests.unit.small_models import small_model
+from qlora_lib.base.files import read_tensors
+from qlora_lib.lora.files import ADAPTER, ADAPTER_CONFIG, load_adapter
+from qlora_lib.lora.inject import trainable_parameters
+from qlora_lib.lora.layer import lora_layers
+from qlora_lib.lora.merge import merge_lora
+from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
+from tests.support.small_models import small_model
+from tests.support.tensors import normal, relative
 
 IDS = torch.randint(3, 260, (2, 12), generator=torch.Generator().manual_seed(0))
 

@@ -13,19 +13,19 @@ sys.modules.setdefault("rfc3987_syntax", None)
 
 def pytest_collection_modifyitems(items):
     """The file that takes longest first: a worker that began it last would end it alone."""
-    items.sort(key=lambda item: item.path.name != "test_sampling_experiments.py")
+    items.sort(key=lambda item: item.path.name != "test_sampling.py")
 
 
 @pytest.fixture
 def short_answers(monkeypatch):
     """The experiments' answers end after 16 tokens: a random model knows no end."""
-    from qlora_lib.profiles import load_profile
+    from qlora_lib.runs.profiles import load_profile
 
     def short(*args, **given):
         return replace(load_profile(*args, **given), max_new_tokens=16)
 
-    for module in ("experiments", "sampling_experiments"):
-        monkeypatch.setattr(f"qlora_lib.{module}.load_profile", short)
+    for module in ("accuracy", "sampling"):
+        monkeypatch.setattr(f"experiments.{module}.load_profile", short)
 
 
 @pytest.fixture
@@ -39,7 +39,8 @@ def quick_pictures(monkeypatch):
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure
 
-    from qlora_lib.classroom import plots, widgets
+    from course.kit import picture as plots
+    from course.kit import slider as widgets
 
     monkeypatch.setattr(plots, "Figure", lambda **k: Figure(**k | {"layout": "none"}))
     monkeypatch.setattr(plots, "_png", lambda pixels: pixels.tobytes())

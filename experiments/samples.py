@@ -1,0 +1,82 @@
+"""Stored samples (data/results/tiny-samples.jsonl), and what each way to choose gets right.
+
+A row is a problem: its gold, prompt_tokens, and for each sample the answer (a text, or None),
+tokens, likelihood and verifier score; and the greedy answer with its tokens. An answer is right
+when it is the gold's text: both are exact numbers in lowest terms.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from qlora_lib.base.paths import DATA
+from qlora_lib.data.rows import read_jsonl
+from qlora_lib.evaluation.votes import choose, pass_at_k, vote_at_k
+
+SAMPLES = DATA / "results" / "tiny-samples.jsonl"
+TEMPERATURES = DATA / "results" / "tiny-temperatures.jsonl"  # dev, a row a temperature
+METHODS = ("greedy", "majority", "likelihood", "verifier", "weighted", "best")
+DRAWS = 20  # subsets a problem
+
+
+def read_samples(path=SAMPLES) -> list[dict]:
+    """The rows of a file; FileNotFoundError where there is none."""
+    return read_jsonl(path)
+
+
+def pick(row: dict, method: str, chosen: Sequence[int]) -> int:
+    """Which of the samples `chosen` (indices) the method takes. Of equals the first.
+
+    majority: the first with the most frequent answer. likelihood, verifier: the highest score.
+    weighted: the first with the answer that has the largest sum of verifier scores. Raises
+    ValueError for another method: greedy and best do not choose.
+    """
+    answers = [row["answers"][i] for i in chosen]
+    if method == "majority":
+        return chosen[choose(answers)]
+    if method == "weighted":
+        return chosen[choose(answers, [row["verifier"][i] for i in chosen])]
+    if method in ("likelihood", "verifier"):
+        return max(chosen, key=row[method].__getitem__)
+    raise ValueError(f"{method!r} is no way to choose; expected one of {METHODS[1:-1]}")
+
+
+def verdicts(row: dict) -> list[bool]:
+    """Whether each sample is right."""
+    return [answer == row["gold"] for answer in row["answers"]]
+
+
+def right_at(rows: Sequence[dict], method: str, k: int) -> list[bool]:
+    """A verdict a problem, with its first k samples; best: whether one of them is right."""
+    if method == "greedy":
+        return [row["greedy"] == row["gold"] for row in rows]
+    if method == "best":
+        return [any(verdicts(row)[:k]) for row in rows]
+    return [verdicts(row)[pick(row, method, range(k))] for row in rows]
+
+
+def expected_at(rows: Sequence[dict], method: str, k: int, seed: int = 0) -> float:
+    """Mean accuracy with k of the samples, whichever k: over all sets of k for best (pass@k),
+    over DRAWS random ones for the others."""
+    if method == "best":
+        values = [pass_at_k(len(v), sum(v), k) for v in map(verdicts, rows)]
+    else:
+        draw = torch.Generator().manual_seed(seed)
+        values = [
+            vote_at_k(row["answers"], verdicts(row), k, lambda s: pick(row, method, s), DRAWS, draw)
+            for row in rows
+        ]
+    return sum(values) / len(rows)
+
+
+def cost(rows: Sequence[dict], method: str, k: int) -> float:
+    """Mean number of tokens that go through the model for a problem, 2 FLOPs a weight each.
+
+    Each sample costs its prompt and its tokens, as here, where prompts are not shared; a score
+    costs the same once more. Likelihoods could be kept while sampling, for nothing.
+    """
+    if method == "greedy":
+        return sum(row["prompt_tokens"] + row["greedy_tokens"] for row in rows) / len(rows)
+    passes = {"majority": 1, "best": 1}.get(method, 2)
+    each = [row["prompt_tokens"] + sum(row["tokens"]) / len(row["tokens"]) for row in rows]
+    return passes * k * sum(each) / len(rows)

@@ -1,0 +1,103 @@
+"""`record(name, value)`: show a number beside the expected one, and keep it.
+
+Each notebook writes a file of its own, outputs/<profile>/metrics/<notebook>.json, so that
+notebooks may run at the same time; `merge` makes one outputs/<profile>/metrics.json of them.
+"""
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .expected import EXPECTED, load_expected, within
+from qlora_lib.base.paths import ROOT
+from qlora_lib.base.stamp import stamp
+from qlora_lib.base.files import write_json_atomic
+from ..kit import COMPARE_VARIABLE, OUTPUTS_VARIABLE
+
+# A line that compares; `compare.py` holds such a line to the tolerance that it states.
+LINE = re.compile(r"(?P<mark>[✓✗]) (?P<name>[^:\n]+): (?P<value>\S+)"
+                  r" \(expected (?P<expected>\S+?)(?:, exactly| ± (?P<tolerance>\S+))\)")
+
+
+def line(name: str, entry: dict[str, Any]) -> str:
+    """The line that `record` prints for an entry of metrics.json."""
+    if "within" not in entry:
+        return f"· {name}: {_text(entry['value'])} ({entry['not_compared']})"
+    mark = "✓" if entry["within"] else "✗"
+    spread = f" ± {_text(entry['tolerance'])}" if entry["tolerance"] else ", exactly"
+    return f"{mark} {name}: {_text(entry['value'])} (expected {_text(entry['expected'])}{spread})"
+
+
+class Recorder:
+    """`record = Recorder("01_quantization_math", profile, seed)`, then `record("name", value)`.
+
+    Making one prints the notebook's header line (device, versions, seed, profile) and forgets
+    what the notebook recorded in an earlier run.
+    """
+
+    def __init__(self, notebook: str, profile: str, seed: int | None = None, *,
+                 expected: Path = EXPECTED):
+        self.comparing = os.environ.get(COMPARE_VARIABLE) != "0"
+        self.expected = load_expected(profile, expected)
+        self.path = metrics_folder(profile) / f"{notebook}.json"
+        self.path.unlink(missing_ok=True)
+        self.stamp = stamp(seed, command=notebook, profile=profile)
+        self.numbers: dict[str, dict[str, Any]] = {}
+        s = self.stamp
+        threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
+        print(f"{s['device']}, {threads} | Python {s['python']} | torch {s['torch']} | "
+              f"transformers {s['transformers']} | seed {seed} | profile {profile}")
+
+    def __call__(self, name: str, value: float) -> None:
+        """Print `value` beside the expected one and keep it; too far off is shown, not raised.
+
+        Raises ValueError for what is not a number, and for a name with a colon.
+        """
+        value = value.item() if hasattr(value, "item") else value
+        if not isinstance(value, (int, float)) or ":" in name:
+            raise ValueError(f"got record({name!r}, {value!r}); expected a name without a colon "
+                             "and one number")
+        expected = self.expected.get(name)
+        entry: dict[str, Any] = {"value": value if math.isfinite(value) else str(value)}
+        if not self.comparing:
+            entry["not_compared"] = "other parameters: not compared"
+        elif expected is None:
+            entry["not_compared"] = "nothing to compare with"
+        else:
+            entry |= {"expected": expected.value, "tolerance": expected.tolerance,
+                      "within": within(value, expected)}
+        print(line(name, entry))
+        if entry.get("within") is False:
+            print(f"  the tolerance allows for: {expected.reason}")
+        self.numbers[name] = entry
+        write_json_atomic(self.path, {"stamp": self.stamp, "numbers": self.numbers})
+
+
+def outputs_folder(profile: str) -> Path:
+    return Path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs") / profile
+
+
+def metrics_folder(profile: str) -> Path:
+    return outputs_folder(profile) / "metrics"
+
+
+def merge(profile: str) -> dict[str, dict[str, Any]]:
+    """All notebooks' numbers as {name: entry with "notebook"}, also written to metrics.json.
+
+    Raises ValueError if two notebooks record under the same name.
+    """
+    folder, merged = metrics_folder(profile), {}
+    for path in sorted(folder.glob("[!.]*.json")):
+        for name, entry in json.loads(path.read_text(encoding="utf-8"))["numbers"].items():
+            if name in merged:
+                raise ValueError(f"{merged[name]['notebook']} and {path.stem} both record "
+                                 f"'{name}'; give one of them another name")
+            merged[name] = entry | {"notebook": path.stem}
+    write_json_atomic(folder.parent / "metrics.json", merged)
+    return merged
+
+
+def _text(value: float | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,186 @@
+"""What notebook 03 draws: memory, factors, spectra, scales, budgets, losses."""
+import numpy as np
+
+from ..kit.picture import COLORS, PARTS, PLAIN, matrix
+
+SCALES = {"alpha / r": COLORS["lora"], "alpha / sqrt(r)": PLAIN[0]}
+KINDS = {"Adam's moments": "optimizer", "adapter": "adapters"}  # notebook 04's names of parts
+
+
+def _handles(ax, **options):
+    ax.legend(fontsize=10, handlelength=1.4, borderaxespad=0.2, **options)
+
+
+def draw_memory(ax, rows: dict[str, dict[str, float]], cards: tuple[int, ...] = (24, 80)) -> None:
+    """Stacked bars of gigabytes: {row: {part: GB}}; dashed lines are the sizes of GPUs."""
+    named = set()
+    for y, parts in enumerate(rows.values()):
+        left = 0.0
+        for part, size in parts.items():
+            ax.barh(y, size, left=left, color=PARTS[KINDS.get(part, part)], height=0.6,
+                    label=None if part in named else part)
+            named.add(part)
+            left += size
+        ax.text(left + 1, y, f"{left:.1f} GB", va="center", fontsize=11,
+                bbox={"color": "white", "pad": 1})
+    for size in cards:
+        ax.axvline(size, color="black", linestyle=":", linewidth=1.3)
+        ax.text(size, -0.62, f"{size} GB GPU", fontsize=9, ha="center")
+    ax.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(0, 130),
+           ylim=(len(rows) - 0.4, -0.75), xlabel="GB before the first activation")
+    ax.grid(axis="y", visible=False)
+    _handles(ax, loc="lower right")
+
+
+def draw_product(axes, a, b) -> None:
+    """B (out, r), A (r, in), whole numbers, and their product, cells of one size."""
+    product = b @ a  # (out, in)
+    top = float(product.abs().max())
+    rows, cols = product.shape
+    for ax, values, name in zip(axes, (b, a, product), ("B", "A", "B A")):
+        matrix(ax, values.long(), limits=(-top, top), title=f"{name}  {tuple(values.shape)}")
+        x, y = (values.shape[1] - 1) / 2, (values.shape[0] - 1) / 2  # the middle
+        ax.set(xlim=(x - cols / 2, x + cols / 2), ylim=(y + rows / 2, y - rows / 2),
+               aspect="equal")
+
+
+def draw_starts(ax, curves: dict[str, list[float]]) -> None:
+    """Loss over the first steps, a curve for each way to initialize A and B."""
+    styles = [(COLORS["lora"], "-"), (PLAIN[0], "--"), (PLAIN[1], "-")]
+    for (name, losses), (color, line) in zip(curves.items(), styles):
+        ax.plot(losses, line, color=color, label=name)
+    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    _handles(ax)
+
+
+def _energy_axes(ax, energy: dict[str, np.ndarray]) -> None:
+    colors = {"update": COLORS["lora"], "weight": COLORS["fp"], "random": COLORS["muted"]}
+    for name, values in energy.items():
+        ranks = np.arange(1, len(values) + 1)
+        ax.plot(ranks, 100 * np.asarray(values), color=colors[name],
+                linestyle="--" if name == "random" else "-", label=name)
+    ax.set(xscale="log", xlim=(1, len(values)), ylim=(0, 102), xlabel="rank kept",
+           ylabel="energy kept, %")
+    ax.set_xticks(ticks := [1, 4, 16, 64, 256], labels=[str(t) for t in ticks], minor=False)
+    ax.minorticks_off()
+    ax.set_xlim(1, len(values))
+
+
+def draw_spectra(axes, values: dict[str, np.ndarray], energy: dict[str, np.ndarray]) -> None:
+    """Left: singular values over the largest one. Right: energy kept by the first r."""
+    colors = {"update": COLORS["lora"], "weight": COLORS["fp"], "random": COLORS["muted"]}
+    for name, s in values.items():
+        s = np.asarray(s)
+        axes[0].plot(np.arange(1, len(s) + 1), s / s[0], color=colors[name],
+                     linestyle="--" if name == "random" else "-", label=name)
+    axes[0].set(xlabel="index", ylabel="singular value / largest", xlim=(1, len(s)),
+                ylim=(0, 1.02))
+    _handles(axes[0], loc="upper right")
+    _energy_axes(axes[1], energy)
+    _handles(axes[1], loc="lower right")
+
+
+def draw_update(axes, layer: str, rank: int, spectra: dict[str, dict]) -> None:
+    """Energy kept by `rank`; a corner of the update, and of its best rank-r approximation.
+
+    spectra: {layer: u (out, k), s (k,), v (k, in), energy {name: (k,)}}, all arrays.
+    """
+    u, s, v, energy = (spectra[layer][k] for k in ("u", "s", "v", "energy"))
+    _energy_axes(axes[0], energy)
+    _handles(axes[0], loc="upper left")
+    kept = 100 * float(energy["update"][rank - 1])
+    axes[0].plot(rank, kept, "o", color=COLORS["lora"], markersize=10)
+    axes[0].set_title(f"r = {rank} keeps {kept:.0f}%")
+    outputs, inputs = u.shape[0], v.shape[1]
+    corner = (slice(0, 16), slice(0, 16))
+    exact = ((u * s) @ v)[corner]
+    thin = ((u[:, :rank] * s[:rank]) @ v[:rank])[corner]
+    top = np.abs(exact).max()
+    numbers = rank * (outputs + inputs)
+    titles = (f"update: {outputs * inputs:,} numbers",
+              f"rank {rank}: {numbers:,} ({4 * numbers / 1000:,.0f} kB)")
+    for ax, values, title in zip(axes[1:], (exact, thin), titles):
+        # 17 shades: the PNG's palette has to serve the curves as well
+        matrix(ax, (8 * values / top).round(), title=title, limits=(-8, 8))
+        ax.title.set_fontsize(11)
+
+
+def draw_regained(ax, ranks, losses: dict[str, list[float]], start: float, whole: float) -> None:
+    """Dev loss after keeping only some directions of every update: up to three ways, of which the
+    last is the control. whole: with all directions of the first way."""
+    styles = ((COLORS["lora"], "o-"), (PLAIN[0], "s-"), (COLORS["muted"], "o:"))
+    for (name, values), (color, style) in zip(losses.items(), styles):
+        ax.plot(range(len(ranks)), values, style, color=color, label=name)
+    ax.axhline(start, color=PLAIN[2], linestyle="--", label="before fine-tuning")
+    ax.axhline(whole, color=COLORS["fp"], linestyle="--", label="all linears, whole")
+    ax.set(xticks=range(len(ranks)), xticklabels=list(map(str, ranks)), xlabel="rank kept",
+           ylabel="dev loss", ylim=(0, None))
+    _handles(ax, loc="upper right", bbox_to_anchor=(1, 0.94))
+
+
+def draw_scaling(axes, alpha: int, rank: int, use_rslora: bool, runs: dict) -> None:
+    """Top: the first step's update over ranks; below: loss, the setting over all others.
+
+    runs: {(alpha, rank, use_rslora): (norm after one step, losses)}.
+    """
+    ranks = sorted({r for _, r, _ in runs})
+    every = [n for n, _ in runs.values()]
+    for rs, name in ((False, "alpha / r"), (True, "alpha / sqrt(r)")):
+        chosen = rs == use_rslora
+        axes[0].plot(ranks, [runs[alpha, r, rs][0] for r in ranks], "o-", color=SCALES[name],
+                     alpha=1 if chosen else 0.35, label=name)
+    axes[0].plot(rank, runs[alpha, rank, use_rslora][0], "o", markersize=14, fillstyle="none",
+                 color="black", markeredgewidth=2)
+    axes[0].set(xscale="log", yscale="log", xlabel="rank", ylabel="first update",
+                ylim=(min(every) / 1.5, max(every) * 1.5))
+    axes[0].set_xticks(ranks, labels=list(map(str, ranks)))
+    axes[0].minorticks_off()
+    _handles(axes[0], loc="lower left")
+    for _, losses in runs.values():
+        axes[1].plot(losses, color="#DDDDDD", linewidth=1)
+    name = "alpha / sqrt(r)" if use_rslora else "alpha / r"
+    axes[1].plot(runs[alpha, rank, use_rslora][1], color=SCALES[name], linewidth=3)
+    scale = alpha / (rank**0.5 if use_rslora else rank)
+    top = 1.3 * runs[alpha, rank, use_rslora][1][0]
+    axes[1].set(xlabel="step", ylabel="loss", ylim=(0, top), title=f"scale {scale:.3g}")
+
+
+def draw_budget(axes, rank: int, targets: str, per_rank: dict[str, int], total: int) -> None:
+    """Top: adapter parameters over ranks, by targets; below: what the setting takes.
+
+    per_rank: {targets: sum of in + out over the layers}; total: parameters of the model.
+    """
+    ranks = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
+    for (name, each), color in zip(per_rank.items(), PLAIN):
+        axes[0].plot(ranks, each * ranks, color=color, label=name,
+                     alpha=1 if name == targets else 0.4)
+        if name == targets:
+            axes[0].plot(rank, each * rank, "o", markersize=12, color=color)
+    axes[0].axhline(total / 1000, color="black", linestyle=":", linewidth=1.5)
+    axes[0].text(256, total / 1000, "1000x fewer", ha="right", va="bottom", fontsize=10)
+    axes[0].set(xscale="log", yscale="log", xlabel="rank", ylabel="parameters",
+                ylim=(3e5, 3e10))
+    axes[0].set_xticks(ranks[::2], labels=list(map(str, ranks[::2])))
+    axes[0].minorticks_off()
+    _handles(axes[0], loc="upper left")
+    count = per_rank[targets] * rank
+    names = ("file, fp32", "gradients", "Adam's moments")
+    sizes = np.array([4, 4, 8]) * count / 1e6
+    colors = (PARTS["adapters"], PARTS["gradients"], PARTS["optimizer"])
+    axes[1].barh(names, sizes, color=colors, height=0.6)
+    for y, size in enumerate(sizes):
+        axes[1].text(size * 1.15, y, f"{size:,.1f} MB", va="center", fontsize=11)
+    axes[1].set(xscale="log", xlim=(0.5, 2e5), ylim=(2.6, -0.6), xlabel="MB",
+                title=f"{count:,}: {total / count:,.0f}x fewer ({count / total:.2%})")
+    axes[1].title.set_fontsize(11)
+    axes[1].grid(axis="y", visible=False)
+
+
+def draw_losses(ax, runs: dict[str, list[float]], window: int = 5) -> None:
+    """Training losses, each the mean of the last `window` steps."""
+    colors = (COLORS["fp"], *PLAIN)  # all weights first, then adapters
+    for (name, losses), color in zip(runs.items(), colors):
+        smooth = [np.mean(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
+        ax.plot(range(1, len(losses) + 1), smooth, color=color, label=name)
+    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    _handles(ax, loc="upper right")

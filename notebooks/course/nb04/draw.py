@@ -1,0 +1,162 @@
+"""What notebook 04 draws: the memory ledger, memory over a step, label masks, training."""
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.patches import Patch, Rectangle
+
+from ..kit.picture import COLORS, PARTS, PLAIN
+
+CARDS = (8, 24, 80)  # GiB of common GPUs
+GIB = 2**30 / 1e9  # in GB
+TOKEN_COLORS = {"prompt": "#E3E3E3", "learned": "#8CCFB9", "wrong": "#F2A97E", "pad": "#FFFFFF"}
+MASKS = ("right", "padding counts", "every eos masked", "prompt counts")
+
+
+def draw_ledger(ax, method: str, batch: int, tokens: int, checkpointing: bool,
+                ledgers: dict[tuple, dict[str, int]]) -> None:
+    """GB by part on a log scale, and their total beside the memory of common GPUs.
+
+    Dots: on a log scale the length of a bar says nothing.
+    ledgers: {(method, batch, tokens, checkpointing): {part: bytes}}.
+    """
+    parts = ledgers[method, batch, tokens, checkpointing]
+    sizes = {part: n / 1e9 for part, n in parts.items()} | {"total": sum(parts.values()) / 1e9}
+    for y, (part, size) in enumerate(sizes.items()):
+        if size == 0:
+            ax.text(0.0125, y, "none", va="center", fontsize=10, color=COLORS["muted"])
+            continue
+        ax.plot(size, y, "o", markersize=9, color=PARTS.get(part, COLORS["fp"]))
+        ax.annotate(f"{size:,.2f} GB" if size < 100 else f"{size:,.0f} GB", (size, y), (8, 0),
+                    textcoords="offset points", va="center", fontsize=10,
+                    fontweight="bold" if part == "total" else None,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+    for size in CARDS:
+        ax.axvline(size * GIB, color=COLORS["muted"], linestyle=":", linewidth=1.5, zorder=0)
+        ax.text(size * GIB, -0.7, f"{size}", ha="center", fontsize=10)
+    ax.text(170, -0.7, "GiB GPU", fontsize=10)
+    ax.set(xscale="log", xlim=(0.01, 4000), ylim=(len(sizes) - 0.4, -1.1), xlabel="GB",
+           yticks=range(len(sizes)), yticklabels=list(sizes))
+    ax.set_xticks([0.01, 0.1, 1, 10, 100, 1000], labels=["0.01", "0.1", "1", "10", "100", "1000"])
+    ax.minorticks_off()
+
+
+def draw_saved(ax, depths: Sequence[int], saved: dict[str, list[int]], packed: list[int]) -> None:
+    """Bytes that autograd keeps for backward over the number of layers, by implementation."""
+    styles = [(PLAIN[3], "o-"), (COLORS["qlora"], "s-")]
+    for (name, values), (color, style) in zip(saved.items(), styles):
+        ax.plot(depths, np.asarray(values) / 1e6, style, color=color, label=name)
+    ax.plot(depths, np.asarray(packed) / 1e6, "--", color=PARTS["packed weights"],
+            label="the packed weights themselves")
+    ax.set(xlabel="quantized layers in a chain", ylabel="MB", xticks=depths, ylim=(-0.1, None))
+    ax.legend(fontsize=10)
+
+
+def draw_step(ax, weights: str, checkpointing: bool, batch: int,
+              traces: dict[tuple, tuple[Sequence[int], int]]) -> None:
+    """MB alive during a training step, operation by operation; the other settings in gray.
+
+    traces: {(weights, checkpointing, batch): (bytes alive after each operation, of which the
+    first `forward` belong to the forward pass)}.
+    """
+    top = max(max(trace) for trace, _ in traces.values()) / 1e6
+    for key, (trace, _) in traces.items():
+        if key != (weights, checkpointing, batch):
+            ax.plot(np.linspace(0, 1, len(trace)), np.asarray(trace) / 1e6, color="#DDDDDD",
+                    linewidth=0.8)
+    trace, forward = traces[weights, checkpointing, batch]
+    alive = np.asarray(trace) / 1e6
+    x = np.linspace(0, 1, len(alive))
+    ax.fill_between(x, alive, color=PARTS["activations"], alpha=0.3, linewidth=0)
+    ax.plot(x, alive, color=PARTS["activations"])
+    ax.axvline(forward / len(alive), color="black", linestyle=":", linewidth=1.3)
+    ax.text(forward / len(alive), top * 1.16, "forward | backward", ha="center", fontsize=10)
+    peak = int(alive.argmax())
+    ax.plot(x[peak], alive[peak], "o", color=COLORS["qlora"])
+    ax.text(x[peak], alive[peak] + top * 0.03, f"{alive[peak]:.1f} MB", ha="center",
+            fontsize=11, fontweight="bold")
+    ax.set(xlim=(0, 1), ylim=(0, top * 1.25), xlabel="operations of one training step",
+           ylabel="MB alive", xticks=[])
+
+
+def draw_tokens(ax, example: int, mask: str, rows: list[list[tuple[str, str]]],
+                width: float = 44) -> None:
+    """One padded row of a batch, a cell a token, colored by what its label does.
+
+    rows: for each example its tokens as (text, kind), kind prompt, target, eos or pad.
+    mask: one of MASKS, the right labels or a typical mistake. width: of a line, in cells of
+    a token with a single character.
+    """
+    height = max(_lay_out(row, width)[-1][1] for row in rows) + 1
+    wrong = 0
+    for (x, y, wide), (text, kind) in zip(_lay_out(rows[example], width), rows[example]):
+        color = _token_color(kind, mask)
+        wrong += color == "wrong"
+        ax.add_patch(Rectangle((x + 0.06, y + 0.08), wide - 0.12, 0.84, linewidth=0.7,
+                               facecolor=TOKEN_COLORS[color], edgecolor="#B5B5B5"))
+        ax.text(x + wide / 2, y + 0.5, text, ha="center", va="center", fontsize=8,
+                family="monospace", color=COLORS["muted"] if kind == "pad" else "black")
+    ax.set(xlim=(0, width), ylim=(height + 0.1, -0.1), xticks=[], yticks=[])
+    ax.set_title("all labels right" if mask == "right" else f"{mask}: {wrong} wrong labels")
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    names = {"prompt": "prompt, -100", "learned": "learned", "pad": "padding, -100",
+             "wrong": "wrong label"}
+    ax.legend(handles=[Patch(facecolor=TOKEN_COLORS[k], edgecolor=COLORS["muted"], label=v)
+                       for k, v in names.items()],
+              loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, fontsize=10,
+              handlelength=1.2, columnspacing=1.2)
+
+
+def _lay_out(row: list[tuple[str, str]], width: float) -> list[tuple[float, int, float]]:
+    """(x, line, width) of each token's cell; a line is full at `width`."""
+    cells, x, line = [], 0.0, 0
+    for text, _ in row:
+        wide = 0.4 + 0.6 * max(1, len(text))
+        if x + wide > width:
+            x, line = 0.0, line + 1
+        cells.append((x, line, wide))
+        x += wide
+    return cells
+
+
+def _token_color(kind: str, mask: str) -> str:
+    mistaken = {"padding counts": "pad", "every eos masked": "eos", "prompt counts": "prompt"}
+    if kind == mistaken.get(mask):
+        return "wrong"
+    return {"prompt": "prompt", "pad": "pad"}.get(kind, "learned")
+
+
+def draw_bases(axes, bits: dict[str, float], losses: dict[str, float], dense: float) -> None:
+    """Left: bits a weight of each base. Right: its held-out loss above the dense model's.
+
+    A name begins with its method: "gptq 4", "nf4", "rtn 2".
+    """
+    names = list(bits)
+    colors = [COLORS[name.split()[0]] for name in names]
+    for ax, values, fmt in ((axes[0], [bits[n] for n in names], "{:.3f}"),
+                            (axes[1], [losses[n] - dense for n in names], "{:+.4f}")):
+        top = max(map(abs, values))
+        ax.barh(names, values, color=colors, height=0.6)
+        for y, value in enumerate(values):
+            ax.text(max(value, 0) + 0.02 * top, y, fmt.format(value), va="center", fontsize=11)
+        ax.set(xlim=(min(0, 1.3 * min(values)), 1.3 * top), ylim=(len(names) - 0.5, -0.5))
+        ax.locator_params(axis="x", nbins=5)
+        ax.grid(axis="y", visible=False)
+    axes[0].set_xlabel("bits a weight, everything counted")
+    axes[1].set_xlabel("held-out loss above the dense model's")
+
+
+def draw_history(ax, losses: Sequence[float], dev: Sequence[tuple[int, float]],
+                 window: int = 5) -> None:
+    """Training loss, each the mean of the last `window` steps, and dev loss where measured."""
+    smooth = [np.mean(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
+    ax.plot(range(1, len(losses) + 1), smooth, color=COLORS["qlora"],
+            label=f"train, mean of {window} steps")
+    if dev:
+        steps, values = zip(*dev)
+        ax.plot(steps, values, "o--", color=COLORS["fp"], label="dev")
+        ax.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), (0, 10),
+                    textcoords="offset points", ha="right", fontsize=11)
+    ax.set(xlabel="step", ylabel="loss a supervised token", ylim=(0, None),
+           xlim=(0, len(losses) + 1))
+    ax.legend(fontsize=11)

@@ -1,0 +1,156 @@
+"""What notebook 06 draws: the roofline, tiles, the memory of decoding, channels, recorded GPUs.
+
+Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
+settings of a slider compare.
+"""
+import math
+from collections.abc import Sequence
+
+import torch
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from qlora_lib.generation.kv_cache import CacheSpec, cache_bytes
+from ..kit.picture import COLORS
+
+FP, PACKED, MEMORY, CHOSEN, MUTED = (COLORS[k] for k in ("fp", "gptq", "other", "qlora", "muted"))
+WIDTHS = {32: FP, 16: COLORS["rtn"], 8: MEMORY, 4: PACKED}  # bits a weight
+
+
+def product_cost(tokens: int, out: int, n: int, bits: float, size: int = 2) -> tuple[int, float]:
+    """(operations, bytes) of x W^T: tokens inputs of n numbers, a weight of out x n with `bits`
+    a weight; inputs and outputs of `size` bytes a number."""
+    return 2 * tokens * out * n, out * n * bits / 8 + size * tokens * (n + out)
+
+
+def draw_roofline(ax, tokens: int, bits: int, flops: float, bandwidth: float,
+                  shape: tuple[int, int] = (4096, 4096)) -> None:
+    """Attainable operations a second over operations a byte, and where a linear layer stands.
+
+    flops, bandwidth: the ceilings, operations and bytes a second. shape: (out, in).
+    """
+    ridge = flops / bandwidth
+    x = torch.logspace(-1, 4, 200)
+    roof = torch.minimum(x * bandwidth, torch.tensor(flops)) / 1e9
+    ax.plot(x.tolist(), roof.tolist(), color=MUTED)
+    ax.axvline(ridge, color=MUTED, linestyle=":", linewidth=1.5)
+    for width, color in WIDTHS.items():
+        work, moved = product_cost(tokens, *shape, width)
+        rate = min(flops, work / moved * bandwidth)
+        chosen = width == bits
+        ax.plot(work / moved, rate / 1e9, "o", color=color, markersize=12 if chosen else 6,
+                markeredgecolor="black" if chosen else color, label=f"{width} bits", zorder=3)
+    work, moved = product_cost(tokens, *shape, bits)
+    by = "memory" if work / moved < ridge else "arithmetic"
+    time = max(work / flops, moved / bandwidth)
+    ax.set(xscale="log", yscale="log", xlim=(0.1, 1e4), ylim=(bandwidth / 1e10, 4 * flops / 1e9),
+           xlabel="operations a byte", ylabel="billion operations a second",
+           title=f"bound by {by}: {_time(time)}")
+    ax.minorticks_off()
+    ax.legend(loc="lower right", fontsize=10)
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.1f} µs"
+
+
+def tile_counts(out: int, tokens: int, n: int, block_out: int, block_tokens: int,
+                bits: int = 4) -> dict[str, float]:
+    """What a product tiled in block_out x block_tokens costs.
+
+    "programs"; "weight" and "inputs": bytes read, the inputs in 16 bits; "waste": the share of
+    the tiles' area that masks cut off.
+    """
+    rows, columns = math.ceil(out / block_out), math.ceil(tokens / block_tokens)
+    area = rows * block_out * columns * block_tokens
+    return {"programs": rows * columns, "weight": columns * out * n * bits / 8,
+            "inputs": rows * tokens * n * 2, "waste": 1 - out * tokens / area}
+
+
+def draw_tiles(axes, block_out: int, block_tokens: int, out: int, tokens: int, n: int) -> None:
+    """Left: the tiles over the output, what is masked hatched. Right: bytes read."""
+    left, right = axes
+    counts = tile_counts(out, tokens, n, block_out, block_tokens)
+    rows, columns = math.ceil(out / block_out), math.ceil(tokens / block_tokens)
+    wide, high = 128 * math.ceil(tokens / 128), 256 * math.ceil(out / 256)
+    for i in range(rows):
+        for j in range(columns):
+            left.add_patch(Rectangle((j * block_tokens, i * block_out), block_tokens, block_out,
+                                     facecolor="none", edgecolor=MUTED, hatch="///", linewidth=0))
+    left.add_patch(Rectangle((0, 0), tokens, out, facecolor=MEMORY, edgecolor="none"))
+    for i in range(rows + 1):
+        left.plot([0, columns * block_tokens], [i * block_out] * 2, color="black", linewidth=0.8)
+    for j in range(columns + 1):
+        left.plot([j * block_tokens] * 2, [0, rows * block_out], color="black", linewidth=0.8)
+    left.set(xlim=(0, wide), ylim=(high, 0), xlabel="tokens", ylabel="output features",
+             title=f"{counts['programs']} programs, {100 * counts['waste']:.0f}% masked")
+    left.grid(False)
+    reads = [counts["weight"] / 1e3, counts["inputs"] / 1e3]
+    once = [out * n / 2 / 1e3, tokens * n * 2 / 1e3]
+    right.barh([1, 0], reads, color=[PACKED, COLORS["rtn"]], height=0.6)
+    right.plot(once, [1, 0], "|", color="black", markersize=30, markeredgewidth=2)
+    for y, read, least in zip((1, 0), reads, once):
+        right.text(read, y + 0.36, f"{read:,.0f} kB, {read / least:.0f}×", fontsize=11,
+                   ha="right" if read > 1500 else "left")
+    most = tile_counts(out, tokens, n, 16, 16)
+    right.set(yticks=[1, 0], yticklabels=["weight", "inputs"], ylim=(-0.5, 1.6),
+              xlim=(0, 1.05 * max(most["weight"], most["inputs"]) / 1e3),
+              xlabel="kB read; |: each byte once")
+    right.grid(axis="y", visible=False)
+
+
+METHODS = {  # of the cache: (spec, colour)
+    "16 bits": (None, COLORS["rtn"]),
+    "8 bits": (CacheSpec(8), MEMORY),
+    "4 bits": (CacheSpec(4), PACKED),
+    "2 bits": (CacheSpec(2), COLORS["lora"]),
+}
+
+
+def draw_cache(ax, method: str, context: int, batch: int, config, weights: float) -> None:
+    """GB of the cache over the context, a line a method; the chosen one at `context` in words.
+
+    weights: bytes of the packed weights beside it, drawn as a level.
+    """
+    contexts = [2**i for i in range(6, 18)]
+    for name, (spec, color) in METHODS.items():
+        held = [cache_bytes(config, c, spec, batch) / 1e9 for c in contexts]
+        ax.plot(contexts, held, color=color, linewidth=3 if name == method else 1.2, label=name)
+    ax.axhline(weights / 1e9, color=FP, linestyle="--", linewidth=1.5,
+               label=f"packed weights,\n{weights / 1e9:.1f} GB")
+    spec, color = METHODS[method]
+    held = cache_bytes(config, context, spec, batch) / 1e9
+    ax.plot(context, held, "o", color=color, markersize=10, markeredgecolor="black", zorder=4)
+    ax.set(xscale="log", yscale="log", xlim=(contexts[0], contexts[-1]), ylim=(0.01, 2000),
+           ylabel="GB", xlabel="tokens of context",
+           title=f"{method}, {batch} x {context:,} tokens: {held:.2f} GB")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    ax.set_xticks(contexts[::2], [f"{c // 1024}k" if c >= 1024 else c for c in contexts[::2]])
+    ax.minorticks_off()
+
+
+def draw_channels(axes, keys: Tensor, values: Tensor) -> None:
+    """The absolute values of one head's keys and values, (tokens, head_dim) each."""
+    for ax, x, name in zip(axes, (keys, values), ("keys", "values")):
+        top = float(x.abs().quantile(0.99))
+        ax.imshow(x.abs().double().numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=top)
+        ax.set(xlabel="channel", ylabel="token", title=f"{name}, |x| up to {top:.1f}")
+        ax.grid(False)
+
+
+def draw_recorded(ax, rows: Sequence[dict], dense: str, packed: str, title: str) -> None:
+    """Speed of the packed product over the dense one by tokens, a line a shape.
+
+    rows: {"shape": [out, in], "tokens": int, "milliseconds": {name: time}}, as
+    benchmarks/gpu.py stores them.
+    """
+    shapes = sorted({tuple(row["shape"]) for row in rows})
+    for shape, color in zip(shapes, (PACKED, CHOSEN, COLORS["nf4"], COLORS["lora"])):
+        own = sorted((row["tokens"], row["milliseconds"]) for row in rows
+                     if tuple(row["shape"]) == shape)
+        ax.plot([t for t, _ in own], [ms[dense] / ms[packed] for _, ms in own], "o-", color=color,
+                label=f"{shape[0]} x {shape[1]}")
+    ax.axhline(1, color=FP, linestyle="--", linewidth=1.5)
+    ax.set(xscale="log", xlabel="tokens", ylabel=f"times as fast as {dense}", title=title,
+           ylim=(0, None))
+    ax.legend(fontsize=10)

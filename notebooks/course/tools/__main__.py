@@ -1,0 +1,62 @@
+"""Run, store, mend, check and hand out the notebooks: python -m course.tools --help
+
+    run      execute them, strictly, into outputs/<profile>/, and compare recorded numbers
+    store    execute them with their defaults and keep the outputs, in normal form
+    normal   bring notebooks saved by JupyterLab to normal form
+    solved   run them with every exercise solved by its folded solution
+    html     the course as web pages that need no network
+    student  the notebooks without solutions and outputs
+    grade    check the exercises of a folder of submissions
+"""
+import argparse
+import signal
+import sys
+from importlib import import_module
+
+from .execute import CELL_SECONDS, mend, parse_parameters, run, solved, store
+
+ELSEWHERE = {"html": "pages", "student": "student", "grade": "grade"}  # with options of their own
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ELSEWHERE:
+        return import_module(f".{ELSEWHERE[arguments[0]]}", __package__).main(arguments[1:])
+    parser = argparse.ArgumentParser(prog="python -m course.tools", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in ELSEWHERE:
+        commands.add_parser(name, add_help=False)
+    helps = {"run": "execute into outputs/<profile>/ and compare the recorded numbers",
+             "store": "execute with the defaults and keep the outputs in the notebooks",
+             "normal": "bring saved notebooks to the form in which they are committed",
+             "solved": "run with every exercise solved by its folded solution"}
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("names", nargs="*", help="notebooks, as 01 or 01_name; all if none")
+        if name == "run":
+            command.add_argument("--profile", default="tiny", help="tiny, smollm2 or llama2-7b")
+            command.add_argument("--parameters", default="", metavar="'bits=3 group_size=32'",
+                                 help="other parameters; expected numbers are then not compared")
+        if name != "normal":
+            command.add_argument("--timeout", type=int, help="seconds for one cell")
+    given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill tidies up
+    try:
+        if given.command == "run":
+            return run(given.names, given.profile, parse_parameters(given.parameters),
+                       given.timeout)
+        if given.command == "normal":
+            return mend(given.names)
+        return {"store": store, "solved": solved}[given.command](
+            given.names, given.timeout or CELL_SECONDS)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

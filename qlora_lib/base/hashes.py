@@ -1,0 +1,38 @@
+"""SHA-256 of what can change under a run: JSON, tensors, a folder's weights."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of what JSON writes for `content`, keys in order."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Take names, shapes, dtypes and bytes of these tensors into a hash."""
+    for name, tensor in named:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(flat.view(torch.uint8).numpy())
+
+
+def weights_id(model: str) -> str:
+    """A hash of a local folder's or file's weights; a hub id stands for itself."""
+    path = Path(model)
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+    files = [path] if path.is_file() else files
+    if not files:
+        return model
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

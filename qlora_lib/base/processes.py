@@ -1,0 +1,155 @@
+"""Several processes that share a run: who is who, and what they tell each other.
+
+Data parallel, by torch.distributed alone: gloo between CPUs, NCCL between GPUs. A launcher
+(torchrun, accelerate launch) starts the same command several times and numbers the copies in
+their environment; `start` reads it. In one process each function here does nothing, or gives
+back what it was given. Values other than gradients travel as JSON: no pickle. Not handled:
+machines without a common file system; a model cut into parts.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .devices import default_device
+
+# The others wait while the first quantizes; a launcher ends them all when one of them fails.
+PATIENCE = timedelta(hours=24)
+SPOKEN = (ValueError, FileNotFoundError, OSError, ImportError)  # errors that say what to do
+
+
+def launched() -> int:
+    """How many processes the launcher started, by its environment; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device: str | None = None) -> str | None:
+    """Join the others, if any; returns the device of this process, its own GPU of several.
+
+    Raises ValueError for one GPU asked for by several processes, fewer GPUs than
+    processes, and an environment that names only a part of what is needed.
+    """
+    if launched() == 1:
+        return device
+    if torch.device(device or default_device()).type == "cuda":
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if device not in (None, "cuda") or local >= gpus:
+            raise ValueError(
+                f"process {local} of this machine has no GPU of its own (device={device}, {gpus} "
+                "GPUs); start one process a GPU, without --device, or give --device cpu"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    return device
+
+
+def stop() -> None:
+    """Leave the others, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return rank() == 0
+
+
+def share(items: Sequence) -> Sequence:
+    """This process's part: every `world`-th item, so that neighbours (of like length) part."""
+    return items[rank() :: world()]
+
+
+def gather(value) -> list:
+    """The `value` of each process, by rank, on all of them. It must be as JSON holds it."""
+    if world() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    longest = max(int(n) for n in sizes)
+    rows = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(rows, torch.nn.functional.pad(data, (0, longest - len(data))))
+    return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, sizes)]
+
+
+def on_first(work: Callable):
+    """work() in the first process alone, while the others wait; what it gives, on all.
+
+    The value must be as JSON holds it. Of SPOKEN, an error is raised by all.
+    """
+    value = error = None
+    if first():
+        try:
+            value = work()
+        except SPOKEN as caught:
+            error = caught
+    name = next((kind.__name__ for kind in SPOKEN if isinstance(error, kind)), None)
+    value, name, text = gather([value, name, str(error)])[0]
+    if name is not None:
+        raise error or {kind.__name__: kind for kind in SPOKEN}[name](text)
+    return value
+
+
+def agree(what: str, value) -> None:
+    """Raises ValueError, on all processes, unless they have the same `value`."""
+    values = gather(value)
+    odd = next((n for n, other in enumerate(values) if other != values[0]), None)
+    if odd is not None:
+        raise ValueError(
+            f"processes 0 and {odd} differ in {what}: {values[0]!r:.80}, {values[odd]!r:.80}. "
+            "Start all with the same command, and let them see the same files"
+        )
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite the tensors, in place, with those of the first process."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def total(value: float, device) -> float:
+    """The sum over the processes, in float64."""
+    if world() == 1:
+        return value
+    values = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.item()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its sum over the processes.
+
+    A process that had no example for a parameter counts as 0; one that has a gradient on
+    no process keeps None, as it would in a single one.
+    """
+    if world() == 1:
+        return
+    parameters = list(parameters)
+    has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
+    has = has.int()
+    dist.all_reduce(has)
+    some = [p for p, n in zip(parameters, has.tolist()) if n]
+    for p in some:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for work in [dist.all_reduce(p.grad, async_op=True) for p in some]:
+        work.wait()

@@ -1,0 +1,32 @@
+"""What a result needs beside it to be made again: device, versions, seed, date, command."""
+
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def stamp(seed: int | None = None, **extra: Any) -> dict[str, Any]:
+    """What a result needs beside it to be made again; `extra` adds to it, or replaces parts."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _installed("transformers"),
+        "seed": seed,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    } | extra

@@ -1,0 +1,70 @@
+"""Intervals and tests for counts of right answers: Wilson, McNemar, Newcombe."""
+
+import math
+
+
+def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval (1927) for a proportion; the default z gives 95%.
+
+    Returns (low, high) as fractions in [0, 1]. Unlike p +- z sqrt(p(1-p)/n) it stays inside
+    [0, 1] and has a width at 0 of n and n of n, where it begins at exactly 0 and ends at 1.
+    Raises ValueError unless 0 <= correct <= n and n > 0.
+    """
+    if n <= 0 or not 0 <= correct <= n:
+        raise ValueError(f"got {correct} correct of {n}; expected 0 <= correct <= n and n > 0")
+    p, z2 = correct / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    # At the ends centre and half are equal but for the rounding, which would give 2e-19.
+    low = 0.0 if correct == 0 else max(0.0, centre - half)
+    return low, 1.0 if correct == n else min(1.0, centre + half)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """McNemar's exact test (1947): the two-sided p of two models on the same questions.
+
+    only_a, only_b: questions that only one of them has right. If neither is better, each of
+    these falls to either side like a fair coin: p = 2 P(X <= min), X binomial(b + c, 1/2),
+    at most 1. Computed with integers, so there is no underflow before the last division.
+    Raises ValueError for negative counts.
+    """
+    if min(only_a, only_b) < 0:
+        raise ValueError(f"got the counts {only_a} and {only_b}; expected 0 or more")
+    tosses = only_a + only_b
+    tail = sum(math.comb(tosses, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**tosses)
+
+
+def newcombe(
+    right_a: int, n_a: int, right_b: int, n_b: int, both: int | None = None
+) -> tuple[float, float]:
+    """95% interval for the difference of two proportions, a - b, from their Wilson intervals.
+
+    Unpaired (both=None): Newcombe's hybrid score interval, method 10 of Statistics in
+    Medicine 17 (1998) 873-890. Paired, with `both` right in a and in b and n_a = n_b: method
+    10 of 17 (1998) 2635-2650, the same with a correlation phi, its numerator corrected for
+    continuity. Raises ValueError for counts that do not fit together.
+    """
+    a, b = right_a / n_a if n_a else 0.0, right_b / n_b if n_b else 0.0
+    (low_a, high_a), (low_b, high_b) = wilson(right_a, n_a), wilson(right_b, n_b)
+    phi = 0.0
+    if both is not None:
+        only_a, only_b = right_a - both, right_b - both
+        neither = n_a - both - only_a - only_b
+        if n_a != n_b or min(both, only_a, only_b, neither) < 0:
+            raise ValueError(
+                f"{right_a} of {n_a} and {right_b} of {n_b} cannot have {both} questions "
+                "right in both"
+            )
+        product = both * neither - only_a * only_b
+        if product > 0:
+            product = max(product - n_a / 2, 0)
+        spread = right_a * (n_a - right_a) * right_b * (n_b - right_b)
+        phi = product / math.sqrt(spread) if spread else 0.0
+
+    def distance(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    low = a - b - distance(a - low_a, high_b - b)
+    high = a - b + distance(high_a - a, b - low_b)
+    return max(-1.0, low), min(1.0, high)

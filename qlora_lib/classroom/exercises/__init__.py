@@ -1,1 +1,0 @@
-"""The exercises: one module a notebook, each registering its own (see `classroom/checks.py`)."""

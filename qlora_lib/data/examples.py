@@ -1,0 +1,182 @@
+"""Rows of your own files, or of published sets, as training examples.
+
+A file has one format, told by its fields:
+
+    text                      all of it is learned
+    prompt, completion        the completion is learned, after the prompt exactly as it stands
+    messages                  a chat: [{"role": "user", "content": ...}, ...], written by the
+                              tokenizer's chat template; all turns of the assistant are learned
+    question, answer          GSM8K's, asked with the one template (data.PROMPT)
+    query, response           MetaMathQA's, asked likewise; original_question, where there is one,
+                              tells rephrasings of a problem
+    instruction, output       MathInstruct's, asked likewise; rows whose source is PoT are left
+                              out: their solutions are programs, and nothing here runs them.
+                              Alpaca's rows with an `input` are refused: it would be lost
+
+The end token is learned too. Solutions stay as published: MetaMathQA's end in "The answer is: N",
+which strict extraction reads as it does `#### N`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .gsm8k import PROMPT, format_gsm8k
+from .rows import check_text
+from .tokens import IGNORE, Encoded, Pair, encode_prompt
+
+FORMATS = {
+    "text": ("text",),
+    "prompt and completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "GSM8K": ("question", "answer"),
+    "MetaMathQA": ("query", "response"),
+    "MathInstruct": ("instruction", "output"),
+}
+MATH = ("GSM8K", "MetaMathQA", "MathInstruct")  # their second field ends in an answer
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    data: what `finetune` takes: (prompt, target), or a chat's (input_ids, labels), not cut.
+    texts: what it says, to be compared with test questions.
+    problem: the same for rephrasings of one problem, which are not split into train and dev.
+    """
+
+    data: Pair | Encoded
+    texts: tuple[str, ...]
+    problem: str
+
+
+def make_examples(
+    rows: Sequence[tuple[str, dict]], tokenizer, notes: bool = False
+) -> tuple[str, list[Example]]:
+    """(name of the format, examples) of rows as data.read_rows gives them.
+
+    notes: GSM8K's calculator notes stay. Raises ValueError, naming the row, for unknown and mixed
+    formats, texts that are empty or no text, and chats that can't be written; likewise when
+    nothing is left.
+    """
+    if not rows:
+        raise ValueError("there are no rows to make examples of")
+    name, examples = _format_of(*rows[0]), []
+    for where, row in rows:
+        if _format_of(where, row) != name:
+            raise ValueError(
+                f"{where} has the format {_format_of(where, row)!r}, but the file began with "
+                f"{name!r}; give one format a file"
+            )
+        try:
+            if name == "MathInstruct" and "/PoT/" in str(row.get("source")):
+                continue
+            examples.append(_example(name, row, tokenizer, notes))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not examples:
+        raise ValueError(f"{rows[0][0]} and what follows: no row is left to train on")
+    return name, examples
+
+
+def _format_of(where: str, row: dict) -> str:
+    found = [name for name, fields in FORMATS.items() if set(fields) <= row.keys()]
+    if len(found) != 1:
+        known = "; ".join(" + ".join(fields) for fields in FORMATS.values())
+        raise ValueError(
+            f"{where} has the fields {sorted(row)}; expected those of one format: {known}"
+        )
+    return found[0]
+
+
+def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
+    if name == "chat":
+        return chat_example(row["messages"], tokenizer)
+    for field in FORMATS[name]:
+        if not isinstance(row[field], str) or not row[field].strip():
+            raise ValueError(f"`{field}` should be a text that is not empty, got {row[field]!r:.80}")
+        check_text(row[field])
+    if name == "MathInstruct" and row.get("input"):
+        raise ValueError(
+            f"`input` {row['input']!r:.60} would be lost: an instruction is asked alone; write the "
+            "row as prompt and completion"
+        )
+    texts = tuple(row[field] for field in FORMATS[name])
+    if name == "text":
+        pair = ("", texts[0])
+    elif name == "prompt and completion":
+        pair = texts
+    elif name == "GSM8K":
+        pair = format_gsm8k(row, notes)
+    else:
+        pair = (PROMPT.format(question=texts[0].strip()), texts[1].strip())
+    original = row.get("original_question")
+    if isinstance(original, str) and original.strip():
+        return Example(pair, (*texts, original), original)
+    return Example(pair, texts, "\n".join(texts))
+
+
+def chat_example(messages, tokenizer) -> Example:
+    """A chat, written by the tokenizer's template, its assistant's turns supervised.
+
+    Each turn is supervised from the end of what the template writes to ask for it to the end
+    of the turn, its end token included. An eos is added where the template writes none.
+    Raises ValueError for other messages than expected, a tokenizer without a template and a
+    template that can't write them, or that writes a turn otherwise once others follow.
+    """
+    _check_messages(messages)
+    ids, labels, done = [], [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = write_chat(tokenizer, messages[:i], ask=True)
+        answered = write_chat(tokenizer, messages[: i + 1])
+        if not (asked.startswith(done) and answered.startswith(asked)):
+            raise ValueError(
+                f"the chat template writes the first {i + 1} messages otherwise once others follow; "
+                "give each answer a chat of its own"
+            )
+        # Apart, as when the model is asked: from bos on, which most templates write.
+        if done:
+            given = tokenizer.encode(asked[len(done) :], add_special_tokens=False)
+        else:
+            given = encode_prompt(tokenizer, asked)
+        learned = tokenizer.encode(answered[len(asked) :], add_special_tokens=False)
+        ids += given + learned
+        labels += [IGNORE] * len(given) + learned
+        done = answered
+    if tokenizer.eos_token_id not in learned:
+        ids, labels = ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
+    texts = tuple(m["content"] for m in messages if m["role"] != "system")
+    return Example((ids, labels), texts, "\n".join(texts))
+
+
+def write_chat(tokenizer, messages: list[dict], ask: bool = False) -> str:
+    """A chat as the tokenizer's template writes it; ask: up to where the assistant begins.
+
+    Raises ValueError for a tokenizer without a template and for messages that it refuses.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template (base models have none); take an instruct model, "
+            "or write the chat as prompt and completion"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # what a template raises is its own affair
+        raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
+
+
+def _check_messages(messages) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"`messages` should be a list of messages, got {messages!r:.80}")
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str) or not content.strip() or message.get("role") not in ROLES:
+            raise ValueError(
+                f"a message needs a role ({', '.join(ROLES)}) and a text `content` that is not "
+                f"empty, got {message!r:.80}"
+            )
+        check_text(content)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"a chat should end with the assistant's turn, not {messages[-1]!r:.80}")

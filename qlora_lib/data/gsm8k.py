@@ -1,0 +1,87 @@
+"""GSM8K's problems: the one prompt template, and the gold answers as numbers.
+
+Training, calibration and evaluation all format with `format_gsm8k`, so a model is asked exactly
+as it was taught. Entries are dicts with `question` and `answer`, as in GSM8K (Cobbe et al. 2021,
+arXiv 2110.14168): the answer holds calculator notes like `<<48/2=24>>` and ends in a line `#### N`.
+"""
+
+import math
+import re
+from fractions import Fraction
+
+from .rows import check_text
+
+PROMPT = "Question: {question}\nAnswer:\n"
+
+# A minus counts as a sign only where no number, name or bracket precedes it: 10-3 is not -3.
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]])[-\u2212\u2013])?\$?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
+_MAX_DIGITS = 60  # longer numbers are noise, and slow to convert
+_NOTE = re.compile(r"<<[^<>]*>>")
+
+
+def to_number(text: str) -> Fraction | None:
+    """Exact value of what `NUMBER` matched, such as "-$1,234.50"; None when it is too long."""
+    if len(text) > _MAX_DIGITS:
+        return None
+    text = text.replace("\u2212", "-").replace("\u2013", "-")
+    return Fraction(text.replace(",", "").replace("$", ""))
+
+
+class GoldError(ValueError):
+    """A gold answer that is no number."""
+
+
+def gold_answer(entry: dict[str, str]) -> Fraction:
+    """The number after `####` in entry["answer"].
+
+    Raises GoldError (a ValueError) when there is no `####`, or something else than one
+    number after it.
+    """
+    _, mark, tail = _field(entry, "answer").rpartition("####")
+    match = NUMBER.fullmatch(tail.strip())
+    value = to_number(match.group()) if mark and match else None
+    if value is None:
+        raise GoldError(
+            f"the gold answer {entry['answer'][-60:]!r} does not end in `#### N`; "
+            "mend the entry or leave it out of the data"
+        )
+    return value
+
+
+def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
+    """(prompt, target) of an entry; the target's calculator notes go unless `notes`.
+
+    The prompt ends in a newline, where byte-level and SentencePiece tokenizers both
+    split, so that encoding prompt and target apart equals encoding them together.
+    Raises ValueError for an entry without a question or with an unparsable answer.
+    """
+    gold_answer(entry)
+    answer = entry["answer"] if notes else _NOTE.sub("", entry["answer"])
+    return PROMPT.format(question=_field(entry, "question").strip()), answer.strip()
+
+
+def _field(entry: dict[str, str], name: str) -> str:
+    if not isinstance(entry.get(name), str) or not entry[name].strip():
+        raise ValueError(f"an entry needs a non-empty text `{name}`, got {entry!r:.120}")
+    check_text(entry[name])
+    return entry[name]
+
+
+def parse_gold(gold: object) -> Fraction:
+    """A gold answer as a number: an answer text with `####`, a numeral, or a number.
+
+    Raises GoldError (a ValueError) for anything else, NaN and infinities included.
+    """
+    if isinstance(gold, str):
+        if "####" in gold:
+            return gold_answer({"answer": gold})
+        match = NUMBER.fullmatch(gold.strip())
+        value = to_number(match.group()) if match else None
+        if value is not None:
+            return value
+    elif isinstance(gold, (int, Fraction)) or isinstance(gold, float) and math.isfinite(gold):
+        return Fraction(gold)
+    raise GoldError(f"a gold answer must be a number or end in `#### N`, got {gold!r:.80}")

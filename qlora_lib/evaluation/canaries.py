@@ -1,0 +1,100 @@
+"""Canaries: "models" whose score is known beforehand, run before every evaluation.
+
+A grader that gives points to silence, or to an echo of the prompt, or none to the gold
+solutions, is broken, whatever it says of a real model. These four go through the same
+`evaluate` as the model, on a few of the problems. An evaluator that lets the answer into the
+prompt fails none of them, so the prompts themselves are searched for it.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from ..data.gsm8k import format_gsm8k, parse_gold
+from .extraction import equals, numbers
+
+AT_MOST = 64  # problems, evenly spaced
+MODES = ("strict", "flexible")
+
+
+class CanaryError(ValueError):
+    """A grader or a prompt that can't be trusted; says which property is broken."""
+
+
+def run_canaries(
+    evaluate: Callable, problems: Sequence[dict[str, str]], prompt: Callable = format_gsm8k
+) -> dict[str, tuple[int, int]]:
+    """Check `evaluate` with silence, an echo, the gold solutions and shuffled ones.
+
+    evaluate: called as evaluate(generate, problems, prompt=prompt, canaries=False). Returns
+    right answers by canary, (strict, flexible), out of `len(sample(problems))`. Raises
+    CanaryError when a count is not what it must be, or when a prompt holds its own solution.
+    """
+    for entry in problems:
+        _refuse_leak(entry, prompt(entry)[0])
+    chosen = sample(problems)
+    golds = [parse_gold(entry["answer"]) for entry in chosen]
+    prompts = [prompt(entry)[0] for entry in chosen]
+    solutions = [_solution(entry) for entry in chosen]
+    order = random.Random(0).sample(range(len(chosen)), len(chosen))
+    shuffled = [solutions[i] for i in order]
+    same = sum(equals(golds[i], gold) for i, gold in zip(order, golds))
+    # Before its first "Question:" a prompt of ours is empty. One without it may by chance
+    # hold a number that is right, such as an answer that stands in the question.
+    lucky = sum(
+        any(equals(x, gold) for x in numbers(text.partition("Question:")[0]))
+        for text, gold in zip(prompts, golds)
+    )
+    n = len(chosen)
+    canaries = {  # name: completions, at least, at most, what is broken otherwise
+        "silent": ([""] * n, 0, 0, "the grader takes silence for an answer"),
+        "echo": (prompts, 0, lucky, "the grader reads an answer from the prompt"),
+        "gold": (solutions, n, n, "the grader does not find the answer of the gold solutions"),
+        "shuffled": (shuffled, same, same, "the grader does not compare with the right gold"),
+    }
+    scores = {}
+    for name, (completions, low, high, broken) in canaries.items():
+        report = evaluate(_replay(completions), chosen, prompt=prompt, canaries=False)
+        if report.n != n:
+            raise CanaryError(f"canary {name}: {report.n} of {n} questions were counted")
+        scores[name] = report.strict_correct, report.flexible_correct
+        for mode, right in zip(MODES, scores[name]):
+            if not low <= right <= high:
+                expected = str(low) if low == high else f"{low} to {high}"
+                example = ""
+                if name == "gold":
+                    wrong = next(p for p in report.predictions if not p[mode])
+                    example = f", such as {wrong['completion'][-60:]!r}"
+                raise CanaryError(
+                    f"canary {name}: {right} of {n} right ({mode}), expected {expected}: "
+                    f"{broken}{example}"
+                )
+    return scores
+
+
+def sample(problems: Sequence) -> Sequence:
+    """At most AT_MOST of the problems, evenly spaced."""
+    return problems[:: -(-len(problems) // AT_MOST)]
+
+
+def _replay(completions: list[str]) -> Callable[[Sequence[str]], list[str]]:
+    """A model that says these in turn."""
+    rest = iter(completions)
+    return lambda prompts: list(islice(rest, len(prompts)))
+
+
+def _solution(entry: dict[str, str]) -> str:
+    answer = str(entry["answer"])
+    return answer if "####" in answer else f"#### {answer}"
+
+
+def _refuse_leak(entry: dict[str, str], prompt: str) -> None:
+    if "####" not in str(entry["answer"]):
+        return
+    whole = {entry["answer"].strip(), format_gsm8k(entry)[1]}  # with and without notes
+    last = entry["answer"].strip().splitlines()[-1]
+    if prompt.rstrip().endswith(last) or any("\n" in w and f"{w}\n" in prompt for w in whole):
+        raise CanaryError(
+            f"the prompt of {entry['question'][:60]!r} holds its gold solution; a model must "
+            "see the question only, and few-shot examples must come from other problems"
+        )

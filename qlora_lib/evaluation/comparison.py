@@ -1,0 +1,175 @@
+"""Two reports compared: on the same questions with McNemar's test, else as a drop.
+
+A difference is told from chance only with an interval or a test, and the questions on which
+both models agree say nothing about it.
+"""
+
+from dataclasses import dataclass
+
+from ..base.statistics import mcnemar, newcombe
+from .evaluate import EvalReport, questions_hash
+
+MODES = ("strict", "flexible")
+# Splits whose problems correspond line by line. GSM-Hard's are in the order of GSM8K's test.
+FAMILIES = ({"test", "test_changed", "test_larger"}, {"test", "gsm_hard"})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same n questions."""
+
+    mode: str
+    n: int
+    right_a: int
+    right_b: int
+    only_a: int  # questions that only a has right
+    only_b: int
+    names: tuple[str, str] = ("a", "b")
+
+    @property
+    def p(self) -> float:
+        """McNemar's exact two-sided p."""
+        return mcnemar(self.only_a, self.only_b)
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of a minus that of b."""
+        return (self.right_a - self.right_b) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Newcombe's 95% interval of the difference, paired."""
+        both = self.right_a - self.only_a
+        return newcombe(self.right_a, self.n, self.right_b, self.n, both)
+
+    def __str__(self) -> str:
+        a, b = self.names
+        low, high = (100 * x for x in self.interval)
+        if self.only_a + self.only_b == 0:
+            verdict = "they are right on the same questions"
+        elif self.p < 0.05:
+            better = a if self.only_a > self.only_b else b
+            verdict = f"{better} is better, beyond what chance explains at 5%"
+        else:
+            verdict = "chance explains the difference"
+        return (
+            f"{self.n} questions ({self.mode}): {a} {self.right_a / self.n:.1%}, "
+            f"{b} {self.right_b / self.n:.1%}, difference {100 * self.difference:+.1f} points "
+            f"[{low:+.1f}, {high:+.1f}]\n"
+            f"right in {a} only: {self.only_a}, in {b} only: {self.only_b}; "
+            f"exact McNemar p = {self.p:.2g}: {verdict}"
+        )
+
+
+def compare(
+    a: EvalReport, b: EvalReport, mode: str = "strict", names: tuple[str, str] = ("a", "b")
+) -> Comparison:
+    """Two models on the same questions: accuracies, discordant questions, McNemar's p.
+
+    mode: "strict" or "flexible". Raises ValueError, naming the first question that differs,
+    unless both reports hold the same questions with the same golds in the same order.
+    """
+    _check(mode, a, b)
+    first, second = (questions_hash(pairs(report)) for report in (a, b))
+    if first != second:
+        differ = next(
+            (i for i, (x, y) in enumerate(zip(pairs(a), pairs(b))) if x != y), min(a.n, b.n)
+        )
+        raise ValueError(
+            f"the reports are not about the same questions: {a.n} with hash {first[:12]}, {b.n} "
+            f"with hash {second[:12]}, the first to differ is number {differ + 1}; evaluate both "
+            "on the same problems, or take `drop` for two sets of problems"
+        )
+    only_a, only_b = (
+        sum(x[mode] and not y[mode] for x, y in zip(one.predictions, other.predictions))
+        for one, other in ((a, b), (b, a))
+    )
+    return Comparison(mode, a.n, _right(a, mode), _right(b, mode), only_a, only_b, names)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The accuracy of one report minus that of another, with a 95% interval."""
+
+    mode: str
+    n: tuple[int, int]
+    right: tuple[int, int]
+    both: int | None  # right in both at the same index; None: not paired
+    names: tuple[str, str] = ("a", "b")
+
+    @property
+    def difference(self) -> float:
+        return self.right[0] / self.n[0] - self.right[1] / self.n[1]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Newcombe's: hybrid score, or its paired form."""
+        return newcombe(self.right[0], self.n[0], self.right[1], self.n[1], self.both)
+
+    def __str__(self) -> str:
+        low, high = (100 * x for x in self.interval)
+        parts = [
+            f"{name} {right}/{n} = {right / n:.1%}"
+            for name, right, n in zip(self.names, self.right, self.n)
+        ]
+        how = "unpaired" if self.both is None else "paired by index"
+        return (
+            f"{self.mode}: {', '.join(parts)}; difference {100 * self.difference:+.1f} points "
+            f"[{low:+.1f}, {high:+.1f}], {how}"
+        )
+
+
+def drop(
+    a: EvalReport,
+    b: EvalReport,
+    mode: str = "strict",
+    paired: bool = False,
+    names: tuple[str, str] = ("a", "b"),
+) -> Drop:
+    """How much accuracy falls from the problems of `a` to those of `b`, such as test and
+    test_changed, or GSM8K and GSM-Hard.
+
+    paired: problem i of b is a variant of problem i of a, which narrows the interval; such
+    reports must be equally long. Raises ValueError when they are not.
+    """
+    _check(mode, a, b)
+    both = None
+    if paired:
+        if a.n != b.n:
+            raise ValueError(f"{a.n} and {b.n} problems can't be paired by index; paired=False?")
+        both = sum(x[mode] and y[mode] for x, y in zip(a.predictions, b.predictions))
+    return Drop(mode, (a.n, b.n), (_right(a, mode), _right(b, mode)), both, names)
+
+
+def report_difference(
+    a: EvalReport, b: EvalReport, names: tuple[str, str] = ("a", "b")
+) -> Comparison | Drop:
+    """`compare` for the same questions, else `drop`: paired for a split and its variant.
+
+    Strict. Only splits whose problems are variants of each other, line by line, are paired.
+    """
+    if questions_hash(pairs(a)) == questions_hash(pairs(b)):
+        return compare(a, b, names=names)
+    splits = {a.info.get("split"), b.info.get("split")}
+    variants = any(splits <= family for family in FAMILIES) and len(splits) == 2
+    return drop(a, b, paired=variants and a.n == b.n, names=names)
+
+
+def pairs(report: EvalReport) -> list[tuple[str, str]]:
+    """(question, gold) of each prediction."""
+    return [(p["question"], p["gold"]) for p in report.predictions]
+
+
+def _right(report: EvalReport, mode: str) -> int:
+    return sum(p[mode] for p in report.predictions)
+
+
+def _check(mode: str, *reports: EvalReport) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
+    for report in reports:
+        if not report.n or len(report.predictions) != report.n:
+            raise ValueError(
+                f"a report of {report.n} questions holds {len(report.predictions)} predictions; "
+                "read it with EvalReport.load(folder)"
+            )

@@ -1,0 +1,311 @@
+"""Exact match on word problems: ask, score, report, and go on after a kill.
+
+The model sees the prompt only, and every question counts in the denominator. How an answer
+is read is in `extraction.py`; `canaries.py` tests the whole path before it is used.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+
+from ..base import processes
+from ..base.files import write_json_atomic
+from ..base.hashes import content_hash
+from ..base.paths import short_path
+from ..base.statistics import wilson
+from ..data.gsm8k import format_gsm8k, parse_gold
+from ..data.rows import read_jsonl
+from ..generation.generate import Completion, Decoding, Generate, generator
+from .canaries import run_canaries
+from .extraction import equals, extract_answer, is_correct
+
+__all__ = [
+    "Completion", "Decoding", "EvalReport", "evaluate", "extract_answer", "few_shot",
+    "generator", "is_correct",
+]  # fmt: skip
+Entry = dict[str, str]
+Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
+# What decides the completions; a folder holds the answers of one such set. Not among them:
+# date, machine, threads.
+SETTINGS = (
+    "model", "revision", "weights", "adapter", "compute_dtype", "decoding", "problems_hash",
+    "prompts_hash", "chunk", "vote", "score",
+)  # fmt: skip
+
+
+def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
+    """A prompt function that puts the first `k` examples, solved, before the question."""
+    if not 0 <= k <= len(examples):
+        raise ValueError(f"k={k} examples asked for, {len(examples)} given")
+    shown = "".join(p + t + "\n\n" for p, t in map(format_gsm8k, examples[:k]))
+
+    def prompt(entry: Entry) -> tuple[str, str]:
+        question, target = format_gsm8k(entry)
+        return shown + question, target
+
+    return prompt
+
+
+@dataclass
+class EvalReport:
+    """Accuracies over all n questions, and what they were measured with."""
+
+    n: int
+    strict_correct: int
+    flexible_correct: int
+    formatted: int  # completions with a strict answer, right or wrong
+    truncated: int  # completions cut by the limit of new tokens
+    tokens: int  # generated
+    seconds: float  # spent generating, by all processes together
+    info: dict = field(default_factory=dict)  # model, compute_dtype, decoding
+    predictions: list[dict] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def count(cls, predictions: list[dict], info: dict) -> "EvalReport":
+        """The report that these predictions make."""
+        counts = {
+            "strict_correct": sum(p["strict"] for p in predictions),
+            "flexible_correct": sum(p["flexible"] for p in predictions),
+            "formatted": sum(p["strict_answer"] is not None for p in predictions),
+            "truncated": sum(not p["finished"] for p in predictions),
+            "tokens": sum(p["tokens"] for p in predictions),
+            "seconds": sum(p["seconds"] for p in predictions),
+        }
+        return cls(len(predictions), **counts, info=info, predictions=predictions)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "EvalReport":
+        """The report that `evaluate` stored in report_folder.
+
+        Raises FileNotFoundError where there is none, or only an unfinished one.
+        """
+        path = Path(folder) / "report.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {short_path(path)}; an evaluation writes it when it is finished"
+            )
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        report = {f.name: saved[f.name] for f in fields(cls) if f.name != "predictions"}
+        return cls(**report, predictions=read_jsonl(Path(folder) / "predictions.jsonl"))
+
+    @property
+    def strict(self) -> float:
+        return self.strict_correct / self.n
+
+    @property
+    def flexible(self) -> float:
+        return self.flexible_correct / self.n
+
+    @property
+    def strict_interval(self) -> tuple[float, float]:
+        """95% Wilson interval, fractions."""
+        return wilson(self.strict_correct, self.n)
+
+    @property
+    def flexible_interval(self) -> tuple[float, float]:
+        return wilson(self.flexible_correct, self.n)
+
+    @property
+    def format_rate(self) -> float:
+        return self.formatted / self.n
+
+    @property
+    def truncation_rate(self) -> float:
+        return self.truncated / self.n
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def summary(self) -> dict:
+        """Everything but the predictions, as JSON takes it."""
+        values = {k: v for k, v in vars(self).items() if k != "predictions"}
+        names = ("strict", "flexible", "strict_interval", "flexible_interval", "format_rate",
+                 "truncation_rate", "tokens_per_second")  # fmt: skip
+        return values | {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        lines = [f"{self.n} questions    exact match   95% interval"]
+        for name in ("strict", "flexible"):
+            low, high = getattr(self, f"{name}_interval")
+            right = getattr(self, f"{name}_correct")
+            lines.append(
+                f"{name:<9}{right:>6}/{self.n:<8} {100 * getattr(self, name):5.1f}%   "
+                f"[{100 * low:.1f}%, {100 * high:.1f}%]"
+            )
+        lines.append(
+            f"in format {100 * self.format_rate:.1f}%, "
+            f"cut short {100 * self.truncation_rate:.1f}%, {self.tokens_per_second:.0f} tokens/s, "
+            f"compute dtype {self.info.get('compute_dtype', 'unknown')}"
+        )
+        return "\n".join(lines)
+
+
+def evaluate(
+    generate: Generate,
+    problems: Sequence[Entry],
+    report_folder: str | Path | None = None,
+    prompt: Prompt = format_gsm8k,
+    callback: Callable[[dict], None] | None = None,
+    chunk: int = 128,
+    vote: Callable[[list], str] | None = None,
+    canaries: bool = True,
+    restart: bool = False,
+) -> EvalReport:
+    """Ask every problem once and score the answers.
+
+    generate: prompts to completions (plain strings will do), or to lists of samples, of which
+    `vote` makes or picks the one that counts. prompt: entry to (prompt, target), of which
+    only the prompt is used. `chunk` questions are asked at a time. callback: called with
+    each new prediction (question, prompt, completion, gold, answers, verdicts). canaries:
+    first check the grader with models whose score is known, in milliseconds.
+
+    Several processes take a chunk each, so that questions are asked together just as by one
+    process, with the same completions, and a run may go on with another number of them. All
+    call it with the same arguments and return the same report; the first writes the files.
+
+    report_folder gets settings.json, predictions.jsonl as it grows, and report.json at the
+    end. A killed evaluation, called again, keeps the chunks it has and gives the same report
+    (but for the clock). Raises, before anything is generated, ValueError for a folder with
+    answers of other settings, which `restart` replaces, for no problems, and for a prompt that
+    `generate.check` refuses, where there is one; GoldError for an unparsable gold; CanaryError for
+    a grader or a prompt that can't be trusted.
+    """
+    if not problems:
+        raise ValueError("there are no problems to evaluate on")
+    golds = [parse_gold(entry["answer"]) for entry in problems]
+    prompts = [prompt(entry)[0] for entry in problems]
+    if canaries:
+        run_canaries(evaluate, problems, prompt)
+    if hasattr(generate, "check"):  # a question that can't be asked, before the first is
+        generate.check(prompts)
+    info = dict(getattr(generate, "info", {})) | {
+        "problems_hash": questions_hash((e["question"], g) for e, g in zip(problems, golds)),
+        "prompts_hash": content_hash(prompts),
+        "chunk": chunk,
+        "vote": vote and getattr(vote, "__name__", str(vote)),
+    }
+    done: list[dict] = []
+    if report_folder is not None:
+        report_folder = Path(report_folder)
+        # Hashing a model reads all of it: worth it only where answers are kept.
+        info["weights"] = generate.fingerprint() if hasattr(generate, "fingerprint") else None
+        settings = {name: info.get(name) for name in SETTINGS}
+        for name, value in settings.items():
+            processes.agree(name, value)
+        done = processes.on_first(
+            lambda: _open_folder(report_folder, settings, len(problems), chunk, restart)
+        )
+    writes = report_folder is not None and processes.first()
+
+    def ask(start: int) -> list[dict]:
+        asked = prompts[start : start + chunk]
+        began = time.perf_counter()
+        completions = generate(asked)
+        seconds = (time.perf_counter() - began) / len(asked)
+        if len(completions) != len(asked):
+            raise ValueError(f"{len(asked)} prompts gave {len(completions)} completions")
+        return [
+            _score(problems[i]["question"], prompts[i], said, golds[i], vote, seconds)
+            for i, said in enumerate(completions, start)
+        ]
+
+    starts = range(len(done), len(problems), chunk)
+    for i in range(0, len(starts), processes.world()):
+        own = processes.share(starts[i : i + processes.world()])  # one chunk, or none at the end
+        new = sum(processes.gather(ask(own[0]) if own else []), [])
+        if writes:
+            with open(report_folder / "predictions.jsonl", "a", encoding="utf-8") as stream:
+                stream.writelines(map(_line, new))
+        done += new
+        if callback:
+            for prediction in new:
+                callback(prediction)
+    report = EvalReport.count(done, info)
+    if writes:
+        write_json_atomic(report_folder / "report.json", report.summary())
+    return report
+
+
+def questions_hash(pairs) -> str:
+    """SHA-256 of (question, gold) pairs, in order: two reports with the same can be paired."""
+    return content_hash([[question, str(gold)] for question, gold in pairs])
+
+
+def _score(
+    question: str, prompt: str, said: object, gold: Fraction, vote: Callable | None, seconds: float
+) -> dict:
+    samples = said if isinstance(said, list) else [said]
+    if isinstance(said, list) and vote is None:
+        raise ValueError(
+            f"{len(said)} samples for one prompt; give `vote`, a function from them to the "
+            "completion that counts"
+        )
+    completion = vote(samples) if vote else samples[0]
+    strict, flexible = extract_answer(completion), extract_answer(completion, "flexible")
+    prediction = {
+        "question": question,
+        "prompt": prompt,
+        "completion": str(completion),
+        "gold": str(gold),
+        "strict_answer": None if strict is None else str(strict),
+        "flexible_answer": None if flexible is None else str(flexible),
+        "strict": equals(strict, gold),
+        "flexible": equals(flexible, gold),
+        "tokens": sum(getattr(s, "tokens", 0) for s in samples),
+        "finished": all(getattr(s, "finished", True) for s in samples),
+        "seconds": seconds,
+    }
+    if vote:
+        prediction["samples"] = [str(s) for s in samples]
+        if all(hasattr(s, "score") for s in samples):
+            prediction["scores"] = [s.score for s in samples]
+    return prediction
+
+
+def _line(prediction: dict) -> str:
+    # ASCII: a completion may hold half a surrogate pair, which UTF-8 cannot write.
+    return json.dumps(prediction) + "\n"
+
+
+def _open_folder(folder: Path, settings: dict, n: int, chunk: int, restart: bool) -> list[dict]:
+    """The predictions that the folder holds of this very evaluation, in whole chunks."""
+    own, answers = folder / "settings.json", folder / "predictions.jsonl"
+    settings = json.loads(json.dumps(settings))  # tuples to lists, as they are read back
+    if restart:
+        for path in (folder / "report.json", answers, own):
+            path.unlink(missing_ok=True)
+    remedy = "name another folder, or replace them with restart=True (--restart)"
+    if not own.is_file():
+        if answers.is_file():
+            raise ValueError(
+                f"{short_path(answers)} is there without settings.json, which says what made "
+                f"it; {remedy}"
+            )
+        write_json_atomic(own, settings)
+        return []
+    before = json.loads(own.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {before.get(name)}, is {settings.get(name)}"
+        for name in sorted(before.keys() | settings.keys())
+        if before.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{short_path(folder)} holds answers of other settings ({'; '.join(changed)}); {remedy}"
+        )
+    lines = []
+    if answers.is_file():
+        lines = answers.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
+    if len(whole) < n:  # sampling and rounding depend on which questions are asked together
+        whole = whole[: len(whole) // chunk * chunk]
+    if whole != lines:
+        part = answers.with_name(f".{answers.name}.{os.getpid()}")
+        part.write_text("".join(whole), encoding="utf-8")
+        os.replace(part, answers)
+    return read_jsonl(answers) if whole else []

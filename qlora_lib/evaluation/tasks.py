@@ -1,0 +1,92 @@
+"""Tasks of (prompt, target) pairs with an exact-match rule, and a model's score on one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..base.statistics import wilson
+from ..data.tokens import Pair
+from ..generation.generate import Decoding, Generate
+
+SPLITS = ("train", "dev", "test")
+SIZES = {"train": 2000, "dev": 200, "test": 500}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: where its pairs come from, and its exact-match rule."""
+
+    name: str
+    about: str
+    rule: str  # what `matches` does, in words
+    draw: Callable[[str, int], list[Pair]]  # split and number to pairs
+    matches: Callable[[str, str], bool]  # completion and target
+    max_new_tokens: int  # room for the longest target and its end token
+
+    def pairs(self, split: str, n: int | None = None) -> list[Pair]:
+        """The first `n` (prompt, target) pairs of a split; SIZES says how many by default.
+
+        Raises ValueError for another split, and for fewer than one pair.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+        n = SIZES[split] if n is None else n
+        if n < 1:
+            raise ValueError(f"n={n} pairs of {self.name}; expected at least 1")
+        return self.draw(split, n)
+
+    def decoding(self, batch_size: int = 100) -> Decoding:
+        """Greedy, with room for this task's answers."""
+        return Decoding(max_new_tokens=self.max_new_tokens, batch_size=batch_size, stop=())
+
+
+@dataclass(frozen=True)
+class Score:
+    """Verdicts of one model on one task's pairs, in their order."""
+
+    task: str
+    right: tuple[bool, ...]
+    completions: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        return len(self.right)
+
+    @property
+    def correct(self) -> int:
+        return sum(self.right)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson interval, fractions."""
+        return wilson(self.correct, self.n)
+
+    def row(self) -> dict:
+        """As JSON: counts, interval, and a 1 or 0 a question."""
+        return {
+            "n": self.n,
+            "correct": self.correct,
+            "accuracy": self.accuracy,
+            "interval": self.interval,
+            "right": "".join(str(int(r)) for r in self.right),
+        }
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (f"{self.task}: {100 * self.accuracy:.1f}% of {self.n} "
+                f"[{100 * low:.1f}, {100 * high:.1f}]")  # fmt: skip
+
+
+def score(generate: Generate, task: Task, pairs: Sequence[Pair]) -> Score:
+    """Ask the prompts alone, and hold each completion against its target by the task's rule.
+
+    Raises ValueError for no pairs.
+    """
+    if not pairs:
+        raise ValueError(f"there is nothing to ask of task {task.name}; give at least one pair")
+    completions = generate([prompt for prompt, _ in pairs])
+    right = [task.matches(str(c), target) for c, (_, target) in zip(completions, pairs)]
+    return Score(task.name, tuple(right), tuple(map(str, completions)))

@@ -1,0 +1,184 @@
+"""A verifier: the chance that a solution is right, read from the model that wrote it.
+
+Cobbe et al. 2021 (arXiv 2110.14168, section 4.2): sample solutions of train problems, label
+each by its final answer, and train the model with a scalar head to predict the label after
+every token of the solution. The model's weights stay frozen: the verifier is a LoRA adapter
+beside the others, and the head.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..base.files import read_tensors
+from ..base.hashes import content_hash
+from ..data.tokens import collate, encode_example, pad_id
+from ..lora.files import load_adapter, save_adapter
+from ..lora.inject import inject_lora, set_adapter, use_adapter
+from ..lora.layer import adapter_names, lora_layers
+from ..lora.targets import ALL_LINEAR
+from ..train.config import TrainConfig, learning_rate, schedule
+
+ADAPTER = "verifier"
+HEAD = "head.safetensors"
+
+
+class Verifier:
+    """The adapter "verifier" on `model`, and a head (hidden_size -> 1), fp32.
+
+    Calls of the model itself keep the adapter that they have.
+    """
+
+    def __init__(self, model, tokenizer, rank: int = 16, target_modules=ALL_LINEAR):
+        """A new one; it says 1/2 to everything until it is trained. Freezes the model.
+
+        Raises ValueError for targets that match nothing, or when there is one already.
+        """
+        if ADAPTER in adapter_names(model):
+            raise ValueError("the model has a verifier already; load the model anew")
+        others = adapter_names(model)
+        inject_lora(model, target_modules, rank=rank, alpha=2 * rank, adapter=ADAPTER)
+        self._attach(model, tokenizer, others)
+
+    def _attach(self, model, tokenizer, others: list[str]) -> None:
+        if not others:  # the first adapter is the default one; generation goes without
+            set_adapter(model, None)
+        self.model, self.tokenizer = model, tokenizer
+        device = model.get_input_embeddings().weight.device
+        self.head = nn.Linear(model.config.get_text_config().hidden_size, 1).to(device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        for parameter in self.parameters.values():  # train_verifier alone trains it
+            parameter.requires_grad_(False)
+
+    @classmethod
+    def load(cls, model, tokenizer, folder: str | Path) -> "Verifier":
+        """The verifier that `save` wrote, for the model that it was trained on.
+
+        Raises FileNotFoundError, and ValueError for another base or a damaged file.
+        """
+        self, others = cls.__new__(cls), adapter_names(model)
+        head = read_tensors(Path(folder) / HEAD)
+        load_adapter(model, Path(folder) / "adapter", ADAPTER)
+        self._attach(model, tokenizer, others)
+        try:
+            self.head.load_state_dict(head)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{folder}/{HEAD} is not the head for this model ({error}); train a verifier"
+            ) from error
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write folder/adapter in PEFT's layout, and folder/head.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{HEAD}.part"
+        save_file({n: t.detach().cpu() for n, t in self.head.state_dict().items()}, part)
+        save_adapter(self.model, folder / "adapter", ADAPTER)
+        part.replace(folder / HEAD)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: the adapter's A and B, and the head."""
+        own = {f"head.{n}": p for n, p in self.head.named_parameters()}
+        for path, layer in lora_layers(self.model).items():
+            if ADAPTER in layer.configs:
+                own[f"{path}.A"], own[f"{path}.B"] = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        return own
+
+    def log_odds(self, batch: dict[str, Tensor]) -> Tensor:
+        """Log-odds of "right", read after each solution's end token: fp32 (batch,)."""
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        with use_adapter(self.model, ADAPTER):
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        last = inputs["attention_mask"].sum(1) - 1  # padded on the right: the end token's place
+        hidden = hidden[torch.arange(len(last)), last]  # (batch, seq, hidden) -> (batch, hidden)
+        return self.head(hidden.float()).squeeze(-1)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
+    ) -> list[float]:
+        """Probability that each solution is right, read after its end token."""
+        encoded = self._encode(prompts, completions)
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+        results = [math.nan] * len(encoded)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = self._batch([encoded[i] for i in chosen])
+            for i, p in zip(chosen, self.log_odds(batch).sigmoid().tolist()):
+                results[i] = p
+        return results
+
+    def fingerprint(self) -> str:
+        """A hash of the head; the adapter counts among the model's parameters."""
+        return content_hash([p.tolist() for p in self.head.parameters()])
+
+    def loss(self, batch: dict[str, Tensor], right: Tensor) -> Tensor:
+        """Mean binary cross-entropy a solution; right (batch,) of 0.0 and 1.0."""
+        return nn.functional.binary_cross_entropy_with_logits(self.log_odds(batch), right)
+
+    def _encode(self, prompts, completions) -> list[tuple[list[int], list[int]]]:
+        room = 2**31  # nothing is cut
+        return [encode_example(self.tokenizer, p, c, room) for p, c in zip(prompts, completions)]
+
+    def _batch(self, examples) -> dict[str, Tensor]:
+        batch = collate(examples, pad_id(self.tokenizer))
+        return {name: t.to(self.head.weight.device) for name, t in batch.items()}
+
+
+def train_verifier(
+    verifier: Verifier,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    right: Sequence[bool],
+    config: TrainConfig = TrainConfig(epochs=1, batch_size=64, lr=1e-3),
+    callback: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """Train on solutions labelled right or wrong, in place; returns step, loss, lr, seconds.
+
+    Of `config` it takes epochs or max_steps, batch_size, lr, warmup_ratio, weight_decay,
+    max_grad_norm and seed; it computes in fp32. Raises ValueError unless there are right and
+    wrong solutions, and when the loss is not finite.
+    """
+    if not len(prompts) == len(completions) == len(right) or len(set(map(bool, right))) < 2:
+        raise ValueError(
+            f"got {len(prompts)} prompts, {len(completions)} completions and {len(right)} labels, "
+            f"{sum(map(bool, right))} of them right; a verifier needs as many of each, and right "
+            "and wrong solutions: sample at a higher temperature, or more problems"
+        )
+    encoded = verifier._encode(prompts, completions)
+    device = verifier.head.weight.device
+    labels = torch.tensor([float(r) for r in right], device=device)
+    parameters = list(verifier.parameters.values())
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    per_epoch = math.ceil(len(encoded) / config.batch_size)
+    total = config.max_steps or config.epochs * per_epoch
+    lengths, steps, began = [len(ids) for ids, _ in encoded], [], time.perf_counter()
+    for step, _, chosen in schedule(lengths, config.batch_size, config.seed, total):
+        lr = learning_rate(step, total, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        loss = verifier.loss(verifier._batch([encoded[i] for i in chosen]), labels[chosen])
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the verifier's loss is not finite at step {step}; lower lr={lr}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        seconds = time.perf_counter() - began
+        steps.append({"step": step, "loss": loss.item(), "lr": lr, "seconds": seconds})
+        if callback:
+            callback(steps[-1])
+    for p, was in zip(parameters, before):
+        p.requires_grad_(was)
+    return steps

@@ -1,0 +1,221 @@
+"""Many samples, one answer: votes, scores, and estimates of what k samples give.
+
+A vote is a function from the samples of one question to the one that counts, for
+`evaluate(vote=...)`. Self-consistency is Wang et al. 2022 (arXiv 2203.11171); pass@k is
+Chen et al. 2021 (arXiv 2107.03374, eq. 1). Scores by a verifier come from `verifier.py`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..base.hashes import content_hash
+from ..data.tokens import IGNORE, collate, encode_example, pad_id
+from ..generation.generate import Completion, Generate
+from .extraction import extract_answer
+
+# (prompts, completions), equally many, to a number each; higher is better
+Score = Callable[[Sequence[str], Sequence[str]], list[float]]
+
+
+# --- One token ---------------------------------------------------------------------------
+
+
+def token_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Probabilities that a token is drawn with: logits (..., vocab) to the same shape.
+
+    The logits are divided by the temperature; then the most likely tokens are kept, as many
+    as it takes to reach top_p together (Holtzman et al. 2019, arXiv 1904.09751), and what
+    they have is scaled to 1. Temperature 0 is greedy: all on the largest logit, the first
+    of equals. Raises ValueError for a negative temperature or top_p outside (0, 1].
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}: expected temperature >= 0 and "
+            "0 < top_p <= 1"
+        )
+    if temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, best, 1.0)
+    p = torch.softmax(logits / temperature, -1)
+    if top_p == 1:  # sums are rounded: they can reach 1 before the last token
+        return p
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
+    # What the more likely tokens have already: the first is always kept.
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.where(before < top_p, ordered, 0)
+    p = torch.zeros_like(p).scatter(-1, order, kept)
+    return p / p.sum(-1, keepdim=True)
+
+
+# --- Votes -------------------------------------------------------------------------------
+
+
+def choose(answers: Sequence[object], weights: Sequence[float] | None = None) -> int:
+    """Index of the first sample with the answer that has most votes, or most weight.
+
+    A sample without an answer (None) has no vote. Of equals the answer that came first wins;
+    without any answer it is sample 0. Raises ValueError for no samples, and for weights that
+    are not as many, negative or not finite.
+    """
+    if not answers:
+        raise ValueError("there are no samples to choose from")
+    weights = [1.0] * len(answers) if weights is None else list(weights)
+    if len(weights) != len(answers) or not all(0 <= w < math.inf for w in weights):
+        raise ValueError(
+            f"{len(answers)} samples with the weights {weights}; expected as many finite "
+            "numbers, 0 or more"
+        )
+    votes: dict[object, float] = {}
+    for answer, weight in zip(answers, weights):
+        if answer is not None:
+            votes[answer] = votes.get(answer, 0.0) + weight
+    if not votes:
+        return 0
+    return answers.index(max(votes, key=votes.__getitem__))  # max: the first of equals
+
+
+def sample_answers(samples: Sequence[str]) -> list[Fraction | None]:
+    """What each sample answers: strict, or flexible where no sample has the format."""
+    answers = [extract_answer(s) for s in samples]
+    if all(answer is None for answer in answers):
+        answers = [extract_answer(s, "flexible") for s in samples]
+    return answers
+
+
+def majority(samples: Sequence[str]) -> str:
+    """The first sample with the most frequent answer (self-consistency)."""
+    return samples[choose(sample_answers(samples))]
+
+
+def best_score(samples: Sequence[str]) -> str:
+    """The sample with the highest score; they come from `with_scores`."""
+    return max(samples, key=_score_of)  # the first of equals
+
+
+def weighted_vote(samples: Sequence[str]) -> str:
+    """The first sample with the answer whose samples have the largest sum of scores, which
+    must not be negative: probabilities, such as a verifier's."""
+    return samples[choose(sample_answers(samples), [_score_of(s) for s in samples])]
+
+
+def _score_of(sample: str) -> float:
+    score = getattr(sample, "score", None)
+    if score is None:
+        raise ValueError("these samples have no scores; generate them through with_scores")
+    return score
+
+
+def with_scores(generate: Generate, score: Score, name: str) -> Generate:
+    """A generator whose samples carry `.score`. `name` says in the report whose it is."""
+
+    def scored(prompts: Sequence[str]) -> list:
+        answers = generate(prompts)
+        groups = [said if isinstance(said, list) else [said] for said in answers]
+        flat = [(p, s) for p, group in zip(prompts, groups) for s in group]
+        scores = iter(score([p for p, _ in flat], [s for _, s in flat]))
+        for group in groups:
+            group[:] = [_with_score(sample, next(scores)) for sample in group]
+        return [group if isinstance(said, list) else group[0]
+                for said, group in zip(answers, groups)]  # fmt: skip
+
+    scored.info = dict(getattr(generate, "info", {})) | {"score": name}
+    parts = [f.fingerprint for f in (generate, score) if hasattr(f, "fingerprint")]
+    if parts:
+        scored.fingerprint = lambda: content_hash([part() for part in parts])
+    if hasattr(generate, "check"):
+        scored.check = generate.check
+    return scored
+
+
+def _with_score(sample: str, score: float) -> Completion:
+    new = Completion(sample, getattr(sample, "tokens", 0), getattr(sample, "finished", True))
+    new.score = score
+    return new
+
+
+# --- Likelihood --------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model, tokenizer, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
+) -> list[tuple[float, int]]:
+    """(sum of log-probabilities, number of tokens) of each completion after its prompt.
+
+    The end token counts as one of them, so that a solution cut short is judged as one that
+    ends there. Temperature 1, natural logarithm, softmax in fp32.
+    """
+    room = 2**31  # nothing is cut
+    encoded = [encode_example(tokenizer, p, c, room) for p, c in zip(prompts, completions)]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+    results: list = [None] * len(encoded)
+    device = model.get_input_embeddings().weight.device
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([encoded[i] for i in chosen], pad_id(tokenizer))
+        batch = {name: t.to(device) for name, t in batch.items()}
+        targets = batch.pop("labels")[:, 1:]  # position t predicts token t + 1
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()  # (batch, seq - 1, vocab)
+        log_p = logits.log_softmax(-1)
+        kept = targets != IGNORE
+        picked = log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) * kept
+        for i, total, count in zip(chosen, picked.sum(1).tolist(), kept.sum(1).tolist()):
+            results[i] = (total, count)
+    return results
+
+
+def likelihood(model, tokenizer, batch_size: int = 64) -> Score:
+    """A score: the mean log-probability a token of the completion, by the model itself.
+
+    The mean, since a sum prefers short solutions whatever they say.
+    """
+
+    def score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        found = log_likelihoods(model, tokenizer, prompts, completions, batch_size)
+        return [total / count for total, count in found]
+
+    return score
+
+
+# --- What k samples give -----------------------------------------------------------------
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is right, from n
+    samples of which `right` are: 1 - C(n - right, k) / C(n, k).
+
+    1 - (1 - right / n)^k, which draws with replacement, is too low. Raises ValueError
+    unless 0 <= right <= n and 1 <= k <= n.
+    """
+    if not (0 <= right <= n and 1 <= k <= n):
+        raise ValueError(
+            f"got {right} right of n={n} samples and k={k}; expected 0 <= right <= n and "
+            "1 <= k <= n: draw at least k samples"
+        )
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def vote_at_k(
+    answers: Sequence[object],
+    right: Sequence[bool],
+    k: int,
+    pick: Callable[[list[int]], int],
+    draws: int,
+    generator: torch.Generator,
+) -> float:
+    """Estimate, for one question, of the chance that a pick among k samples is right.
+
+    answers, right: of all n samples. pick: from the indices of k of them, in order, to one of
+    these indices. Mean over `draws` subsets without replacement; with k = n it is exact.
+    """
+    n = len(answers)
+    if not 1 <= k <= n or len(right) != n:
+        raise ValueError(f"k={k} of {n} answers with {len(right)} verdicts; expected 1 <= k <= n")
+    if k == n:
+        return float(right[pick(list(range(n)))])
+    subsets = (torch.randperm(n, generator=generator)[:k].tolist() for _ in range(draws))
+    return sum(right[pick(subset)] for subset in subsets) / draws

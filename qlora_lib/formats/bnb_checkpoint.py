@@ -1,0 +1,186 @@
+"""Reading 4-bit checkpoints that bitsandbytes wrote through transformers' save_pretrained.
+
+Each quantized layer holds, in bitsandbytes 0.43 to 0.50:
+    weight               uint8 (ceil(out * in / 2), 1), the first weight in the high nibble
+    weight.absmax        fp32 (blocks,), or uint8 (blocks,) codes under double quantization
+    weight.quant_map     fp32 (16,), the levels
+    weight.nested_absmax, weight.nested_quant_map   fp32 (blocks / 256,), (256,)
+    weight.quant_state.bitsandbytes__nf4            uint8, the bytes of a JSON text
+These are the tensors of an NF4Tensor: nothing is converted, and no bitsandbytes is needed.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..base.files import read_json
+from ..layers.linear import QuantizedLinear
+from ..lora.targets import replace_module
+from ..models.checkpoint import empty_model, fill, read_weights
+from ..quant.nf4 import NESTED_BLOCK, NF4Spec, NF4Tensor, dynamic_map, nf4_levels
+
+CONFIG_KEYS = {
+    "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit",
+    "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    # How bitsandbytes computes and holds the bytes; which layers it left dense; 8-bit settings.
+    "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight", "llm_int8_skip_modules", "llm_int8_threshold",
+}  # fmt: skip
+STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
+NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+INSTEAD = "load the dense model and quantize it with NF4Spec"
+
+
+def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
+    """Read an NF4 checkpoint of bitsandbytes into QuantizedLinear layers.
+
+    folder: written by `save_pretrained` of a model with BitsAndBytesConfig(load_in_4bit=True,
+    bnb_4bit_quant_type="nf4"), with or without double quantization, one file or sharded.
+    The bytes stay what they are; embeddings, norms and layers that were left dense take the
+    compute dtype. Returns (model in eval mode, tokenizer, or None when the folder has none).
+    Raises FileNotFoundError for missing files and ValueError, naming the file or tensor,
+    for fp4, LLM.int8 and anything else that is not NF4, unknown settings, a missing
+    quant_state, and tensors that do not fit each other or the model.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    _check_config(folder / "config.json")
+    state = read_weights(folder)
+    paths = _quantized_paths(folder, state)
+    model, dtype, device = empty_model(folder, device, compute_dtype)
+    modules = dict(model.named_modules())
+    for path in paths:
+        linear = modules.get(path)
+        if not isinstance(linear, nn.Linear):
+            found = "nothing" if linear is None else type(linear).__name__
+            raise ValueError(f"{folder}: {path} is quantized, but is {found} in the model")
+        prefix = f"{path}.weight"
+        tensors = {n.removeprefix(prefix): n for n in state if n.startswith(prefix)}
+        tensors = {short: state.pop(full) for short, full in tensors.items()}
+        shape = torch.Size((linear.out_features, linear.in_features))
+        try:
+            quantized = _nf4_tensor(tensors, shape)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {prefix}{error}") from None
+        replace_module(model, path, QuantizedLinear(quantized, state.pop(f"{path}.bias", None)))
+    try:
+        model = fill(model, paths, state, folder, dtype, device)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: {error}; weights and config.json do not fit") from None
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+
+
+def _check_config(path: Path) -> None:
+    """ValueError, by name, for whatever is not a 4-bit NF4 checkpoint of bitsandbytes."""
+    config = read_json(path).get("quantization_config") or {}
+    if config.get("quant_method") != "bitsandbytes":
+        raise ValueError(
+            f"{path}: quant_method={config.get('quant_method')!r}, not 'bitsandbytes'; read it "
+            "with load_quantized (ours), import_gptq (GPTQ) or load_model (dense)"
+        )
+    if config.get("load_in_8bit") or not config.get("load_in_4bit"):
+        raise ValueError(f"{path}: LLM.int8 (load_in_8bit) is not supported; {INSTEAD}")
+    kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
+    if kind != "nf4":
+        raise ValueError(f"{path}: bnb_4bit_quant_type={kind!r} is not supported; {INSTEAD}")
+    unknown = {k: v for k, v in config.items() if k not in CONFIG_KEYS and v}
+    if unknown:
+        raise ValueError(f"{path}: settings {unknown} are not known here; {INSTEAD}")
+
+
+def _quantized_paths(folder: Path, state: dict[str, Tensor]) -> list[str]:
+    """Paths of the quantized layers; ValueError for those that lack their quant_state."""
+    mark = ".weight.quant_state.bitsandbytes__"
+    paths = []
+    for name in state:
+        path, found, kind = name.partition(mark)
+        if found and kind != "nf4":
+            raise ValueError(f"{folder}: {name} is {kind}, not nf4; {INSTEAD}")
+        if found:
+            paths.append(path)
+        if name.endswith((".SCB", ".weight_format")):
+            raise ValueError(f"{folder}: {name} belongs to LLM.int8, not to nf4; {INSTEAD}")
+    for name, tensor in state.items():
+        path, _, part = name.partition(".weight")
+        if (part == ".absmax" or tensor.dtype == torch.uint8) and path not in paths:
+            raise ValueError(
+                f"{folder}: {name} is packed, but {path}{mark}nf4 is missing; save the model "
+                "again with save_pretrained of a bitsandbytes of 0.43 or later"
+            )
+    if not paths:
+        raise ValueError(f"{folder} holds no tensor {mark}nf4; is it a 4-bit checkpoint?")
+    return paths
+
+
+def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
+    """One weight from its tensors, by what follows ".weight"; messages go on from that name."""
+    state = _quant_state(tensors.pop(".quant_state.bitsandbytes__nf4"))
+    nested = NESTED_KEYS <= state.keys()
+    known = STATE_KEYS | NESTED_KEYS if nested else STATE_KEYS
+    if state.keys() != known:
+        wrong = sorted(state.keys() ^ known)
+        raise ValueError(f".quant_state.bitsandbytes__nf4: {wrong} missing or not known; {INSTEAD}")
+    if state["quant_type"] != "nf4" or tuple(state["shape"]) != tuple(shape):
+        raise ValueError(
+            f" is {state['quant_type']} of shape {tuple(state['shape'])}, the model has "
+            f"{tuple(shape)} there; do config.json and weights belong together?"
+        )
+    n, block = shape.numel(), state["blocksize"]
+    if type(block) is not int or block < 1:
+        raise ValueError(f".quant_state.bitsandbytes__nf4: blocksize={block!r} is no block size")
+    blocks = -(-n // block)
+    if nested and state["nested_blocksize"] != NESTED_BLOCK:
+        raise ValueError(
+            f": nested_blocksize={state['nested_blocksize']} is not {NESTED_BLOCK}; {INSTEAD}"
+        )
+    # (elements, dtype); the packed bytes may be held in another dtype, bf16 under FSDP for one.
+    expected = {"": (-(-n // 2), torch.uint8), ".quant_map": (16, torch.float32)}
+    expected[".absmax"] = (blocks, torch.uint8 if nested else torch.float32)
+    if nested:
+        expected[".nested_absmax"] = (-(-blocks // NESTED_BLOCK), torch.float32)
+        expected[".nested_quant_map"] = (256, torch.float32)
+    if "" in tensors:
+        tensors[""] = tensors[""].contiguous().flatten().view(torch.uint8)
+    if tensors.keys() != expected.keys():
+        wrong = sorted(tensors.keys() ^ expected.keys())
+        raise ValueError(f": {[name or 'weight' for name in wrong]} missing or not expected")
+    for name, (size, dtype) in expected.items():
+        t = tensors[name]
+        if t.numel() != size or t.dtype != dtype:
+            raise ValueError(
+                f"{name} holds {t.numel()} of {t.dtype}, should hold {size} of {dtype}; the file "
+                "is incomplete: save the model again"
+            )
+    _check_levels(".quant_map", tensors[".quant_map"], nf4_levels())
+    if nested:
+        _check_levels(".nested_quant_map", tensors[".nested_quant_map"], dynamic_map())
+    return NF4Tensor(
+        codes=tensors[""],
+        absmax=tensors[".absmax"].flatten(),
+        nested_absmax=tensors[".nested_absmax"].flatten() if nested else None,
+        offset=torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None,
+        shape=shape,
+        spec=NF4Spec(block, nested),
+    )
+
+
+def _quant_state(packed: Tensor) -> dict:
+    """The JSON whose bytes a quant_state tensor holds."""
+    try:
+        state = json.loads(bytes(packed.flatten().tolist()).decode())
+        if not isinstance(state, dict):
+            raise TypeError(f"{type(state).__name__}, not an object")
+        return state
+    except (ValueError, TypeError) as error:  # Unicode and JSON errors are ValueErrors
+        message = f".quant_state.bitsandbytes__nf4 holds no JSON object ({error}); save it again"
+        raise ValueError(message) from None
+
+
+def _check_levels(name: str, found: Tensor, ours: Tensor) -> None:
+    # Both come from tables of constants; devices differ in the last bit of fp32 at most.
+    if not torch.allclose(found, ours, rtol=1e-6, atol=0):
+        raise ValueError(f"{name} holds other levels than NF4 has here; {INSTEAD}")

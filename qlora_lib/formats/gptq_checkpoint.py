@@ -1,0 +1,213 @@
+"""Checkpoints in the GPTQ format: what transformers, GPTQModel and vLLM read and write.
+
+A folder is a complete model: config.json, which says under "quantization_config" how to
+read the weights; safetensors with the quantized layers in the layout of gptq_layout.py and
+all other tensors under their own names; tokenizer and generation settings.
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..base.files import atomic_folder, read_json
+from ..layers.blocks import decoder_blocks
+from ..layers.linear import QuantizedLinear
+from ..lora.layer import lora_layers
+from ..lora.targets import replace_module
+from ..lora.variants import check_scales_are_frozen
+from ..models.checkpoint import INDEX, base_state, empty_model, fill, read_weights
+from ..models.quantize import quantized_layers
+from ..quant.grid import CLIP_NORM, QuantSpec
+from ..quant.packing import BITS
+from .gptq_layout import FORMATS, check_shape, from_gptq, to_gptq
+
+# A copy of the quantization_config, which older readers want. Only GPTQ checkpoints have it,
+# so an export over another model's folder is refused.
+MARKER = "quantize_config.json"
+
+
+def export_gptq(
+    model: nn.Module,
+    folder: Path | str,
+    checkpoint_format: str = "gptq_v2",
+    tokenizer=None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model with QuantizedLinear layers as a GPTQ checkpoint, complete in its folder.
+
+    checkpoint_format: "gptq_v2", or "gptq" for readers that know v1 alone. Every dequantized
+    weight is the same to the bit in both. v1 has no code for a zero-point of 0: such a group
+    is written one code higher, and refused where it already uses the highest. Weights above
+    max_shard_size (bytes, or "5GB") are split into files with an index. Layers that are not
+    quantized are stored in their own dtype.
+    Raises ValueError, naming the layer, for adapters, NF4, mixed specs, shapes that are no
+    multiples of 32, v1 zero-points that can't be stored, and a folder with other files.
+    """
+    if checkpoint_format not in FORMATS:
+        raise ValueError(f"checkpoint_format={checkpoint_format!r} must be one of {FORMATS}")
+    layers = _exportable(model)
+    v1 = checkpoint_format == "gptq"
+    state = {n: t for n, t in base_state(model).items() if n.rpartition(".")[0] not in layers}
+    for path, layer in layers.items():
+        tensors = to_gptq(path, layer.quantized, v1)
+        if layer.bias is not None:
+            tensors["bias"] = layer.bias.cpu()
+        state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(model.parameters()).dtype
+    config.quantization_config = _describe(model, layers, checkpoint_format)
+    with atomic_folder(folder, MARKER) as scratch:
+        _save_shards(state, scratch, max_shard_size)
+        config.save_pretrained(scratch)
+        model.generation_config.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        text = json.dumps(config.quantization_config, indent=1)
+        (scratch / MARKER).write_text(text + "\n", encoding="utf-8")
+
+
+def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized layers by path; ValueError for what the format can't hold."""
+    adapted = next(iter(lora_layers(model)), None)
+    if adapted:
+        raise ValueError(
+            f"{adapted} has an adapter, which a GPTQ checkpoint can't hold: merge it first, "
+            "merge_lora(model, into='rtn', unload=True), or save_adapter and export the base alone"
+        )
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError("no layer is quantized; call quantize_model first")
+    check_scales_are_frozen(layers)
+    first, spec = next((path, layer.spec) for path, layer in layers.items())
+    for path, layer in layers.items():
+        if not isinstance(layer.spec, QuantSpec):
+            raise ValueError(
+                f"{path} is NF4, and GPTQ checkpoints hold integer grids: quantize the dense "
+                "model with a QuantSpec, or keep this one with save_quantized"
+            )
+        if _grid(layer.spec) != _grid(spec):
+            raise ValueError(f"one checkpoint has one spec: {first} {spec}, {path} {layer.spec}")
+        check_shape(path, layer.in_features, layer.out_features)
+    return layers
+
+
+def _grid(spec: QuantSpec) -> tuple:
+    return spec.bits, spec.group_size, spec.symmetric
+
+
+def _describe(model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_format: str) -> dict:
+    """The quantization_config; ValueError when it can't say which layers are quantized."""
+    from .. import __version__
+
+    spec = next(iter(layers.values())).spec
+    described = {
+        "quant_method": "gptq",
+        "checkpoint_format": checkpoint_format,
+        "bits": spec.bits,
+        "group_size": spec.group_size or -1,
+        "sym": spec.symmetric,
+        # True costs speed: readers then gather the inputs by g_idx. Act-order with static
+        # groups leaves g_idx in order and does not need it.
+        "desc_act": any(layer.g_idx is not None for layer in layers.values()),
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {
+            "quantizer": [f"qlora_lib:{__version__}"],
+            "mse": CLIP_NORM if spec.clip_search else 0.0,  # GPTQModel's name for clip search
+        },
+    }
+    prefix, blocks = decoder_blocks(model)
+    names = {p: re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", p) for p in layers}
+    for path, match in names.items():
+        if not match:
+            raise ValueError(f"{path} lies outside the decoder blocks {prefix}; leave it dense")
+    suffixes = list(dict.fromkeys(match[2] for match in names.values()))
+    for i in range(len(blocks)):
+        for suffix in suffixes:
+            if f"{prefix}.{i}.{suffix}" not in layers:
+                raise ValueError(f"{prefix}.{i}.{suffix} is dense, in other blocks it is quantized")
+    dense = {n for n, m in blocks[0].named_modules() if isinstance(m, nn.Linear)}
+    if dense:  # the two ways of readers to say that not all layers of a block are packed
+        described["modules_in_block_to_quantize"] = [suffixes]
+        described["dynamic"] = {rf"-:.*\.{re.escape(name)}$": {} for name in sorted(dense)}
+    return described
+
+
+def _save_shards(state: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        # transformers asks for this entry of the header
+        save_file({n: state[n] for n in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def import_gptq(folder: Path | str, device=None, compute_dtype: str = "auto"):
+    """Read a GPTQ checkpoint, v1 or v2, one file or sharded, into QuantizedLinear layers.
+
+    Returns (model in eval mode, tokenizer, or None when the folder has none). The dense
+    model never exists. Raises FileNotFoundError for missing files and ValueError, naming
+    the file or tensor, for corrupt or incomplete ones, formats and bits that are not
+    supported, and v1 zero-points that overflowed.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    spec, v1 = _read_config(folder)
+    state = read_weights(folder)
+    model, dtype, device = empty_model(folder, device, compute_dtype)
+    paths = [n.removesuffix(".qweight") for n in state if n.endswith(".qweight")]
+    if not paths:
+        raise ValueError(f"{folder} holds no qweight; is it a GPTQ checkpoint?")
+    for path in paths:
+        tensors = {n.removeprefix(f"{path}."): n for n in state if n.startswith(f"{path}.")}
+        tensors = {short: state.pop(full) for short, full in tensors.items()}
+        try:
+            linear = model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"{path}.qweight: the model of config.json has no {path}") from None
+        shape = torch.Size((linear.out_features, linear.in_features))
+        quantized = from_gptq(path, tensors, shape, spec, v1)
+        replace_module(model, path, QuantizedLinear(quantized, tensors.get("bias")))
+    model = fill(model, paths, state, folder, dtype, device)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+
+
+def _read_config(folder: Path) -> tuple[QuantSpec, bool]:
+    """The spec, and whether zero-points are stored minus 1."""
+    file = folder / "config.json"
+    described = read_json(file).get("quantization_config")
+    if not isinstance(described, dict) or described.get("quant_method") != "gptq":
+        found = described.get("quant_method") if isinstance(described, dict) else described
+        raise ValueError(f"{file}: quantization_config is {found!r}, not 'gptq'")
+    # AutoGPTQ's name and GPTQModel's; files older than either are v1.
+    version = described.get("checkpoint_format") or described.get("format") or "gptq"
+    if version not in FORMATS:
+        raise ValueError(f"{file}: checkpoint_format={version!r} is not one of {FORMATS}")
+    if described.get("bits") not in BITS:
+        raise ValueError(f"{file}: bits={described.get('bits')!r} is not one of {BITS}")
+    if described.get("pack_dtype", "int32") != "int32":
+        raise ValueError(f"{file}: pack_dtype={described['pack_dtype']!r} must be 'int32'")
+    own = [name for name in described.get("dynamic") or {} if not name.startswith("-:")]
+    if own:
+        raise ValueError(f"{file}: dynamic gives {own[0]!r} settings of its own; quantize alike")
+    size = described.get("group_size", -1)
+    clip = (described.get("meta") or {}).get("mse")
+    spec = QuantSpec(
+        bits=described["bits"],
+        group_size=None if size == -1 else size,
+        symmetric=described.get("sym", True),
+        clip_search=isinstance(clip, (int, float)) and clip > 0,
+    )
+    return spec, version == "gptq"

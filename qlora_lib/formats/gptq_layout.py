@@ -1,0 +1,151 @@
+"""One layer in the GPTQ checkpoint layout, to and from a QuantizedTensor.
+
+A layer P with K inputs and N outputs is stored as
+    P.qweight  int32 (K * bits / 32, N)       codes, packed down the inputs
+    P.qzeros   int32 (groups, N * bits / 32)  zero-points, packed along the outputs
+    P.scales   fp16  (groups, N)
+    P.g_idx    int32 (K,)                     the group of each input
+with W[n, k] = scales[g_idx[k], n] * (q[k, n] - zero[g_idx[k], n]).
+
+Two versions of the layout differ in the zero-points alone: "gptq_v2" stores them, "gptq"
+(v1) stores them minus 1. A zero-point of 0 is then -1, which has no code: masked to the
+largest one, it comes back as 0 only where a reader adds the 1 and masks each code again, and
+readers that add 1 to all codes of a word at once carry it over into the next zero-point.
+"""
+
+import torch
+from torch import Tensor
+
+from ..quant.grid import QuantizedTensor, QuantSpec
+from ..quant.packing import as_bytes, as_words, pack, unpack
+
+FORMATS = ("gptq_v2", "gptq")
+
+
+def check_shape(path: str, in_features: int, out_features: int) -> None:
+    """ValueError, naming the layer, unless both are multiples of 32."""
+    if in_features % 32 or out_features % 32:
+        raise ValueError(
+            f"{path} has {in_features} inputs and {out_features} outputs; the GPTQ format packs "
+            "both in words of 32 bits and needs multiples of 32: leave this layer dense"
+        )
+
+
+def groups_in_order(in_features: int, spec: QuantSpec) -> Tensor:
+    """int32 (in,): the group of each input where groups are neighbours."""
+    size = in_features // spec.groups(in_features)
+    return torch.arange(in_features, dtype=torch.int32) // size
+
+
+def to_gptq(path: str, quantized: QuantizedTensor, v1: bool) -> dict[str, Tensor]:
+    """qweight, qzeros, scales and g_idx of a layer, contiguous, on the CPU.
+
+    They decode to the very weights of `quantized`. Raises ValueError, naming the layer, for
+    shapes that are no multiples of 32 and for zero-points that v1 can't store.
+    """
+    out, in_features = quantized.shape
+    check_shape(path, in_features, out)
+    spec, codes, zero = quantized.spec, quantized.codes, quantized.zero_point
+    if v1:
+        codes, zero = _without_zero(path, quantized)
+        zero = zero - 1
+    g_idx = quantized.g_idx
+    tensors = {
+        "qweight": as_words(codes).t(),  # (out, in * bits / 32) -> (in * bits / 32, out)
+        "qzeros": as_words(pack(zero.t(), spec.bits)),  # (groups, out * bits / 32)
+        "scales": quantized.scale.t(),  # (out, groups) -> (groups, out)
+        # Readers index with it, in order or not: it is never left out.
+        "g_idx": groups_in_order(in_features, spec) if g_idx is None else g_idx,
+    }
+    return {name: t.cpu().contiguous() for name, t in tensors.items()}
+
+
+def _without_zero(path: str, quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """Packed codes and zero-points (out, groups) >= 1 that decode to the same weights.
+
+    scale * (q - 0) = scale * ((q + 1) - 1): where a group has the zero-point 0 and leaves the
+    largest code unused, both move up by one. Where it uses that code too there is no v1 file
+    with these weights, and ValueError says so.
+    """
+    spec, zero = quantized.spec, quantized.zero_point
+    lift = zero == 0  # (out, groups)
+    if not lift.any():
+        return quantized.codes, zero
+    q = unpack(quantized.codes, spec.bits, quantized.shape)  # (out, in)
+    g_idx = quantized.g_idx
+    if g_idx is None:
+        g_idx = groups_in_order(q.shape[1], spec).to(q.device)
+    lifted = lift[:, g_idx.long()]  # (out, groups) -> (out, in)
+    stuck = int((lifted & (q == spec.max_code)).any(1).sum())
+    if stuck:
+        raise ValueError(
+            f"{path}.qzeros: {stuck} of {q.shape[0]} outputs have a zero-point of 0 beside the "
+            f"code {spec.max_code}; checkpoint_format='gptq' (v1) stores zero-points minus 1 and "
+            "can't hold them. Export as 'gptq_v2', or quantize with symmetric=True"
+        )
+    return pack(q + lifted, spec.bits), zero + lift
+
+
+def from_gptq(
+    path: str, tensors: dict[str, Tensor], shape: torch.Size, spec: QuantSpec, v1: bool
+) -> QuantizedTensor:
+    """Inverse of `to_gptq`, for a weight of `shape` (out, in).
+
+    Raises ValueError, naming the tensor, when one is missing, of another shape or dtype,
+    or holds values that mean nothing.
+    """
+    out, in_features = shape
+    check_shape(path, in_features, out)
+    try:
+        groups = spec.groups(in_features)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    expected = {
+        "qweight": (torch.int32, (in_features * spec.bits // 32, out)),
+        "qzeros": (torch.int32, (groups, out * spec.bits // 32)),
+        "scales": (torch.float16, (groups, out)),
+        "g_idx": (torch.int32, (in_features,)),
+    }
+    for name, (dtype, size) in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{path}.{name} is missing; export the checkpoint again")
+        got = tensors[name]
+        fits = got.dtype == dtype or name == "scales" and got.is_floating_point()
+        if tuple(got.shape) != size or not fits:
+            raise ValueError(
+                f"{path}.{name} is {got.dtype} {tuple(got.shape)}, expected {dtype} {size} for "
+                f"{spec.bits} bits in {groups} groups; does config.json belong to these weights?"
+            )
+    g_idx = tensors["g_idx"]
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise ValueError(f"{path}.g_idx lies outside 0 to {groups - 1}; export it again")
+    return QuantizedTensor(
+        codes=as_bytes(tensors["qweight"].t()),  # (in * bits / 32, out) -> (out, in * bits / 8)
+        scale=tensors["scales"].t().contiguous(),  # (groups, out) -> (out, groups)
+        zero_point=_read_zeros(path, tensors["qzeros"], (groups, out), spec, v1),
+        g_idx=None if torch.equal(g_idx, groups_in_order(in_features, spec)) else g_idx,
+        shape=torch.Size(shape),
+        spec=spec,
+    )
+
+
+def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bool) -> Tensor:
+    """Zero-points, uint8 (out, groups)."""
+    zero = unpack(as_bytes(qzeros), spec.bits, shape)  # (groups, out)
+    if v1:
+        overflowed = int((zero == spec.max_code).sum())
+        if overflowed:
+            raise ValueError(
+                f"{path}.qzeros: {overflowed} zero-points are stored as {spec.max_code}, which in "
+                "v1 is a zero-point of 0 that overflowed, and may have changed others: save it as "
+                "'gptq_v2' with what wrote it, or correct checkpoint_format if it is v2"
+            )
+        zero = zero + 1
+    middle = 2 ** (spec.bits - 1)
+    if spec.symmetric and not (zero == middle).all():
+        other = int(zero[zero != middle][0])
+        raise ValueError(
+            f"{path}.qzeros: sym is true, but a zero-point is {other}, not {middle}: "
+            "config.json has the wrong checkpoint_format ('gptq' for 'gptq_v2'?) or the wrong sym"
+        )
+    return zero.t().contiguous()

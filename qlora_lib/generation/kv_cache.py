@@ -1,0 +1,225 @@
+"""A cache of keys and values in 8, 4 or 2 bits, for transformers' `generate`.
+
+Old tokens are stored as codes, in groups of numbers that share a scale and a lowest value; the
+newest tokens stay as they came. Following KIVI (Liu et al. 2024, arXiv 2402.02750): a few
+channels of the keys are large in every token, so a key's group is one channel of `group_size`
+tokens, and a value's group is `group_size` channels of one token. Keys by channel can only be
+stored once all tokens of a group are there: what is not yet a whole group stays as it came.
+
+What a forward pass computes for its own tokens it attends to exactly, and codes are made
+afterwards: the prompt is read without loss, only what is read again later was rounded.
+Bytes are saved, not time: each step dequantizes the whole cache, a layer at a time.
+Not handled: a bound on memory by a sliding window; padding shares the groups of real tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..quant.packing import check_bits, pack, packed_width, unpack
+
+AXES = ("channel", "token")
+STORED = torch.float16  # scale and lowest value of a group
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """How keys and values are stored."""
+
+    bits: int = 4  # 8, 4 or 2
+    group_size: int = 32  # numbers that share a scale, and the tokens stored at a time
+    recent: int = 32  # at least so many of the newest tokens stay as they came
+    keys: str = "channel"  # "channel": a group is one channel of several tokens; "token":
+    values: str = "token"  # several channels of one token
+
+    def __post_init__(self):
+        check_bits(self.bits)
+        if self.bits == 3 or self.group_size < 1 or self.group_size % 8 or self.recent < 0:
+            raise ValueError(
+                f"bits={self.bits}, group_size={self.group_size}, recent={self.recent}: expected "
+                "8, 4 or 2 bits, groups of a multiple of 8, and recent >= 0"
+            )
+        if not {self.keys, self.values} <= set(AXES):
+            raise ValueError(f"keys={self.keys!r}, values={self.values!r}: expected {AXES}")
+
+    def stored_tokens(self, tokens: int) -> int:
+        """Of so many tokens, those stored as codes: whole groups that leave `recent` others."""
+        return max(0, tokens - self.recent) // self.group_size * self.group_size
+
+
+@dataclass
+class PackedStates:
+    """Keys or values of some tokens, packed.
+
+    codes   uint8, by "channel" (batch, heads, head_dim, tokens * bits / 8),
+            by "token" (batch, heads, tokens, head_dim * bits / 8)
+    scale   fp16, a number a group, in the same order
+    low     fp16, the value of code 0
+    """
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+    by: str
+    bits: int
+    size: int  # numbers that share a scale
+
+    @classmethod
+    def of(cls, x: Tensor, spec: CacheSpec, by: str) -> "PackedStates":
+        """Round to nearest, x (batch, heads, tokens, head_dim); by "channel" in whole groups."""
+        rows = x.float().transpose(2, 3) if by == "channel" else x.float()
+        size = spec.group_size if by == "channel" else math.gcd(spec.group_size, rows.shape[-1])
+        groups = rows.unflatten(-1, (-1, size))  # (batch, heads, rows, groups, size)
+        low = groups.amin(-1).to(STORED)
+        scale = ((groups.amax(-1) - low.float()) / (2**spec.bits - 1)).to(STORED)
+        if not (low.isfinite().all() and scale.isfinite().all()):
+            raise ValueError(f"keys or values are NaN, Inf or beyond what {STORED} holds")
+        scale = torch.where(scale > 0, scale, 1)  # a constant group: code 0, whatever the scale
+        # Scale and low as they are stored, so that codes make up for their rounding.
+        q = (groups - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
+        q = q.round_().clamp_(0, 2**spec.bits - 1).to(torch.uint8)
+        return cls(pack(q.flatten(-2), spec.bits), scale, low, by, spec.bits, size)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """(batch, heads, tokens, head_dim) in `dtype`."""
+        # Bytes alone do not tell how many codes they hold: the last of a row may not be full.
+        shape = (*self.codes.shape[:-1], self.scale.shape[-1] * self.size)
+        q = unpack(self.codes, self.bits, shape).float().unflatten(-1, (-1, self.size))
+        x = q.mul_(self.scale.float().unsqueeze(-1)).add_(self.low.float().unsqueeze(-1))
+        x = x.flatten(-2).to(dtype)
+        return x.transpose(2, 3) if self.by == "channel" else x
+
+    def append(self, other: "PackedStates") -> "PackedStates":
+        axis = -1 if self.by == "channel" else -2  # of the tokens
+        return self.each(lambda mine, new: torch.cat([mine, new], axis), other)
+
+    def each(self, change, *others: "PackedStates") -> "PackedStates":
+        """`change` applied to codes, scale and low."""
+        parts = [change(*(getattr(p, name) for p in (self, *others))) for name in PARTS]
+        return PackedStates(*parts, self.by, self.bits, self.size)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in PARTS)
+
+
+PARTS = ("codes", "scale", "low")
+
+
+class PackedLayer(DynamicLayer):
+    """One decoder layer's cache. `keys` and `values` hold the newest tokens, as they came;
+    `old_keys` and `old_values` the others, or None."""
+
+    is_croppable = False
+
+    def __init__(self, spec: CacheSpec):
+        super().__init__()
+        self.spec, self.old_keys, self.old_values, self.stored = spec, None, None, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Add states (batch, heads, new tokens, head_dim); return those of all tokens."""
+        keys, values = super().update(key_states, value_states)
+        whole = (self._join(self.old_keys, keys), self._join(self.old_values, values))
+        n = self.spec.stored_tokens(self.stored + keys.shape[2]) - self.stored
+        if n > 0:
+            new = PackedStates.of(keys[:, :, :n], self.spec, self.spec.keys)
+            self.old_keys = self.old_keys.append(new) if self.old_keys else new
+            new = PackedStates.of(values[:, :, :n], self.spec, self.spec.values)
+            self.old_values = self.old_values.append(new) if self.old_values else new
+            self.stored += n
+            # Copies: a view would keep all of it alive.
+            self.keys, self.values = keys[:, :, n:].clone(), values[:, :, n:].clone()
+        return whole
+
+    def _join(self, old: PackedStates | None, recent: Tensor) -> Tensor:
+        return recent if old is None else torch.cat([old.dequantize(recent.dtype), recent], dim=2)
+
+    def get_seq_length(self) -> int:
+        return self.stored + (self.keys.shape[2] if self._holds_states() else 0)
+
+    def _holds_states(self) -> bool:
+        return self.is_initialized and self.keys.dim() == 4  # before the first update: (0,)
+
+    def reset(self) -> None:
+        super().reset()
+        self.old_keys, self.old_values, self.stored = None, None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "a packed cache can't give tokens back; decode without an assistant model"
+        )
+
+    def _choose(self, change) -> None:
+        """Apply `change`, along the batch, to all that is stored."""
+        if self._holds_states():
+            self.keys, self.values = change(self.keys), change(self.values)
+        if self.stored:
+            self.old_keys = self.old_keys.each(change)
+            self.old_values = self.old_values.each(change)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._choose(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._choose(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._choose(lambda t: t[indices, ...])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this layer holds."""
+        recent = (self.keys.nbytes + self.values.nbytes) if self.is_initialized else 0
+        return recent + sum(old.nbytes for old in (self.old_keys, self.old_values) if old)
+
+
+class PackedCache(Cache):
+    """Pass it to `model(..., past_key_values=...)` or `model.generate`. A cache serves one
+    batch of sequences."""
+
+    def __init__(self, spec: CacheSpec = CacheSpec()):
+        super().__init__(layer_class_to_replicate=partial(PackedLayer, spec))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int = 1, size: int = 2):
+    """Exact bytes of the cache of `batch` sequences of so many tokens, for a Llama-like config.
+
+    spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2).
+    """
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = batch * config.num_hidden_layers * config.num_key_value_heads
+    old = 0 if spec is None else spec.stored_tokens(tokens)
+    total = 2 * heads * (tokens - old) * head * size
+    for by in (spec.keys, spec.values) if old else ():
+        long, wide = (head, old) if by == "channel" else (old, head)  # rows, and a row's numbers
+        group = spec.group_size if by == "channel" else math.gcd(spec.group_size, head)
+        row = packed_width(wide, spec.bits) + wide // group * 2 * STORED.itemsize
+        total += heads * long * row
+    return total
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric 8 bits, a scale a token: int8 of x's shape, and fp32 scale (..., 1)."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, 1)
+    return (x.float() / scale).round_().to(torch.int8), scale
+
+
+def int8_scores(query: Tensor, key: Tensor) -> Tensor:
+    """Attention scores q k^T by integer products, before their division by sqrt(head_dim).
+
+    query (..., new, head_dim), key (..., tokens, head_dim), each rounded to int8 with a scale a
+    token; products summed in int32, exactly; one multiplication a score by both scales.
+    Returns fp32 (..., new, tokens). (As in SageAttention, arXiv 2410.02367, without smoothing.)
+    """
+    (q, q_scale), (k, k_scale) = to_int8(query), to_int8(key)
+    product = q.int() @ k.int().transpose(-1, -2)  # (..., new, tokens), int32
+    return product * q_scale * k_scale.transpose(-1, -2)

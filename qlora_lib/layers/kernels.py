@@ -1,0 +1,188 @@
+"""Products with a packed weight, on the path that is fastest for device, dtype and batch.
+
+A few tokens in bf16 on a CPU: torch's int4 operator, which unpacks in registers and reads a
+quarter of the bytes. It wants the codes in an order of its own (`Int4Tiles`), which a layer
+holds instead of ours while it decodes text (`linear.decoding_layout`). On a GPU: our Triton
+kernels, which read the packed copy itself (triton_kernels.py). Everything else, a GPU without
+Triton too: some rows of the weight are made dense at a time, in the cache, and multiplied there.
+"""
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..quant.grid import QuantizedTensor, row_slices
+from ..quant.nf4 import NF4Tensor
+from ..quant.packing import pack, unpack
+
+INT4_TOKENS = 32  # with more, making rows dense once is cheaper than unpacking them for each
+INT4_GROUPS = (32, 64, 128, 256)  # the group sizes that the operator knows
+
+
+@dataclass
+class Int4Tiles(QuantizedTensor):
+    """A 4-bit weight with its codes in the order of torch's int4 operator.
+
+    codes       uint8 (out / tile, in, tile / 2): byte [t, k, i] holds input feature k of row
+                i of tile t (low nibble) and of row i + tile / 2 (high nibble)
+    op_grids    bf16 (groups, out, 2): scale, and the value of code 8; what the operator reads
+    The others are those of QuantizedTensor, and so is what `dequantize` returns.
+    """
+
+    op_grids: Tensor
+
+    def unpacked(self, rows: slice) -> Tensor:
+        half = self.codes.shape[2]
+        bytes_ = self.codes[rows.start // (2 * half) : rows.stop // (2 * half)]
+        bytes_ = bytes_.transpose(1, 2).contiguous()  # (tiles, tile / 2, in)
+        codes = bytes_.new_empty(len(bytes_), 2, half, self.shape[1])
+        torch.bitwise_and(bytes_, 15, out=codes[:, 0])
+        torch.bitwise_right_shift(bytes_, 4, out=codes[:, 1])
+        return codes.view(-1, self.shape[1])
+
+    def in_order(self) -> QuantizedTensor:
+        """The same weight with its codes in our order."""
+        own = {f.name: getattr(self, f.name) for f in fields(QuantizedTensor)}
+        codes = self.unpacked(slice(0, self.shape[0]))
+        return QuantizedTensor(**{**own, "codes": pack(codes, 4)})
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.op_grids.nbytes
+
+
+@lru_cache
+def tile_rows() -> int | None:
+    """Rows of a tile, which depend on the vector instructions in use; None: another order."""
+    q = torch.arange(64 * 2).view(64, 2) * 7 % 16  # (out, in)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+    fitting = (t for t in (32, 64) if torch.equal(packed.flatten(), _tiled(q.byte(), t).flatten()))
+    return next(fitting, None)
+
+
+def _tiled(q: Tensor, tile: int) -> Tensor:
+    """Codes (out, in) -> bytes (out / tile, in, tile / 2)."""
+    q = q.view(-1, 2, tile // 2, q.shape[1])
+    return (q[:, 0] | q[:, 1] << 4).transpose(1, 2).contiguous()
+
+
+def int4_tiles(weight: QuantizedTensor | NF4Tensor) -> Int4Tiles | None:
+    """The weight in the operator's order, or None where the operator can't serve it."""
+    if not isinstance(weight, QuantizedTensor) or weight.spec.bits != 4:
+        return None
+    (out, n), groups = weight.shape, weight.scale.shape[1]
+    if weight.g_idx is not None or n // groups not in INT4_GROUPS:
+        return None
+    if weight.codes.device.type != "cpu" or tile_rows() is None or out % tile_rows():
+        return None
+    scale, zero = weight.scale.float(), weight.zero_point.float()
+    op_grids = torch.stack([scale.t(), ((8 - zero) * scale).t()], dim=2)  # (groups, out, 2)
+    own = {f.name: getattr(weight, f.name) for f in fields(QuantizedTensor)}
+    own["codes"] = _tiled(unpack(weight.codes, 4, weight.shape), tile_rows())
+    return Int4Tiles(**own, op_grids=op_grids.bfloat16())
+
+
+def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In what a product in `dtype` is computed: a CPU without instructions for half precision
+    multiplies in fp32, which is several times as fast there, and more exact."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    bf16_is_fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return dtype if dtype == torch.bfloat16 and bf16_is_fast else torch.float32
+
+
+def dense_matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., in) @ W^T -> (..., out) in `dtype`, by way of dense rows."""
+    work = work_dtype(dtype, x.device)
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype).to(work)  # (tokens, in)
+    y = flat.new_empty(len(flat), weight.shape[0], dtype=dtype)
+    with torch.autocast(x.device.type, enabled=False):  # the dtypes are decided here
+        for rows, w in weight.pieces(work):
+            if dtype == work:
+                torch.mm(flat, w.t(), out=y[:, rows])  # in place, no copy
+            else:
+                y[:, rows] = flat @ w.t()
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def dense_matmul_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
+    """grad (..., out) @ W -> (..., in) in its dtype: the gradient of `dense_matmul`."""
+    work, total = work_dtype(grad.dtype, grad.device), None
+    flat = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).to(work)  # (tokens, out)
+    for rows, w in weight.pieces(work):
+        if total is None:
+            several = rows.stop - rows.start < weight.shape[0]  # they are summed in fp32 at least
+            total = flat[:, rows] @ w  # (tokens, in)
+            total = total.to(torch.promote_types(work, torch.float32)) if several else total
+        elif total.dtype == work:
+            total.addmm_(flat[:, rows], w)
+        else:
+            total += flat[:, rows] @ w
+    return total.view(*grad.shape[:-1], weight.shape[1]).to(grad.dtype)
+
+
+def scale_grad(x: Tensor, grad: Tensor, weight: QuantizedTensor) -> Tensor:
+    """Gradient of the scales, fp32 (out, groups), from x (..., in) and grad (..., out) of
+    y = x W^T: with w = s (q - z), dL/ds sums dL/dw (q - z) over a group. Some rows at a time,
+    so that no dense gradient of the weight's size is made."""
+    weight = weight.in_order() if isinstance(weight, Int4Tiles) else weight
+    flat = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
+    down = grad.reshape(-1, grad.shape[-1]).float()  # (tokens, out)
+    zero, g_idx = weight.zero_point.float(), weight.g_idx
+    total = torch.zeros(weight.scale.shape, dtype=torch.float32, device=x.device)
+    if g_idx is None:
+        size = weight.shape[1] // zero.shape[1]
+        g_idx = torch.arange(weight.shape[1], device=x.device) // size
+    g_idx = g_idx.long()
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in row_slices(weight.shape, x.device):
+            steps = weight.unpacked(rows).float() - zero[rows][:, g_idx]  # q - z, (rows, in)
+            steps *= down[:, rows].t() @ flat  # dL/dw (q - z)
+            total[rows] = total[rows].index_add(1, g_idx, steps)
+    return total
+
+
+@lru_cache
+def fused_kernels(device: torch.device):
+    """The module of Triton kernels on a GPU where Triton is installed, else None."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from ..layers import triton_kernels
+
+    return triton_kernels
+
+
+def product(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., in) @ W^T -> (..., out) in `dtype`: by a Triton kernel, or by way of dense rows."""
+    fused = fused_kernels(x.device)
+    if fused and fused.serves(weight, x.shape[:-1].numel(), dtype):
+        return fused.matmul(x, weight, dtype)
+    return dense_matmul(x, weight, dtype)
+
+
+def product_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
+    """grad (..., out) @ W -> (..., in) in its dtype: the gradient of `product`."""
+    fused = fused_kernels(grad.device)
+    if fused and fused.serves(weight, grad.shape[:-1].numel(), grad.dtype):
+        return fused.matmul_back(grad, weight)
+    return dense_matmul_back(grad, weight)
+
+
+def matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., in) @ W^T -> (..., out) in `dtype`, without gradients.
+
+    From `product` it differs by the operator's bf16 grids: up to 2**-8 of |x| |W|^T.
+    """
+    few = x.shape[:-1].numel() <= INT4_TOKENS
+    if not (isinstance(weight, Int4Tiles) and dtype == torch.bfloat16 and few):
+        return product(x, weight, dtype)
+    (out, n), groups = weight.shape, weight.scale.shape[1]
+    if x.shape[-1] != n:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {n}")
+    flat = x.reshape(x.shape[:-1].numel(), n).to(dtype).contiguous()
+    codes = weight.codes.view(out, n // 2)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, codes, n // groups, weight.op_grids)
+    return y.view(*x.shape[:-1], out)

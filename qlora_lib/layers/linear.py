@@ -1,0 +1,183 @@
+"""QuantizedLinear: a linear layer that keeps its weight packed, in forward and backward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.grid import QuantizedTensor, QuantSpec, row_slices
+from ..quant.nf4 import NF4Spec, NF4Tensor
+from .kernels import Int4Tiles, int4_tiles, matmul, product, product_back, scale_grad
+
+Quantized = QuantizedTensor | NF4Tensor
+
+
+class _DequantizedMatmul(torch.autograd.Function):
+    """y = x W^T with W dequantized for the product, and again for its gradient.
+
+    F.linear would save the dense W for backward: one full-precision weight a layer, alive
+    from the forward pass to the backward pass, and the memory saving is gone. Here
+    autograd saves nothing but the packed tensor that the layer holds anyway.
+    scale: None, or the scales (out, groups) where these are trained (variants.train_scales).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor | None, weight: Quantized, dtype) -> Tensor:
+        ctx.weight, ctx.x_dtype = weight, x.dtype
+        ctx.save_for_backward(*([] if scale is None else [x]))
+        return product(x, weight, dtype)  # (..., in) -> (..., out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # dL/dx = dL/dy W; the weight is frozen and gets no gradient.
+        grad_x = grad_scale = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product_back(grad, ctx.weight).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_scale = scale_grad(ctx.saved_tensors[0], grad, ctx.weight)
+        return grad_x, grad_scale, None, None
+
+
+class QuantizedLinear(nn.Module):
+    """A drop-in for nn.Linear with a frozen, packed weight.
+
+    Its buffers are the tensors of the quantized weight (`codes`, `scale`, ...), so that
+    state_dict, .to(device) and safetensors see exactly what is stored. Computes in the
+    autocast dtype where autocast is on, else in the dtype of its input. `.to(dtype)` and
+    `.half()` leave the packed weight as it is. Within `decoding_layout` the buffer `codes`
+    lies in another order; what state_dict, `quantized` and `dequantize` return is the same.
+    """
+
+    def __init__(self, quantized: Quantized, bias: Tensor | None = None):
+        super().__init__()
+        self.spec: QuantSpec | NF4Spec = quantized.spec
+        self.out_features, self.in_features = quantized.shape
+        self._kind = type(quantized)
+        for name in self._tensor_names():
+            self.register_buffer(name, getattr(quantized, name))
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("op_grids", None, persistent=False)  # see decoding_layout
+
+    def _tensor_names(self) -> tuple[str, ...]:
+        if self._kind is QuantizedTensor:
+            return ("codes", "scale", "zero_point", "g_idx")
+        return ("codes", "absmax", "nested_absmax", "offset")
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quantized: Quantized) -> "QuantizedLinear":
+        """Take over a linear layer's bias and shape; raises ValueError if shapes differ."""
+        shape = (linear.out_features, linear.in_features)
+        if tuple(quantized.shape) != shape:
+            raise ValueError(f"the layer is {shape}, the quantized weight {tuple(quantized.shape)}")
+        return cls(quantized, linear.bias)
+
+    @property
+    def held(self) -> Quantized:
+        """The packed weight as this layer's buffers hold it; a view on them, no copy."""
+        known = {name: getattr(self, name) for name in self._tensor_names()}
+        if isinstance(known.get("scale"), nn.Parameter):
+            known["scale"] = known["scale"].detach()
+        known |= {"shape": torch.Size((self.out_features, self.in_features)), "spec": self.spec}
+        if known["codes"].dim() == 3:  # the codes tell their own layout: 3 axes are tiles
+            return Int4Tiles(**known, op_grids=self.op_grids)
+        return self._kind(**known)
+
+    @property
+    def quantized(self) -> Quantized:
+        """The packed weight; a view on this layer's buffers, or a copy in `decoding_layout`."""
+        held = self.held
+        return held.in_order() if isinstance(held, Int4Tiles) else held
+
+    @torch.inference_mode(False)  # buffers must not become inference tensors
+    def hold_tiles(self, tiles: bool) -> None:
+        """Change between the two layouts of the codes, where the int4 operator can serve this."""
+        held = self.held
+        if tiles and (tiled := int4_tiles(held)) is not None:
+            self.op_grids, self.codes = tiled.op_grids, tiled.codes
+        elif not tiles and isinstance(held, Int4Tiles):
+            self.codes, self.op_grids = held.in_order().codes, None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dense weight (out_features, in_features), made anew at each call."""
+        return self.held.dequantize(dtype)
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """A frozen nn.Linear that holds the dequantized weight."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return linear
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight, as held, and the bias."""
+        return self.held.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        scale = getattr(self, "scale", None)
+        scale = scale if isinstance(scale, nn.Parameter) and scale.requires_grad else None
+        if torch.is_grad_enabled() and (x.requires_grad or scale is not None):
+            y = _DequantizedMatmul.apply(x, scale, self.held, dtype)
+        else:
+            y = matmul(x, self.held, dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "codes"] = self.quantized.codes
+
+    def _load_from_state_dict(self, *args):
+        self.hold_tiles(False)
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn, recurse=True):
+        self.hold_tiles(False)  # tiles are for a CPU
+        # .half() and .to(dtype) cast every floating-point buffer, but the scales were
+        # rounded to their dtype before the codes were computed: move them, never cast.
+        kept = {name: getattr(self, name) for name in self._tensor_names()}
+        kept = {name: t.detach() for name, t in kept.items() if t is not None}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype and isinstance(new, nn.Parameter):
+                new.data = old.to(new.device)
+            elif new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+def dense_pieces(layer: nn.Linear | QuantizedLinear) -> Iterator[tuple[slice, Tensor]]:
+    """The dense fp32 weight of a linear layer, some rows at a time: which, and (rows, in)."""
+    if isinstance(layer, QuantizedLinear):
+        yield from layer.held.pieces(torch.float32)
+    else:
+        for rows in row_slices(layer.weight.shape, layer.weight.device):
+            yield rows, layer.weight.detach()[rows].float()
+
+
+@contextmanager
+def decoding_layout(model: nn.Module):
+    """Within it, layers that torch's int4 operator can serve (4-bit grids on a CPU, groups of
+    32 to 256 in order) hold their codes in its layout, instead of ours: one copy either way.
+
+    A few tokens at a time in bf16, without gradients, are then several times as fast; everything
+    else works as before, a little slower. The change and the way back cost about two
+    dequantizations of each layer: worth it for decoding text, not for one forward pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    try:
+        for layer in layers:
+            layer.hold_tiles(True)
+        yield model
+    finally:
+        for layer in layers:
+            layer.hold_tiles(False)

@@ -1,0 +1,341 @@
+"""Which adapter a call uses: chosen for a block of code, kept for what backward recomputes.
+
+The choice is a context variable, by layer: threads and asyncio tasks do not see each other's,
+and a second model in the same block keeps its own.
+
+One adapted layer: a frozen weight plus a trained product of two thin matrices.
+
+Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
+with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0."""
+
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.linear import QuantizedLinear, dense_pieces
+from .init import RESIDUAL_INITS
+
+DEFAULT = object()  # no choice: the layer's own
+_chosen: ContextVar[dict] = ContextVar("chosen adapters", default={})
+
+
+class Rows:
+    """An adapter a row of the batch: `names[i]` for row i (None: the base alone).
+
+    groups  (name, its rows) by name: a slice where they lie together, else indices
+    back    for each row of the batch, where it lies once the groups are joined; None: in order
+    """
+
+    def __init__(self, names: Sequence[str | None], device: torch.device):
+        self.count, found = len(names), {}
+        for row, name in enumerate(names):
+            found.setdefault(name, []).append(row)
+        joined = [row for rows in found.values() for row in rows]
+        self.groups = [(name, _rows(rows, device)) for name, rows in found.items()]
+        self.back = None
+        if joined != sorted(joined):
+            self.back = torch.tensor(joined, device=device).argsort()
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError when the batch has not one row a name."""
+        if x.dim() < 2 or x.shape[0] != self.count:
+            raise ValueError(
+                f"use_adapter was given {self.count} names, one a row, and the batch has "
+                f"{x.shape[0]} rows; where generate(num_return_sequences=k) repeats each row, "
+                "repeat each name k times: [n for n in names for _ in range(k)]"
+            )
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The groups' rows, one batch again."""
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return joined if self.back is None else joined[self.back.to(joined.device)]
+
+
+def _rows(rows: list[int], device: torch.device) -> slice | Tensor:
+    """Rows that lie together as a slice, which is a view: no copy of the activations."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
+
+
+def chosen(layer):
+    """The choice that this call makes for a layer: a name, None, Rows, or DEFAULT."""
+    return _chosen.get().get(layer, DEFAULT)
+
+
+@contextmanager
+def choose(layers, choice: str | None | Rows):
+    """Within the block, calls of these layers use this choice."""
+    token = _chosen.set({**_chosen.get(), **dict.fromkeys(layers, choice)})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def keep_choice(checkpoint):
+    """A checkpoint function like the given one, recomputing with the adapter of the forward pass.
+
+    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's
+    own (CUDA), which inherits no context variable: the block would run with the default
+    adapter, and the gradients would be those of another model.
+    """
+    if getattr(checkpoint, "keeps_choice", False):
+        return checkpoint
+
+    def checkpointed(function, *args, **kwargs):
+        kept = _chosen.get()  # at the forward pass
+
+        def run(*args, **kwargs):
+            token = _chosen.set(kept)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _chosen.reset(token)
+
+        return checkpoint(run, *args, **kwargs)
+
+    checkpointed.keeps_choice = True
+    return checkpointed
+
+
+INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What an adapter is made of in one layer."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    init: str = "kaiming"
+    use_rslora: bool = False  # alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)
+    use_dora: bool = False  # a trained length for each row of the weight (`weight_norm`)
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r} is not one of {INITS}")
+        if self.use_dora and self.init in RESIDUAL_INITS:
+            raise ValueError(
+                f"use_dora starts from the lengths of the whole weight, init={self.init!r} from a "
+                "residual; take init='kaiming', or leave use_dora out"
+            )
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
+    """Raises ValueError when a linear layer can't take this adapter."""
+    if not name or "." in name:  # names of parameters can't hold a dot
+        raise ValueError(f"adapter={name!r} must be a name without dots")
+    if hasattr(nn.ParameterDict, name):  # a parameter of that name would hide it
+        raise ValueError(f"adapter={name!r} is the name of a method of torch's modules; take another")
+    taken = layer.configs.get(name, config) if isinstance(layer, LoRALinear) else config
+    if taken != config:
+        raise ValueError(f"adapter {name!r} exists with {taken}, not {config}")
+    if getattr(layer, "residual_of", None) not in (None, name):
+        raise ValueError(
+            f"the base is what init left beside adapter {layer.residual_of!r}, no model by itself; "
+            "merge that one first (merge_lora(unload=True)), or start from a fresh model"
+        )
+    shape = (layer.out_features, layer.in_features)
+    if config.rank > min(shape):
+        raise ValueError(f"rank={config.rank} exceeds the rank of a layer {shape}")
+
+
+class LoRALinear(nn.Module):
+    """A linear layer (dense or quantized) with named adapters beside it.
+
+    base      nn.Linear or QuantizedLinear, frozen
+    lora_A    {name: (rank, in_features)}, fp32
+    lora_B    {name: (out_features, rank)}, fp32
+    magnitude {name: (out_features,)}, fp32, of the adapters with use_dora
+    merged    None, or the layer that stands for base and adapter together
+    residual_of  None, or the adapter whose initialization made the base (lora_init.py)
+    start     None, or B and A at step 0 of that adapter, beside a dense base
+    """
+
+    def __init__(self, base: nn.Linear | QuantizedLinear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.training = base.training  # a model in eval mode stays so
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.magnitude = nn.ParameterDict()
+        self.configs: dict[str, LoRAConfig] = {}
+        self.active: str | None = None
+        self.merged: nn.Module | None = None
+        self.residual_of: str | None = None
+        self.start: tuple[Tensor, Tensor] | None = None
+
+    def add(self, name: str, config: LoRAConfig) -> None:
+        """Add an adapter, B = 0. A layer's first one becomes its default (`active`), later ones
+        leave the default as it is (None, the base alone, too).
+
+        Raises ValueError for a name in use with another configuration and for a rank
+        above the layer's own.
+        """
+        check_adapter(self, name, config)
+        if name in self.configs:
+            return
+        device = next(t.device for t in [*self.base.parameters(), *self.base.buffers()])
+        # fp32 even on a bf16 base: an update of 1e-4 would vanish in bf16's 8 bits.
+        fp32 = {"dtype": torch.float32, "device": device}
+        a = torch.empty(config.rank, self.in_features, **fp32)
+        if config.init == "gaussian":
+            nn.init.normal_(a, std=1 / config.rank)
+        else:  # U(-1/sqrt(in), 1/sqrt(in)), as PEFT; LoftQ and PiSSA overwrite it
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.active = self.active if self.configs else name
+        self.put(name, config, a, torch.zeros(self.out_features, config.rank, **fp32))
+
+    def put(self, name: str, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
+        """Store an adapter's factors as new parameters, over any that have its name."""
+        self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
+        if config.use_dora:  # with B = 0 the lengths are those of W: nothing changes at step 0
+            norm = weight_norm(self.base, b, a, config.scaling)
+            self.magnitude[name] = nn.Parameter(norm)
+        self.configs[name] = config
+
+    def remove(self, name: str) -> None:
+        """Drop an adapter; where it was the default, the base alone is the default then."""
+        for held in (self.lora_A, self.lora_B, self.magnitude, self.configs):
+            if name in held:
+                del held[name]
+        self.active = None if self.active == name else self.active
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """A, B and, with use_dora, the magnitude of an adapter."""
+        return [held[name] for held in (self.lora_A, self.lora_B, self.magnitude) if name in held]
+
+    def delta(self, name: str, weight: Tensor | None = None) -> Tensor:
+        """The adapter as a dense update of this layer's base, fp32 (out, in): scaling * B A.
+
+        PiSSA's and LoftQ's is one of the residual that they left as the base, not of the weight
+        that they took apart: `residual_of` and `start` tell.
+        With use_dora it depends on what it is added to, `weight` (out, in; None: the base's):
+            W' - W,   W' = m (W + scaling * B A) / ||W + scaling * B A||
+        """
+        config = self.configs[name]
+        update = dense_update(self.lora_B[name], self.lora_A[name], config.scaling)
+        if not config.use_dora:
+            return update
+        if weight is None:
+            weight = torch.cat([w for _, w in dense_pieces(self.base)])
+        weight = weight.detach().float().to(update.device)
+        moved = weight + update
+        length = moved.norm(dim=1).clamp(min=TINY)
+        return (self.magnitude[name].detach() / length).unsqueeze(1) * moved - weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        choice = chosen(self)
+        if choice is DEFAULT:
+            if self.merged is not None:
+                return self.merged(x)
+            choice = self.active
+        y = self.base(x)
+        if not isinstance(choice, Rows):
+            return self._adapted(choice, x, y)
+        choice.check(x)
+        if self._fits_in_place(choice, x, y):
+            for name, rows in choice.groups:
+                if name in self.configs:
+                    self._add_in_place(name, x[rows], y[rows])
+            return y
+        parts = [self._adapted(name, x[rows], y[rows]) for name, rows in choice.groups]
+        return choice.join(parts)
+
+    def _fits_in_place(self, choice: Rows, x: Tensor, y: Tensor) -> bool:
+        """Whether the rows' updates can be added into y: without gradients, in fp32, plain."""
+        names = [name for name, _ in choice.groups if name in self.configs]
+        return (
+            not (torch.is_grad_enabled() or self.training)
+            and not torch.is_autocast_enabled(x.device.type)
+            and x.dtype == y.dtype == torch.float32
+            and y.is_contiguous()
+            and all(isinstance(rows, slice) for _, rows in choice.groups)
+            and not any(self.configs[name].use_dora for name in names)
+        )
+
+    def _add_in_place(self, name: str, x: Tensor, y: Tensor) -> None:
+        """y += scaling * (x A^T) B^T in one operation: decoding a few rows an adapter, the time
+        goes to calling operations and to moving activations, not to multiplying."""
+        h = x.flatten(0, -2) @ self.lora_A[name].t()  # (rows * tokens, rank)
+        y = y.flatten(0, -2)  # a view: y[rows] is contiguous
+        y.addmm_(h, self.lora_B[name].t(), alpha=self.configs[name].scaling)
+
+    def _adapted(self, name: str | None, x: Tensor, y: Tensor) -> Tensor:
+        """y = base(x), with what an adapter adds."""
+        if name not in self.configs:  # None, or an adapter that leaves this layer alone
+            return y
+        config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
+        # Autocast casts for itself; a cast here would give every layer a copy of x to keep.
+        h = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
+        h = nn.functional.dropout(h, config.dropout, self.training)
+        h = h @ a.t()  # (..., in) -> (..., rank): thin first, B A is never formed
+        if config.use_dora:
+            update = config.scaling * (h @ b.t())  # (..., rank) -> (..., out)
+            ratio = self.magnitude[name] / weight_norm(self.base, b, a, config.scaling)  # (out,)
+            product = y if self.base.bias is None else y - self.base.bias  # x W^T alone
+            return y + ((ratio - 1) * product + ratio * update).to(y.dtype)
+        if y.dtype != h.dtype:
+            return y + (h @ (config.scaling * b).t()).to(y.dtype)
+        # One operation: a product, a scaling and a sum would each pass over (tokens, out) numbers.
+        flat = y.reshape(-1, len(b)), h.reshape(-1, len(a))  # (tokens, out), (tokens, rank)
+        return torch.addmm(*flat, b.t(), alpha=config.scaling).view(y.shape)
+
+
+@torch.no_grad()
+def dense_update(b: Tensor, a: Tensor, scaling: float) -> Tensor:
+    """scaling * B A (out, in), in the dtype of the factors, whatever autocast is on."""
+    with torch.autocast(b.device.type, enabled=False):
+        return scaling * (b @ a)
+
+
+@torch.no_grad()
+def weight_norm(base: nn.Module, b: Tensor, a: Tensor, scaling: float) -> Tensor:
+    """Length of each row of W + scaling * B A, fp32 (out,): the divisor of DoRA.
+
+    DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) trains length and direction apart:
+        W' = m (W + B A) / ||W + B A||,
+    m (out,) the trained magnitude, at step 0 the lengths of W. Section 4.3: the norm follows
+    the update but counts as a constant in backward, which saves the memory of its graph;
+    hence no gradient here. The sum is formed some rows at a time.
+    """
+    norms = []
+    with torch.autocast(a.device.type, enabled=False):
+        for rows, w in dense_pieces(base):
+            norms.append(torch.addmm(w, b[rows].float(), a.float(), alpha=scaling).norm(dim=1))
+    return torch.cat(norms).clamp(min=TINY)  # a row of zeros stays one
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRALinear by its module path."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all adapters in the model, in the order in which they were added."""
+    return list(dict.fromkeys(n for m in lora_layers(model).values() for n in m.configs))
+
+
+def check_names(model: nn.Module, *names: str | None) -> None:
+    """Raises ValueError for an adapter that the model does not have (None is the base)."""
+    have = adapter_names(model)
+    for name in names:
+        if name is not None and name not in have:
+            raise ValueError(f"no adapter {name!r}; the model has {have}")

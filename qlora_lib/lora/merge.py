@@ -1,0 +1,196 @@
+"""Merging an adapter into weights: dense, packed again, or those of the original model.
+
+Three results that are not the same model. The adapter was trained beside the *base*, so base
+plus update is what was trained: dense weights hold it (to rounding), packed ones lose the part
+of it that is smaller than their step. The original 16-bit weights are another base.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.linear import QuantizedLinear
+from ..quant.gptq import GPTQOptions, gptq_quantize
+from ..quant.grid import quantize_rtn
+from ..quant.hessian import Hessian
+from ..quant.nf4 import NF4Spec, quantize_nf4
+from .inject import base_fingerprint
+from .layer import LoRALinear, dense_update, lora_layers
+from .targets import replace_module
+
+
+@dataclass
+class MergeRow:
+    """One merged layer. Errors are relative Frobenius norms, |difference| / |update|."""
+
+    name: str
+    update_norm: float  # |scaling * B A| / |W|
+    lost: float  # part of the update that rounding took away; about 0 for fp32 weights
+
+
+@dataclass
+class OriginalRow(MergeRow):
+    """One layer merged into the original weights."""
+
+    base_gap: float  # |W original - W base| / |update|: what the trained update never saw
+
+
+def merge_lora(
+    model: nn.Module,
+    into: str = "dense",
+    hessians: dict[str, Hessian] | None = None,
+    options: GPTQOptions = GPTQOptions(),
+    unload: bool = False,
+) -> list[MergeRow]:
+    """Merge the active adapter of each layer into its weight: W + scaling * B A.
+
+    into: "dense" (a quantized base becomes dense: the weights that were trained against, in
+    the model's dtype), "rtn" or "gptq": quantized again with the base's own spec, to the
+    nearest level, or by GPTQ, which needs the layers' Hessians by path (`merge_hessians`)
+    and has no NF4. The base is kept for `unmerge_lora`, unless `unload`, which leaves plain
+    layers. Returns what each layer lost; `merge_report` measures what the logits lose. Raises
+    ValueError, and then leaves the model as it was, for an unknown `into`, for re-quantizing a
+    dense base, missing Hessians, GPTQ into NF4, and weights or a Hessian that can't be used.
+    """
+    if into not in ("dense", "rtn", "gptq"):
+        raise ValueError(f"into={into!r} must be 'dense', 'rtn' or 'gptq'")
+    layers = active_layers(model)
+    if into != "dense":  # all of them before the first is changed
+        for path, layer in layers.items():
+            _check_requantize(path, layer.base, into, hessians or {})
+    dtype, done = next(model.parameters()).dtype, {}
+    for path, layer in layers.items():
+        try:
+            done[path] = _merge_layer(path, layer, into, dtype, hessians or {}, options)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    for path, (merged, _) in done.items():  # all or none
+        layers[path].merged = merged
+        if unload:
+            replace_module(model, path, merged)
+    return [row for _, row in done.values()]
+
+
+def active_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that have an active adapter, by path; ValueError when there are none."""
+    layers = {n: m for n, m in lora_layers(model).items() if m.active in m.configs}
+    if not layers:
+        raise ValueError("nothing to merge: no layer has an active adapter")
+    return layers
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Undo merge_lora (without unload): base and adapter apart again, to the bit."""
+    for layer in lora_layers(model).values():
+        layer.merged = None
+
+
+def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalRow]:
+    """Add the active adapters of `model` to the dense weights of `original`, in place.
+
+    For an adapter trained beside a quantized base this is *another model* than the trained one.
+    Training saw W_base = W + error, and what of the update answers to that error has nothing to
+    answer to here: W + update is neither the trained W_base + update (merge_lora into "dense"
+    gives that) nor what fine-tuning the dense model would have given. It is what merging with
+    PEFT onto the 16-bit checkpoint gives, and a common way to serve; measure it before you
+    trust it.
+
+    Of PiSSA over a dense base what it learned is added, B A - (B A at step 0), as save_adapter
+    writes it. Over a quantized base, PiSSA and LoftQ fit that base alone.
+
+    original: the model that `model`'s base was quantized from, dense, without adapters. Its
+    weights keep their dtype. Returns a row a layer; `base_gap` compares the quantization error
+    with the update. Raises ValueError, before anything is changed, for another model, another
+    shape, a layer that is missing or not dense, and an adapter that fits its own base alone.
+    """
+    layers = active_layers(model)
+    if base_fingerprint(model) != base_fingerprint(original):
+        raise ValueError(
+            "`original` is another model: its embeddings and norms differ from those of the "
+            "adapter's base; load the checkpoint that the base was quantized from"
+        )
+    linears = dict(original.named_modules())
+    for path, layer in layers.items():
+        if layer.residual_of == layer.active and layer.start is None:
+            raise ValueError(
+                f"{path}: adapter {layer.active!r} was made together with its quantized base "
+                "(LoftQ, PiSSA), and fits no other; merge it into that one, merge_lora(model)"
+            )
+        linear, shape = linears.get(path), (layer.out_features, layer.in_features)
+        if type(linear) is not nn.Linear or tuple(linear.weight.shape) != shape:
+            found = "nothing" if linear is None else type(linear).__name__
+            found += f" {tuple(linear.weight.shape)}" if type(linear) is nn.Linear else ""
+            raise ValueError(
+                f"{path}: `original` should hold a dense Linear {shape}, found {found}; give the "
+                "dense model, without adapters"
+            )
+    rows = []
+    for path, layer in layers.items():
+        weight = linears[path].weight.detach()
+        update, base = (t.to(weight.device) for t in _learned(layer, weight))  # (out, in)
+        target = weight.float() + update
+        gap = weight.float() - base
+        # A parameter of its own: in place, weights tied to the embeddings would drag them along.
+        stored = target.to(weight.dtype)
+        linears[path].weight = nn.Parameter(stored, linears[path].weight.requires_grad)
+        row = _row(path, update, weight.float(), target - stored.float())
+        rows.append(OriginalRow(path, row.update_norm, row.lost, float(gap.norm() / _size(update))))
+    return rows
+
+
+def _check_requantize(path: str, base: nn.Module, into: str, hessians: dict) -> None:
+    if not isinstance(base, QuantizedLinear):
+        raise ValueError(f"{path} is dense; merge into='dense', then quantize the model")
+    if into == "gptq" and isinstance(base.spec, NF4Spec):
+        raise ValueError(f"{path} is NF4, which GPTQ does not make; merge into='rtn' or 'dense'")
+    if into == "gptq" and path not in hessians:
+        raise ValueError(f"into='gptq' needs the Hessian of {path}; pass hessians={{path: H}}")
+
+
+def _dense_weight(base: nn.Module) -> Tensor:
+    """fp32 (out, in) of a layer, dense or quantized."""
+    return base.dequantize() if isinstance(base, QuantizedLinear) else base.weight.detach().float()
+
+
+def _learned(layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What training added to the original weight, and the weight beside which it did: (out, in)."""
+    update, base = layer.delta(layer.active, weight), _dense_weight(layer.base)
+    if layer.residual_of == layer.active:  # PiSSA: W = residual + scaling * B0 A0
+        b0, a0 = (t.to(update.device) for t in layer.start)
+        first = dense_update(b0, a0, layer.configs[layer.active].scaling)
+        update, base = update - first, base + first
+    return update, base
+
+
+def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module, MergeRow]:
+    base, update = layer.base, layer.delta(layer.active)
+    dense = _dense_weight(base)  # (out, in)
+    target = dense + update
+    if into == "dense":
+        if not isinstance(base, QuantizedLinear):
+            dtype = base.weight.dtype
+        merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(target.to(dtype), requires_grad=False)
+        if base.bias is not None:
+            bias = base.bias.detach().to(merged.weight.dtype, copy=True)
+            merged.bias = nn.Parameter(bias, requires_grad=False)
+    elif isinstance(base.spec, NF4Spec):
+        new = quantize_nf4(target, base.spec.block_size, base.spec.double_quant)
+        merged = QuantizedLinear(new, base.bias)
+    elif into == "rtn":
+        merged = QuantizedLinear(quantize_rtn(target, base.spec), base.bias)
+    else:
+        new = gptq_quantize(target, hessians[path], base.spec, options)
+        merged = QuantizedLinear(new, base.bias)
+    return merged, _row(path, update, dense, target - _dense_weight(merged))
+
+
+def _size(update: Tensor) -> Tensor:
+    """|update|, never 0: an untrained adapter has lost nothing."""
+    return update.norm().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _row(path: str, update: Tensor, weight: Tensor, missing: Tensor) -> MergeRow:
+    size = _size(update)
+    return MergeRow(path, float(size / weight.norm()), float(missing.norm() / size))

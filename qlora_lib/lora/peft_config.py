@@ -1,0 +1,236 @@
+"""adapter_config.json as PEFT writes and reads it: which layers, of what rank, and what is refused.
+
+The rules are those of PEFT 0.21: `target_modules` and its companions choose layers by their
+paths, `rank_pattern` and `alpha_pattern` give some of them a rank and an alpha of their own.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+
+from .layer import LoRAConfig, lora_layers
+from .targets import linear_layers
+
+REQUIRED = ("r", "lora_alpha", "target_modules")
+READ = {
+    *REQUIRED, "peft_type", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+}  # fmt: skip
+# They say where an adapter comes from, or have a meaning only together with one of REFUSED.
+HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "runtime_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size",
+}  # fmt: skip
+# They make the adapter more, or other, than what lora_layer.py computes on linear layers.
+REFUSED = {
+    "bias": "the base's biases were trained too; only 'none' is read",
+    "lora_bias": "B has a bias",
+    "fan_in_fan_out": "weights are stored transposed",
+    "modules_to_save": "whole layers were trained and saved beside the adapter",
+    "trainable_token_indices": "rows of the embedding were trained",
+    "ensure_weight_tying": "an adapter is shared with tied embeddings",
+    "layer_replication": "decoder blocks are repeated",
+    "target_parameters": "bare parameters, such as stacked experts, are adapted",
+    "use_qalora": "QA-LoRA pools the inputs by groups",
+    "alora_invocation_tokens": "aLoRA adapts only what follows some tokens",
+    "megatron_config": "layers are split by Megatron",
+    "arrow_config": "Arrow routes between adapters",
+    "use_bdlora": "A or B is block-diagonal",
+    "kasa_config": "KaSA truncates the base",
+    "monteclora_config": "A and B are sampled",
+    "velora_config": "VeLoRA compresses activations",
+}
+# Initializations that leave the base alone; the others move a part of it into the adapter.
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+KINDS = {
+    "target_modules": (str, list),
+    "exclude_modules": (str, list),
+    "layers_to_transform": (int, list),
+    "layers_pattern": (str, list),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+}
+INSTEAD = "merge it with PEFT (merge_and_unload) and load the merged model, or train without it"
+
+
+def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRAConfig]:
+    """The layers of `model` that an adapter is for, each with its LoRA configuration.
+
+    described: the content of the adapter_config.json at `path` (named in errors). Raises
+    ValueError, by name, for settings that would change the result and are not supported here,
+    for unknown settings that are not empty, for missing ones, and when no layer matches.
+    """
+    _refuse(path, described)
+    targets = _targets(path, described, model)
+    configs = {}
+    for name in targets:
+        rank, alpha = (
+            _by_pattern(path, described, key, name, described[default])
+            for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        if type(rank) is not int or type(alpha) not in (int, float):
+            raise ValueError(f"{path}: rank {rank!r} and alpha {alpha!r} of {name} must be numbers")
+        configs[name] = LoRAConfig(
+            rank=rank,
+            alpha=alpha,
+            dropout=described.get("lora_dropout") or 0.0,
+            init="gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming",
+            use_rslora=described.get("use_rslora") or False,
+            use_dora=described.get("use_dora") or False,
+        )
+    return configs
+
+
+def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
+    """The settings of adapter_config.json from which PEFT makes these layers and ranks again.
+
+    configs: {path of a layer: its configuration}. The most common rank and alpha are `r`
+    and `lora_alpha`, the others go into rank_pattern and alpha_pattern, by path. Raises
+    ValueError when the layers differ in what PEFT has one value for.
+    """
+    for field in ("dropout", "use_rslora", "use_dora"):
+        values = {getattr(config, field) for config in configs.values()}
+        if len(values) > 1:
+            raise ValueError(
+                f"the layers differ in {field}, {sorted(values)}; PEFT's file holds one value: "
+                "put the layers into adapters of their own"
+            )
+    first = next(iter(configs.values()))
+    rank, alpha = (
+        Counter(getattr(config, field) for config in configs.values()).most_common(1)[0][0]
+        for field in ("rank", "alpha")
+    )
+    inits = {config.init for config in configs.values()}
+    described = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.use_rslora,
+        "use_dora": first.use_dora,
+        "init_lora_weights": "gaussian" if inits == {"gaussian"} else True,
+        "target_modules": sorted({path.rpartition(".")[2] for path in configs}),
+        "bias": "none",
+    }
+    ranks = {path: c.rank for path, c in configs.items() if c.rank != rank}
+    alphas = {path: c.alpha for path, c in configs.items() if c.alpha != alpha}
+    described |= {"rank_pattern": ranks} if ranks else {}
+    described |= {"alpha_pattern": alphas} if alphas else {}
+    wanted = {path: (c.rank, c.alpha) for path, c in configs.items()}
+    for targets in (described["target_modules"], sorted(configs)):  # short names, else whole paths
+        described["target_modules"] = targets
+        found = read_config(Path("adapter_config.json"), {"peft_type": "LORA", **described}, model)
+        if {path: (c.rank, c.alpha) for path, c in found.items()} == wanted:
+            return described
+    raise ValueError(f"PEFT's patterns cannot tell the layers {sorted(configs)} apart; rename them")
+
+
+def _refuse(path: Path, described: dict) -> None:
+    if described.get("peft_type") != "LORA":
+        raise ValueError(f"{path} is a {described.get('peft_type')} adapter; only LORA is read")
+    for key, value in described.items():
+        if key in READ | HARMLESS or not value or (key, value) == ("bias", "none"):
+            continue
+        why = REFUSED.get(key, "a setting that this version does not know")
+        raise ValueError(f"{path}: {key}={value!r} is not supported ({why}); {INSTEAD}")
+    init = described.get("init_lora_weights", True)
+    if init not in PLAIN_INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights={init!r} is not supported (it changes the base, so that "
+            "the adapter does not fit the whole one); save the adapter again with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    for key, kinds in KINDS.items():
+        if not isinstance(described.get(key), (*kinds, type(None))):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {key}={described[key]!r} should be {names}")
+    lacking = [key for key in REQUIRED if described.get(key) in (None, [], "")]
+    if lacking:
+        raise ValueError(f"{path} lacks {lacking}; save the adapter again")
+
+
+def _targets(path: Path, described: dict, model: nn.Module) -> list[str]:
+    """Paths of the linear layers that are chosen; ValueError for other kinds of modules."""
+    targets, linears = described["target_modules"], linear_layers(model)
+    if isinstance(targets, str) and (
+        described.get("layers_to_transform") is not None or described.get("layers_pattern")
+    ):
+        raise ValueError(
+            f"{path}: layers_to_transform and layers_pattern go with a list of target_modules; "
+            f"put the layers into the expression {targets!r}"
+        )
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = [name for name, layer in linears.items() if layer is not head]
+    else:
+        adapted = lora_layers(model)  # what is inside of them was chosen with them
+        names = [n for n, _ in model.named_modules() if n and n.rpartition(".")[0] not in adapted]
+        chosen = [name for name in names if _is_target(path, described, name)]
+    chosen = [name for name in chosen if not _is_excluded(path, described, name)]
+    others = [name for name in chosen if name not in linears]
+    if others:
+        kind = type(model.get_submodule(others[0])).__name__
+        raise ValueError(
+            f"{path}: target_modules={targets!r} choose {others[0]} ({kind}); adapters go on "
+            "linear layers only: name these"
+        )
+    if not chosen:
+        short = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(
+            f"{path}: target_modules={targets!r} choose no linear layer of this model, which has "
+            f"{short}; is it the adapter's base?"
+        )
+    return chosen
+
+
+def _is_target(path: Path, described: dict, name: str) -> bool:
+    """A string is an expression for whole paths; in a list are paths or their last components."""
+    targets = described["target_modules"]
+    if isinstance(targets, str):
+        return bool(_match(path, "target_modules", re.fullmatch, targets, name))
+    if name in targets:  # a whole path needs no layer number
+        return True
+    if not any(name.endswith(f".{target}") for target in targets):
+        return False
+    layers = described.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    given = described.get("layers_pattern") or []
+    patterns = [rf"(?:.*?\.)?{p}" for p in ([given] if isinstance(given, str) else given)]
+    for pattern in patterns or [r".*?\.[^.]*"]:  # the name of the list of blocks, or any
+        # The first number after it: in layers.1.experts.0 the 1.
+        pattern = rf"{pattern}\.(?P<index>\d+)\."
+        found = _match(path, "layers_pattern", re.match, pattern, name)
+        if found:
+            return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _is_excluded(path: Path, described: dict, name: str) -> bool:
+    excluded = described.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        return bool(_match(path, "exclude_modules", re.fullmatch, excluded, name))
+    return any(name == e or name.endswith(f".{e}") for e in excluded)
+
+
+def _by_pattern(path: Path, described: dict, key: str, name: str, default):
+    """The value of the first pattern that fits the end of the path, after a dot or whole."""
+    for pattern, value in (described.get(key) or {}).items():
+        if _match(path, key, re.match, rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _match(path: Path, key: str, match, pattern: str, name: str):
+    try:
+        return match(pattern, name)
+    except re.error as error:
+        message = f"{path}: {key} holds {pattern!r}, no valid regular expression ({error})"
+        raise ValueError(message) from None

@@ -1,0 +1,46 @@
+"""Which linear layers of a model are meant: by name, by word ("all", "attention"), by path."""
+
+from torch import nn
+
+from ..layers.blocks import WORDS, linears_in_blocks
+from ..layers.linear import QuantizedLinear
+from .layer import LoRALinear, lora_layers
+
+# Llama's names, which many families share.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer, dense or quantized, by path; a LoRALinear stands for those inside it."""
+    kinds, adapted = (nn.Linear, QuantizedLinear, LoRALinear), lora_layers(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    return {n: m for n, m in linears.items() if n.rpartition(".")[0] not in adapted}
+
+
+def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
+    """Linear layers, dense or quantized, by path: the targets.
+
+    target_modules: "all" or "attention" (blocks.py says which these are in any family), or
+    last path components. Whole components are compared: "k_proj" does not match
+    "block_proj". Layers inside a LoRALinear are found under the LoRALinear's path. Raises
+    ValueError, listing what the model has, when a target matches nothing.
+    """
+    linears = linear_layers(model)
+    if target_modules in WORDS:
+        return {n: linears[n] for n in linears_in_blocks(model, linears, target_modules)}
+    targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+    names = {n: n.rpartition(".")[2] for n in linears}
+    missing = set(targets) - set(names.values())
+    if missing or not targets:
+        raise ValueError(
+            f"target_modules {sorted(missing) or targets} match no linear layer; "
+            f"this model has {sorted(set(names.values()))}"
+        )
+    return {n: m for n, m in linears.items() if names[n] in targets}
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` at a module path such as "model.layers.0.mlp.up_proj"."""
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

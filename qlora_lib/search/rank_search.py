@@ -1,0 +1,352 @@
+"""One training of a search: what is trained, and how; a model set up for it.
+
+search.py runs trials, stores them and chooses among them.
+
+Searching by training: which rank is enough, where an adapter belongs, which learning rate.
+
+A trial trains a copy of the model on train and is scored on dev, never on test. Each finished
+trial is stored at once, and a search that was killed goes on where it stopped.
+
+What "optimal" means here: the candidate with the fewest trained parameters that does not lose
+to the best one. It loses if McNemar's exact test on the same dev questions, all seeds together,
+gives p < 0.05. Not losing is no proof of being equal: the interval of the difference says how
+much may be hidden. Seeds share their questions, so p is somewhat too small, which favors more
+parameters.
+
+Hopeless candidates stop early: all are first trained with the first seed for a quarter of the
+steps, and those whose dev loss is then more than 4 times the lowest get no full training.
+Such a rule is a guess: who learns late is stopped with those who never learn. Stored losses tell
+afterwards what it did, or would have done.
+
+One learning rate and alpha = 2 rank for all candidates: under Adam small ranks then take smaller
+steps (see trials.prepare) and learn later. So what is compared is rank and step size together. To
+compare ranks alone, tune the rate or alpha for each, Trial(lr=, alpha=)."""
+
+import copy
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..base.files import write_json_atomic
+from ..base.hashes import content_hash
+from ..base.paths import short_path
+from ..base.stamp import stamp
+from ..base.statistics import mcnemar, newcombe, wilson
+from ..data.tokens import Pair
+from ..evaluation.tasks import Task, score
+from ..generation.generate import generator
+from ..layers.blocks import linears_in_blocks
+from ..lora.inject import inject_lora, trainable_parameters
+from ..lora.targets import find_linears, linear_layers
+from ..models.fingerprint import fingerprint
+from ..models.quantize import quantized_layers
+from ..train.config import TrainConfig
+from ..train.finetune import finetune, validation_loss
+
+PLACES = ("all", "attention", "mlp", "embeddings")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: what is trained, and how. None: as the search's TrainConfig says.
+
+    steps or epochs, not both; either replaces what the search says of both. examples: train on
+    the first so many pairs of the search alone; None: on all. alpha None: 2 rank.
+    """
+
+    method: str = "lora"  # or "full": every weight, or the embeddings alone
+    rank: int | None = 8
+    target_modules: str | tuple[str, ...] = "all"  # or one of PLACES
+    lr: float | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    seed: int = 0
+    examples: int | None = None
+    alpha: float | None = None
+
+    def __post_init__(self):
+        if self.method not in ("lora", "full"):
+            raise ValueError(f"method={self.method!r}; expected 'lora' or 'full'")
+        if self.method == "lora" and (self.rank is None or self.rank < 1):
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs}; give one of them")
+        if self.method == "lora" and self.target_modules == "embeddings":
+            raise ValueError("embeddings are trained whole: Trial(method='full', rank=None, "
+                             "target_modules='embeddings')")  # fmt: skip
+
+    def config(self, base: TrainConfig) -> TrainConfig:
+        """The search's settings with this trial's."""
+        if self.epochs is not None:
+            base = replace(base, max_steps=None)  # which would win over epochs
+        own = {"lr": self.lr, "max_steps": self.steps, "epochs": self.epochs, "seed": self.seed}
+        return replace(base, **{name: value for name, value in own.items() if value is not None})
+
+    def __str__(self) -> str:
+        where = self.target_modules
+        where = where if isinstance(where, str) else "+".join(where)
+        words = [self.method, where] + ([f"r={self.rank}"] if self.method == "lora" else [])
+        for name in ("alpha", "lr", "steps", "epochs", "examples"):
+            if getattr(self, name) is not None:
+                words.append(f"{name}={getattr(self, name):g}")
+        return " ".join([*words, f"seed={self.seed}"])
+
+
+def prepare(model, trial: Trial) -> int:
+    """Set up the model, in place, for a trial; the number of parameters that it trains.
+
+    LoRA without an alpha has alpha = 2 rank: a scale of 2 at every rank. At one learning rate a
+    small rank then takes smaller steps: under Adam each number of B moves by about the rate, and
+    an update sums over `rank` of them. Raises ValueError for "full" on a quantized model, and
+    what inject_lora raises.
+    """
+    places = trial.target_modules
+    if trial.method == "full":
+        if quantized_layers(model) and places != "embeddings":
+            raise ValueError("quantized weights can't be trained; method='lora' trains beside them")
+        model.requires_grad_(places == "all")
+        if places != "all":
+            for module in _whole(model, places):
+                module.requires_grad_(True)
+    else:
+        torch.manual_seed(trial.seed)
+        names = mlp_names(model) if places == "mlp" else places
+        alpha = 2 * trial.rank if trial.alpha is None else trial.alpha
+        inject_lora(model, names, rank=trial.rank, alpha=alpha)
+    return sum(p.numel() for p in trainable_parameters(model).values())
+
+
+def _whole(model, places) -> list[torch.nn.Module]:
+    if places == "embeddings":
+        return [model.get_input_embeddings()]
+    return list(find_linears(model, mlp_names(model) if places == "mlp" else places).values())
+
+
+def mlp_names(model) -> tuple[str, ...]:
+    """Last path components of the blocks' linears outside of attention."""
+    linears = linear_layers(model)
+    attention = set(linears_in_blocks(model, linears, "attention"))
+    rest = [p for p in linears_in_blocks(model, linears, "all") if p not in attention]
+    return tuple(dict.fromkeys(path.rpartition(".")[2] for path in rest))
+
+
+LEVEL = 0.05  # of McNemar's test
+
+
+class Search:
+    """Trials of one model on one task, stored in `path` (None: kept in memory alone)."""
+
+    def __init__(self, model, tokenizer, task: Task, train: Sequence[Pair], dev: Sequence[Pair],
+                 config: TrainConfig = TrainConfig(), path: str | Path | None = None):  # fmt: skip
+        if not train or not dev:
+            raise ValueError(f"got {len(train)} train and {len(dev)} dev pairs; both are needed")
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.train, self.dev, self.config = list(train), list(dev), config
+        self.path = None if path is None else Path(path)
+        self.identity = content_hash([
+            task.name, self.train, self.dev, fingerprint(model),
+            {k: str(v) for k, v in asdict(config).items()},
+        ])  # fmt: skip
+        self.rows: dict[str, dict] = {}
+        if self.path and self.path.is_file():
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            if stored.get("identity") != self.identity:
+                raise ValueError(
+                    f"{short_path(self.path)} holds trials of another task, model, data or "
+                    "settings; name another file, or delete it"
+                )
+            self.rows = stored["rows"]
+
+    def run(self, trial: Trial, ask: bool = True) -> dict:
+        """The row of a trial: trained and measured now, unless it is there.
+
+        ask: score dev by generating; else the losses alone are measured. Raises ValueError for a
+        trial that wants fewer examples than one, or more than there are.
+        """
+        name = str(trial) if ask else f"{trial}, loss only"
+        if name not in self.rows:
+            model, row = self.train_one(trial)
+            if ask:
+                generate = generator(model, self.tokenizer, self.task.decoding())
+                row |= score(generate, self.task, self.dev).row()
+            self.rows[name] = row
+            if self.path:
+                write_json_atomic(self.path, {
+                    "identity": self.identity, "task": self.task.name, "rows": self.rows,
+                    "stamp": stamp(self.config.seed),
+                })  # fmt: skip
+        return self.rows[name]
+
+    def train_one(self, trial: Trial):
+        """(a trained copy of the model, the trial's facts: parameters, seconds, dev loss).
+
+        With trial.examples also train_loss: of the pairs trained on, as the dev loss is measured.
+        """
+        pairs = self._pairs(trial)
+        model = copy.deepcopy(self.model)
+        parameters = prepare(model, trial)
+        config = trial.config(self.config)
+        began = time.perf_counter()
+        history = finetune(model, self.tokenizer, pairs, config)
+        seconds = time.perf_counter() - began
+        row = {
+            "trial": asdict(trial),
+            "parameters": parameters,
+            "steps": len(history.steps),
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(sum(s["tokens"] for s in history.steps) / seconds, 1),
+            "dev_loss": validation_loss(model, self.tokenizer, self.dev, config),
+        }
+        if trial.examples is not None:
+            row["train_loss"] = validation_loss(model, self.tokenizer, pairs, config)
+        return model, row
+
+    def _pairs(self, trial: Trial) -> list[Pair]:
+        """What a trial trains on."""
+        n = len(self.train) if trial.examples is None else trial.examples
+        if not 1 <= n <= len(self.train):
+            raise ValueError(f"examples={n}; the search has {len(self.train)} train pairs, so "
+                             f"expected 1 to {len(self.train)}")  # fmt: skip
+        return self.train[:n]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rank on its targets: dev verdicts of all seeds, one after the other, and the cost."""
+
+    rank: int
+    target_modules: str | tuple[str, ...]
+    parameters: int
+    seconds: float  # of training, all seeds
+    right: str  # a 1 or 0 a question, seed after seed; empty: stopped early
+    by_seed: tuple[float, ...]  # accuracies
+    dev_loss: float  # mean over seeds; of one stopped early, when it was stopped
+
+    @property
+    def accuracy(self) -> float:
+        return self.right.count("1") / len(self.right)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.right.count("1"), len(self.right))
+
+
+@dataclass
+class RankSearch:
+    """What find_optimal_rank found: candidates by rising parameters, the best, the optimal."""
+
+    candidates: list[Candidate]
+    best: Candidate
+    optimal: Candidate
+    stopped: list[Candidate] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{'rank':>5} {'on':<10}{'parameters':>11}{'seconds':>9}   dev accuracy [95%]"
+                 "      minus the best [95%], p"]  # fmt: skip
+        for c in sorted([*self.candidates, *self.stopped], key=lambda c: c.parameters):
+            on = c.target_modules if isinstance(c.target_modules, str) else "+".join(c.target_modules)
+            line = f"{c.rank:>5} {on:<10}{c.parameters:>11,}{c.seconds:>9.1f}   "
+            if not c.right:
+                lines.append(f"{line}stopped early, dev loss {c.dev_loss:.3f}")
+                continue
+            low, high = c.interval
+            line += f"{100 * c.accuracy:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"
+            gap, (low, high), p = difference(c, self.best)
+            line += f"   {100 * gap:+5.1f} [{100 * low:+5.1f}, {100 * high:+5.1f}] {p:8.1e}"
+            mark = " best" * (c is self.best) + " optimal" * (c is self.optimal)
+            lines.append(line + mark)
+        return "\n".join(lines)
+
+
+def difference(a: Candidate, b: Candidate) -> tuple[float, tuple[float, float], float]:
+    """Accuracy of a minus that of b on the same questions: itself, its 95% interval, and p."""
+    pairs = list(zip(a.right, b.right, strict=True))
+    only_a, only_b = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    right_a, right_b, n = a.right.count("1"), b.right.count("1"), len(pairs)
+    interval = newcombe(right_a, n, right_b, n, pairs.count(("1", "1")))
+    return (right_a - right_b) / n, interval, mcnemar(only_a, only_b)
+
+
+def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, Candidate]:
+    """(best, optimal): highest accuracy, of equals the smaller; and the one with the fewest
+    parameters that does not lose to it. Raises ValueError for none."""
+    order = sorted(candidates, key=lambda c: c.parameters)
+    if not order:
+        raise ValueError("there are no candidates to choose from")
+    best = max(order, key=lambda c: c.accuracy)  # of equals the first
+
+    def loses(c: Candidate) -> bool:
+        return c.accuracy < best.accuracy and difference(c, best)[2] < LEVEL
+
+    return best, next(c for c in order if not loses(c))
+
+
+def find_optimal_rank(
+    model, tokenizer, task: Task, train: Sequence[Pair], dev: Sequence[Pair],
+    ranks: Sequence[int] = (1, 2, 4, 8, 16, 32), target_modules: Sequence = ("all",),
+    seeds: Sequence[int] = (0, 1), config: TrainConfig = TrainConfig(),
+    path: str | Path | None = None, hopeless: float | None = 4.0, rung: float = 0.25,
+) -> RankSearch:  # fmt: skip
+    """Train adapters of these ranks on these targets, and choose on dev (see above).
+
+    model: dense or quantized, left as it is. target_modules: several of PLACES (not
+    embeddings), or tuples of names. config needs max_steps where `hopeless` is used: candidates
+    whose dev loss after rung * max_steps exceeds `hopeless` times the lowest are stopped; None:
+    none is. Raises ValueError for no ranks or seeds, a rank below 1, and a stored search of
+    other data.
+    """
+    if not ranks or not seeds or not target_modules:
+        raise ValueError("give at least one rank, one seed and one set of target modules")
+    if hopeless is not None and config.max_steps is None:
+        raise ValueError("stopping early needs config.max_steps; or give hopeless=None")
+    search = Search(model, tokenizer, task, train, dev, config, path)
+    grid = [Trial(rank=r, target_modules=t, seed=seeds[0]) for t in target_modules for r in ranks]
+    rows = []
+    if hopeless is not None and len(grid) > 1:
+        first = max(1, round(rung * config.max_steps))
+        rows = [search.run(replace(trial, steps=first), ask=False) for trial in grid]
+        limit = hopeless * min(row["dev_loss"] for row in rows)
+        grid = [trial for trial, row in zip(grid, rows) if row["dev_loss"] <= limit]
+    return rank_search(rows + [search.run(replace(t, seed=s)) for t in grid for s in seeds])
+
+
+def read_rank_search(path: str | Path) -> RankSearch:
+    """The search that find_optimal_rank has stored in `path`, chosen from its rows again."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {short_path(path)}; find_optimal_rank(path=) makes it")
+    return rank_search(json.loads(path.read_text(encoding="utf-8"))["rows"].values())
+
+
+def rank_search(rows: Iterable[dict]) -> RankSearch:
+    """The choice among rows of LoRA trials; one with a dev loss alone was stopped early."""
+    settings: dict[tuple, list[dict]] = {}
+    for row in rows:
+        where = row["trial"]["target_modules"]
+        where = where if isinstance(where, str) else tuple(where)
+        settings.setdefault((where, row["trial"]["rank"]), []).append(row)
+    whole = {k: [row for row in own if "right" in row] for k, own in settings.items()}
+    found = [_candidate(own) for own in whole.values() if own]
+    stopped = [_candidate(own) for k, own in settings.items() if not whole[k]]
+    best, optimal = choose(found)
+    order = [sorted(some, key=lambda c: c.parameters) for some in (found, stopped)]
+    return RankSearch(order[0], best, optimal, order[1])
+
+
+def _candidate(rows: Sequence[dict]) -> Candidate:
+    """What the rows of one setting, a seed each, amount to."""
+    trial = rows[0]["trial"]
+    where = trial["target_modules"]
+    return Candidate(
+        rank=trial["rank"],
+        target_modules=where if isinstance(where, str) else tuple(where),
+        parameters=rows[0]["parameters"],
+        seconds=sum(row["seconds"] for row in rows),
+        right="".join(row.get("right", "") for row in rows),
+        by_seed=tuple(row["accuracy"] for row in rows if "accuracy" in row),
+        dev_loss=sum(row["dev_loss"] for row in rows) / len(rows),
+    )

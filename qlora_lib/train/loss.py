@@ -1,0 +1,79 @@
+"""The loss of next-token prediction, without all logits at once.
+
+With a vocabulary of 32,000 the logits of a batch and their fp32 copy can outweigh all other
+activations. Here the decoder gives hidden states, those of supervised positions are chosen,
+and head and cross-entropy follow CHUNK positions at a time; backward computes each chunk's
+logits anew (Chen et al. 2016, arXiv 1604.06174: checkpointing), so that those of one chunk
+are alive at any time.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..data.tokens import IGNORE
+
+CHUNK = 256  # supervised positions whose logits are alive together
+
+
+def loss_sum(
+    model, batch: dict[str, Tensor], dtype: torch.dtype, chunk: int | None = CHUNK
+) -> Tensor:
+    """Cross-entropy summed over the supervised tokens of a batch, fp32 scalar.
+
+    batch: input_ids, attention_mask, labels, int64 (batch, seq). Computes in `dtype`.
+    chunk: positions whose logits are alive together; None takes the model's own forward
+    pass, with the logits of all positions (`chunk_for` says which a model needs).
+    """
+    targets = batch["labels"][:, 1:]  # position t predicts token t + 1
+    kept = targets != IGNORE
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with _autocast(batch["input_ids"].device, dtype):
+        if chunk is None:
+            logits = model(**inputs, use_cache=False).logits  # (batch, seq, vocab)
+            return _cross_entropy(logits[:, :-1][kept], targets[kept])
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        hidden = hidden[:, :-1][kept]  # (batch, seq, hidden) -> (supervised, hidden)
+        parts = list(zip(hidden.split(chunk), targets[kept].split(chunk)))
+
+        def part_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+            return _cross_entropy(_logits(model, hidden), targets)
+
+        if len(parts) == 1:  # its backward comes next: nothing is gained by computing twice
+            return part_loss(*parts[0])
+        return sum(checkpoint(part_loss, *part, use_reentrant=False) for part in parts)
+
+
+@torch.no_grad()
+def chunk_for(model, dtype: torch.dtype) -> int | None:
+    """CHUNK for a model whose logits are its head's, capped where its config says so; None
+    for one that does more to them (Granite and Cohere scale them). Found by trying."""
+    head, device = model.get_output_embeddings(), next(model.parameters()).device
+    if head is None or model.get_decoder() is model:
+        return None
+    ids = torch.arange(4, device=device).unsqueeze(0)  # (1, 4)
+    was_training = model.training
+    model.eval()
+    with _autocast(device, dtype):
+        expected = model(input_ids=ids, use_cache=False).logits
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        logits = _logits(model, hidden)
+    model.train(was_training)
+    slack = 1e-2 * expected.nan_to_num().abs().max().item()
+    same = torch.allclose(logits, expected, rtol=0, atol=slack, equal_nan=True)
+    return CHUNK if same else None
+
+
+def _autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _logits(model, hidden: Tensor) -> Tensor:
+    """hidden (..., hidden) -> (..., vocab)."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)  # Gemma 2 and later
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

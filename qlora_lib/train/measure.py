@@ -1,0 +1,230 @@
+"""Memory, measured: bytes alive in a block, a training step by parts, room on a device."""
+
+import math
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..base.devices import DTYPES
+from ..lora.inject import trainable_parameters
+from ..models.quantize import quantized_layers
+from .adam8bit import Adam8bit
+from .finetune import training_mode
+from .loss import loss_sum
+
+WORKING = "activations, logits, one layer"  # what lives only within a step
+
+
+class AllocationMeter(TorchDispatchMode):
+    """Bytes of the tensors made within its block: `alive` now, at the `peak`, and in the
+    `trace` after each operation.
+
+    What torch.cuda.max_memory_allocated says on a GPU, for any device. What an operation
+    allocates and frees inside is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.trace: list[int] = []
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata in given or storage in self._known:
+                continue  # a view, or written in place
+            self._known.add(storage)
+            self.alive += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        self.trace.append(self.alive)
+        return out
+
+    def _free(self, nbytes: int) -> None:
+        self.alive -= nbytes
+
+
+def _tensors(nested) -> list[Tensor]:
+    return [x for x in tree_iter(nested) if isinstance(x, Tensor)]
+
+
+def step_memory(model, batch: dict[str, Tensor], steps: int = 2) -> int:
+    """Bytes at the peak of AdamW steps in fp32 beyond the weights: gradients, moments, activations
+    and what is made on the way.
+
+    batch: as data.collate makes it. The second step counts: the first makes the moments. The
+    model is trained by it; copy it before.
+    """
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
+    with training_mode(model, False), AllocationMeter() as meter:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum(model, batch, torch.float32).backward()
+            optimizer.step()
+    return meter.peak
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Bytes by part, predicted and measured; "peak" is what was alive at once."""
+
+    predicted: dict[str, int]
+    measured: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """Predicted peak over measured peak."""
+        return self.predicted["peak"] / self.measured["peak"]
+
+    def __str__(self) -> str:
+        rows = [f"  {'':<32}{'predicted':>12}{'measured':>12}    ratio"]
+        for part, n in self.predicted.items():
+            m = self.measured[part]
+            if n or m:
+                ratio = f"{n / m:9.3f}" if m else "        -"
+                rows.append(f"  {part:<32}{n / 1e6:>9.2f} MB{m / 1e6:>9.2f} MB{ratio}")
+        return "\n".join(rows)
+
+
+def measure_step(
+    ledger, model, step: Callable[[], None] | None = None, optimizer=None
+) -> Measurement:
+    """Run two training steps of `model` and compare with what the ledger predicts.
+
+    Two, because the first makes the optimizer's state, and only the second has all at once.
+    step: one training step of yours (forward, backward, optimizer.step(), gradients set to
+    None), with its `optimizer`. Without it: random tokens of the ledger's batch and
+    length, all of them supervised, and the ledger's optimizer with lr=0, which leaves the
+    parameters as they are. Measured by AllocationMeter on a CPU, by the allocator's counters on CUDA.
+    Raises ValueError when no parameter is trained, and for a step without its optimizer.
+    """
+    parameters = list(trainable_parameters(model).values())
+    if not parameters:
+        raise ValueError("no parameter requires a gradient; call inject_lora(model, ...) first")
+    if (step is None) != (optimizer is None):
+        raise ValueError("step and optimizer go together: give both, or none")
+    if step is None:
+        kind = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}[ledger.optimizer]
+        optimizer = kind(parameters, lr=0.0, weight_decay=0.0)
+        step = random_step(ledger, model, optimizer)
+    measured, gradients = _stored(model, parameters), {}
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: gradients.update({id(p): p.grad.nbytes}))
+        for p in parameters
+    ]
+    before = _state_bytes(optimizer)
+    device = parameters[0].device
+    stored = sum(measured.values())
+    with training_mode(model, ledger.checkpointing):
+        if device.type == "cuda":
+            others = torch.cuda.memory_allocated(device) - stored - before
+            torch.cuda.reset_peak_memory_stats(device)
+            step(), step()
+            peak = torch.cuda.max_memory_allocated(device) - others
+        else:
+            with AllocationMeter() as meter:
+                step(), step()
+            peak = stored + before + meter.peak
+    for hook in hooks:
+        hook.remove()
+    measured |= {"gradients": sum(gradients.values()), "optimizer": _state_bytes(optimizer)}
+    measured[WORKING] = max(0, peak - sum(measured.values()))
+    predicted = {part: ledger.parts[part] for part in measured if part != WORKING}
+    predicted[WORKING] = ledger.peak - sum(predicted.values())
+    return Measurement(predicted | {"peak": ledger.peak}, measured | {"peak": peak})
+
+
+def _stored(model, parameters: list[Tensor]) -> dict[str, int]:
+    """Bytes of a model's tensors, by the ledger's parts."""
+    layers = quantized_layers(model).values()
+    packed = sum(layer.codes.nbytes for layer in layers)
+    scales = sum(layer.quantized.nbytes for layer in layers) - packed
+    lora = sum(p.nbytes for n, p in model.named_parameters() if ".lora_" in n)
+    biases = sum(layer.bias.nbytes for layer in layers if layer.bias is not None)
+    weights = sum(p.nbytes for p in model.parameters()) - lora + biases
+    return {"weights": weights, "packed weights": packed, "scales": scales, "adapters": lora}
+
+
+def _state_bytes(optimizer) -> int:
+    """Of the moments; the step counters, 4 bytes a tensor, lie on the CPU."""
+    states = optimizer.state.values()
+    return sum(t.nbytes for s in states for k, t in s.items() if k != "step")
+
+
+def random_step(ledger, model, optimizer) -> Callable[[], None]:
+    """A training step on random tokens, all of them supervised: forward, backward, optimizer;
+    of the ledger's batch, length and compute dtype."""
+    draw = torch.Generator().manual_seed(0)
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocab, (ledger.batch, ledger.seq), generator=draw).to(model.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def step() -> None:
+        loss = loss_sum(model, batch, DTYPES[ledger.compute_dtype], ledger.logit_tokens)
+        (loss / ids.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+# --- will it fit? ---------------------------------------------------------------------------
+
+
+class NotEnoughMemory(ValueError, MemoryError):
+    """What was asked for is larger than the free memory of the device."""
+
+
+def available_memory(device: torch.device | str) -> float:
+    """Bytes that this process can still take on a device; inf where nobody says.
+
+    CUDA: free on the GPU, and what PyTorch holds but does not use. Else the machine's RAM:
+    MemAvailable of /proc/meminfo, or the container's limit (cgroup v2) where that is less,
+    or free pages where there is no /proc.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # Windows, macOS
+            return math.inf
+    return min(free, _room_in_container())
+
+
+def _room_in_container(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes below the limit of a cgroup v2, file caches that can go not counted as used."""
+    try:
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        stat = dict(line.split() for line in lines)
+        return limit - used + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no cgroup v2, or "max": no limit
+        return math.inf
+
+
+def check_fits(ledger, device: torch.device | str) -> None:
+    """Raises NotEnoughMemory, with the ledger, when its peak exceeds what is free."""
+    free = available_memory(device)
+    if ledger.peak > free:
+        raise NotEnoughMemory(
+            f"training needs {ledger.peak / 1e9:.2f} GB at its peak, and {device} has "
+            f"{free / 1e9:.2f} GB free; take fewer or shorter sequences at a time, gradient "
+            f"checkpointing, a quantized base or a smaller model, or free some memory\n{ledger}"
+        )

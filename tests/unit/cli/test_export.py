@@ -1,0 +1,123 @@
+"""`python -m qlora_lib export`: the base, the merged model, and the command that serves them."""
+
+import json
+import shlex
+
+import pytest
+import torch
+
+from tests.support.cli_place import COMMON, FAST, place, run  # noqa: F401
+
+
+def served(out: str) -> list[str]:
+    """The words of the command that export prints last."""
+    return shlex.split(out.strip().splitlines()[-1])
+
+
+def test_export_of_the_base_and_of_the_merged_model(place, capsys):
+    from qlora_lib import import_gptq, load_adapter, load_quantized, merge_lora
+    from tests.support.lora_models import logits
+
+    def same_logits(folder, model):
+        model_of_folder, _ = import_gptq(folder, "cpu", "fp32")
+        return torch.equal(logits(model_of_folder), logits(model))
+
+    argv = [*COMMON, "--group-size", "32"]
+    assert run("quantize", *argv) == 0
+    assert run("export", *COMMON) == 0
+    run_folder = "checkpoints/tiny"
+    words = ["vllm", "serve", f"{run_folder}/gptq", "--dtype", "float16"]
+    assert served(capsys.readouterr().out) == words
+    base, _ = load_quantized(f"{run_folder}/base", "cpu", "fp32")
+    assert same_logits(f"{run_folder}/gptq", base)
+    assert run("export", *COMMON, "--merge", "rtn") == 2
+    assert "holds no adapter" in capsys.readouterr().err
+
+    assert run("finetune", *FAST, "--group-size", "32", "--lr", "0.1") == 0
+    assert run("export", *COMMON, "--out", "base") == 0
+    out = capsys.readouterr().out
+    assert "the adapter in checkpoints/tiny/adapter stays beside it" in out
+    lora = ["--enable-lora", "--lora-modules", f"adapter={run_folder}/adapter"]
+    assert served(out)[2:] == ["base", "--dtype", "float16", *lora, "--max-lora-rank", "8"]
+    assert same_logits("base", base)
+
+    for method in ("rtn", "gptq"):
+        assert run("export", *COMMON, "--merge", method) == 0
+        out = capsys.readouterr().out
+        assert f"merged into 14 layers by {method}; rounding error" in out
+        assert served(out) == ["vllm", "serve", f"{run_folder}/gptq-merged", "--dtype", "float16"]
+        assert not same_logits(f"{run_folder}/gptq-merged", base)
+        if method == "rtn":
+            load_adapter(base, f"{run_folder}/adapter")
+            merge_lora(base, "rtn", unload=True)
+            assert same_logits(f"{run_folder}/gptq-merged", base)
+            base, _ = load_quantized(f"{run_folder}/base", "cpu", "fp32")
+
+
+def test_the_merge_is_calibrated_on_what_the_base_was(place, capsys, monkeypatch):
+    from qlora_lib.models import merge_hessians as module
+
+    seen, real = [], module.merge_hessians
+
+
+    def remember(model, batches):
+        seen.append(batches)
+        return real(model, batches)
+
+    monkeypatch.setattr(module, "merge_hessians", remember)
+    own = place / "own.jsonl"
+    own.write_text("\n".join(json.dumps({"text": f"{i} apples"}) for i in range(12)))
+    argv = ["--model", "model", "--data", "own.jsonl", "--group-size", "32"]
+    assert run("finetune", *argv, "--max-steps", "1", "--batch-size", "4", "--rank", "2") == 0
+    capsys.readouterr()
+    merge = ["export", "--model", "model", "--merge", "gptq"]
+    assert run(*merge) == 0
+    out = capsys.readouterr().out
+    assert "data: own.jsonl (text)" in out and "calibrated on other" not in out
+    assert sum(len(batch["input_ids"]) for batch in seen[-1]) == 11  # of 12, one is held out
+    assert run(*merge, "--data", "data") == 0
+    assert "calibrated on other examples than the base" in capsys.readouterr().out
+    assert sum(len(batch["input_ids"]) for batch in seen[-1]) == 12
+    own.rename(place / "moved.jsonl")
+    assert run(*merge) == 2
+    assert "calibrated on own.jsonl, which is not here" in capsys.readouterr().err
+    assert run(*merge, "--data", "moved.jsonl") == 0
+    assert "calibrated on other" not in capsys.readouterr().out
+
+
+def test_export_leaves_out_an_adapter_of_a_dense_base(place, capsys):
+    assert run("quantize", *COMMON, "--method", "rtn") == 0
+    assert run("finetune", *FAST, "--method", "none") == 0
+    assert run("export", *COMMON) == 0
+    assert "--enable-lora" not in capsys.readouterr().out
+    assert run("export", *COMMON, "--merge", "rtn") == 2
+    assert "trained on a quantized base" in capsys.readouterr().err
+
+
+def test_export_refuses_nf4(place, capsys):
+    assert run("quantize", *COMMON, "--method", "nf4") == 0
+    assert run("export", *COMMON) == 2
+    assert "is NF4" in capsys.readouterr().err
+
+
+def test_hessians_for_the_merge_leave_padding_out():
+    from qlora_lib.models.merge_hessians import merge_hessians
+    from tests.support.lora_models import IDS, adapted, base_of
+
+    model = adapted(base_of("grid4"))
+    whole = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    padded = {n: torch.nn.functional.pad(t, (0, 5)) for n, t in whole.items()}
+    want, got = merge_hessians(model, [whole]), merge_hessians(model, [padded])
+    assert len(got) == 14 and want.keys() == got.keys()
+    for path, hessian in got.items():
+        assert hessian.tokens == IDS.numel()
+        assert torch.allclose(hessian.matrix, want[path].matrix, rtol=1e-4, atol=1e-5)  # fp32 sums
+
+
+@pytest.mark.parametrize("rank, room", [(1, "8"), (8, "8"), (9, "16"), (48, "64"), (300, "320")])
+def test_the_serve_command_leaves_room_for_the_rank(rank, room, tmp_path):
+    from qlora_lib.cli.export import serve_command
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    words = shlex.split(serve_command(tmp_path / "with space", tmp_path))
+    assert words[2] == str(tmp_path / "with space") and words[-2:] == ["--max-lora-rank", room]

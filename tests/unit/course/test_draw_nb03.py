@@ -1,0 +1,107 @@
+"""The pictures of notebook 03: every setting of their controls, and what they state."""
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from course.kit.picture import render
+from course.kit.slider import SliderPlot
+from course.nb03 import draw
+
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
+RANDOM = torch.Generator().manual_seed(0)
+
+
+def factors(outputs, inputs):
+    u, s, v = torch.linalg.svd(torch.randn(outputs, inputs, generator=RANDOM), False)
+    share = ((s**2).cumsum(0) / (s**2).sum()).numpy()
+    energy = {"update": share, "weight": share**2, "random": share**3}
+    return {"u": u.numpy(), "s": s.numpy(), "v": v.numpy(), "energy": energy}
+
+
+SPECTRA = {"q_proj": factors(32, 32), "down_proj": factors(32, 48)}
+RUNS = {(alpha, rank, rs): (alpha / rank ** (0.5 if rs else 1.0), [1.0, 1 / alpha, 1 / rank + rs])
+        for alpha in (4, 64) for rank in (1, 4, 16) for rs in (False, True)}
+PER_RANK = {"q, v": 524_288, "q, k, v, o": 1_048_576, "all seven": 2_498_560}
+
+
+def update():
+    return SliderPlot(draw.draw_update, {"layer": list(SPECTRA), "rank": [1, 8, 32]},
+                      spectra=SPECTRA, axes=(1, 3), alt="energy and corners")
+
+
+def scaling():
+    return SliderPlot(draw.draw_scaling,
+                      {"alpha": [4, 64], "rank": [1, 4, 16], "use_rslora": [False, True]},
+                      runs=RUNS, axes=(1, 2), alt="size of the first update")
+
+
+def budget():
+    return SliderPlot(draw.draw_budget, {"rank": [1, 16, 256], "targets": list(PER_RANK)},
+                      per_rank=PER_RANK, total=6_738_415_616, axes=(1, 2), alt="parameters")
+
+
+@pytest.mark.parametrize("make", [update, scaling, budget])
+def test_every_setting_is_drawn_and_every_control_matters(make):
+    make().draw_grid()
+
+
+STATIC = {
+    "memory": (draw.draw_memory, (1, 1), {"rows": {
+        "full": {"weights": 2.0, "gradients": 2.0, "fp32 copy": 4.0, "Adam's moments": 8.0},
+        "LoRA": {"weights": 2.0, "adapter": 0.1}}}),
+    "product": (draw.draw_product, (1, 3), {"a": torch.ones(2, 6), "b": torch.ones(4, 2)}),
+    "starts": (draw.draw_starts, (1, 1), {"curves": {"a": [2.0, 1.0], "b": [2.0, 2.0]}}),
+    "spectra": (draw.draw_spectra, (1, 2), {
+        "values": {"update": torch.rand(9) + 1, "weight": torch.rand(9) + 1},
+        "energy": {"update": np.linspace(0.2, 1, 9), "weight": np.linspace(0.1, 1, 9)}}),
+    "regained": (draw.draw_regained, (1, 1), {
+        "ranks": [0, 1, 2], "start": 3.0, "whole": 0.9,
+        "losses": {"all": [3.0, 2.0, 1.0], "some": [3.0, 2.5, 2.0], "any": [3.0, 2.4, 1.4]}}),
+    "losses": (draw.draw_losses, (1, 1), {"runs": {"a": [3.0, 2.0], "b": [3.0, 1.0]}}),
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_pictures_are_the_same_each_time(name):
+    function, axes, values = STATIC[name]
+    first, second = (render(function, [values], size=(6, 3), axes=axes) for _ in range(2))
+    assert first == second and len(set(first)) > 2
+
+
+def axes_of(function, shape, **values):
+    axes = Figure().subplots(*shape)
+    function(axes, **values)
+    return axes
+
+
+def test_update_states_energy_and_size():
+    axes = axes_of(draw.draw_update, (1, 3), layer="down_proj", rank=8, spectra=SPECTRA)
+    share = 100 * SPECTRA["down_proj"]["energy"]["update"][7]
+    assert axes[0].get_title() == f"r = 8 keeps {share:.0f}%"
+    assert axes[2].get_title() == "rank 8: 640 (3 kB)"   # 8 * (32 + 48) numbers of 4 bytes
+
+
+def test_budget_states_the_configurations_own_factor():
+    axes = axes_of(draw.draw_budget, (1, 2), rank=16, targets="q, k, v, o",
+                   per_rank=PER_RANK, total=6_738_415_616)
+    assert axes[1].get_title() == "16,777,216: 402x fewer (0.25%)"
+    assert [t.get_text() for t in axes[1].texts] == ["67.1 MB", "67.1 MB", "134.2 MB"]
+
+
+def test_scaling_states_the_scale_of_the_setting():
+    titles = {rs: axes_of(draw.draw_scaling, (1, 2), alpha=64, rank=16, use_rslora=rs,
+                          runs=RUNS)[1].get_title() for rs in (False, True)}
+    assert titles == {False: "scale 4", True: "scale 16"}
+
+
+def test_memory_adds_up():
+    (_, _, values) = STATIC["memory"]
+    ax = axes_of(draw.draw_memory, (1, 1), **values)
+    assert {"16.0 GB", "2.1 GB"} <= {t.get_text() for t in ax.texts}
+
+
+def test_losses_are_smoothed_over_the_window():
+    ax = axes_of(draw.draw_losses, (1, 1), runs={"a": [4.0, 2.0, 0.0]}, window=2)
+    assert ax.lines[0].get_ydata().tolist() == [4.0, 3.0, 1.0]

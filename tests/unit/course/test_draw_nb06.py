@@ -1,0 +1,87 @@
+"""The pictures of notebook 06: every setting of their controls, and what they state."""
+
+import pytest
+from matplotlib.figure import Figure
+from transformers import LlamaConfig
+
+from course.kit.slider import SliderPlot
+from course.nb06 import draw
+from course.nb06.exercises import roofline
+from qlora_lib.generation.kv_cache import CacheSpec, cache_bytes
+from tests.support.tensors import normal
+
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
+ROOFS = {"flops": 1e11, "bandwidth": 1e10}
+SMALL = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+TILES = {"out": 200, "tokens": 40, "n": 256}
+
+
+def roofs():
+    return SliderPlot(draw.draw_roofline, {"tokens": [1, 64, 4096], "bits": [4, 16]},
+                      alt="roof", **ROOFS)
+
+
+def tiles():
+    return SliderPlot(draw.draw_tiles, {"block_out": [16, 128], "block_tokens": [16, 64]},
+                      alt="tiles", axes=(1, 2), size=(9, 3.6), **TILES)
+
+
+def caches():
+    return SliderPlot(
+        draw.draw_cache, {"method": ["16 bits", "2 bits"], "context": [512, 4096], "batch": [1, 16]},
+        alt="lines", config=SMALL, weights=3.6e9)
+
+
+@pytest.mark.parametrize("make", [roofs, tiles, caches])
+def test_every_setting_is_drawn_and_every_control_matters(make):
+    make().draw_grid()
+
+
+@pytest.mark.parametrize("tokens, by", [(1, "memory"), (4096, "arithmetic")])
+def test_the_roofline_says_what_binds_and_how_long_it_takes(tokens, by):
+    ax = Figure().subplots()
+    draw.draw_roofline(ax, tokens, 4, **ROOFS, shape=(100, 1000))
+    seconds = roofline(tokens, 100, 1000, 4, 1e11, 1e10)
+    assert ax.get_title() == f"bound by {by}: {draw._time(seconds)}"
+    # 4 bits, the last point: the rate that is attained in this time
+    x, y = ax.lines[-1].get_xydata()[0]
+    work, moved = draw.product_cost(tokens, 100, 1000, 4)
+    assert x == pytest.approx(work / moved) and y == pytest.approx(work / seconds / 1e9)
+
+
+def test_tiles_are_counted():
+    counts = draw.tile_counts(200, 40, 256, 128, 16)
+    assert counts["programs"] == 2 * 3
+    assert counts["weight"] == 3 * 200 * 256 / 2 and counts["inputs"] == 2 * 40 * 256 * 2
+    assert counts["waste"] == pytest.approx(1 - 200 * 40 / (256 * 48))
+    assert draw.tile_counts(256, 64, 8, 128, 64)["waste"] == 0
+    axes = Figure().subplots(1, 2)
+    draw.draw_tiles(axes, 128, 16, **TILES)
+    assert axes[0].get_title() == "6 programs, 35% masked"
+
+
+def test_the_cache_s_point_its_lines_and_its_words_are_the_library_s_numbers():
+    ax = Figure().subplots()
+    draw.draw_cache(ax, "4 bits", 4096, 2, SMALL, 1e9)
+    held = cache_bytes(SMALL, 4096, CacheSpec(4), 2) / 1e9
+    *lines, level, point = ax.lines
+    assert point.get_xydata().tolist() == [[4096, held]]
+    assert ax.get_title() == f"4 bits, 2 x 4,096 tokens: {held:.2f} GB"
+    assert list(level.get_ydata()) == [1, 1] and level.get_label() == "packed weights,\n1.0 GB"
+    assert [line.get_label() for line in lines] == list(draw.METHODS)
+    assert ax.get_xlim()[0] == min(lines[0].get_xdata()) == 64  # left of where lines bend
+    for line, (spec, _) in zip(lines, draw.METHODS.values()):
+        for tokens, found in line.get_xydata():
+            assert found == cache_bytes(SMALL, int(tokens), spec, 2) / 1e9
+
+
+def test_keys_and_recorded_times_are_drawn():
+    axes = Figure().subplots(1, 2)
+    draw.draw_channels(axes, normal(20, 16), normal(20, 16, seed=1))
+    assert axes[0].get_title().startswith("keys")
+    rows = [{"shape": [8, 8], "tokens": t, "milliseconds": {"bf16": 4.0 * t, "rtn": 2.0}}
+            for t in (16, 1)]
+    ax = Figure().subplots()
+    draw.draw_recorded(ax, rows, "bf16", "rtn", "a GPU, 2026-01-01")
+    assert ax.lines[0].get_xydata().tolist() == [[1, 2], [16, 32]]

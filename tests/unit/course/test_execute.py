@@ -1,0 +1,296 @@
+"""The notebook commands, tried on throwaway notebooks."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from course.kit import OUTPUTS_VARIABLE
+from course.tools import execute as books
+from course.tools.__main__ import main
+from course.tools.normal_form import (
+    WIDGET_VIEW,
+    definitions,
+    dumps,
+    exercises,
+    normal,
+    notebooks,
+    read,
+    solve,
+    tagged,
+    write,
+)
+from qlora_lib.base.files import write_json_atomic
+from qlora_lib.base.paths import ROOT
+
+
+def book(*cells):
+    """A notebook of code cells; a cell is a source, or (source, tag)."""
+    made = new_notebook()
+    for cell in cells:
+        source, *tags = cell if isinstance(cell, tuple) else (cell,)
+        made.cells.append(new_markdown_cell(source[3:]) if source.startswith("MD ") else
+                          new_code_cell(source, metadata={"tags": tags} if tags else {}))
+    return made
+
+
+def save(folder, stem, *cells):
+    path = folder / f"{stem}.ipynb"
+    write(path, dumps(normal(book(*cells), stem)))
+    return str(path)
+
+
+PARAMETERS = ('profile = "tiny"\nbits = 4', "parameters")
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """A folder for outputs; the environment is as before afterwards."""
+    before = dict(os.environ)
+    monkeypatch.setattr(books, "BUILD", tmp_path / "build")
+    os.environ[OUTPUTS_VARIABLE] = str(tmp_path / "outputs")
+    yield tmp_path / "outputs" / "tiny"
+    os.environ.clear()
+    os.environ.update(before)
+
+
+# --- run ----------------------------------------------------------------------------------
+
+def test_run_is_strict_and_goes_on(outputs, tmp_path, capsys):
+    good = save(tmp_path, "01_good", PARAMETERS, f"import os, sys\n"
+                f"assert os.getcwd() == {str(tmp_path)!r} and sys.executable == {sys.executable!r}",
+                "assert os.environ['IPYTHONDIR'].endswith('build/ipython')\nassert bits == 4")
+    raises = save(tmp_path, "02_raises", PARAMETERS, "1 / 0", "print('not reached')")
+    leaves = save(tmp_path, "03_leaves", PARAMETERS, "import sys\nsys.exit(0)", "print(1)")
+    hides = save(tmp_path, "04_hides", PARAMETERS, ("1 / 0", "raises-exception"), "print(1)")
+    assert books.run([good, raises, leaves, hides], "tiny", {}) == 1
+    said = capsys.readouterr().out
+    assert "[1/4] 01_good ... ok" in said and "[2/4] 02_raises ... FAILED" in said
+    assert "cell 1: ZeroDivisionError: division by zero" in said
+    assert "[3/4] 03_leaves ... FAILED" in said and "[4/4] 04_hides ... FAILED" in said
+    assert "1 of 4 notebooks ran to their end" in said
+    kept = sorted(p.name for p in outputs.iterdir())
+    assert kept == ["01_good.ipynb", "02_raises.failed.ipynb", "03_leaves.failed.ipynb",
+                    "04_hides.failed.ipynb", "metrics.json"]
+
+
+def test_a_timeout_is_a_failure(outputs, tmp_path, capsys):
+    path = save(tmp_path, "01_hangs", PARAMETERS, "import threading\nthreading.Event().wait()")
+    assert books.run([path], "tiny", {}, timeout=1) == 1
+    assert "CellTimeoutError" in capsys.readouterr().out
+
+
+def test_a_parameter_that_no_notebook_has_stops_the_run_before_it_starts(outputs, tmp_path, capsys):
+    paths = [save(tmp_path, "01_a", PARAMETERS), save(tmp_path, "02_b", PARAMETERS)]
+    assert main(["run", "--parameters", "bit=3", *paths]) == 2
+    said = capsys.readouterr()
+    assert "no notebook has a parameter 'bit'; there are: bits, profile" in said.err
+    assert said.out == "" and not outputs.exists()
+
+
+def test_a_parameter_goes_to_the_notebooks_that_have_it(tmp_path):
+    has = Path(save(tmp_path, "01_a", PARAMETERS))
+    lacks = Path(save(tmp_path, "02_b", ('profile = "tiny"', "parameters")))
+    parts = books.known_parameters([has, lacks], {"bits": 3, "profile": "smollm2"})
+    assert parts == {has: {"bits": 3, "profile": "smollm2"}, lacks: {"profile": "smollm2"}}
+
+
+def test_parameters_keep_their_types():
+    given = "bits=3 rate=1e-3 group_size=None fast=true name=llama path='a b' layers=[1,2]"
+    assert books.parse_parameters(given) == {
+        "bits": 3, "rate": 1e-3, "group_size": None, "fast": True, "name": "llama",
+        "path": "a b", "layers": [1, 2]}
+    assert books.parse_parameters("") == {}
+    for wrong in ("bits", "=3", "a-b=3"):
+        with pytest.raises(ValueError, match="expected name=value"):
+            books.parse_parameters(wrong)
+
+
+def test_run_compares_recorded_numbers_and_says_when_it_does_not(outputs, tmp_path, capsys):
+    write_json_atomic(tmp_path / "tiny.json", {
+        name: {"value": 0.5, "tolerance": 0.01, "reason": "sums"} for name in ("mean", "median")})
+    path = save(tmp_path, "01_records", PARAMETERS, "from pathlib import Path\n"
+                "from course.kit import Recorder\n"
+                "record = Recorder('01_records', profile, 0, expected=Path('.'))",
+                "record('mean', 0.505)\nrecord('median', bits / 10)")
+    assert books.run([path], "tiny", {}) == 1
+    said = capsys.readouterr().out
+    assert "[1/1] 01_records ... ok" in said and "1 as expected, 1 too far off" in said
+    assert "  ✓ mean: 0.505 (expected 0.5 ± 0.01)" in said
+    assert "  ✗ median: 0.4 (expected 0.5 ± 0.01)" in said
+    metrics = json.loads((outputs / "metrics.json").read_text())
+    assert metrics["mean"]["within"] and not metrics["median"]["within"]
+    # Other parameters give other numbers: nothing is compared, and nothing fails.
+    assert books.run([path], "tiny", {"bits": 3}) == 0
+    said = capsys.readouterr().out
+    assert "with other parameters" in said and "· median: 0.3 (other parameters" in said
+    assert "0 as expected, 0 too far off, 2 not compared" in said
+
+
+def test_a_killed_run_leaves_no_half_file(outputs, tmp_path):
+    path = save(tmp_path, "01_hangs", PARAMETERS, "open('began', 'w').close()\n"
+                "import threading\nthreading.Event().wait()")
+    os.mkfifo(tmp_path / "began")
+    run = subprocess.Popen([sys.executable, "-m", "course.tools", "run", path],
+                           stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    open(tmp_path / "began").close()      # returns when the cell runs
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 143 and said.startswith("[1/1] 01_hangs ...")
+    assert list(outputs.rglob("*.ipynb")) == []
+
+
+# --- store, normal, solved ----------------------------------------------------------------
+
+SLIDER = """\
+from course.kit import SliderPlot, show
+def draw(ax, bits):
+    if bits == 8:
+        raise ValueError("cannot draw 8")
+    ax.plot([0, bits])
+show(draw, alt="A line", bits=2, size=(2, 1))
+SliderPlot(draw, {"bits": [2, 4, 8]}, alt="A line", size=(2, 1))"""
+
+
+def nbval(path):
+    """(numbers of the cells that fail, all that is said) of pytest --nbval."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "conftest", "-p", "no:cacheprovider",
+         "-p", "nbval", "--nbval", "--nbval-current-env", "--color=no", path],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return [int(n) for n in re.findall(r"^FAILED \S+::Cell (\d+)", done.stdout, re.M)], done.stdout
+
+
+def test_store_then_nbval(outputs, tmp_path, capsys):
+    path = save(tmp_path, "01_a",
+                "print('x = 0.5000')",                              # 0: noise in a float
+                ("print('seconds: 1.5')", "varies"),                # 1: not compared
+                "import sys\nprint('50%', file=sys.stderr)\n1 + 1;",  # 2: says nothing that counts
+                ("print('loss 2.00')", "rtol=0.05"),                # 3: a wider tolerance
+                "print('y = 0.5000')",                              # 4: a float that changed
+                "print('4 bits')",                                  # 5: a whole number that changed
+                SLIDER)                                             # 6: fails where nobody looked
+    assert books.store([path]) == 0
+    stored, cells = Path(path).read_text(), read(Path(path)).cells
+    assert [c.execution_count for c in cells] == [1, 2, 3, 4, 5, 6, 7]
+    assert cells[2].outputs == [] and WIDGET_VIEW not in stored
+    assert [o.metadata["image/png"]["alt"] for o in cells[6].outputs] == ["A line", "A line"]
+    assert books.mend([path]) == 0 and Path(path).read_text() == stored
+
+    # As if the notebook had been stored on another machine, and by other code.
+    for old, new in (("x = 0.5000\\n", "x = 0.5020\\n"), ("seconds: 1.5\\n", "seconds: 9.9\\n"),
+                     ("loss 2.00\\n", "loss 2.08\\n"), ("y = 0.5000\\n", "y = 0.5200\\n"),
+                     ("4 bits\\n", "5 bits\\n")):
+        assert stored.count(old) == 1
+        stored = stored.replace(old, new)
+    Path(path).write_text(stored)
+    failed, said = nbval(path)
+    assert failed == [4, 5, 6] and "3 failed, 4 passed" in said, said
+    assert "cannot draw 8" in said
+
+
+def test_store_leaves_a_failing_notebook_as_it_is(outputs, tmp_path, capsys):
+    path = save(tmp_path, "01_a", "1 / 0")
+    before = Path(path).read_text()
+    assert main(["store", path]) == 1
+    assert Path(path).read_text() == before and "FAILED, left as it was" in capsys.readouterr().out
+
+
+EXERCISES = """\
+from course.kit import check
+from course.kit.exercise import Exercise, register
+for name in ("twice", "thrice"):
+    factor = {"twice": 2, "thrice": 3}[name]
+    register(Exercise(name, lambda x, f=factor: f * x, [(lambda g: (5,), "five")], []))"""
+SOLVED = """MD <details><summary>Hint</summary>
+
+```python
+2 + 2
+```
+</details>
+
+<details><summary>Solution</summary>
+
+```python
+def mine(x):
+    return 2 * x
+```
+</details>"""
+
+
+def exercise_cells(name):
+    stub = f"def mine(x: int) -> int:\n    ...\n\n{name} = check(\"{name}\", mine)"
+    return (stub, "exercise"), SOLVED
+
+
+def test_solved_puts_the_folded_solutions_in_place(outputs, tmp_path, capsys):
+    path = save(tmp_path, "01_a", EXERCISES, *exercise_cells("twice"), *exercise_cells("thrice"),
+                "assert twice(5) == 10 and thrice(5) == 15")
+    before = Path(path).read_text()
+    assert main(["solved", path]) == 1
+    said = capsys.readouterr().out
+    assert "1 of 2 solutions pass" in said and "✗ thrice: case 1 of 1 (five): wrong value" in said
+    assert Path(path).read_text() == before
+
+
+def test_an_exercise_is_found_with_its_solution():
+    made = book("import math\nx = 1", *exercise_cells("twice"), "class A:\n    y = 2")
+    (index, name, solution), = exercises(made)
+    assert (index, name) == (1, "twice") and solution == "def mine(x):\n    return 2 * x\n"
+    source = solve(made.cells[index].source, solution)
+    assert source.index("...") < source.index("return 2 * x") < source.index("check(")
+    assert "import math" in definitions(made) and "class A" in definitions(made)
+    assert "x = 1" not in definitions(made) and tagged(made, "exercise") == [made.cells[1]]
+
+
+@pytest.mark.parametrize("cells, problem", [
+    ([("x = 1", "exercise")], "has 0 calls"),
+    ([("check('a', f)\ncheck('b', f)", "exercise")], "has 2 calls"),
+    ([("# check('a', f)\ncheck('b', f)", "exercise"), "x = 1", SOLVED], "'b': 0 folded solutions"),
+    ([("check('a', f)", "exercise"), SOLVED, SOLVED], "'a': 2 folded solutions"),
+])
+def test_an_exercise_that_is_not_whole_is_named(cells, problem):
+    with pytest.raises(ValueError, match=problem):
+        exercises(book(*cells))
+
+
+def test_normal_form_keeps_what_counts_and_is_a_fixed_point():
+    made = book("a", ("b", "varies"), "c")
+    made.metadata = {"kernelspec": {"name": "mine"}, "widgets": {"state": {}}}
+    made.cells[0].execution_count, made.cells[2].execution_count = 7, 9
+    made.cells[0].metadata = {"papermill": {"duration": 1}, "tags": []}
+    made.cells[0].outputs = [
+        new_output("stream", name="stdout", text="x"),
+        new_output("stream", name="stderr", text="e"),
+        new_output("stream", name="stdout", text="y"),
+        new_output("execute_result", execution_count=7,
+                   metadata={"image/png": {"alt": "z", "w": 1}},
+                   data={"text/plain": "z", "image/png": "aa", WIDGET_VIEW: {"model_id": "1"}})]
+    made.cells[1].id = made.cells[2].id
+    once = normal(made, "01_a")
+    assert dumps(normal(once, "01_a")) == dumps(once)
+    assert set(once.metadata) == {"kernelspec", "language_info"}
+    assert once.metadata.kernelspec.name == "python3"
+    first, second, third = once.cells
+    assert (first.execution_count, second.execution_count, third.execution_count) == (1, None, 2)
+    assert first.id == made.cells[0].id and second.id != third.id
+    assert first.metadata == {} and second.metadata == {"tags": ["varies"]}
+    assert [o.get("text") for o in first.outputs] == ["xy", None]
+    assert set(first.outputs[1].data) == {"text/plain", "image/png"}
+    assert first.outputs[1].metadata == {"image/png": {"alt": "z"}}
+    assert first.outputs[1].execution_count == 1
+
+
+def test_notebooks_are_found_by_number_name_or_path(tmp_path):
+    paths = [Path(save(tmp_path, stem, "1")) for stem in ("01_a", "02_b", "scratch")]
+    assert notebooks(folder=tmp_path) == paths[:2]
+    assert notebooks(["02", "01_a", str(paths[2])], tmp_path) == [paths[1], paths[0], paths[2]]
+    with pytest.raises(FileNotFoundError, match="no notebook '03'; there are: 01_a, 02_b"):
+        notebooks(["03"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="no notebook like"):
+        notebooks(folder=tmp_path / "nowhere")

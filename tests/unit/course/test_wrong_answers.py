@@ -1,0 +1,278 @@
+"""Wrong answers as learners write them: each is told what is wrong with it, by the message meant.
+
+That each registered mistake gets its own message is tested in test_checks.py. Here the same
+mistakes are made another way, in the words of the notebooks' solutions.
+"""
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from course.kit import check
+from qlora_lib.data.gsm8k import to_number
+
+
+def next_token(put_back):
+    """The solution of 08's first exercise; `put_back` is a function of (p, kept, order)."""
+    def mine(logits, temperature, top_p):
+        p = torch.softmax(logits / temperature, -1)
+        ordered, order = p.sort(descending=True)
+        kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
+        p = put_back(p, kept, order)
+        return p / p.sum()
+    return mine
+
+
+def vote(index, nothing):
+    """That of the second; `index` is a function of (answers, counts), `nothing` without counts."""
+    def mine(answers):
+        counts = Counter(a for a in answers if a is not None)
+        return index(answers, counts) if counts else nothing(counts)
+    return mine
+
+
+def weighted_vote(index, nothing=lambda sums: 0):
+    """That of the fourth; `index` is a function of (answers, scores, sums)."""
+    def mine(answers, scores):
+        sums = {}
+        for answer, score in zip(answers, scores):
+            if answer is not None:
+                sums[answer] = sums.get(answer, 0) + score
+        return index(answers, scores, sums) if sums else nothing(sums)
+    return mine
+
+
+def wilson(ends):
+    """05's interval; `ends` is a function of (p, z^2, n, the divisor 1 + z^2 / n)."""
+    z2 = 1.959963984540054 ** 2
+    return lambda correct, n: ends(correct / n, z2, n, 1 + z2 / n)
+
+
+def around(centre, half):
+    return centre - half, centre + half
+
+
+def leader(answers, scores=None):
+    """One pass over the samples, which keeps the first answer to get ahead."""
+    sums, best = {}, None
+    for answer, score in zip(answers, scores or [1] * len(answers)):
+        if answer is not None:
+            sums[answer] = sums.get(answer, 0) + score
+            best = answer if best is None or sums[answer] > sums[best] else best
+    return answers.index(best) if sums else 0
+
+
+def grade(equal):
+    """05's fourth; `equal` compares two texts."""
+    return lambda answers, golds: (
+        sum(a is not None and equal(a, g) for a, g in zip(answers, golds)), len(golds))
+
+
+def first(answers, counts):
+    return answers.index(counts.most_common(1)[0][0])
+
+
+def winner(sums):
+    return max(sums, key=sums.get)
+
+
+def roofline(moved, of=max):
+    """06's first; `moved` is a function of (tokens, out, n, bits)."""
+    return lambda tokens, out, n, bits, flops, bandwidth: of(
+        2 * tokens * out * n / flops, moved(tokens, out, n, bits) / bandwidth)
+
+
+def all_bytes(tokens, out, n, bits):
+    return out * n * bits / 8 + 2 * tokens * (n + out)
+
+
+def cache_size(stored, overhead=lambda numbers, group_size: numbers // group_size * 4):
+    """06's fifth; `stored` is a function of (tokens, group_size, recent)."""
+    def mine(layers, kv_heads, head_dim, tokens, bits, group_size, recent):
+        old, numbers = stored(tokens, group_size, recent), 2 * layers * kv_heads * head_dim
+        return (numbers * old * bits // 8 + overhead(numbers * old, group_size)
+                + numbers * (tokens - old) * 2)
+    return mine
+
+
+def whole_groups(tokens, size, recent):
+    return max(0, tokens - recent) // size * size
+
+
+def in_uint8(x, codes, scale, zero):
+    codes = torch.stack([codes & 15, codes >> 4], 2).flatten(1)
+    size = len(x) // scale.shape[1]
+    away = codes - zero.byte().repeat_interleave(size, 1)
+    return (scale.repeat_interleave(size, 1) * away) @ x
+
+
+def sizes(count):
+    """03's fourth; `count` is a function of (shapes, rank)."""
+    return lambda shapes, rank: ((n := count(shapes, rank)), 4 * n, 16 * n)
+
+
+def until_the_first_eos(pairs, eos):
+    rows = [[*prompt, *target, eos] for prompt, target in pairs]
+    ids = torch.tensor([row + [eos] * (max(map(len, rows)) - len(row)) for row in rows])
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, _) in enumerate(pairs):
+        end = ids[row].tolist().index(eos) + 1
+        labels[row, len(prompt):end] = ids[row, len(prompt):end]
+    return ids, labels
+
+
+def training_with_gradients_for_all(model, batches, lr):
+    optimizer = torch.optim.SGD([model.lora_A, model.lora_B], lr=lr)
+    for ids, y in batches:
+        (model(ids) - y).square().mean().backward()
+        optimizer.step()
+        model.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def place_of_the_base(x, weight, adapters, names):
+    y = x @ weight.T
+    for name, (a, b, scale) in adapters.items():
+        rows = [i for i, chosen in enumerate(names) if chosen == name]
+        y[rows] = scale * (x[rows] @ a.T) @ b.T
+    return y
+
+
+def into_a_copy(x, weight, adapters, names):
+    y = x @ weight.T
+    for name, (a, b, scale) in adapters.items():
+        part = y[[i for i, chosen in enumerate(names) if chosen == name]]
+        part += 0 * part
+    return y
+
+
+WRONG = {
+    "integer_product": [
+        (lambda a, za, q, zw: torch.matmul(a.half().sub(za), q.half().sub(zw).t()),
+         "fp16 holds every whole number only up to 2048"),
+    ],
+    "nearest_code": [
+        (lambda unit, levels: (unit[..., None] - levels).abs().argmin(-1).to(torch.uint8),
+         "a uint8 index is a mask"),
+        (lambda unit, levels: (unit[..., None] > (levels[1:] + levels[:-1]) / 2).float().sum(-1),
+         "an index is a whole number"),
+    ],
+    "next_token": [
+        (next_token(lambda p, kept, order: kept[order]), "kept[order] shuffles once more"),
+        (next_token(lambda p, kept, order: p * (kept > 0)[order]), "mask[order] is not the mask"),
+        (next_token(lambda p, kept, order: p), "top_p is not used"),
+        (next_token(lambda p, kept, order: torch.where(p.cumsum(-1) - p < 0.9, p, 0)),
+         "perhaps: the sum runs over the tokens from the most likely one down"),
+    ],
+    "vote": [
+        (vote(first, lambda counts: None), "an index is due here too"),
+        (vote(first, lambda counts: -1), "-1 is the last sample"),
+        (vote(first, lambda counts: max(counts)), "max of nothing fails"),
+        (vote(first, lambda counts: counts.most_common(1)[0]), "there is nothing to count"),
+        (vote(lambda answers, counts: list(counts).index(max(counts, key=counts.get)),
+              lambda counts: 0), "a place among the DIFFERENT answers"),
+        (vote(lambda answers, counts: max(counts.values()), lambda counts: 0), "how often"),
+        (leader, "the first to reach the top"),
+    ],
+    "pass_at_k": [
+        (lambda n, right, k: 1 - math.comb(n - right, k) // math.comb(n, k), "divide with `//`"),
+        (lambda n, right, k: 1 - math.comb(right, k) / math.comb(n, k), "those without a right"),
+    ],
+    "weighted_vote": [
+        (lambda answers, scores: scores.index(max(scores)), "the best single sample; add"),
+        (lambda answers, scores: answers.index(answers[scores.index(max(scores))]),
+         "the answer of the best single sample"),
+        (weighted_vote(lambda answers, scores, sums: list(sums).index(winner(sums))),
+         "a place among your sums"),
+        (weighted_vote(lambda answers, scores, sums: max(
+            (s, i) for i, (a, s) in enumerate(zip(answers, scores)) if a == winner(sums))[1]),
+         "its best sample"),
+        (weighted_vote(lambda answers, scores, sums: winner(sums)), "return the INDEX"),
+        (weighted_vote(lambda answers, scores, sums: answers.index(winner(sums)), winner),
+         "your sums are empty"),
+        (weighted_vote(lambda answers, scores, sums: answers.index(max(
+            zip(sums.values(), sums))[1])), "not the larger text"),
+        (weighted_vote(lambda answers, scores, sums: answers.index(sorted(
+            sums, key=sums.get)[-1])), "not the last"),
+        (leader, "the first to reach the top"),
+    ],
+    "grade": [
+        (grade(lambda a, g: abs(float(to_number(a)) - float(to_number(g))) < 0.1),
+         "perhaps: a tolerance accepts 18.0005"),
+        (grade(lambda a, g: abs(to_number(a) - to_number(g)) < 0.1), "a tolerance accepts 18.0005"),
+        (grade(lambda a, g: float(to_number(a)) == float(to_number(g))), "one number"),
+        (grade(lambda a, g: math.isclose(to_number(a), to_number(g))), "or math.isclose"),
+    ],
+    "wilson_interval": [
+        (wilson(lambda p, z2, n, by: around(
+            (p + z2 / 2 / n) / by, (z2 * (p * (1 - p) / n + z2 / (4 * n))) ** 0.5 / by)),
+         "with n squared"),
+        (wilson(lambda p, z2, n, by: around(
+            (p + z2 / 2 / n) / by, (z2 * (p * (1 - p) / n + z2 / 4 / n**2)) ** 0.5)),
+         "the half-width too is divided"),
+        (wilson(lambda p, z2, n, by: around(
+            p + z2 / 2 / n, (z2 * (p * (1 - p) / n + z2 / 4 / n**2)) ** 0.5 / by)),
+         "the centre too is divided"),
+        (wilson(lambda p, z2, n, by: around(
+            (p + z2 / 2 / n) / by, (p * (1 - p) / n + z2 / 4 / n**2) ** 0.5 / by)),
+         "the half-width takes z of them"),
+    ],
+    "roofline": [
+        (roofline(all_bytes, lambda work, read: read), "the reading's time alone"),
+        (roofline(lambda tokens, out, n, bits: (n * out + tokens * (n + out)) * bits / 8),
+         "only the weight is packed"),
+        (roofline(lambda tokens, out, n, bits: n * out * bits / 8 + 2 * tokens * n),
+         "the outputs, tokens * out_features"),
+    ],
+    "adapter_size": [
+        (sizes(lambda shapes, rank: len(shapes) * rank * (shapes[0][0] + shapes[0][1])),
+         "diagnosis: you take the first layer's shape for all of them"),
+    ],
+    "padded_batch": [(until_the_first_eos, "diagnosis: you mask behind the first eos")],
+    "train_adapter": [(training_with_gradients_for_all, "diagnosis: right numbers, but embedding")],
+    "tile_offsets": [
+        (lambda program, block, size: (at := program * block + torch.arange(block), at >= size),
+         "the mask is upside down"),
+        (lambda program, block, size: ((at := program * block + torch.arange(block))[at < size],
+                                       at < size), "it does not cut them"),
+    ],
+    "packed_dot": [(in_uint8, "wrap around below 0")],
+    "cache_size": [
+        (cache_size(lambda tokens, size, recent: max(0, tokens // size * size - recent)),
+         "leaves no whole groups"),
+        (cache_size(lambda tokens, size, recent: (tokens - recent) // size * size),
+         "not a negative number"),
+        (cache_size(lambda tokens, size, recent: whole_groups(tokens, 32, recent),
+                    lambda numbers, size: numbers // 32 * 4), "not always 32"),
+        (cache_size(whole_groups, lambda numbers, size: numbers // 8), "scales follow"),
+    ],
+    "mixed_batch": [
+        (place_of_the_base, "took the base's place"),
+        (into_a_copy, "y[rows] alone is a copy"),
+        (lambda x, weight, adapters, names: torch.stack([
+            x[i] @ weight.T + adapters[name][2] * (x[i] @ adapters[name][0].T)
+            @ adapters[name][1].T for i, name in enumerate(names)]), "None is no adapter's name"),
+    ],
+    "combine": [
+        (lambda adapters, weights: (
+            torch.cat([w * s * b for (_, b, s), w in zip(adapters, weights)], 1),
+            torch.cat([a for a, _, _ in adapters])), "let A carry them"),
+    ],
+    "kept_energy": [
+        (lambda b, a, rank: ((s := torch.linalg.svdvals(b @ a))[:rank].sum() / s.sum()).item()**2,
+         "you sum first"),
+        (lambda b, a, rank: torch.linalg.svdvals(b @ a)[:rank].square().sum().item(),
+         "asked is its share"),
+        (lambda b, a, rank: torch.linalg.svdvals(a @ b)[:rank].sum().item(), "B A, (out, r)"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name, mine, told", [
+    pytest.param(name, mine, told, id=f"{name}-{i}")
+    for name, answers in WRONG.items() for i, (mine, told) in enumerate(answers, 1)])
+def test_a_wrong_answer_is_told_what_is_wrong(name, mine, told, capsys):
+    assert check(name, mine) is not mine
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith(("    diagnosis: ", "    perhaps: ")) and told in line

@@ -1,0 +1,177 @@
+"""Training examples from rows of every format, chats above all."""
+
+import copy
+
+import pytest
+
+from qlora_lib.data.examples import FORMATS, make_examples, write_chat
+from qlora_lib.data.gsm8k import PROMPT
+from qlora_lib.data.tokens import IGNORE, encode, encode_prompt
+from qlora_lib.evaluation.extraction import extract_answer
+from tests.support.small_models import small_tokenizer
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 12 + 30?"},
+    {"role": "assistant", "content": "It is 42."},
+    {"role": "user", "content": "And 2 more?"},
+    {"role": "assistant", "content": "44."},
+]
+GSM8K = {"question": " 1 + 1? ", "answer": "1+1=<<1+1=2>>2\n#### 2"}
+METAMATH = {
+    "type": "GSM_Rephrased",
+    "query": "What is twice 21?",
+    "original_question": "What is 21 + 21?",
+    "response": "Twice 21 is 42.\n#### 42\nThe answer is: 42",
+}
+INSTRUCT = {
+    "source": "data/CoT/gsm_train.json",
+    "instruction": "3 + 4?",
+    "output": "3+4=7\nThe answer is 7",
+}
+
+
+def tokenizer(template=CHATML):
+    made = copy.deepcopy(small_tokenizer())
+    made.chat_template = template
+    return made
+
+
+def examples(*rows, template=CHATML, **kwargs):
+    named = [(f"line {i}", row) for i, row in enumerate(rows, 1)]
+    return make_examples(named, tokenizer(template), **kwargs)
+
+
+def supervised(example) -> str:
+    _, labels = encode(tokenizer(), example.data, 10**6)
+    return tokenizer().decode([label for label in labels if label != IGNORE])
+
+
+def whole(example) -> str:
+    return tokenizer().decode(encode(tokenizer(), example.data, 10**6)[0])
+
+
+@pytest.mark.parametrize(
+    "row, name, everything, learned",
+    [
+        ({"text": "Once upon a time."}, "text", "<s>Once upon a time.</s>", None),
+        ({"prompt": "Say: ", "completion": "hi"}, "prompt and completion", "<s>Say: hi</s>", "hi"),
+        (GSM8K, "GSM8K", "<s>Question: 1 + 1?\nAnswer:\n1+1=2\n#### 2</s>", "1+1=2\n#### 2"),
+        (METAMATH, "MetaMathQA", None, METAMATH["response"]),
+        (INSTRUCT, "MathInstruct", "<s>Question: 3 + 4?\nAnswer:\n" + INSTRUCT["output"] + "</s>",
+         INSTRUCT["output"]),
+    ],
+)  # fmt: skip
+def test_each_format_is_told_by_its_fields(row, name, everything, learned):
+    found, (example,) = examples(row | {"id": 3})
+    assert found == name
+    everything = everything or f"<s>{PROMPT.format(question=row['query'])}{learned}</s>"
+    assert whole(example) == everything
+    assert supervised(example) == (everything[3:] if learned is None else f"{learned}</s>")
+    if name in ("GSM8K", "MetaMathQA", "MathInstruct"):
+        assert extract_answer(example.data[1]) == {"GSM8K": 2, "MetaMathQA": 42}.get(name, 7)
+
+
+def test_notes_are_kept_on_demand():
+    assert examples(GSM8K, notes=True)[1][0].data[1] == GSM8K["answer"]
+
+
+def test_rephrasings_are_of_one_problem():
+    _, found = examples(METAMATH, METAMATH | {"query": "21 and 21 are?", "original_question": None})
+    assert found[0].problem == METAMATH["original_question"] in found[0].texts
+    assert found[1].problem == f"21 and 21 are?\n{METAMATH['response']}"
+
+
+def test_programs_are_left_out():
+    program = INSTRUCT | {"source": "data/PoT/gsm_gpt4.json", "output": "print(3 + 4)"}
+    assert [e.data[1] for e in examples(program, INSTRUCT)[1]] == [INSTRUCT["output"]]
+    with pytest.raises(ValueError, match="no row is left"):
+        examples(program)
+
+
+def test_a_chat_supervises_the_turns_of_the_assistant_and_their_end_tokens():
+    name, (example,) = examples({"messages": CHAT})
+    assert name == "chat"
+    want = tokenizer().apply_chat_template(CHAT, tokenize=False)
+    assert whole(example) == want and want.count("<s>") == 1  # the template's bos, no other
+    assert supervised(example) == "It is 42.</s>\n44.</s>\n"
+    assert example.texts == ("What is 12 + 30?", "It is 42.", "And 2 more?", "44.")
+    ids, labels = example.data
+    asked = tokenizer().apply_chat_template(CHAT[:2], add_generation_prompt=True)["input_ids"]
+    assert ids[: len(asked)] == asked and labels[: len(asked)] == [IGNORE] * len(asked)
+    assert labels[len(asked)] != IGNORE  # as when the model is asked, from the first token on
+
+
+def test_a_template_without_an_end_token_gets_one():
+    plain = CHATML.replace("{{ eos_token }}", "")
+    _, (example,) = examples({"messages": CHAT}, template=plain)
+    assert supervised(example) == "It is 42.\n44.\n</s>"
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("{{ bos_token }}", "")])
+def test_a_chat_is_learned_as_it_is_asked(template):
+    _, (example,) = examples({"messages": CHAT[:3]}, template=template)
+    ids, labels = example.data
+    asked = encode_prompt(tokenizer(template), write_chat(tokenizer(template), CHAT[:2], ask=True))
+    assert ids[: len(asked)] == asked and ids.count(tokenizer().bos_token_id) == 1
+    assert labels[: len(asked)] == [IGNORE] * len(asked) and labels[len(asked)] != IGNORE
+
+
+def bad_chat(*messages, **change):
+    return {"messages": [*messages] if messages else [CHAT[1] | change, CHAT[2]]}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "q"}, r"fields \['question'\]; expected those of one format: text; prompt"),
+        ({"text": "a", "prompt": "b", "completion": "c"}, "expected those of one format"),
+        ({"text": "  "}, "`text` should be a text that is not empty, got '  '"),
+        ({"prompt": "a", "completion": ""}, "`completion` should be"),
+        ({"text": "a \ud83d b"}, "half a surrogate pair, .*ud83d"),
+        ({"question": "a \ud83d b", "answer": "#### 1"}, "half a surrogate pair"),
+        ({"prompt": 3, "completion": "c"}, "`prompt` should be .* got 3"),
+        ({"question": "q", "answer": "no number"}, "#### N"),
+        ({"instruction": "Translate", "input": "Good morning", "output": "Bonjour"},
+         "`input` 'Good morning' would be lost.*write the row as prompt and completion"),
+        ({"messages": []}, "list of messages, got"),
+        ({"messages": "hello"}, "list of messages, got 'hello'"),
+        (bad_chat(content=""), "text `content` that is not empty"),
+        (bad_chat(content=[{"type": "image"}]), "text `content`"),
+        (bad_chat(content="a \udc00"), "half a surrogate pair"),
+        (bad_chat(role="human"), "a role .system, user, assistant."),
+        (bad_chat("hello"), "got 'hello'"),
+        (bad_chat(CHAT[1]), "end with the assistant's turn"),
+    ],
+)
+def test_bad_rows_are_named(row, message):
+    with pytest.raises(ValueError, match=f"line 1.*{message}"):
+        examples(row)
+
+
+def test_an_empty_input_is_none():
+    name, (example,) = examples({"instruction": "Say hi", "input": "", "output": "hi"})
+    assert name == "MathInstruct" and example.data[1] == "hi"
+    with pytest.raises(ValueError, match="there are no rows"):
+        examples()
+
+
+def test_formats_are_not_mixed():
+    with pytest.raises(ValueError, match="line 2 has the format 'text', but the file began with"):
+        examples(GSM8K, {"text": "a"})
+    assert len(FORMATS) == 6
+
+
+def test_templates_that_cannot_write_a_chat():
+    chat = {"messages": CHAT}
+    for template, message in (
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses it: roles must alternate"),
+        ("{{ messages | length }}" + CHATML, "otherwise once others follow"),
+    ):
+        with pytest.raises(ValueError, match=f"line 1: .*{message}"):
+            examples(chat, template=template)

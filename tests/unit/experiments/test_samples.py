@@ -1,0 +1,73 @@
+"""What is computed from stored samples, by hand on two problems; and the stored ones."""
+
+import json
+from itertools import combinations
+
+import pytest
+
+from experiments.samples import (
+    METHODS,
+    SAMPLES,
+    cost,
+    expected_at,
+    pick,
+    read_samples,
+    right_at,
+    verdicts,
+)
+
+ROWS = [
+    {
+        "gold": "12", "prompt_tokens": 50, "greedy": "12", "greedy_tokens": 40,
+        "answers": ["9", "12", None, "12"], "tokens": [40, 60, 100, 40],
+        "likelihood": [-0.1, -0.2, -0.3, -0.4], "verifier": [0.2, 0.3, 0.9, 0.4],
+    },
+    {
+        "gold": "7", "prompt_tokens": 70, "greedy": "8", "greedy_tokens": 20,
+        "answers": ["8", "7", "8", "8"], "tokens": [20, 20, 20, 20],
+        "likelihood": [-0.5, -0.2, -0.5, -0.5], "verifier": [0.1, 0.8, 0.2, 0.3],
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method, chosen, right",
+    [
+        ("majority", [1, 0], [True, False]),
+        ("likelihood", [0, 1], [False, True]),
+        ("verifier", [2, 1], [False, True]),
+        ("weighted", [1, 1], [True, True]),
+    ],
+)
+def test_what_each_method_takes_of_four_samples(method, chosen, right):
+    assert [pick(row, method, range(4)) for row in ROWS] == chosen
+    assert right_at(ROWS, method, 4) == right
+    assert expected_at(ROWS, method, 4) == sum(right) / 2
+
+
+def test_greedy_best_and_fewer_samples():
+    assert right_at(ROWS, "greedy", 1) == [True, False]
+    assert right_at(ROWS, "best", 1) == [False, False] and right_at(ROWS, "best", 2) == [True, True]
+    pairs = list(combinations(range(4), 2))
+    exact = [sum(any(verdicts(row)[i] for i in pair) for pair in pairs) / 6 for row in ROWS]
+    assert expected_at(ROWS, "best", 2) == pytest.approx(sum(exact) / 2)
+    assert right_at(ROWS, "majority", 1) == [False, False]
+    with pytest.raises(ValueError, match="no way to choose"):
+        pick(ROWS[0], "greedy", range(4))
+
+
+def test_the_cost_in_tokens():
+    assert cost(ROWS, "greedy", 1) == (90 + 90) / 2
+    assert cost(ROWS, "majority", 4) == 4 * ((50 + 60) + (70 + 20)) / 2
+    assert cost(ROWS, "verifier", 4) == 2 * cost(ROWS, "majority", 4) == cost(ROWS, "weighted", 4)
+
+
+def test_the_stored_samples_are_whole():
+    rows = read_samples()
+    stored = json.loads(SAMPLES.with_name("tiny-sampling.json").read_text())["test"]
+    assert len(rows) == stored["problems"] >= 1000
+    for row in rows:
+        lists = ("answers", "tokens", "likelihood", "verifier")
+        assert {len(row[name]) for name in lists} == {stored["samples"]}
+    eight = {m: sum(right_at(rows, m, 8)) for m in METHODS}
+    assert eight["best"] == max(eight.values())

@@ -1,0 +1,112 @@
+"""bitsandbytes' layout, written by hand from our NF4; test_bitsandbytes.py has the real one."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from qlora_lib.formats.bnb_checkpoint import _nf4_tensor, load_bnb_4bit
+from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.quant.nf4 import NF4_LEVELS, NF4Spec, NF4Tensor, dynamic_map, quantize_nf4
+from tests.support.lora_models import logits
+from tests.support.small_models import small_model, small_tokenizer
+from tests.support.tensors import PROPERTY, normal
+
+
+def as_bytes(described: dict) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+
+
+def layout(q: NF4Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of one weight, by what follows ".weight"."""
+    described = {"quant_type": "nf4", "blocksize": q.spec.block_size, "dtype": "bfloat16",
+                 "shape": list(q.shape)}  # fmt: skip
+    tensors = {"": q.codes.view(-1, 1), ".absmax": q.absmax, ".quant_map": torch.tensor(NF4_LEVELS)}
+    if q.spec.double_quant:
+        described |= {"nested_blocksize": 256, "nested_dtype": "float32",
+                      "nested_offset": q.offset.item()}  # fmt: skip
+        tensors |= {".nested_absmax": q.nested_absmax, ".nested_quant_map": dynamic_map()}
+    return tensors | {".quant_state.bitsandbytes__nf4": as_bytes(described)}
+
+
+@PROPERTY
+@given(
+    out=st.integers(1, 40),
+    features=st.integers(1, 90),
+    block=st.sampled_from([1, 2, 32, 64, 128]),
+    double_quant=st.booleans(),
+)
+def test_any_weight_is_read_to_the_bit(out, features, block, double_quant):
+    """Odd numbers of weights and blocks, blocks across rows, more than one nested block."""
+    q = quantize_nf4(normal(out, features, seed=out), block, double_quant)
+    again = _nf4_tensor(layout(q), q.shape)
+    assert again.spec == q.spec and torch.equal(again.codes, q.codes)
+    assert torch.equal(again.dequantize(), q.dequantize())
+
+
+@pytest.fixture(params=[True, False], ids=["double", "single"])
+def checkpoint(request, tmp_path):
+    """A model with biases, its folder in bitsandbytes' layout, tokenizer and all."""
+    model = small_model()
+    model.config.attention_bias = model.config.mlp_bias = True
+    for i, layer in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
+        if layer is not model.lm_head:
+            layer.bias = nn.Parameter(normal(layer.out_features, seed=i))
+    quantize_model(model, None, NF4Spec(double_quant=request.param), "nf4")
+    layers = quantized_layers(model)
+    packed = tuple(f"{path}." for path in layers)
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith(packed)}
+    state.pop("lm_head.weight")  # tied
+    for path, layer in layers.items():
+        state |= {f"{path}.weight{n}": t.clone() for n, t in layout(layer.quantized).items()}
+        state[f"{path}.bias"] = layer.bias
+    model.config.save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True,
+                                     "bnb_4bit_quant_type": "nf4"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return model, state, tmp_path
+
+
+def test_a_folder_gives_the_model_and_its_tokenizer(checkpoint):
+    model, _, folder = checkpoint
+    again, tokenizer = load_bnb_4bit(folder, "cpu", "fp32")
+    assert torch.equal(logits(again), logits(model))
+    assert tokenizer("12+30").input_ids == small_tokenizer()("12+30").input_ids
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_sharded_folder_gives_the_same(checkpoint):
+    model, state, folder = checkpoint
+    (folder / "model.safetensors").unlink()
+    names, index = sorted(state), {}
+    for i, part in enumerate((names[::2], names[1::2])):  # a layer's tensors are torn apart
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        save_file({n: state[n] for n in part}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    again, _ = load_bnb_4bit(folder, "cpu", "fp32")
+    assert torch.equal(logits(again), logits(model))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors does not exist"):
+        load_bnb_4bit(folder, "cpu", "fp32")
+
+
+def test_what_is_packed_must_be_a_linear_layer(checkpoint):
+    model, state, folder = checkpoint
+    embedding = "model.embed_tokens.weight"
+    weight = quantize_nf4(state.pop(embedding))
+    state |= {f"{embedding}{n}": t for n, t in layout(weight).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.embed_tokens is quantized, but is Embedding"):
+        load_bnb_4bit(folder, "cpu", "fp32")
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds no tensor .*nf4; is it a 4-bit checkpoint"):
+        load_bnb_4bit(folder, "cpu", "fp32")

@@ -1,0 +1,268 @@
+"""Checkpoints: to the bit, nothing half written, every damage named."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qlora_lib.base.files import atomic_folder
+from qlora_lib.lora.files import save_adapter
+from qlora_lib.lora.merge import merge_lora, unmerge_lora
+from qlora_lib.models import checkpoint
+from qlora_lib.models.checkpoint import QUANTIZATION, WEIGHTS, load_quantized, save_quantized
+from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.quant.grid import QuantSpec
+from tests.support.lora_models import adapted, base_of, files, logits, rewrite
+from tests.support.small_models import small_model, small_tokenizer
+from tests.support.tensors import normal
+
+KINDS = ["grid2", "grid3", "grid4", "grid8", "symmetric", "g_idx", "nf4", "nf4 single"]
+
+
+# --- quantized models -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_model_comes_back_to_the_bit(kind, tmp_path):
+    model = base_of(kind)
+    save_quantized(model, small_tokenizer(), tmp_path / "new" / "model")
+    again, tokenizer = load_quantized(tmp_path / "new" / "model", "cpu", "fp32")
+    ours, theirs = quantized_layers(model), quantized_layers(again)
+    assert ours.keys() == theirs.keys() and len(ours) == 14
+    for path, layer in ours.items():
+        a, b = layer.state_dict(), theirs[path].state_dict()
+        assert a.keys() == b.keys() and theirs[path].spec == layer.spec
+        assert all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    assert torch.equal(logits(again), logits(model))
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert tokenizer("Ava has 12").input_ids == small_tokenizer()("Ava has 12").input_ids
+    assert again.generation_config.eos_token_id == model.generation_config.eos_token_id
+
+
+def test_the_file_is_small_and_has_no_pickle(tmp_path):
+    model = base_of("grid4")
+    save_quantized(model, small_tokenizer(), tmp_path / "m")
+    dense = sum(p.numel() * 4 for p in small_model().model.layers.parameters())
+    packed = sum(layer.nbytes for layer in quantized_layers(model).values())
+    assert packed < 0.2 * dense
+    state = load_file(tmp_path / "m" / WEIGHTS)
+    assert "lm_head.weight" not in state  # tied: stored once
+    kept = sum(p.numel() * 4 for p in model.parameters())  # embeddings and norms
+    assert (tmp_path / "m" / WEIGHTS).stat().st_size < packed + kept + 20_000  # and a header
+    suffixes = {p.suffix for p in (tmp_path / "m").iterdir()}
+    assert suffixes <= {".safetensors", ".json", ".jinja", ".txt"}
+
+
+def test_untied_heads_are_stored_too(tmp_path):
+    model = small_model()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(normal(*model.lm_head.weight.shape))
+    quantize_model(model, None, QuantSpec(4, 16), "rtn")
+    save_quantized(model, small_tokenizer(), tmp_path / "m")
+    again, _ = load_quantized(tmp_path / "m", "cpu", "fp32")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_biases_are_stored_too(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    config = small_model().config
+    config.attention_bias = True
+    model = LlamaForCausalLM(config).eval()
+    for i, block in enumerate(model.model.layers):
+        block.self_attn.q_proj.bias.data = normal(64, seed=i)
+    quantize_model(model, None, QuantSpec(4, 16), "rtn")
+    save_quantized(model, small_tokenizer(), tmp_path / "m")
+    again, _ = load_quantized(tmp_path / "m", "cpu", "fp32")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_compute_dtype_leaves_the_packed_weights_alone(name, dtype, tmp_path):
+    model = base_of("nf4")
+    save_quantized(model, small_tokenizer(), tmp_path / "m")
+    again, _ = load_quantized(tmp_path / "m", "cpu", name)
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    for path, layer in quantized_layers(again).items():
+        assert torch.equal(layer.dequantize(), quantized_layers(model)[path].dequantize())
+    assert (logits(again).float() - logits(model)).abs().max() < 0.5
+
+
+def test_adapters_stay_out_of_the_base(tmp_path):
+    model = base_of("grid4")
+    base = logits(model)
+    adapted(model)
+    save_quantized(model, small_tokenizer(), tmp_path / "m")
+    assert not any("lora" in n or "base" in n for n in load_file(tmp_path / "m" / WEIGHTS))
+    again, _ = load_quantized(tmp_path / "m", "cpu", "fp32")
+    assert torch.equal(logits(again), base)
+
+
+@pytest.mark.parametrize("into", ["dense", "rtn"])
+def test_a_merged_model_is_saved_neither_as_base_nor_by_half(into, tmp_path):
+    """To write its base would drop the adapter without a word."""
+    model = base_of("grid4")
+    base = logits(model)
+    adapted(model, targets=("q_proj", "up_proj"))
+    merge_lora(model, into=into)
+    merged = logits(model)
+    message = "4 layers, model.layers.0.self_attn.q_proj first, .*unmerge_lora; .*unload=True"
+    with pytest.raises(ValueError, match=message):
+        save_quantized(model, small_tokenizer(), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+    unmerge_lora(model)
+    save_quantized(model, small_tokenizer(), tmp_path / "base")
+    assert torch.equal(logits(load_quantized(tmp_path / "base", "cpu", "fp32")[0]), base)
+    merge_lora(model, into=into, unload=True)  # dense layers among packed ones, or all packed
+    save_quantized(model, small_tokenizer(), tmp_path / "merged")
+    assert torch.equal(logits(load_quantized(tmp_path / "merged", "cpu", "fp32")[0]), merged)
+
+
+def test_a_model_without_quantized_layers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no layer is quantized; call quantize_model"):
+        save_quantized(small_model(), small_tokenizer(), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_quantized(base_of("grid4"), small_tokenizer(), tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_truncated_weights_are_named(saved, size):
+    data = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(data[:size])
+    with pytest.raises(ValueError, match="model.safetensors is truncated or corrupt"):
+        load_quantized(saved, "cpu", "fp32")
+
+
+def test_garbage_is_named(saved):
+    (saved / WEIGHTS).write_bytes(b"\xff" * 4096)
+    with pytest.raises(ValueError, match="model.safetensors is truncated or corrupt"):
+        load_quantized(saved, "cpu", "fp32")
+    (saved / QUANTIZATION).write_text('{"format": 1, "lay')
+    with pytest.raises(ValueError, match="quantization.json is not valid JSON"):
+        load_quantized(saved, "cpu", "fp32")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, QUANTIZATION])
+def test_missing_files_are_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist; is this the right"):
+        load_quantized(saved, "cpu", "fp32")
+
+
+def test_a_newer_format_is_refused(saved):
+    rewrite(saved, QUANTIZATION, lambda d: d.update(format=99))
+    with pytest.raises(ValueError, match="has format 99, newer than 1; upgrade"):
+        load_quantized(saved, "cpu", "fp32")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_missing_and_unexpected_tensors_are_named(saved, name):
+    state = load_file(saved / WEIGHTS)
+    whole = dict(state)
+    state.pop(name)
+    save_file(state, saved / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"missing.*{name}"):
+        load_quantized(saved, "cpu", "fp32")
+    save_file({**whole, "model.extra": torch.ones(2)}, saved / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not expected.*model.extra"):
+        load_quantized(saved, "cpu", "fp32")
+
+
+@pytest.mark.parametrize("part", ["codes", "scale", "zero_point"])
+def test_missing_parts_of_a_layer_are_named(saved, part):
+    state = load_file(saved / WEIGHTS)
+    state.pop(f"model.layers.1.mlp.up_proj.{part}")
+    save_file(state, saved / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.layers.1.mlp.up_proj.*{part}"):
+        load_quantized(saved, "cpu", "fp32")
+
+
+def test_codes_of_another_shape_are_named(saved):
+    state = load_file(saved / WEIGHTS)
+    name = "model.layers.1.mlp.up_proj.codes"
+    state[name] = state[name][:, :-1].contiguous()
+    save_file(state, saved / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="up_proj"):
+        load_quantized(saved, "cpu", "fp32")
+
+
+# --- saving -----------------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
+    before = files(saved)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_quantized(base_of("grid2"), small_tokenizer(), saved)
+    monkeypatch.undo()
+    tokenizer = small_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)  # after the weights
+    with pytest.raises(OSError, match="disk full"):
+        save_quantized(base_of("grid2"), tokenizer, saved)
+    assert files(saved) == before
+    assert [p.name for p in saved.parent.iterdir()] == ["m"]  # no scratch folder either
+
+
+def test_a_failed_rename_puts_the_old_checkpoint_back(saved, monkeypatch):
+    before, rename = files(saved), os.rename
+
+    def fail(src, dst, **kwargs):
+        if str(src).endswith(".part"):
+            raise OSError("no permission")
+        return rename(src, dst, **kwargs)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no permission"):
+        save_quantized(base_of("grid2"), small_tokenizer(), saved)
+    monkeypatch.undo()
+    assert files(saved) == before
+
+
+def test_saving_again_replaces_the_whole_folder(saved):
+    model = base_of("grid2")
+    save_quantized(model, small_tokenizer(), saved)
+    assert torch.equal(logits(load_quantized(saved, "cpu", "fp32")[0]), logits(model))
+    assert [p.name for p in saved.parent.iterdir()] == ["m"]
+
+
+def test_a_folder_with_other_files_is_not_replaced(saved, tmp_path):
+    """An adapter saved over its base, or into somebody's folder, would delete what is there."""
+    model, before = adapted(base_of("grid4")), files(saved)
+    with pytest.raises(ValueError, match="m holds other files; give a folder of its own"):
+        save_adapter(model, saved)
+    assert files(saved) == before
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("dear diary")
+    for save in (
+        lambda: save_adapter(model, home),
+        lambda: save_quantized(model, small_tokenizer(), home),
+    ):
+        with pytest.raises(ValueError, match="home holds other files"):
+            save()
+    assert files(home) == {"thesis.txt": b"dear diary"}
+    (tmp_path / "empty").mkdir()
+    save_adapter(model, tmp_path / "empty")  # an empty folder is fine
+
+
+def test_leftovers_of_a_killed_save_do_not_matter(tmp_path):
+    for name in ("m.part", "m.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    with atomic_folder(tmp_path / "m", "done") as scratch:
+        (scratch / "done").write_text("")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert files(tmp_path / "m") == {"done": b""}

@@ -1,0 +1,235 @@
+"""Loading: folders, GGUF files, what is refused, and what an error tells to do."""
+
+import json
+import shlex
+import shutil
+
+import pytest
+import torch
+
+from qlora_lib.base.hashes import weights_id
+from qlora_lib.models import gguf_files
+from qlora_lib.models import load as loading
+from qlora_lib.models.gguf_files import gguf_file
+from qlora_lib.models.load import load_model
+from tests.support.small_models import small_model, small_tokenizer
+
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    small_model().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "model")
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def test_a_folder_is_read_in_the_compute_dtype(folder):
+    model, tokenizer = load_model(str(folder), "cpu", "fp32")
+    assert not model.training and torch.equal(logits(model), logits(small_model()))
+    assert tokenizer.pad_token_id == 0
+    model, _ = load_model(folder, "cpu", "bf16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def run_command(error) -> None:
+    """Run the `python -c` command that an error ends with, in this process."""
+    python, option, code = shlex.split(str(error.value).splitlines()[-1])
+    assert (python, option) == ("python", "-c")
+    exec(code, {})
+
+
+def test_pickled_weights_are_refused_and_the_command_converts_them(folder):
+    """transformers would read them by itself."""
+    state = small_model().state_dict()
+    state.pop("lm_head.weight")  # tied
+    for name, path in (("pytorch_model.bin", folder), ("model.pth", folder / "model.pth")):
+        (folder / "model.safetensors").unlink()
+        torch.save(state, folder / name)
+        with pytest.raises(ValueError, match="is a pickle.*not read here") as error:
+            load_model(path, "cpu", "fp32")
+        assert f"{folder / name} is a pickle" in str(error.value)
+        run_command(error)
+        (folder / name).unlink()
+        assert torch.equal(logits(load_model(folder, "cpu", "fp32")[0]), logits(small_model()))
+
+
+def test_weights_that_do_not_fit_are_value_errors(folder, caplog):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ValueError, match="tensors of other shapes than its config.json says"):
+        load_model(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated or corrupt .*; get them again"):
+        load_model(folder)
+
+
+def test_safetensors_are_taken_even_beside_pickled_ones(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert torch.equal(logits(load_model(folder, "cpu", "fp32")[0]), logits(small_model()))
+
+
+def test_what_is_no_dense_model_is_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def refused(message, kind=ValueError):
+        with pytest.raises(kind, match=message):
+            load_model(folder, "cpu", "fp32")
+
+    state = load_file(folder / "model.safetensors")
+    lost = state.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    refused("lacks 1 of the model's tensors, such as model.layers.1.mlp.up_proj.weight")
+    save_file({**state, "model.layers.1.mlp.up_proj.weight": lost}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    for quantized in ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}):
+        (folder / "config.json").write_text(json.dumps(config | quantized))
+        if quantized:
+            refused(r"quantized already \(gptq\).*import_gptq")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    refused("names no end token")
+    (folder / "config.json").unlink()
+    refused("holds no model; name a folder with config.json", FileNotFoundError)
+    (tmp_path / "empty").mkdir()
+    folder = tmp_path / "empty"
+    refused("empty holds no model", FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("You are trying to access a gated repo.\nMake sure", "after a request.*hf auth login"),
+        ("We couldn't connect to 'the hub' to load the files", "can't be reached"),
+        ("x/y is not a local folder and is not a valid model identifier", "no such folder here"),
+        ("x/y does not appear to have a file named model.safetensors", "has no safetensors"),
+        ("Something else.\nMore", r"Something else\. A local"),
+    ],
+)
+def test_errors_of_the_hub_are_explained(monkeypatch, text, reason):
+    from transformers import AutoConfig
+
+    def fail(path):
+        raise OSError(text)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(FileNotFoundError, match=f"x/y could not be loaded: .*?{reason}") as error:
+        load_model("x/y", "cpu", "fp32")
+    assert "A local folder or a GGUF file does instead: MODEL=, --model" in str(error.value)
+
+
+def test_the_signs_are_in_the_words_of_transformers():
+    from inspect import getsource
+
+    from transformers import modeling_utils
+    from transformers.utils import hub
+
+    words = getsource(hub) + getsource(modeling_utils)
+    assert all(sign in words for sign in loading.REASONS if sign != ".safetensors")
+    assert "does not appear to have a file named" in words  # and then the name
+
+
+def test_only_safetensors_are_asked_of_the_hub(monkeypatch, made):
+    from transformers import AutoModelForCausalLM
+
+    asked = {}
+    real = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.update(k) or real(*a, **k)
+    )
+    load_model(made, "cpu", "fp32")
+    assert asked["use_safetensors"] is True
+
+
+# --- GGUF ----------------------------------------------------------------------------------
+
+
+def write_gguf(path, without: str = "") -> None:
+    """The small model as llama.cpp's converter would write it, in fp32; a tensor may be left out."""
+    gguf = pytest.importorskip("gguf")
+    model, tokenizer = small_model(), small_tokenizer()
+    config, merges = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_token_list(vocabulary)
+    kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(vocabulary) - 3)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in merges["merges"]])
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name in ("lm_head.weight", without):  # tied
+            continue
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp pairs a rotation's rows otherwise
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            halves = tensor.reshape(heads, 2, -1, tensor.shape[1])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_gives_the_model_and_its_tokenizer(tmp_path):
+    pytest.importorskip("accelerate")
+    file = tmp_path / "small.gguf"
+    write_gguf(file)
+    for path in (file, tmp_path):  # the file, and the folder that holds only it
+        assert gguf_file(path) == file
+    model, tokenizer = load_model(tmp_path, "cpu", "fp32")
+    torch.testing.assert_close(logits(model), logits(small_model()), rtol=1e-4, atol=1e-4)
+    special = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert special == (0, 1, 2)
+    text = "Ava has 12 apples.\n"
+    assert tokenizer.encode(text, add_special_tokens=False) == small_tokenizer().encode(text)
+    model.save_pretrained(tmp_path / "saved")  # an ordinary dense model
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load_model(tmp_path / "saved", "cpu", "fp32")[0]), logits(model))
+    assert weights_id(file) == weights_id(tmp_path) != str(file)
+    write_gguf(file, without="model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match="lacks 1 of the model's tensors, such as model.layers.1"):
+        load_model(file, "cpu", "fp32")
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="small.gguf could not be read.*damaged"):
+        load_model(file, "cpu", "fp32")
+
+
+def test_which_gguf_file(tmp_path, monkeypatch):
+    assert gguf_file("a/hub-id") is None and gguf_file(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="there is no file .*missing.gguf"):
+        gguf_file(tmp_path / "missing.gguf")
+    (tmp_path / "a.gguf").touch()
+    monkeypatch.setattr(gguf_files, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install gguf accelerate"):
+        load_model(tmp_path)
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ValueError, match=r"several GGUF files \(a.gguf, b.gguf\)"):
+        gguf_file(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert gguf_file(tmp_path) is None

@@ -1,0 +1,189 @@
+"""NF4 by its definition; test_bitsandbytes.py compares the bytes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_lib.quant import nf4
+from qlora_lib.quant.nf4 import (
+    NESTED_BLOCK,
+    NF4_LEVELS,
+    NF4Spec,
+    dynamic_map,
+    nf4_codes,
+    nf4_formula,
+    quantize_nf4,
+)
+from tests.support.tensors import PROPERTY, default_dtype, normal, relative
+
+LEVELS = torch.tensor(NF4_LEVELS)
+
+
+def test_the_formula_gives_the_published_table():
+    assert (nf4_formula() - torch.tensor(NF4_LEVELS, dtype=torch.float64)).abs().max() < 2e-7
+    assert len(set(NF4_LEVELS)) == 16 and sorted(NF4_LEVELS) == list(NF4_LEVELS)
+    assert NF4_LEVELS[7] == 0 and NF4_LEVELS[0] == -1 and NF4_LEVELS[15] == 1
+
+
+def test_dynamic_map_has_the_documented_shape():
+    levels = dynamic_map()
+    assert levels.shape == (256,) and levels.unique().numel() == 256
+    assert torch.equal(levels, levels.sort().values)
+    assert levels.max() == 1 and (levels == 0).sum() == 1
+    # symmetric, but for the 1.0 that has no -1.0
+    without = levels[(levels != 0) & (levels != 1)]
+    assert torch.equal(without, -without.flip(0))
+
+
+@PROPERTY
+@given(
+    out=st.integers(1, 9),
+    inner=st.integers(1, 40),
+    block_size=st.sampled_from([4, 16, 64]),
+    double_quant=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_each_weight_gets_its_nearest_level(out, inner, block_size, double_quant, seed):
+    """Any shape, odd ones and blocks across rows too, against a search over all levels."""
+    w = normal(out, inner, seed=seed, std=0.02)
+    q = quantize_nf4(w, block_size, double_quant)
+    assert q.codes.dtype == torch.uint8 and q.codes.shape == (-(-w.numel() // 2),)
+    codes = nf4_codes(q)
+    assert codes.shape == w.shape
+    for start in range(0, w.numel(), block_size):
+        block = w.flatten()[start : start + block_size]
+        distance = (block[:, None] / block.abs().max() - LEVELS).abs()  # (block, 16)
+        chosen = distance.gather(1, codes.flatten()[start : start + block_size, None].long())
+        assert (chosen[:, 0] <= distance.amin(1) + 1e-7).all()
+
+
+@PROPERTY
+@given(
+    out=st.integers(1, 9),
+    inner=st.integers(1, 40),
+    block_size=st.sampled_from([4, 16, 64]),
+    seed=st.integers(0, 10**6),
+)
+def test_dequantize_is_level_times_absmax(out, inner, block_size, seed):
+    w = normal(out, inner, seed=seed)
+    q = quantize_nf4(w, block_size, double_quant=False)
+    d, codes = q.dequantize(), nf4_codes(q)
+    absmax = torch.stack([b.abs().max() for b in w.flatten().split(block_size)])
+    assert torch.equal(q.absmax, absmax)
+    scales = absmax.repeat_interleave(block_size)[: w.numel()].view(w.shape)
+    assert torch.equal(d, LEVELS[codes.long()] * scales)
+    # the largest weight of each block is kept exactly
+    assert torch.equal(d.abs() == w.abs(), (w.abs() == scales) | (d.abs() == w.abs()))
+    assert (d.abs() == scales).sum() >= absmax.numel()
+
+
+def test_the_first_weight_is_in_the_high_nibble():
+    q = quantize_nf4(torch.tensor([[1.0, -1.0, 0.0, 1.0]]), 4)
+    assert q.codes.tolist() == [0xF0, 0x7F]
+
+
+def test_zeros_are_exact():
+    w = normal(8, 64)
+    w[2] = 0  # whole blocks of zeros: absmax 0
+    w[:, 5] = 0
+    d = quantize_nf4(w, 16, double_quant=False).dequantize()
+    assert torch.isfinite(d).all() and (d[2] == 0).all() and (d[:, 5] == 0).all()
+    assert (quantize_nf4(torch.zeros(4, 64)).dequantize() == 0).all()
+    # under double quantization a zero weight is zero still: its level is 0
+    assert (quantize_nf4(w, 16).dequantize()[:, 5] == 0).all()
+
+
+def test_constant_rows():
+    for value in (0.3, -0.3, 1e-6, 1e4):
+        d = quantize_nf4(torch.full((4, 64), value)).dequantize()
+        assert (d - value).abs().max() <= 1e-6 * abs(value)
+
+
+def test_tiny_weights_keep_their_relative_error():
+    """The absmax is fp32 and has no floor."""
+    for std in (1.0, 1e-4, 1e-6, 1e-20):
+        w = normal(32, 64, std=std)
+        assert relative(quantize_nf4(w).dequantize().double(), w.double()) < 0.1
+
+
+def test_double_quantization_takes_the_mean_off_first():
+    w = normal(64, 512, std=0.02)  # 512 blocks: two nested ones
+    q, single = quantize_nf4(w), quantize_nf4(w, double_quant=False)
+    assert q.absmax.dtype == torch.uint8 and q.nested_absmax.shape == (512 // NESTED_BLOCK,)
+    assert q.offset == single.absmax.mean()
+    centred = (single.absmax - q.offset).view(-1, NESTED_BLOCK)
+    assert torch.equal(q.nested_absmax, centred.abs().amax(1))
+    # decoded scales: off by at most half the widest gap of the map, times the nested absmax
+    gap = dynamic_map().diff().max() / 2
+    error = (q.block_scales() - single.absmax).view(-1, NESTED_BLOCK).abs()
+    assert (error <= gap * q.nested_absmax[:, None] * 1.001).all()
+    assert relative(q.block_scales(), single.absmax) < 2e-3
+    assert torch.equal(q.codes, single.codes)  # the weights' own codes do not see it
+
+
+def test_last_nested_block_may_be_short():
+    w = normal(67, 64 * 5)  # 335 blocks = 256 + 79
+    q = quantize_nf4(w)
+    assert q.nested_absmax.shape == (2,) and q.absmax.shape == (335,)
+    single = quantize_nf4(w, double_quant=False).absmax
+    assert relative(q.block_scales(), single) < 5e-3
+
+
+def test_bits_per_weight():
+    w = normal(1024, 1024, std=0.02)
+    q = quantize_nf4(w)
+    # 4 + 8/64 + 32/(64 * 256), and one fp32 offset a matrix
+    assert q.nbytes == w.numel() // 2 + 16384 + 4 * 64 + 4
+    assert abs(q.bits_per_weight - 4.127) < 1e-4
+    assert quantize_nf4(w, double_quant=False).bits_per_weight == 4.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    w = normal(8, 64).to(dtype)
+    q = quantize_nf4(w)
+    assert torch.equal(q.codes, quantize_nf4(w.float()).codes)
+    assert torch.equal(q.dequantize(dtype), q.dequantize().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_bit(dtype):
+    """Levels are fp32, and made once: what the default was at that time would stay."""
+    w = normal(8, 64)
+    want = quantize_nf4(w)
+    dense = want.dequantize()
+    tables = nf4._level_pairs, nf4._nested_levels
+    try:
+        for table in tables:
+            table.cache_clear()
+        with default_dtype(dtype):
+            got = quantize_nf4(w)
+            assert got.dequantize().dtype == dynamic_map().dtype == torch.float32
+        assert torch.equal(got.codes, want.codes) and torch.equal(got.absmax, want.absmax)
+        assert torch.equal(got.dequantize(), dense)  # from the tables made above
+    finally:
+        for table in tables:
+            table.cache_clear()
+
+
+def test_on_normal_weights_it_beats_the_uniform_grid_of_its_size():
+    """Relative error on N(0, 1), blocks of 64: 0.092 for NF4, 0.107 for 15 even levels."""
+    w = normal(256, 256)
+    blocks = w.view(-1, 64)
+    step = blocks.abs().amax(1, keepdim=True) / 7
+    uniform = ((blocks / step).round() * step).view_as(w)
+    assert abs(relative(quantize_nf4(w).dequantize(), w) - 0.092) < 0.002
+    assert relative(quantize_nf4(w).dequantize(), w) < 0.9 * relative(uniform, w)
+
+
+def test_bad_input_is_named():
+    w = normal(4, 64)
+    w[0, 0] = float("nan")
+    w[1, 1] = float("inf")
+    with pytest.raises(ValueError, match="2 NaN or Inf"):
+        quantize_nf4(w)
+    with pytest.raises(ValueError, match="block_size=0 must be positive"):
+        NF4Spec(0)
+    with pytest.raises(ValueError, match=r"floating-point matrix.*\(64,\)"):
+        quantize_nf4(torch.zeros(64))

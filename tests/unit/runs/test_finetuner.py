@@ -1,0 +1,254 @@
+"""Finetuner: each method trains what it says, keeps the best, and gives back what it saved."""
+
+import json
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlora_lib.lora.inject import inject_lora, set_adapter, trainable_parameters
+from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.quant.nf4 import NF4Spec
+from qlora_lib.runs.finetuner import Finetuner, read_examples, tensorboard
+from qlora_lib.train.config import TrainConfig
+from tests.support.small_models import PAIRS, small_model, small_tokenizer
+
+CONFIG = TrainConfig(epochs=2, batch_size=8, lr=5e-3, max_length=128, compute_dtype="fp32",
+                     progress=False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    small_model().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def tuner(base, method, folder=None, **options):
+    options = ({} if method == "full" else {"rank": 4}) | options
+    return Finetuner(base, method=method, folder=folder, compute_dtype="fp32", **options)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_method_learns_and_what_it_saved_answers_the_same(base, tmp_path, method):
+    mine, seen = tuner(base, method, tmp_path / "run"), []
+    history = mine.fit(PAIRS, config=CONFIG, callback=[seen.append, lambda metrics: None])
+    assert seen == history.steps and len(history.dev) == 2
+    assert history.losses[-1] < history.losses[0]
+    lines = (tmp_path / "run" / "training" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [s["step"] for s in history.steps]
+    assert not (tmp_path / "run" / "trial").exists()
+    result = mine.save()
+    assert (result / ("model" if method == "full" else "adapter")).is_dir()
+    model, tokenizer = Finetuner.load(tmp_path / "run", compute_dtype="fp32")
+    assert bool(quantized_layers(model)) == (method == "qlora") and not model.training
+    ids = torch.tensor([tokenizer.encode(PAIRS[3][0])])
+    with torch.inference_mode():
+        # The order of sums may follow where a tensor lies in memory.
+        assert torch.allclose(model(ids).logits, mine.model.eval()(ids).logits, rtol=0, atol=1e-5)
+    (said,) = mine.generate([PAIRS[3][0]], max_new_tokens=4)
+    assert said.tokens <= 4
+
+
+def test_what_trains_is_what_the_method_says(base):
+    full, lora, qlora = (tuner(base, method) for method in ("full", "lora", "qlora"))
+    every = sum(p.numel() for p in full.model.parameters())
+    assert sum(p.numel() for p in trainable_parameters(full.model).values()) == every
+    for one in (lora, qlora):
+        assert all("lora_" in name for name in trainable_parameters(one.model))
+    assert {str(q.spec) for q in
+            (layer.quantized for layer in quantized_layers(qlora.model).values())} == {str(NF4Spec())}
+
+
+def test_the_parameters_of_the_lowest_dev_loss_are_kept(base):
+    """Dev contradicts train: what helps both comes first, then the contradiction is learned."""
+    mine, states = tuner(base, "lora"), []
+
+    def remember(metrics):
+        if "dev_loss" in metrics:
+            trained = trainable_parameters(mine.model)
+            states.append({n: p.detach().clone() for n, p in trained.items()})
+
+    train, dev = ([(p, digit) for p, _ in PAIRS] for digit in "12")
+    history = mine.fit(train, dev, replace(CONFIG, epochs=6, lr=0.03), remember)
+    losses = [loss for _, loss in history.dev]
+    best = losses.index(min(losses))
+    assert best < len(losses) - 1, f"the last is the best, nothing is shown: {losses}"
+    for name, p in trainable_parameters(mine.model).items():
+        assert torch.equal(p, states[best][name])
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run_before_its_first_step(base, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    mine, steps = tuner(base, "lora", tmp_path / "file" / "run"), []
+    with pytest.raises(ValueError, match="can't hold the result .*; name another folder"):
+        mine.fit(PAIRS, config=CONFIG, callback=steps.append)
+    assert steps == []
+
+
+def test_a_trial_that_reads_back_too_little_stops_the_run(base, tmp_path, monkeypatch):
+    mine = tuner(base, "lora", tmp_path)
+    monkeypatch.setattr(mine, "_write", lambda folder: folder.mkdir())
+    with pytest.raises(ValueError, match="only 0 were read back"):
+        mine.fit(PAIRS, config=CONFIG)
+
+
+def test_a_module_that_is_handed_over(base):
+    model, tokenizer = small_model(), small_tokenizer()
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        Finetuner(model)
+    mine = Finetuner(model, tokenizer, "qlora", rank=2)
+    assert mine.model is model and quantized_layers(model)
+    for method in ("full", "lora"):
+        with pytest.raises(ValueError, match="the model is quantized"):
+            Finetuner(model, tokenizer, method)
+
+
+@pytest.mark.parametrize("default", ["other", None])
+def test_beside_another_adapter_the_new_one_is_trained_and_used(default, tmp_path):
+    """Whatever the model's default was: the tuner's adapter is it now, and after loading."""
+    ids = torch.tensor([small_tokenizer().encode(PAIRS[3][0])])
+
+    def two():
+        model = small_model()
+        inject_lora(model, rank=2, adapter="other")
+        set_adapter(model, default)
+        return model
+
+    mine = Finetuner(two(), small_tokenizer(), "lora", tmp_path, adapter="new", rank=4)
+    history = mine.fit(PAIRS, config=CONFIG)
+    assert history.losses[-1] < history.losses[0]
+    mine.save()
+    model, _ = Finetuner.load(tmp_path, two(), small_tokenizer())
+    with torch.inference_mode():
+        got, want = model(ids).logits, mine.model.eval()(ids).logits
+        assert torch.allclose(got, want, rtol=0, atol=1e-5)
+        assert not torch.allclose(got, small_model()(ids).logits, rtol=0, atol=1e-2)
+
+
+def test_the_result_of_a_module_loads_on_that_module_alone(tmp_path):
+    mine = Finetuner(small_model(), small_tokenizer(), "lora", tmp_path, rank=2)
+    mine.save()
+    with pytest.raises(ValueError, match="handed over as a module; give model="):
+        Finetuner.load(tmp_path)
+    model, _ = Finetuner.load(tmp_path, small_model(), small_tokenizer())
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+        Finetuner.load(tmp_path, model, small_tokenizer())
+
+
+def test_a_dense_base_is_quantized_as_the_tuner_did(tmp_path):
+    tokenizer = small_tokenizer()
+    mine = Finetuner(small_model(), tokenizer, "qlora", tmp_path, rank=2)
+    mine.save()
+    model, _ = Finetuner.load(tmp_path, small_model(), tokenizer)
+    ids = torch.tensor([tokenizer.encode(PAIRS[3][0])])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, mine.model.eval()(ids).logits)
+    base = small_model()
+    quantize_model(base, None, NF4Spec(), "nf4", target_modules="all")
+    specs = [layer.spec for layer in quantized_layers(base).values()]
+    model, _ = Finetuner.load(tmp_path, base, tokenizer)  # quantized already: taken as it is
+    assert [layer.spec for layer in quantized_layers(model).values()] == specs
+    other = Finetuner(model, tokenizer, "qlora", tmp_path / "other", adapter="b", rank=2)
+    other.save()
+    with pytest.raises(ValueError, match="was trained on a quantized base; give that one"):
+        Finetuner.load(tmp_path / "other", small_model(), tokenizer)
+
+
+def test_a_relative_base_is_found_from_elsewhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    tuner(base.name, "lora", tmp_path / "run").save()
+    monkeypatch.chdir(tmp_path)
+    assert Finetuner.load(tmp_path / "run", compute_dtype="fp32")
+
+
+def test_a_rank_a_layer_takes_one_alpha():
+    rank = {"model.layers.0.self_attn.q_proj": 2}
+    mine = Finetuner(small_model(), small_tokenizer(), "lora", rank=rank, alpha=4)
+    assert len(trainable_parameters(mine.model)) == 2
+    with pytest.raises(ValueError, match="a rank a layer needs one alpha"):
+        Finetuner(small_model(), small_tokenizer(), "lora", rank=rank)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"method": "dora"}, "method='dora'; expected one of full, lora, qlora"),
+    ({"method": "full", "rank": 4}, "'rank'.* are LoRA's"),
+    ({"method": "lora", "rank": 0}, "rank=0 must be at least 1"),
+])
+def test_wrong_settings(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Finetuner(small_model(), small_tokenizer(), **wrong)
+
+
+def test_examples_of_every_kind(tmp_path):
+    tokenizer = small_tokenizer()
+    pairs = [("a\n", "b"), ("c\n", "d")]
+    assert read_examples(pairs, tokenizer) == pairs
+    rows = [{"prompt": p, "completion": c} for p, c in pairs]
+    assert read_examples(rows, tokenizer) == pairs
+    assert read_examples(["a", "b"], tokenizer) == [("", "a"), ("", "b")]
+    assert read_examples([([1, 2], [-100, 2])], tokenizer) == [([1, 2], [-100, 2])]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_examples(file, tokenizer) == read_examples(str(file), tokenizer) == pairs
+
+
+@pytest.mark.parametrize("examples, message", [
+    ([], "there are no examples"),
+    ([("a", "b"), "c"], "example 2 is a text, the first a pair of texts"),
+    ([{"text": "a"}, {"prompt": "a", "completion": "b"}], "example 2 has the format"),
+    ([{"text": "a"}, {"txt": "a"}], r"example 2 has the fields \['txt'\]"),
+    ([("a", "b", "c")], "example 1 is tuple, the first unknown"),
+    ([3], "example 1 is int"),
+    ([{"text": " "}], "`text` should be a text that is not empty"),
+])
+def test_wrong_examples_are_named(examples, message):
+    with pytest.raises(ValueError, match=message):
+        read_examples(examples, small_tokenizer())
+
+
+def test_a_broken_line_is_named(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
+    with pytest.raises(ValueError, match="line 3 is not JSON"):
+        read_examples(file, small_tokenizer())
+    with pytest.raises(FileNotFoundError, match="there is no .*none.jsonl"):
+        read_examples(tmp_path / "none.jsonl", small_tokenizer())
+
+
+def test_one_example_needs_a_dev_set(base):
+    with pytest.raises(ValueError, match="can't be split; give a dev set"):
+        tuner(base, "lora").fit(PAIRS[:1], config=CONFIG)
+
+
+def test_tensorboard_gets_each_number_at_its_step(monkeypatch, tmp_path):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    tensorboard(tmp_path)({"step": 3, "loss": 1.5, "lr": 0.1, "grad_norm": None, "epoch": 0})
+    assert written == [("loss", 1.5, 3), ("lr", 0.1, 3)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        tensorboard(tmp_path)
