@@ -91,17 +91,27 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
 
 
-def write_json_atomic(path: Path, obj: Any) -> None:
-    """Write beside `path`, then rename: a reader or a kill never meets half a file.
+@contextmanager
+def whole_file(path: Path | str):
+    """A scratch path beside `path`, to be written within the block; then it takes its place.
 
-    Raises ValueError for NaN and Inf, which JSON does not know.
+    A reader, or a kill at any moment, meets the old file or the new one, never half of one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
-        part.write_text(text + "\n", encoding="utf-8")
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path | str, obj: Any) -> None:
+    """Write `obj` as indented JSON, whole or not at all.
+
+    Raises ValueError for NaN and Inf, which JSON does not know.
+    """
+    text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
+    with whole_file(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
