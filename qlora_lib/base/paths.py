@@ -3,7 +3,10 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "data"  # the bundled files
+# The bundled files. A wheel has none: then those of the working directory, if it is the course's.
+DATA = (ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()) / "data"
+# What an error adds where they are missing
+BUNDLED = "comes with the course's repository, not with the package alone: work in a clone"
 
 
 def short_path(path: Path) -> str:

@@ -8,7 +8,7 @@ import math
 from decimal import Decimal
 from pathlib import Path
 
-from ..base.paths import DATA, short_path
+from ..base.paths import BUNDLED, DATA, short_path
 from .gsm8k import GoldError
 from .rows import read_jsonl
 
@@ -68,13 +68,17 @@ def load_minigsm(split: str, folder: str | Path | None = None) -> list[dict[str,
     """mini-GSM's "train", "dev" or "test", bundled under data/minigsm.
 
     "test_changed" and "test_larger" are test problems with other numbers, line by line.
+    Raises FileNotFoundError where they are not, ValueError for an unknown split.
     """
     if split not in MINIGSM_SPLITS:
         raise ValueError(
             f"mini-GSM has the splits train, dev and test, and test with other numbers as "
             f"test_changed and test_larger, not {split!r}"
         )
-    return read_jsonl(Path(folder or DATA / "minigsm") / f"{split}.jsonl")
+    path = Path(folder or DATA / "minigsm") / f"{split}.jsonl"
+    if folder is None and not path.is_file():
+        raise FileNotFoundError(f"there is no {short_path(path)}; mini-GSM {BUNDLED}")
+    return read_jsonl(path)
 
 
 def load_training_set(name: str) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from ..base import processes
 from ..base.devices import default_device, dtype_name, resolve_dtype
 from ..base.files import check_place, read_json, write_json_atomic
 from ..base.hashes import weights_id
-from ..base.paths import DATA, ROOT, short_path
+from ..base.paths import DATA, short_path
 from ..base.stamp import stamp
 from ..data.calibration import calibration_hash
 from ..data.sources import TRAINING_SETS
@@ -224,7 +224,7 @@ def keep_result(profile: str, part: str, model, facts: dict, seed: int) -> Path:
     """Write `facts` and a stamp to data/results/<profile>-<part>.json; for random weights to
     outputs/<profile>, where nothing is mistaken for a result. Returns the path."""
     is_random = random_weights(model)
-    folder = ROOT / "outputs" / profile if is_random else DATA / "results"
+    folder = DATA.parent / "outputs" / profile if is_random else DATA / "results"
     path = folder / f"{profile}-{part}.json"
     made = {"random_weights": is_random, "model": short_path(Path(model.config._name_or_path))}
     write_json_atomic(path, made | facts | {"stamp": stamp(seed)})

