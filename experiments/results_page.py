@@ -1,0 +1,390 @@
+"""Makes docs/RESULTS.md: `python -m experiments.results_page`, whenever a record has changed.
+
+Every number of the page is read or computed from data/results, and so is what its sentences
+claim: a claim that the records do not bear, or a row whose counts are not those of its verdicts,
+stops it with a ValueError.
+"""
+
+import json
+import textwrap
+from itertools import combinations
+from pathlib import Path
+
+from qlora_lib.base.files import whole_file
+from qlora_lib.base.paths import DATA, ROOT
+from qlora_lib.base.statistics import mcnemar, wilson
+
+RESULTS, PAGE = DATA / "results", ROOT / "docs" / "RESULTS.md"
+WIDTHS = (8, 4, 3, 2)  # bits
+COLUMNS = [f"{method}_{{}}bit_{group}" for group in ("row", "64") for method in ("gptq", "rtn")]
+WIDTHS_HEAD = ("bits", "one scale a row: GPTQ", "round to nearest", "64 weights a scale: GPTQ",
+               "round to nearest")  # fmt: skip
+FINE_TUNED = {
+    "base": "the base, in GSM8K's format",
+    "base_3shot": "the base, three solved examples before the question",
+    "base_bare_question": "the base, the bare question",
+    "base_statement":
+        "the base, the question without its last sentence (its pretraining's wording)",
+    "lora_attention_r16": "LoRA on the dense base, r=16 on q, k, v, o",
+    "lora_all_r32": "LoRA on the dense base, r=32 on all seven linears",
+    "qlora_attention_r16": "QLoRA on a 4-bit GPTQ base, r=16 on q, k, v, o",
+    "qlora_all_r8": "QLoRA on a 4-bit GPTQ base, r=8 on all seven linears",
+    "qlora_all_r32": "QLoRA on a 4-bit GPTQ base, r=32 on all seven linears",
+}
+MERGES = {
+    "dense": "into dense weights from the dequantized base: exact",
+    "rtn": "and rounded to nearest again",
+    "gptq": "and quantized with GPTQ again",
+    "original": "into the original, never quantized weights: another model",
+}
+# (label, dtype, tokens, with backward, our layer)
+LAYERS = [
+    ("bf16, 1 token (`decoding_layout`)", "bfloat16", 1, False, "ours, decoding_layout"),
+    ("bf16, 32 tokens (`decoding_layout`)", "bfloat16", 32, False, "ours, decoding_layout"),
+    ("bf16, 256 tokens", "bfloat16", 256, False, "ours, 4-bit grid"),
+    ("fp32, 1 token", "float32", 1, False, "ours, 4-bit grid"),
+    ("fp32, 32 tokens", "float32", 32, False, "ours, 4-bit grid"),
+    ("fp32, 256 tokens, with backward", "float32", 256, True, "ours, 4-bit grid"),
+]
+
+
+def recorded(name: str) -> dict:
+    """A record, with its rows' counts and intervals compared with their verdicts."""
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    check_scores(found, name)
+    return found
+
+
+def check_scores(part: dict | list, where: str) -> None:
+    """Raises ValueError unless each score in `part`, at whatever depth, agrees with itself: a
+    verdict ("0" or "1") a question in `right`, and the counts and intervals that follow."""
+    if isinstance(part, dict):
+        if isinstance(part.get("right"), str):
+            exact = part["right"].count("1")
+            prefix = "strict_" if "strict_correct" in part else ""
+            counted = len(part["right"]), exact, *wilson(exact, part["n"])
+            stated = part["n"], part[prefix + "correct"], *part[prefix + "interval"]
+            if any(abs(a - b) > 1e-12 for a, b in zip(counted, stated)):
+                raise ValueError(f"{where}: its verdicts give {counted}, it states {stated}")
+    inside = part.items() if isinstance(part, dict) else enumerate(part)
+    for name, value in inside:
+        if isinstance(value, (dict, list)):
+            check_scores(value, f"{where}, {name}")
+
+
+def claim(holds: bool, text: str) -> str:
+    """`text`; ValueError when the records say otherwise."""
+    if not holds:
+        raise ValueError(f"the records do not bear this out any more: {text!r}")
+    return text
+
+
+def prose(text: str) -> str:
+    """`text` as a paragraph with lines of at most 100 characters."""
+    return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False, break_long_words=False)
+
+
+def table(head, rows) -> str:
+    """A table of Markdown; cells are texts."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def percent(score: dict, mode: str = "strict") -> str:
+    """Exact match in %, with its 95% interval."""
+    low, high = score[f"{mode}_interval"]
+    return f"{100 * score[mode]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def made(*stamps: dict) -> str:
+    """When and where rows were measured, from their stamps."""
+    days = sorted({stamp["date"] for stamp in stamps})
+    threads = sorted({stamp["threads"] for stamp in stamps})
+    device, version = stamps[0]["device"].replace("cpu", "CPU"), stamps[0]["torch"]
+    several = "s" if threads != [1] else ""
+    return prose(
+        f"*{' to '.join(dict.fromkeys((days[0], days[-1])))}, {device} with "
+        f"{' or '.join(map(str, threads))} thread{several}, torch {version}, seed "
+        f"{stamps[0]['seed']}*"
+    )
+
+
+def span(values, digits: int = 2) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def p_value(a: dict, b: dict) -> float:
+    """McNemar's test of two rows on the same questions."""
+    pairs = list(zip(a["right"], b["right"], strict=True))
+    return mcnemar(pairs.count(("1", "0")), pairs.count(("0", "1")))
+
+
+def fine_tuning() -> str:
+    rows = recorded("tiny-accuracy")
+    scores = {label: rows[name] for name, label in FINE_TUNED.items()}
+    n = {score["n"] for score in scores.values()}
+    best = max(rows[name]["flexible"] for name in FINE_TUNED if name.startswith("base"))
+    trained = {name: rows[name]["training"]["trained_parameters"] for name in FINE_TUNED
+               if "training" in rows[name]}  # fmt: skip
+    few, many = rows["qlora_attention_r16"], rows["qlora_all_r8"]
+    return "\n\n".join([
+        "## Fine-tuning the tiny model",
+        prose(f"Exact match on the {n.pop():,} test problems of mini-GSM, in % with 95% intervals: "
+              "strict is the number after `####`, flexible the last number of the answer."),
+        table(("tiny profile", "strict `#### N`, %", "last number, %"),
+              [(label, percent(s), percent(s, "flexible")) for label, s in scores.items()]),
+        made(*(score["stamp"] for score in scores.values())),
+        prose(claim(rows["qlora_all_r32"]["strict"] >= max(0.8, best + 0.6),
+                    "Fine-tuning teaches what no prompt gets out of the base.")
+              + " One seed each, so a few points between two trained rows mean little. "
+              + claim(few["strict_interval"][1] < many["strict_interval"][0],
+                      "Where LoRA sits matters more than its rank:")
+              + f" r=8 on all seven linears trains {trained['qlora_all_r8']:,} parameters, "
+              f"r=16 on q, k, v, o {trained['qlora_attention_r16']:,}."),
+        prose("How they were obtained: the tiny model was pretrained on language and single "
+              "arithmetic steps only ([data card](../data/tiny-llama/README.md)); it never saw a "
+              "chain of two steps, nor a question with its answer. Train, dev and test of mini-GSM "
+              "share no numbers ([data](../data/README.md)). Greedy decoding, the prompt only as "
+              "input, every question in the denominator, Wilson intervals. Settings were chosen "
+              "on dev; the test set was used once. `make experiments` measures it again."),
+    ])  # fmt: skip
+
+
+def widths() -> str:
+    rows = recorded("tiny-accuracy")
+    cells = {bits: [rows["merged_" + column.format(bits)] for column in COLUMNS] for bits in WIDTHS}
+    beaten = [("3bit_row", "at 3 bits a row"), ("2bit_row", "at 2 bits a row"),
+              ("2bit_64", "at 2 bits in groups of 64")]  # fmt: skip
+    apart = all(
+        rows[f"merged_gptq_{name}"]["strict_interval"][0]
+        > rows[f"merged_rtn_{name}"]["strict_interval"][1]
+        for name, _ in beaten
+    )
+    return "\n\n".join([
+        "## Bits of the fine-tuned model",
+        prose("The adapter of notebook 04 (r=16 on all seven linears, [data/tiny-adapter]"
+              "(../data/README.md)) is merged and all linears are quantized again; strict, in %, "
+              f"the same {rows['merged_fp32']['n']:,} problems. In fp32: "
+              f"{percent(rows['merged_fp32'])}."),
+        table(WIDTHS_HEAD, [(str(bits), *map(percent, row)) for bits, row in cells.items()]),
+        made(*(score["stamp"] for row in cells.values() for score in row)),
+        prose(claim(apart, "GPTQ's intervals lie above those of rounding "
+                    + ", ".join(words for _, words in beaten) + ".")),
+    ])  # fmt: skip
+
+
+def merging() -> str:
+    record = recorded("tiny-merges")
+    rows = {row["method"]: row for row in record["rows"]}
+    tests = {pair: p_value(*(rows[name]["measured"] for name in pair))
+             for pair in combinations(MERGES, 2)}  # fmt: skip
+    least = min(tests, key=tests.get)
+    errors = [rows[name]["logit_error"] for name in ("dense", "rtn", "gptq")]
+    return "\n\n".join([
+        "## What merging costs",
+        prose("The same adapter, merged by `merge_lora` and `merge_into_original`: relative error "
+              "of the logits on dev problems, and strict exact match on the "
+              f"{rows['dense']['measured']['n']:,} test problems, in %."),
+        table(("merged", "logit error", "strict, %"), [
+            (label, f"{rows[name]['logit_error']:.1e}" if "logit_error" in rows[name]
+             else "not comparable", percent(rows[name]["measured"]))
+            for name, label in MERGES.items()
+        ]),
+        made(record["stamp"]),
+        prose("PEFT refuses to merge into a GPTQ base. In exact match "
+              + claim(tests[least] > 0.05 / len(tests), "no two rows differ beyond chance")
+              + f": of McNemar's tests of the {len(tests)} pairs, the least p is "
+              f"{tests[least]:.3f} ({' and '.join(least)}), where {len(tests)} looks ask for "
+              f"{0.05 / len(tests):.4f}; "
+              + claim(min(errors[1:]) > 1e4 * errors[0], "in logits they differ by orders of "
+                      "magnitude.")),
+    ])  # fmt: skip
+
+
+def real_model() -> str:
+    gsm8k, sizes = recorded("smollm2-gsm8k"), recorded("smollm2-perplexity")
+    before, after = gsm8k["base"], gsm8k["qlora"]
+    value = {name: row["wikitext2"] for name, row in sizes.items()}
+
+    def texts(how: str, bits: int) -> str:
+        return span([value[f"{how}_{bits}bit_64{text}"] for text in ("", "_text1", "_text2")])
+
+    p = p_value(before, after)
+    return "\n\n".join([
+        "## SmolLM2-135M-Instruct",
+        prose(f"On GSM8K, {before['n']} fixed test problems, strict: {percent(before)} % before and "
+              f"{percent(after)} % after {after['training']['steps']} QLoRA steps, "
+              + claim(p > 0.05, f"which {before['n']} questions cannot tell apart")
+              + f" (McNemar's p = {p:.2f}; [record](../data/results/smollm2-gsm8k.json); notebook "
+              "05 reads it)."),
+        made(before["stamp"], after["stamp"]),
+        prose("Its perplexity on the first 32,768 tokens of WikiText-2's test text, in windows of "
+              f"{sizes['fp32']['window']} ([record](../data/results/smollm2-perplexity.json)); in "
+              f"fp32 {value['fp32']:.2f}. The weights come from a file of 4-bit codes, so 8 and 4 "
+              "bits measure plumbing, 3 and 2 bits quality."),
+        table(WIDTHS_HEAD, [
+            (str(bits), *(f"{value[column.format(bits)]:,.2f}" for column in COLUMNS))
+            for bits in WIDTHS
+        ]),
+        made(*(row["stamp"] for row in sizes.values())),
+        prose("What goes beyond the paper, in groups of 64; the spans are over three calibration "
+              "texts:"),
+        table(("options", "2 bits", "3 bits"), [
+            ("the paper's", texts("gptq", 2), texts("gptq", 3)),
+            ("`weigh_columns`, `match_dense` and damping 0.05", texts("together", 2),
+             texts("together", 3)),
+            ("`refit_scales`", texts("refit", 2), f"{value['refit_3bit_64']:.2f} (one text)"),
+            ("`GPTQOptions.best()`, a damping a layer", f"{value['best_2bit_64']:.2f} (one text)",
+             "not measured"),
+            ("`GPTQOptions.best(match_dense=True)`",
+             f"{value['best_match_2bit_64']:.2f} (one text)", "not measured"),
+        ]),
+    ])  # fmt: skip
+
+
+def beside_gptqmodel() -> str:
+    record = recorded("gptq-quality")
+    rows, head = record["rows"], ("layer", "bits", "ours, the paper's", "ours, best", "damping")
+    best, plain, shown = [], [], []
+    for row in rows:
+        peer = [error for name, error in row["errors"].items() if name.startswith("GPTQModel")]
+        claim(len(peer) == 12, "twelve settings of GPTQModel")
+        plain.append(row["errors"]["ours, defaults"] / min(peer))
+        best.append(row["errors"]["ours, best"] / min(peer))
+        shown.append((row["layer"], str(row["bits"]), f"{plain[-1]:.2f}", f"{best[-1]:.2f}",
+                      f"{row['chosen_damping']:g}"))  # fmt: skip
+    return "\n\n".join([
+        "## Errors beside GPTQModel's",
+        prose(f"Four layers, three of them SmolLM2's, in groups of {rows[0]['group_size']}: the "
+              "error on unseen tokens, over that of the best of twelve settings of GPTQModel "
+              "([record](../data/results/gptq-quality.json); `python -m benchmarks.quality` "
+              "measures it again). Damping is what `GPTQOptions.best()` chose."),
+        table(head, shown),
+        made(record),
+        prose(claim(max(best) < 1, "`GPTQOptions.best()` leaves an error "
+                    f"{100 * (1 - max(best)):.0f} to {100 * (1 - min(best)):.0f}% below that of the "
+                    "best of GPTQModel's")
+              + "; " + claim(min(plain) > 1, "that of the defaults is "
+                             f"{100 * (min(plain) - 1):.0f} to {100 * (max(plain) - 1):.0f}% "
+                             "above it.")),
+    ])  # fmt: skip
+
+
+def solver() -> str:
+    record = recorded("bench-cpu")
+    rows = {(r["out"], r["in"], r["clip_search"]): r["seconds"] for r in record["solver"]}
+
+    def times(size: int, name: str, clip: bool = False) -> str:
+        seconds = rows[size, size, clip]
+        return f"{seconds[name]['median'] / seconds['ours']['median']:.1f}"
+
+    drift = [abs(d) for r in record["solver"]
+             for d in r.get("objective_over_reference", {}).values()]  # fmt: skip
+    return "\n\n".join([
+        "## GPTQ's solver",
+        prose("How many times as long others take, at 4 bits in groups of 64, medians of one run "
+              "([record](../data/results/bench-cpu.json), drawn in [bench-cpu.png]"
+              "(../data/results/bench-cpu.png)). "
+              + claim(max(drift) < 2e-5, "Objectives agree within 2e-5.")
+              + " `make bench` measures it again, with layers and training steps."),
+        table(("layer", "a plain column loop", "GPTQModel", "GPTQModel, both with clip search"), [
+            (f"{size} x {size}", times(size, "column loop"), times(size, "GPTQModel"),
+             times(size, "GPTQModel", True))
+            for size in (1024, 4096)
+        ]),
+        made(record),
+    ])  # fmt: skip
+
+
+def layers() -> str:
+    record, size = recorded("bench-layers"), 4096
+    found = {(r["dtype"], r["tokens"], r["backward"]): r["seconds"] for r in record["layers"]
+             if r["out"] == r["in"] == size}  # fmt: skip
+    rows = []
+    for label, *setting, ours in LAYERS:
+        seconds = found[tuple(setting)]
+        dense = seconds["F.linear"]["median"]
+        rows.append((label, *(f"{seconds[name]['median'] / dense:.2f}"
+                              for name in (ours, "bitsandbytes NF4"))))  # fmt: skip
+    token = found["float32", 1, False]
+    return "\n\n".join([
+        "## A packed layer",
+        prose(f"A layer of {size} x {size} (4 bits, groups of 128) beside bitsandbytes' NF4 layer, "
+              "on a CPU with AVX2 and no bf16 instructions: times over the dense layer's, medians "
+              "of 5 rounds ([record](../data/results/bench-layers.json), drawn in "
+              "[bench-layers.png](../data/results/bench-layers.png))."),
+        table(("", "ours", "bitsandbytes"), rows),
+        made(record),
+        prose("In fp32 bitsandbytes makes the whole layer dense in each call, and glibc maps those "
+              "64 MiB afresh. With memory that stays mapped (`MALLOC_MMAP_THRESHOLD_=1073741824 "
+              "MALLOC_TRIM_THRESHOLD_=4294967296`) its "
+              f"{1e3 * token['bitsandbytes NF4']['median']:.1f} ms for one token became 12.5 in a "
+              "run of its own, whose record was not kept: "
+              f"{0.0125 / token['F.linear']['median']:.1f} times the dense layer's."),
+    ])  # fmt: skip
+
+
+def steps() -> str:
+    record, wide = recorded("bench-step"), recorded("llama2-7b-shape-step")
+    step, streamed = record["step"], recorded("llama2-7b-shape-streaming")
+    names = {"ours": "ours", "peft": "PEFT over bitsandbytes", "dense": "ours, a dense base"}
+    gigabytes = [wide[part]["peak"] / 1e9 for part in ("measured_bytes", "predicted_bytes")]
+    return "\n\n".join([
+        "## Training steps and memory",
+        prose("One QLoRA step of a random model of SmolLM2's shape (NF4, fp32, 2 x 256 tokens, "
+              "checkpointing; [record](../data/results/bench-step.json), drawn in "
+              "[bench-step.png](../data/results/bench-step.png)):"),
+        table(("", "seconds, median", "peak of the process, GB"), [
+            (label, f"{step['seconds'][name]['median']:.2f}",
+             f"{step['peak_bytes'][name] / 1e9:.2f}")
+            for name, label in names.items()
+        ]),
+        made(record),
+        prose(f"Two QLoRA steps of {wide['blocks']} LLaMA-2-7B-wide blocks with random weights took "
+              f"{gigabytes[0]:.3f} GB where the ledger had predicted {gigabytes[1]:.3f} (fp32, "
+              "CPU; [record](../data/results/llama2-7b-shape-step.json); `python -m "
+              "experiments.step` measures it again)."),
+        made(wide["stamp"]),
+        prose("GPTQ block by block (`--stream`) at LLaMA-2-7B's width took "
+              f"{streamed['peak_anonymous_bytes'] / 1e9:.1f} GB and "
+              f"{streamed['seconds_a_block']:.0f} s a block, with "
+              f"{streamed['calibration_tokens']:,} tokens, on {streamed['cores']} busy cores "
+              "([record](../data/results/llama2-7b-shape-streaming.json))."),
+        made(streamed["stamp"]),
+    ])  # fmt: skip
+
+
+OPENING = """\
+# Results
+
+Made by `python -m experiments.results_page` from [data/results](../data/README.md): change that
+script, not this page. Accuracies come with n and a 95% interval.
+
+A 3.5-million parameter model shows that a method works and by how much; it says nothing about how
+well LLaMA-2-7B will do."""
+CLOSING = """\
+## Recorded, and shown elsewhere
+
+| record | shown in |
+|---|---|
+| `tiny-cache.json`, `smollm2-cache.json`: keys and values in 8, 4 and 2 bits | [06](../notebooks/06_int4_kernels.ipynb) |
+| `tiny-adapters-*.json`, `tiny-serving.json`: tasks, ranks, learning rates, epochs, sums, averages, throughput | [07](../notebooks/07_adapters_at_work.ipynb) |
+| `tiny-sampling.json`, `tiny-samples.jsonl`, `tiny-temperatures.jsonl`: votes and the verifier | [08](../notebooks/08_sampling_and_verifiers.ipynb) |"""
+
+
+def page() -> str:
+    """The whole page. Raises ValueError when a record contradicts itself or a sentence."""
+    for path in RESULTS.glob("*.json"):
+        recorded(path.stem)
+    parts = (fine_tuning, widths, merging, real_model, beside_gptqmodel, solver, layers, steps)
+    return "\n\n".join([OPENING, *(part() for part in parts), CLOSING]) + "\n"
+
+
+def main(out: Path = PAGE) -> None:
+    with whole_file(out) as part:
+        part.write_text(page(), encoding="utf-8")
+    print(f"wrote {out.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
