@@ -9,7 +9,6 @@ import torch
 
 from qlora_lib.base.hashes import weights_id
 from qlora_lib.models import gguf_files
-from qlora_lib.models import load as loading
 from qlora_lib.models.gguf_files import gguf_file
 from qlora_lib.models.load import load_model
 from tests.support.small_models import small_model, small_tokenizer
@@ -131,15 +130,33 @@ def test_errors_of_the_hub_are_explained(monkeypatch, text, reason):
     assert "A local folder or a GGUF file does instead: MODEL=, --model" in str(error.value)
 
 
-def test_the_signs_are_in_the_words_of_transformers():
-    from inspect import getsource
-
-    from transformers import modeling_utils
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        ("GatedRepoError", "after a request.*hf auth login"),
+        ("RepositoryNotFoundError", "no such folder here"),
+        ("LocalEntryNotFoundError", "can't be reached"),
+    ],
+)
+def test_what_transformers_makes_of_the_hub_s_errors_is_understood(monkeypatch, error, reason):
+    """Raised where it asks the hub, so that the words which are looked for are its own."""
+    from huggingface_hub import errors
     from transformers.utils import hub
 
-    words = getsource(hub) + getsource(modeling_utils)
-    assert all(sign in words for sign in loading.REASONS if sign != ".safetensors")
-    assert "does not appear to have a file named" in words  # and then the name
+    kind = getattr(errors, error)
+
+    def fail(*args, **kwargs):
+        raise kind.__new__(kind, "refused")  # its __init__ wants the hub's answer
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(FileNotFoundError, match=f"x/y could not be loaded: .*?{reason}"):
+        load_model("x/y", "cpu", "fp32")
+
+
+def test_a_folder_without_weights_is_said_to_have_no_safetensors(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="could not be loaded: it has no safetensors"):
+        load_model(folder, "cpu", "fp32")
 
 
 def test_only_safetensors_are_asked_of_the_hub(monkeypatch, made):
