@@ -15,6 +15,7 @@ from qlora_lib.base.paths import DATA, ROOT
 from qlora_lib.base.statistics import mcnemar, wilson
 
 RESULTS, PAGE = DATA / "results", ROOT / "docs" / "RESULTS.md"
+STAMPED = ("device", "torch", "seed", "date", "command")
 WIDTHS = (8, 4, 3, 2)  # bits
 COLUMNS = [f"{method}_{{}}bit_{group}" for group in ("row", "64") for method in ("gptq", "rtn")]
 WIDTHS_HEAD = ("bits", "one scale a row: GPTQ", "round to nearest", "64 weights a scale: GPTQ",
@@ -49,8 +50,10 @@ LAYERS = [
 
 
 def recorded(name: str) -> dict:
-    """A record, with its rows' counts and intervals compared with their verdicts."""
-    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    """A record, stamped, with its rows' counts and intervals compared with their verdicts."""
+    text = (RESULTS / f"{name}.json").read_text(encoding="utf-8")
+    claim(all(f'"{key}":' in text for key in STAMPED), f"{name} has {', '.join(STAMPED)}")
+    found = json.loads(text)
     check_scores(found, name)
     return found
 
@@ -61,9 +64,10 @@ def check_scores(part: dict | list, where: str) -> None:
     if isinstance(part, dict):
         if isinstance(part.get("right"), str):
             exact = part["right"].count("1")
-            prefix = "strict_" if "strict_correct" in part else ""
-            counted = len(part["right"]), exact, *wilson(exact, part["n"])
-            stated = part["n"], part[prefix + "correct"], *part[prefix + "interval"]
+            prefix, share = ("strict_", "strict") if "strict" in part else ("", "accuracy")
+            counted = len(part["right"]), exact, exact / part["n"], *wilson(exact, part["n"])
+            stated = (part["n"], part[prefix + "correct"], part[share],
+                      *part[prefix + "interval"])  # fmt: skip
             if any(abs(a - b) > 1e-12 for a, b in zip(counted, stated)):
                 raise ValueError(f"{where}: its verdicts give {counted}, it states {stated}")
     inside = part.items() if isinstance(part, dict) else enumerate(part)
@@ -81,7 +85,8 @@ def claim(holds: bool, text: str) -> str:
 
 def prose(text: str) -> str:
     """`text` as a paragraph with lines of at most 100 characters."""
-    return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False, break_long_words=False)
+    text = " ".join(text.split())
+    return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
 
 
 def table(head, rows) -> str:
@@ -212,8 +217,8 @@ def real_model() -> str:
     p = p_value(before, after)
     return "\n\n".join([
         "## SmolLM2-135M-Instruct",
-        prose(f"On GSM8K, {before['n']} fixed test problems, strict: {percent(before)} % before and "
-              f"{percent(after)} % after {after['training']['steps']} QLoRA steps, "
+        prose(f"On GSM8K, {before['n']} fixed test problems, strict: {percent(before)} % before "
+              f"and {percent(after)} % after {after['training']['steps']} QLoRA steps, "
               + claim(p > 0.05, f"which {before['n']} questions cannot tell apart")
               + f" (McNemar's p = {p:.2f}; [record](../data/results/smollm2-gsm8k.json); notebook "
               "05 reads it)."),
@@ -262,8 +267,8 @@ def beside_gptqmodel() -> str:
         table(head, shown),
         made(record),
         prose(claim(max(best) < 1, "`GPTQOptions.best()` leaves an error "
-                    f"{100 * (1 - max(best)):.0f} to {100 * (1 - min(best)):.0f}% below that of the "
-                    "best of GPTQModel's")
+                    f"{100 * (1 - max(best)):.0f} to {100 * (1 - min(best)):.0f}% below that of "
+                    "the best of GPTQModel's")
               + "; " + claim(min(plain) > 1, "that of the defaults is "
                              f"{100 * (min(plain) - 1):.0f} to {100 * (max(plain) - 1):.0f}% "
                              "above it.")),
@@ -340,8 +345,8 @@ def steps() -> str:
             for name, label in names.items()
         ]),
         made(record),
-        prose(f"Two QLoRA steps of {wide['blocks']} LLaMA-2-7B-wide blocks with random weights took "
-              f"{gigabytes[0]:.3f} GB where the ledger had predicted {gigabytes[1]:.3f} (fp32, "
+        prose(f"Two QLoRA steps of {wide['blocks']} LLaMA-2-7B-wide blocks with random weights "
+              f"took {gigabytes[0]:.3f} GB where the ledger had predicted {gigabytes[1]:.3f} (fp32, "
               "CPU; [record](../data/results/llama2-7b-shape-step.json); `python -m "
               "experiments.step` measures it again)."),
         made(wide["stamp"]),
@@ -354,6 +359,27 @@ def steps() -> str:
     ])  # fmt: skip
 
 
+def serving() -> str:
+    record = recorded("tiny-serving")
+    setting, bases = record["setting"], record["bases"]
+    least = min(row["speedup"]["median"] for row in bases.values())
+    return "\n\n".join([
+        "## Many adapters on one base",
+        prose(f"{setting['requests']} requests for {setting['adapters']} random adapters of rank "
+              f"{setting['rank']} on the tiny model, {setting['new_tokens']} new tokens each: "
+              "tokens a second in one batch that mixes them and in one batch an adapter, medians "
+              f"of {setting['turns']} turns ([record](../data/results/tiny-serving.json))."),
+        table(("base", "mixed", "one batch an adapter", "times as fast: median [least, most]"), [
+            (base, *(f"{row['tokens_per_second'][way]:,.0f}"
+                     for way in ("mixed", "one batch an adapter")),
+             "{median:.2f} [{least:.2f}, {most:.2f}]".format(**row["speedup"]))
+            for base, row in bases.items()
+        ]),
+        made(record["stamp"]),
+        prose(claim(least >= 1.3, "Over either base the mixed batch is clearly faster.")),
+    ])  # fmt: skip
+
+
 OPENING = """\
 # Results
 
@@ -362,22 +388,28 @@ script, not this page. Accuracies come with n and a 95% interval.
 
 A 3.5-million parameter model shows that a method works and by how much; it says nothing about how
 well LLaMA-2-7B will do."""
-CLOSING = """\
-## Recorded, and shown elsewhere
+ELSEWHERE = [
+    ("`tiny-cache.json`, `smollm2-cache.json`: keys and values in 8, 4 and 2 bits",
+     "06_int4_kernels"),
+    ("`tiny-adapters-*.json`: tasks, ranks, learning rates, epochs, sums, averages",
+     "07_adapters_at_work"),
+    ("`tiny-sampling.json`, `tiny-samples.jsonl`, `tiny-temperatures.jsonl`: votes, the verifier",
+     "08_sampling_and_verifiers"),
+]  # fmt: skip
 
-| record | shown in |
-|---|---|
-| `tiny-cache.json`, `smollm2-cache.json`: keys and values in 8, 4 and 2 bits | [06](../notebooks/06_int4_kernels.ipynb) |
-| `tiny-adapters-*.json`, `tiny-serving.json`: tasks, ranks, learning rates, epochs, sums, averages, throughput | [07](../notebooks/07_adapters_at_work.ipynb) |
-| `tiny-sampling.json`, `tiny-samples.jsonl`, `tiny-temperatures.jsonl`: votes and the verifier | [08](../notebooks/08_sampling_and_verifiers.ipynb) |"""
+
+def elsewhere() -> str:
+    rows = [(what, f"[{name[:2]}](../notebooks/{name}.ipynb)") for what, name in ELSEWHERE]
+    return "## Recorded, and shown elsewhere\n\n" + table(("record", "shown in"), rows)
 
 
 def page() -> str:
     """The whole page. Raises ValueError when a record contradicts itself or a sentence."""
     for path in RESULTS.glob("*.json"):
         recorded(path.stem)
-    parts = (fine_tuning, widths, merging, real_model, beside_gptqmodel, solver, layers, steps)
-    return "\n\n".join([OPENING, *(part() for part in parts), CLOSING]) + "\n"
+    parts = (fine_tuning, widths, merging, real_model, beside_gptqmodel, solver, layers, steps,
+             serving, elsewhere)  # fmt: skip
+    return "\n\n".join([OPENING, *(part() for part in parts)]) + "\n"
 
 
 def main(out: Path = PAGE) -> None:

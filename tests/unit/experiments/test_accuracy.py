@@ -53,9 +53,7 @@ def test_without_an_adapter_it_says_what_to_give(argv, capsys, tmp_path):
     assert "merged_fp32 needs an adapter in elsewhere; give another folder" in capsys.readouterr().err
 
 
-def test_every_width_has_both_methods_and_both_granularities():
-    assert len(WIDTHS) == 17 and WIDTHS["merged_fp32"] is None
-    method, spec = WIDTHS["merged_rtn_2bit_row"]
-    assert (method, spec.bits, spec.group_size) == ("rtn", 2, None)
-    method, spec = WIDTHS["merged_gptq_8bit_64"]
-    assert (method, spec.bits, spec.group_size) == ("gptq", 8, 64)
+@pytest.mark.parametrize("name", [name for name in WIDTHS if name != "merged_fp32"])
+def test_a_row_is_named_after_what_is_quantized_and_how(name):
+    method, spec = WIDTHS[name]
+    assert name == f"merged_{method}_{spec.bits}bit_{spec.group_size or 'row'}"

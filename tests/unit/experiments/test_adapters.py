@@ -8,12 +8,9 @@ from experiments.adapters import (
     ADAPTERS,
     EPOCHS,
     FOUR,
-    PARTS,
     RESULTS,
-    SHARDS,
     SHORT,
     STEPS,
-    WEIGHTS,
     Table,
     adapter_folder,
     load_four,
@@ -62,38 +59,7 @@ def test_a_steps_memory_holds_gradients_and_moments_and_more_for_a_larger_batch(
     assert many > 2 * one > 2 * 3 * trained
 
 
-def leaves(row):
-    """The scores in a row, at whatever depth."""
-    if isinstance(row, dict):
-        if "right" in row:
-            yield row
-        for value in row.values():
-            yield from leaves(value)
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_recorded_scores_agree_with_their_verdicts(part):
-    scores = list(leaves(stored(part)))
-    assert scores
-    for row in scores:
-        assert len(row["right"]) == row["n"] >= 100 and row["right"].count("1") == row["correct"]
-        assert tuple(row["interval"]) == wilson(row["correct"], row["n"])
-        assert row["accuracy"] == row["correct"] / row["n"]
-    made = json.loads((RESULTS / f"tiny-adapters-{part}.json").read_text())["stamp"]
-    assert {"seed", "date", "command", "torch"} <= made.keys()
-
-
-def test_the_record_is_whole():
-    rows = stored("tasks")
-    for task in FOUR:
-        assert rows[f"{task} on {task}"]["accuracy"] >= 0.8
-        others = [rows[f"{adapter} on {task}"]["accuracy"] for adapter in ("base", *FOUR)
-                  if adapter != task]
-        assert max(others) < 0.5
-    grid = {tuple(map(float, key.split())) for key in stored("mixing")}
-    assert grid == {(a, b) for a in WEIGHTS for b in WEIGHTS}
-    assert set(stored("methods")) == {"full", "lora", "qlora"}
-    assert {"cat", "svd", "linear", *(f"shard {i}" for i in range(SHARDS))} < set(stored("federated"))
+def test_the_recorded_rank_search_is_read():
     found = read_rank_search(RESULTS / "tiny-adapters-ranks.json")
     assert sorted(c.rank for c in [*found.candidates, *found.stopped]) == [1, 2, 4, 8, 16, 32]
     assert all(len(c.by_seed) == 2 for c in found.candidates)

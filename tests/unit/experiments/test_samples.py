@@ -1,13 +1,11 @@
 """What is computed from stored samples, by hand on two problems; and the stored ones."""
 
-import json
 from itertools import combinations
 
 import pytest
 
 from experiments.samples import (
     METHODS,
-    SAMPLES,
     cost,
     expected_at,
     pick,
@@ -62,12 +60,8 @@ def test_the_cost_in_tokens():
     assert cost(ROWS, "verifier", 4) == 2 * cost(ROWS, "majority", 4) == cost(ROWS, "weighted", 4)
 
 
-def test_the_stored_samples_are_whole():
-    rows = read_samples()
-    stored = json.loads(SAMPLES.with_name("tiny-sampling.json").read_text())["test"]
-    assert len(rows) == stored["problems"] >= 1000
-    for row in rows:
-        lists = ("answers", "tokens", "likelihood", "verifier")
-        assert {len(row[name]) for name in lists} == {stored["samples"]}
-    eight = {m: sum(right_at(rows, m, 8)) for m in METHODS}
-    assert eight["best"] == max(eight.values())
+@pytest.mark.parametrize("method", METHODS)
+def test_no_way_to_choose_beats_the_best_of_the_samples(method):
+    rows = read_samples()[:200]
+    found, best = right_at(rows, method, 8), right_at(rows, "best", 8)
+    assert any(found) and not any(got and not could for got, could in zip(found, best))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from experiments import sampling as long
-from experiments.samples import SAMPLES, read_samples, right_at, verdicts
+from experiments.samples import SAMPLES, read_samples, verdicts
 
 
 @pytest.fixture
@@ -45,24 +45,19 @@ def test_the_chosen_temperature_has_most_right_majorities_and_of_equals_is_the_l
 
 
 def test_a_stored_point_is_measured_again():
-    """24 test problems, greedy and eight samples each, by today's code on this machine.
+    """Eight samples of 24 test problems, by today's code on this machine.
 
-    Another processor or number of threads tips GPTQ's ties: two recorded runs of the recipe
-    differ in 161 of 1,000 greedy verdicts, so in 10 or more of 24 once in 300 times. Other
-    weights would differ in about 18. The share of right samples is that of 192 draws a run, of
-    those that are done by 64 tokens: the few longer ones would take as long again.
+    Another processor or number of threads tips GPTQ's ties, and with them single answers, so what
+    is compared is the share of right samples: of 192 draws a run, of those that are done by 64
+    tokens (the few longer ones would take as long again). It stays within 0.15; rounded to
+    nearest, or without its adapter, the model is further away.
     """
     stored = read_samples(SAMPLES)[:24]
     settings = json.loads(SAMPLES.with_name("tiny-sampling.json").read_text())["test"]
-    profile = long.load_profile("tiny")
+    profile = replace(long.load_profile("tiny"), max_new_tokens=64)
     model, tokenizer = long.load_generator(profile)
     entries = profile.examples("test")[:24]
-    _, greedy = long.ask(model, tokenizer, profile, entries, 0.0, 1, 0)
-    answers = [long.text_answer(g[0]) for g in greedy]
-    now = [a == row["gold"] for a, row in zip(answers, stored)]
-    assert sum(a != b for a, b in zip(now, right_at(stored, "greedy", 1))) < 10
-    temperature, short = settings["temperature"], replace(profile, max_new_tokens=64)
-    _, groups = long.ask(model, tokenizer, short, entries, temperature, 8, 5)
+    _, groups = long.ask(model, tokenizer, profile, entries, settings["temperature"], 8, 5)
     right = [s.finished and long.text_answer(s) == row["gold"]
              for group, row in zip(groups, stored) for s in group]
     before = [ok and tokens <= 64 for row in stored

@@ -1,6 +1,5 @@
-"""The throughput measurement, on a random model; and what it recorded, read again."""
+"""The throughput measurement, on a random model."""
 
-import json
 
 import pytest
 
@@ -29,14 +28,3 @@ def test_answers_that_differ_stop_the_measurement(monkeypatch):
     names = experiments.random_adapters(model, count=2, rank=2)
     with pytest.raises(ValueError, match="2 of 2 answers differ between the two ways"):
         experiments.compare_serving(model, None, ["1", "2"], names, new=1, turns=1)
-
-
-def test_what_was_recorded():
-    recorded = json.loads(experiments.RESULT.read_text())
-    assert recorded["setting"]["adapters"] == 4 and recorded["setting"]["requests"] == 32
-    assert {"seed", "date", "torch", "threads", "command"} <= recorded["stamp"].keys()
-    for row in recorded["bases"].values():
-        assert row["speedup"]["median"] >= 1.3
-        seconds = row["seconds"]
-        assert all(len(times) == recorded["setting"]["turns"] for times in seconds.values())
-        assert set(row["median_seconds"]) == set(seconds)

@@ -1,6 +1,5 @@
-"""The experiments with SmolLM2, run on the bundled model; and what they recorded, read again."""
+"""The experiments with SmolLM2, run on the bundled model."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -8,12 +7,8 @@ import pytest
 import torch
 
 from experiments import smollm2 as experiments
-from qlora_lib.base.paths import DATA
-from qlora_lib.base.statistics import wilson
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.runs.profiles import load_profile
-
-RESULTS = DATA / "results"
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +52,12 @@ def test_a_row_measures_a_copy_and_fewer_bits_cost_more(setting, monkeypatch):
     model, tokenizer, profile, folder = setting
     for name, value in (("WIKITEXT", 600), ("CALIBRATION", 512), ("SOLUTIONS", 2), ("WINDOW", 200)):
         monkeypatch.setattr(experiments, name, value)
-    before, dense = model.state_dict().__str__(), {}
+    before, dense = {name: t.clone() for name, t in model.state_dict().items()}, {}
     for name in ("fp32", "rtn_2bit_row", "gptq_4bit_64"):
         dense[name] = experiments.width(
             model, tokenizer, profile, folder, experiments.WIDTHS[name]
         )
-    assert model.state_dict().__str__() == before
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     full, two, four = (dense[n]["gsm8k_solutions"] for n in dense)
     assert math.isfinite(two) and two > 1.2 * full and abs(four / full - 1) < 0.1
     assert dense["gptq_4bit_64"]["bits_per_weight"] == 4 + 24 / 64
@@ -95,12 +90,3 @@ def test_the_sample_of_the_test_is_fixed():
     profile = load_profile("tiny")
     first, second = (experiments.sample_of_test(profile) for _ in range(2))
     assert first == second and len({e["question"] for e in first}) == experiments.ASKED
-
-
-def test_the_recorded_counts_are_those_of_the_recorded_verdicts():
-    rows = json.loads((RESULTS / "smollm2-gsm8k.json").read_text(encoding="utf-8"))
-    for row in rows.values():
-        assert len(row["right"]) == row["n"] == experiments.ASKED
-        assert row["right"].count("1") == row["strict_correct"]
-        assert row["strict_interval"] == list(wilson(row["strict_correct"], row["n"]))
-    assert len(rows["qlora"]["training"]["losses"]) >= 200

@@ -11,8 +11,11 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md",
          *sorted(DOCS.glob("*.md"))]  # fmt: skip
 # Terms that the course uses in one meaning.
-TERMS = re.split(r",\s+", """scale, zero-point, group_size, act-order, desc_act, damp_percent, Hessian, calibration,
-NF4, absmax, double quantization, rank r, alpha, target_modules, merge, exact match""")
+TERMS = [
+    "scale", "zero-point", "group_size", "act-order", "desc_act", "damp_percent", "Hessian",
+    "calibration", "NF4", "absmax", "double quantization", "rank r", "alpha", "target_modules",
+    "merge", "exact match",
+]  # fmt: skip
 PATHS = notebooks()
 WORDS = {
     path: "\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")

@@ -1,4 +1,4 @@
-"""README and what it leads to: commands that are accepted, targets, files and folders that exist."""
+"""README and what it leads to: commands are accepted; targets, files and folders exist."""
 
 import importlib.util
 import re
