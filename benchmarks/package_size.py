@@ -67,7 +67,7 @@ def imported(tree: Path, notebook: Path) -> tuple[set[str], dict[str, str]]:
 
 
 def imports(name: str, path: Path, files: dict[str, Path], home: dict[str, str]) -> set[str]:
-    """Names in `files` that a module imports, within functions too."""
+    """Names in `files` that a module imports, within functions too, and the packages around."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -80,7 +80,8 @@ def imports(name: str, path: Path, files: dict[str, Path], home: dict[str, str])
             found |= {f"{base}.{alias.name}" for alias in node.names}
             if base == "qlora_lib":
                 found |= {f"qlora_lib.{home[a.name]}" for a in node.names if a.name in home}
-    return found & set(files)
+    found &= set(files)
+    return found | {n.rsplit(".", up)[0] for n in found for up in range(1, n.count(".") + 1)}
 
 
 def reachable(start: set[str], files: dict[str, Path], home: dict[str, str]) -> set[str]:

@@ -60,7 +60,7 @@ def test_the_cost_in_tokens():
     assert cost(ROWS, "verifier", 4) == 2 * cost(ROWS, "majority", 4) == cost(ROWS, "weighted", 4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "greedy"])  # is no sample
 def test_no_way_to_choose_beats_the_best_of_the_samples(method):
     rows = read_samples()[:200]
     found, best = right_at(rows, method, 8), right_at(rows, "best", 8)
