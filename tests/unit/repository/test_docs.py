@@ -1,6 +1,7 @@
 """Links lead to files and headings that exist; glossary and syllabus cover the course."""
 
 import re
+from fnmatch import fnmatch
 
 import pytest
 
@@ -56,3 +57,10 @@ def test_the_syllabus_gives_the_minutes_of_a_notebook_s_exercises(path):
     minutes = re.findall(r"^Difficulty [^,]*, (\d+) minutes", WORDS[path], re.M)
     row = re.search(rf"^\| .*notebooks/{path.name}\) \| .* (\d+) \|$", syllabus, re.M)
     assert row and int(row[1]) == sum(map(int, minutes))
+
+
+def test_each_record_is_described_in_the_readme_of_the_data():
+    text = (ROOT / "data/README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w*-]+\.\w+)`", text)
+    for path in (ROOT / "data/results").iterdir():
+        assert any(fnmatch(path.name, name) for name in named), path.name
