@@ -200,7 +200,7 @@ def test_an_adapter_that_starts_from_its_base(place, capsys, method, init, targe
     if not dense:  # another base in its place: refused
         assert run("quantize", *COMMON, "--method", method) == 0
         assert run("evaluate", *COMMON, "--limit", "2") == 2
-        assert "another base (compute_dtype was None, is 'fp32'; init" in capsys.readouterr().err
+        assert "another base (residual was {'init': 'loftq', 'rank': 2" in capsys.readouterr().err
         forget(place / "checkpoints/tiny/run.json", "base")  # a run from before this was kept
         assert run("evaluate", *COMMON, "--limit", "2") == 2
         assert "init='loftq' made this adapter together" in capsys.readouterr().err
