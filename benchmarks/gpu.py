@@ -41,7 +41,8 @@ from qlora_lib.layers.linear import QuantizedLinear  # noqa: E402
 from qlora_lib.lora.inject import inject_lora, trainable_parameters  # noqa: E402
 from qlora_lib.lora.targets import ALL_LINEAR
 from qlora_lib.models.load import load_model  # noqa: E402
-from qlora_lib.models.quantize import quantize_model, quantize_weight  # noqa: E402
+from qlora_lib.models.quantize import quantize_model  # noqa: E402
+from qlora_lib.quant.recipe import Recipe  # noqa: E402
 from qlora_lib.train.finetune import training_mode  # noqa: E402
 from qlora_lib.train.loss import CHUNK  # noqa: E402
 from qlora_lib.train.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
@@ -204,7 +205,7 @@ def linears(config, dtype, device, tokens: tuple[int, ...], repeats: int, skippe
         weight = torch.randn(out, n, generator=draw, device=device) * 0.02
         makers = {dtype_name(dtype): lambda: torch.nn.Linear(n, out, False, device, dtype)}
         for name, spec in SPECS.items():
-            makers[name] = lambda s=spec, m=name: QuantizedLinear(quantize_weight(weight, s, m))
+            makers[name] = lambda s=spec, m=name: QuantizedLinear(Recipe.of(s, m).quantize(weight))
         if device.type == "cuda":
             makers |= {name: lambda f=f: f(weight, dtype) for name, f in PEERS.items()}
         enough = CACHED if device.type == "cuda" else 1

@@ -29,7 +29,7 @@ from qlora_lib.layers.linear import QuantizedLinear
 from qlora_lib.lora.inject import inject_lora, trainable_parameters
 from qlora_lib.lora.targets import ALL_LINEAR, find_linears, replace_module
 from qlora_lib.models.checkpoint import fill
-from qlora_lib.models.quantize import quantize_weight
+from qlora_lib.quant.recipe import Recipe
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
 from qlora_lib.train.measure import random_step
@@ -59,7 +59,7 @@ def random_packed_model(config, spec, dtype: torch.dtype, device="cpu", seed: in
     for path, linear in linears.items():
         weight = normal(linear.weight.shape)
         method = "nf4" if isinstance(spec, NF4Spec) else "rtn"
-        packed = QuantizedLinear(quantize_weight(weight, spec, method))
+        packed = QuantizedLinear(Recipe.of(spec, method).quantize(weight))
         replace_module(model, path, packed)
     state = {
         name: normal(p.shape, dtype) if p.dim() > 1 else torch.ones(p.shape, dtype=dtype)

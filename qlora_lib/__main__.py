@@ -14,7 +14,7 @@ import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from .cli.common import check_device, open_profile, shared_options
+from .cli.common import check_device, shared_options
 from .cli.evaluate import add_evaluate_and_generate, evaluate, generate
 from .cli.export import add_export, export
 from .cli.finetune import add_quantize_and_finetune, finetune, quantize
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
     commands = {"quantize": quantize, "finetune": finetune}
     commands |= {"verifier": verifier, "evaluate": evaluate, "generate": generate}
-    commands["export"] = lambda args: export(open_profile(args), args)
-    commands["memory"] = lambda args: memory(open_profile(args), args)
+    commands |= {"export": export, "memory": memory}
     try:
         if processes.launched() > 1 and args.command not in ("finetune", "evaluate"):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 # torch and transformers take seconds to import, so --help does without them.
@@ -54,17 +55,31 @@ def add_run_options(add) -> None:
     add("--cache-bits", type=int, choices=(8, 4), help="of the keys and values of old tokens")
 
 
-def open_profile(args):
+@dataclass(frozen=True)
+class Opened:
+    """What the options of every command name."""
+
+    profile: object  # runs/profiles.py
+    folder: Path  # of the run
+    source: str | None  # what to train on; None: the profile's problems
+    device: str | None
+    compute_dtype: str
+    seed: int
+
+
+def open_options(args) -> Opened:
+    """Profile, folder and the like. Raises ValueError and FileNotFoundError for unknown ones."""
     from transformers.utils.logging import disable_progress_bar
 
     from ..runs.profiles import load_profile
 
     disable_progress_bar()
-    problems, folder, args.source = read_data_option(args)
+    problems, folder, source = read_data_option(args)
     profile = load_profile(args.profile, args.model, folder, problems)
-    args.folder = args.folder or Path("checkpoints") / profile.name
-    args.compute_dtype = args.compute_dtype or profile.compute_dtype
-    return profile
+    return Opened(
+        profile, args.folder or Path("checkpoints") / profile.name, source, args.device,
+        args.compute_dtype or profile.compute_dtype, args.seed,
+    )  # fmt: skip
 
 
 def read_data_option(args) -> tuple[str | None, str | None, str | None]:
@@ -90,68 +105,42 @@ def read_data_option(args) -> tuple[str | None, str | None, str | None]:
     return None, None if args.profile == "tiny" else gsm8k, data
 
 
-def check_base(folder: Path) -> None:
-    """Raises ValueError where folder/base is not the one that the run's adapter was trained on.
-    Runs from before run.json said so pass.
-    """
-    from ..base.files import read_json
-    from ..base.paths import short_path
-
-    then, recipe = read_json(folder / "run.json").get("base"), folder / "base" / "recipe.json"
-    if then is None or not recipe.is_file():
-        return
-    now = read_json(recipe)
-    changed = [
-        f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"the adapter in {short_path(folder)} was trained on another base "
-            f"({'; '.join(changed)}); quantize as it was then, or finetune on this one"
-        )
-
-
-def open_run(profile, args):
-    """Base and adapter of args.folder, the base checked to be quantized unless args.dense."""
-    from ..base.files import read_json
+def open_run(opened: Opened, dense: bool, adapter: bool):
+    """(model, tokenizer) of the run's base, quantized unless `dense`, with its adapter or bare."""
     from ..base.paths import short_path
     from ..lora.files import load_adapter
-    from ..lora.targets import find_linears
-    from ..models.checkpoint import load_quantized
     from ..models.quantize import quantized_layers
+    from ..runs.run_folder import BASE, check_base, load_base, read_run
 
+    folder, profile = opened.folder, opened.profile
     command = f"python -m qlora_lib finetune --profile {profile.name}"
-    how = args.folder / "run.json"
-    if not args.no_adapter:
-        if not how.is_file():
-            raise FileNotFoundError(f"{short_path(args.folder)} holds no finished run; `{command}`")
-        if (read_json(how)["method"] == "none") != args.dense:
-            found = f"the adapter in {short_path(args.folder)} was trained on a "
-            if args.dense:
-                raise ValueError(found + "quantized base; leave out --dense")
-            raise ValueError(
-                f"{found}dense base: its layers are not quantized; give --dense, or `{command}`"
-            )
-    if args.dense:
-        model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
-    else:
-        base = args.folder / "base"
-        if not base.is_dir():
-            raise FileNotFoundError(f"there is no quantized base {short_path(base)}; `{command}`")
-        if not args.no_adapter:
-            check_base(args.folder)
-        model, tokenizer = load_quantized(base, args.device, args.compute_dtype)
-        linears, quantized = find_linears(model, "all"), quantized_layers(model)
-        dense = sorted(set(linears) - set(quantized))
+    try:
+        about = read_run(folder) if adapter else None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; `{command}`") from None
+    if about and (about["trained"] == "lora") != dense:
+        found = f"the adapter in {short_path(folder)} was trained on a "
         if dense:
-            raise ValueError(
-                f"{short_path(base)}: {len(dense)} layers are not quantized, "
-                f"such as {dense[0]}; `{command}`"
-            )
-        specs = ", ".join(sorted({str(layer.spec) for layer in quantized.values()}))
-        print(f"checked: all {len(quantized)} linear layers are quantized, {specs}")
-    if not args.no_adapter:
-        print(f"adapter on {len(load_adapter(model, args.folder / 'adapter'))} layers")
+            raise ValueError(found + "quantized base; leave out --dense")
+        raise ValueError(
+            f"{found}dense base: its layers are not quantized; give --dense, or `{command}`"
+        )
+    if dense:
+        model, tokenizer = profile.load(device=opened.device, compute_dtype=opened.compute_dtype)
+    else:
+        if not (folder / BASE).is_dir():
+            there = short_path(folder / BASE)
+            raise FileNotFoundError(f"there is no quantized base {there}; `{command}`")
+        if about:
+            check_base(folder)
+        try:
+            model, tokenizer = load_base(folder, opened.device, opened.compute_dtype)
+        except ValueError as error:
+            raise ValueError(f"{error}; `{command}`") from error
+        layers = quantized_layers(model)
+        specs = ", ".join(sorted({str(layer.spec) for layer in layers.values()}))
+        print(f"checked: all {len(layers)} linear layers are quantized, {specs}")
+    if about:
+        adapted = load_adapter(model, folder / about["path"])
+        print(f"adapter on {len(adapted)} layers")
     return model, tokenizer

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .common import add_run_options, open_profile, open_run, positive
+from .common import Opened, add_run_options, open_options, open_run, positive
 from .verifier import open_verifier
 
 SPLITS = ("dev", "test", "test_changed", "test_larger", "gsm_hard")
@@ -35,14 +35,14 @@ def add_evaluate_and_generate(commands, shared) -> None:
     add("question")
 
 
-def make_decoding(profile, args, **settings):
+def make_decoding(opened: Opened, args, **settings):
     from ..generation.generate import Decoding
 
-    length = args.max_new_tokens or profile.max_new_tokens
+    length = args.max_new_tokens or opened.profile.max_new_tokens
     return Decoding(max_new_tokens=length, cache_bits=args.cache_bits, **settings)
 
 
-def sampler(profile, args):
+def sampler(opened: Opened, args):
     """(function from prompts to completions, vote or None) as the options say."""
     from ..evaluation import votes as sampling
     from ..generation.generate import generator
@@ -53,16 +53,16 @@ def sampler(profile, args):
     if temperature is None:
         temperature = 0.7 if args.samples > 1 else 0.0
     decoding = make_decoding(
-        profile, args, temperature=temperature, top_p=args.top_p, samples=args.samples,
+        opened, args, temperature=temperature, top_p=args.top_p, samples=args.samples,
         seed=args.seed, batch_size=max(1, args.batch_size // args.samples),
     )  # fmt: skip
-    model, tokenizer = open_run(profile, args)
+    model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     generate = generator(model, tokenizer, decoding)
     if args.samples == 1:
         return generate, None
     vote = args.vote or "majority"
     if vote in ("verifier", "weighted"):
-        verifier = open_verifier(model, tokenizer, profile, args)
+        verifier = open_verifier(model, tokenizer, opened, args.verifier)
         # After it: the adapter takes part in what the fingerprint covers.
         generate = sampling.with_scores(generate, verifier, "verifier")
     elif vote == "likelihood":
@@ -81,14 +81,15 @@ def evaluate(args) -> None:
     from ..evaluation.evaluate import evaluate as score
 
     other = EvalReport.load(args.compare) if args.compare else None  # missing: say so at once
-    profile = open_profile(args)
+    opened = open_options(args)
+    profile = opened.profile
     problems = profile.examples(args.split)[: args.limit]
     prompt = format_gsm8k
     if args.few_shot:
         prompt = few_shot(profile.examples("train"), args.few_shot)
     out = args.out or Path("outputs") / profile.name / evaluation_name(args)
-    generate, vote = sampler(profile, args)
-    adapter = None if args.no_adapter else short_path(args.folder / "adapter")
+    generate, vote = sampler(opened, args)
+    adapter = None if args.no_adapter else short_path(opened.folder / "adapter")
     generate.info |= {"adapter": adapter, "split": args.split, "few_shot": args.few_shot}
     generate.info |= stamp(args.seed)
 
@@ -126,10 +127,10 @@ def generate(args) -> None:
     from ..data.gsm8k import PROMPT
     from ..generation.generate import generator
 
-    profile = open_profile(args)
-    model, tokenizer = open_run(profile, args)
+    opened = open_options(args)
+    model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     stop = {} if args.form == "question" else {"stop": ()}
-    ask = generator(model, tokenizer, make_decoding(profile, args, batch_size=1, **stop))
+    ask = generator(model, tokenizer, make_decoding(opened, args, batch_size=1, **stop))
     prompt = {"question": PROMPT.format(question=args.question), "prompt": args.question}
     if args.form == "chat":
         turn = [{"role": "user", "content": args.question}]

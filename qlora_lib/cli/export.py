@@ -1,9 +1,10 @@
 """`python -m qlora_lib export`: a run as a GPTQ checkpoint, and the command that serves it."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 
-from .common import check_base
+from .common import Opened, open_options
 from .finetune import training_data
 
 # torch and transformers take seconds to import, so --help does without them.
@@ -22,31 +23,31 @@ def add_export(commands, shared) -> None:
     add("--out", type=Path, help="(default: gptq or gptq-merged in the run's folder)")
 
 
-def export(profile, args) -> None:
-    """Export args.folder/base, with the adapter merged into it if args.merge says how."""
+def export(args) -> None:
+    """Export the run's base, with the adapter merged into it if args.merge says how."""
     from ..base.paths import short_path
     from ..formats.gptq_checkpoint import export_gptq
     from ..models.checkpoint import load_quantized
+    from ..runs.run_folder import BASE, check_base
 
-    base, adapter = args.folder / "base", trained_adapter(args.folder)
+    opened = open_options(args)
+    folder, name = opened.folder, opened.profile.name
+    base, adapter = folder / BASE, trained_adapter(folder)
     if not base.is_dir():
-        command = f"python -m qlora_lib quantize --profile {profile.name}"
+        command = f"python -m qlora_lib quantize --profile {name}"
         raise FileNotFoundError(f"there is no quantized base {short_path(base)}; `{command}`")
     if args.merge and adapter is None:
         raise FileNotFoundError(
-            f"{short_path(args.folder)} holds no adapter that was trained on a quantized base; "
-            f"leave out --merge, or `python -m qlora_lib finetune --profile {profile.name}`"
+            f"{short_path(folder)} holds no adapter that was trained on a quantized base; "
+            f"leave out --merge, or `python -m qlora_lib finetune --profile {name}`"
         )
     if adapter:
-        check_base(args.folder)
-    model, tokenizer = load_quantized(base, args.device, args.compute_dtype)
+        check_base(folder)
+    model, tokenizer = load_quantized(base, opened.device, opened.compute_dtype)
     if args.merge:
-        batches = None
-        if args.merge == "gptq":
-            batches = calibration(profile, args, tokenizer)
-        merge_adapter(model, adapter, args.merge, batches)
+        merge_adapter(model, tokenizer, adapter, args, opened)
         adapter = None
-    out = args.out or args.folder / ("gptq-merged" if args.merge else "gptq")
+    out = args.out or folder / ("gptq-merged" if args.merge else "gptq")
     export_gptq(model, out, args.format, tokenizer)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"{args.format} checkpoint of {size:,} bytes in {short_path(out)}")
@@ -57,50 +58,63 @@ def export(profile, args) -> None:
 
 def trained_adapter(folder: Path) -> Path | None:
     """The run's adapter, if it was trained on the quantized base."""
-    from ..base.files import read_json
+    from ..runs.run_folder import read_run
 
-    if not (folder / "run.json").is_file() or read_json(folder / "run.json")["method"] == "none":
+    try:
+        about = read_run(folder)
+    except FileNotFoundError:
         return None
-    return folder / "adapter"
+    return folder / about["path"] if about["trained"] == "qlora" else None
 
 
-def calibration(profile, args, tokenizer) -> list:
+def merge_adapter(model, tokenizer, adapter: Path, args, opened: Opened) -> None:
+    """Merge in place, to the nearest level or by GPTQ with the options that made the base."""
+    from ..lora.files import load_adapter
+    from ..lora.merge import merge_lora
+    from ..models.merge_hessians import merge_hessians
+    from ..quant.gptq import GPTQOptions
+    from ..quant.recipe import Recipe
+    from ..runs.base import read_recipe
+
+    load_adapter(model, adapter)
+    hessians, options = None, GPTQOptions()
+    if args.merge == "gptq":
+        said = read_recipe(opened.folder) or {}
+        if said.get("method") == "gptq":
+            options = Recipe.from_json(said).options
+        if options.match_dense:  # the model with its adapter is what is to be met
+            options = dataclasses.replace(options, match_dense=False)
+        changed = ", ".join(f"{k}={v}" for k, v in options.changed().items())
+        print(f"merging by GPTQ as the base was made: {changed or 'default options'}")
+        hessians = merge_hessians(
+            model, calibration(opened, args, tokenizer, said), options.needs_halves
+        )
+    rows = merge_lora(model, args.merge, hessians, options, unload=True)
+    lost = [row.lost for row in rows]
+    print(
+        f"merged into {len(rows)} layers by {args.merge}; rounding error over the adapter's "
+        f"update: {sum(lost) / len(lost):.2f} on average, {max(lost):.2f} at most"
+    )
+
+
+def calibration(opened: Opened, args, tokenizer, recipe: dict) -> list:
     """Batches of what the base was calibrated on, or of what --data names."""
-    from ..base.files import read_json
     from ..data.calibration import calibration_hash
     from ..data.sources import TRAINING_SETS
 
-    recipe = args.folder / "base" / "recipe.json"
-    recipe = read_json(recipe) if recipe.is_file() else {}
     if not args.data:
-        args.source = recipe.get("calibrated_on")
-    source = args.source
+        opened = dataclasses.replace(opened, source=recipe.get("calibrated_on"))
+    source = opened.source
     if source and source not in TRAINING_SETS and not Path(source).exists():
         raise FileNotFoundError(
             f"the base was calibrated on {source}, which is not here: name it, or what is to take "
             "its place, with --data"
         )
-    examples = training_data(profile, args, tokenizer).train if source else None
-    batches = profile.calibration(tokenizer, examples)
+    examples = training_data(opened, args)(tokenizer).train if source else None
+    batches = opened.profile.calibration(tokenizer, examples)
     if recipe.get("calibration") not in (None, calibration_hash(batches)):
         print("calibrated on other examples than the base; if it should not be, name its --data")
     return batches
-
-
-def merge_adapter(model, adapter: Path, method: str, batches: list | None) -> None:
-    """Merge in place; "gptq" calibrates on the batches."""
-    from .. import merge_lora
-    from ..lora.files import load_adapter
-    from ..models.merge_hessians import merge_hessians
-
-    load_adapter(model, adapter)
-    hessians = merge_hessians(model, batches) if method == "gptq" else None
-    rows = merge_lora(model, method, hessians, unload=True)
-    lost = [row.lost for row in rows]
-    print(
-        f"merged into {len(rows)} layers by {method}; rounding error over the adapter's update: "
-        f"{sum(lost) / len(lost):.2f} on average, {max(lost):.2f} at most"
-    )
 
 
 def serve_command(folder: Path, adapter: Path | None = None) -> str:

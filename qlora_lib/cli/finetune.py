@@ -5,11 +5,11 @@ import dataclasses
 import math
 from pathlib import Path
 
-from ..runs.residual_base import residual_base
-from .common import open_profile, positive
+from .common import Opened, open_options, positive
 
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
+UNSAID = 0.01  # the damping where --damping is not given
 
 
 def damping(text: str) -> float | None:
@@ -29,15 +29,16 @@ def add_quantize_and_finetune(commands, shared) -> None:
     base = argparse.ArgumentParser(add_help=False)
     add = base.add_argument
     add("--method", choices=METHODS, default="gptq", help="of quantization; none: a dense base")
-    add("--bits", type=int, default=4, help="2, 3, 4 or 8 (default 4); not for nf4")
-    add("--group-size", type=int, default=64, help="weights that share a scale; 0: a whole row")
+    add("--bits", type=int, help="with gptq and rtn: 2, 3, 4 or 8 (default 4)")
+    add("--group-size", type=int,
+        help="with gptq and rtn: weights that share a scale (default 64); 0: a whole row")
     add("--match-dense", action="store_true",
         help="with gptq: each layer aims at its outputs in the dense model (for 2 bits)")
     add("--weigh-columns", action="store_true",
         help="with gptq: grids are fitted to what an error in each column costs")
     add("--refit-scales", action="store_true",
         help="with gptq: scales are fitted again once the codes are known")
-    add("--damping", type=damping, default=0.01, metavar="SHARE",
+    add("--damping", type=damping, default=UNSAID, metavar="SHARE",
         help="with gptq: of the mean of the Hessian's diagonal (default 0.01), or auto: chosen "
         "for each layer from the calibration tokens")
     add("--best", action="store_true",
@@ -79,41 +80,66 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--resume", action="store_true", default=None, help="go on from the last checkpoint")
 
 
-def training_data(profile, args, tokenizer):
-    """What to train on, read once a run and said on the way."""
-    from ..runs.training_data import prepare
+def recipe_of(args):
+    """The recipe that the options describe; None for --method none.
 
-    if not hasattr(args, "prepared"):
-        length = getattr(args, "max_length", None) or profile.train.max_length
-        keep = {k: getattr(args, f"keep_{k}", False) for k in ("notes", "overlap")}
-        args.prepared = prepare(
-            profile, tokenizer, args.source, length, keep["notes"], keep["overlap"]
-        )
-        print(args.prepared)
-    return args.prepared
-
-
-def base_settings(profile, args) -> dict:
-    """What make_base and quantized_base are called with."""
+    Raises ValueError for options that the method does not have, by name.
+    """
     from ..quant.gptq import GPTQOptions
     from ..quant.grid import QuantSpec
     from ..quant.nf4 import NF4Spec
+    from ..quant.recipe import Recipe
 
-    nf4 = args.method == "nf4"
-    return {
-        "spec": NF4Spec() if nf4 else QuantSpec(bits=args.bits, group_size=args.group_size or None),
-        "method": args.method,
-        "options": GPTQOptions.best(match_dense=True) if args.best else GPTQOptions(
-            match_dense=args.match_dense,
-            weigh_columns=args.weigh_columns,
-            refit_scales=args.refit_scales,
-            damp_percent=args.damping,
-        ),
-        "device": args.device,
-        "compute_dtype": args.compute_dtype,
-        "calibrated_on": args.source,
-        "examples": lambda tokenizer: training_data(profile, args, tokenizer).train,
-    }
+    of_grid = {"--bits": args.bits is not None, "--group-size": args.group_size is not None}
+    of_gptq = {
+        "--match-dense": args.match_dense, "--weigh-columns": args.weigh_columns,
+        "--refit-scales": args.refit_scales, "--damping": args.damping != UNSAID,
+        "--best": args.best,
+    }  # fmt: skip
+    apply = {"gptq": {}, "rtn": of_gptq, "nf4": of_grid | of_gptq,
+             "none": of_grid | of_gptq | {"--stream": args.stream}}[args.method]  # fmt: skip
+    if given := [name for name, there in apply.items() if there]:
+        raise ValueError(f"--method {args.method} has no {', '.join(given)}; leave them out, or "
+                         "take a method that has them")  # fmt: skip
+    if args.method == "none":
+        return None
+    if args.method == "nf4":
+        return Recipe.of(NF4Spec(), "nf4")
+    size = 64 if args.group_size is None else args.group_size
+    spec = QuantSpec(bits=4 if args.bits is None else args.bits, group_size=size or None)
+    if args.method == "rtn":
+        return Recipe.of(spec, "rtn")
+    options = GPTQOptions(
+        match_dense=args.match_dense, weigh_columns=args.weigh_columns,
+        refit_scales=args.refit_scales, damp_percent=args.damping,
+    )  # fmt: skip
+    return Recipe.of(spec, "gptq", GPTQOptions.best(match_dense=True) if args.best else options)
+
+
+def training_data(opened: Opened, args):
+    """A function from the tokenizer to what to train on, which is read once and said then."""
+    from ..runs.training_data import prepare
+
+    length = getattr(args, "max_length", None) or opened.profile.train.max_length
+    keep = [getattr(args, f"keep_{what}", False) for what in ("notes", "overlap")]
+
+    known = []
+
+    def read(tokenizer):
+        if not known:
+            known.append(prepare(opened.profile, tokenizer, opened.source, length, *keep))
+            print(known[0])
+        return known[0]
+
+    return read
+
+
+def plan_of(opened: Opened, recipe, data, **how):
+    """The plan of the base, calibrated on what is trained on."""
+    return opened.profile.plan(
+        recipe, opened.device, opened.compute_dtype, opened.source,
+        lambda tokenizer: data(tokenizer).train, **how,
+    )  # fmt: skip
 
 
 def quantize(args) -> None:
@@ -123,63 +149,58 @@ def quantize(args) -> None:
         raise ValueError("quantize needs a method: gptq, rtn or nf4")
     if args.spill and not args.stream:
         raise ValueError("--spill keeps the activations of --stream on disk; give both")
-    profile = open_profile(args)
-    how = base_settings(profile, args) | {"target_modules": args.targets}
-    make_base(profile, args.folder, stream=args.stream, spill=args.spill, **how)
+    recipe = dataclasses.replace(recipe_of(args), targets=args.targets)
+    opened = open_options(args)
+    data = training_data(opened, args)
+    make_base(plan_of(opened, recipe, data, stream=args.stream, spill=args.spill), opened.folder)
 
 
-def train_config(profile, args):
+def train_config(opened: Opened, args):
     """The profile's settings, changed by the options that were given."""
     names = ("epochs", "max_steps", "batch_size", "accumulation", "optimizer", "lr", "max_length",
-             "seed", "compute_dtype", "eval_every", "gradient_checkpointing", "resume")  # fmt: skip
+             "seed", "eval_every", "gradient_checkpointing", "resume")  # fmt: skip
     changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    usual = opened.profile.train
     if args.batch_size and not args.accumulation:  # less memory, the same optimizer step
-        step = profile.train.batch_size * profile.train.accumulation
-        changes["accumulation"] = max(1, step // args.batch_size)
-    return dataclasses.replace(profile.train, folder=args.folder / "training", **changes)
+        changes["accumulation"] = max(1, usual.batch_size * usual.accumulation // args.batch_size)
+    changes |= {"compute_dtype": opened.compute_dtype, "folder": opened.folder / "training"}
+    return dataclasses.replace(usual, **changes)
 
 
 def finetune(args) -> None:
-    import torch
     from tqdm import tqdm
 
     from ..base import processes
-    from ..base.files import check_place, read_json, write_json_atomic
     from ..base.paths import short_path
-    from ..base.stamp import stamp
     from ..layers.blocks import WORDS
-    from ..lora.files import ADAPTER_CONFIG, save_adapter
-    from ..lora.init import RESIDUAL_INITS
-    from ..lora.inject import inject_lora, trainable_parameters
-    from ..runs.base import check_memory, quantized_base
-    from ..train.finetune import finetune as train
+    from ..lora.inject import trainable_parameters
+    from ..quant.recipe import Recipe
+    from ..runs.finetuner import Finetuner
 
-    profile = open_profile(args)
-    config = train_config(profile, args)
-    check_place(args.folder / "adapter", ADAPTER_CONFIG)  # before hours of work, not after
+    recipe = recipe_of(args)
+    opened = open_options(args)
+    config, profile = train_config(opened, args), opened.profile
     targets = args.targets if args.targets in WORDS else tuple(args.targets.split(","))
     rank = args.rank or profile.rank
-    alpha = 2 * rank if args.alpha is None else args.alpha
-    lora = {"rank": rank, "alpha": alpha, "dropout": args.dropout}
-    lora |= {"init": args.init, "use_rslora": args.rslora}
-    spec = None if args.method == "none" else base_settings(profile, args)["spec"]
-    check_memory(profile, config, rank, targets, spec, args.device, args.compute_dtype)
-    if args.init in RESIDUAL_INITS:
-        model, tokenizer, layers = residual_base(profile, args, targets, lora)
-    else:
-        if args.method == "none":
-            model, tokenizer = profile.load(device=args.device, compute_dtype=args.compute_dtype)
-        else:
-            settings = base_settings(profile, args) | {"stream": args.stream}
-            model, tokenizer = quantized_base(profile, args.folder, **settings)
-        torch.manual_seed(args.seed)
-        layers = inject_lora(model, targets, **lora)
-    count = sum(p.numel() for p in trainable_parameters(model).values())
-    print(f"LoRA: {lora} on {len(layers)} layers, {count:,} parameters to train")
-    data = training_data(profile, args, tokenizer)
+    lora = {
+        "rank": rank, "alpha": 2 * rank if args.alpha is None else args.alpha,
+        "dropout": args.dropout, "init": args.init, "use_rslora": args.rslora,
+    }  # fmt: skip
+    profile.check_memory(
+        rank, recipe and recipe.spec, config, targets, opened.device, opened.compute_dtype
+    )
+    data = training_data(opened, args)
+    plan = plan_of(opened, recipe or Recipe(), data, stream=args.stream)
+    tuner = Finetuner(
+        plan, method="lora" if recipe is None else "qlora", folder=opened.folder, seed=args.seed,
+        target_modules=targets, **lora,
+    )  # fmt: skip
+    count = sum(p.numel() for p in trainable_parameters(tuner.model).values())
+    print(f"LoRA: {lora} on {len(tuner.layers)} layers, {count:,} parameters to train")
+    found = data(tuner.tokenizer)
     shared = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
     print(
-        f"training on {len(data.train)} examples, {config.batch_size} x {config.accumulation} "
+        f"training on {len(found.train)} examples, {config.batch_size} x {config.accumulation} "
         f"a step{shared}"
     )
 
@@ -191,15 +212,8 @@ def finetune(args) -> None:
                 f"{metrics['tokens_per_second']:.0f} tokens/s   {metrics['seconds']:.0f} s"
             )
 
-    history = train(model, tokenizer, data.train, config, data.dev or None, show)
-    print(history)
+    print(tuner.fit(found.train, found.dev, config, show, best=False))
     if not processes.first():
         return
-    save_adapter(model, args.folder / "adapter")
-    how = {"method": args.method, "targets": targets, "lora": lora, "training": str(history)}
-    how["data"] = data.report()
-    recipe = args.folder / "base" / "recipe.json"
-    if args.method != "none" and recipe.is_file():
-        how["base"] = read_json(recipe)
-    write_json_atomic(args.folder / "run.json", how | {"stamp": stamp(args.seed)})
-    print(f"adapter saved to {short_path(args.folder / 'adapter')}")
+    tuner.save(data=found.report())
+    print(f"adapter saved to {short_path(opened.folder / 'adapter')}")

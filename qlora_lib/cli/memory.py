@@ -1,6 +1,6 @@
 """`python -m qlora_lib memory`: what training would take, part by part, before anything is loaded."""
 
-from .common import positive
+from .common import open_options, positive
 
 # torch and transformers take seconds to import, so --help does without them.
 
@@ -11,7 +11,7 @@ def add_memory(commands, shared) -> None:
     add = commands.add_parser("memory", parents=[shared], help=text).add_argument
     add("--method", choices=("full", "lora", "qlora"), help="(default: all three)")
     add("--bits", type=int, help="of QLoRA's base: 2, 3, 4 or 8 (default: NF4)")
-    add("--group-size", type=int, default=64, help="weights that share a scale; 0: a whole row")
+    add("--group-size", type=int, help="with --bits: weights that share a scale (default 64); 0: a row")
     add("--batch-size", type=positive, default=1, help="sequences at a time (default 1)")
     add("--tokens", type=positive, default=512, help="of each sequence (default 512)")
     add("--rank", type=positive, help="of the adapter (default: the profile's)")
@@ -20,7 +20,7 @@ def add_memory(commands, shared) -> None:
     add("--optimizer", choices=("adamw", "adam8bit"), default="adamw")
 
 
-def memory(profile, args) -> None:
+def memory(args) -> None:
     """Print a ledger a method. Raises what memory_ledger raises."""
     from ..base.devices import default_device, dtype_name, resolve_dtype
     from ..lora.targets import ALL_LINEAR, ATTENTION
@@ -29,10 +29,17 @@ def memory(profile, args) -> None:
     from ..train.loss import CHUNK
     from ..train.memory import memory_ledger
 
+    if args.group_size is not None and not args.bits:
+        raise ValueError("--group-size belongs to a grid; give --bits too (NF4 has blocks of 64)")
+    if args.bits and args.method in ("full", "lora"):
+        raise ValueError(f"--bits are of QLoRA's base; --method {args.method} has none")
+    opened = open_options(args)
+    profile = opened.profile
     config = model_config(profile)
-    spec = QuantSpec(args.bits, args.group_size or None) if args.bits else NF4Spec()
+    size = 64 if args.group_size is None else args.group_size
+    spec = QuantSpec(args.bits, size or None) if args.bits else NF4Spec()
     targets = ALL_LINEAR if args.targets == "all" else ATTENTION
-    dtype = dtype_name(resolve_dtype(args.compute_dtype, args.device or default_device()))
+    dtype = dtype_name(resolve_dtype(opened.compute_dtype, opened.device or default_device()))
     for method in (args.method,) if args.method else ("full", "lora", "qlora"):
         print(memory_ledger(
             config, method, args.batch_size, args.tokens, args.rank or profile.rank, targets, spec,

@@ -1,8 +1,9 @@
 """`python -m qlora_lib verifier`: train a judge of the run's own solutions."""
 
 import dataclasses
+from pathlib import Path
 
-from .common import add_run_options, open_profile, open_run, positive
+from .common import Opened, add_run_options, open_options, open_run, positive
 
 
 def add_verifier(commands, shared) -> None:
@@ -33,7 +34,8 @@ def train(args) -> None:
     from ..generation.generate import Decoding, generator
     from ..train.config import TrainConfig
 
-    profile = open_profile(args)
+    opened = open_options(args)
+    profile = opened.profile
     entries = profile.examples("train")[: args.limit]
     decoding = Decoding(
         temperature=args.temperature, samples=args.samples, seed=args.seed,
@@ -41,7 +43,7 @@ def train(args) -> None:
         cache_bits=args.cache_bits,
         batch_size=max(1, args.batch_size // args.samples),
     )  # fmt: skip
-    model, tokenizer = open_run(profile, args)
+    model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     prompts = [format_gsm8k(entry)[0] for entry in entries]
     groups = generator(model, tokenizer, decoding)(prompts)
     groups = [group if isinstance(group, list) else [group] for group in groups]
@@ -60,7 +62,7 @@ def train(args) -> None:
             tqdm.write(f"  step {metrics['step']:>5}   loss {metrics['loss']:.4f}")
 
     steps = train_verifier(verifier, asked, said, right, config, show)
-    out = args.folder / "verifier"
+    out = opened.folder / "verifier"
     verifier.save(out)
     how = {"decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right)}
     how |= {"loss": steps[-1]["loss"], "stamp": stamp(args.seed)}
@@ -68,13 +70,13 @@ def train(args) -> None:
     print(f"verifier saved to {short_path(out)}")
 
 
-def open_verifier(model, tokenizer, profile, args):
-    """The verifier in args.verifier or the run's folder, on `model`."""
+def open_verifier(model, tokenizer, opened: Opened, folder: Path | None = None):
+    """The verifier in `folder`, or the run's own, on `model`."""
     from ..base.paths import short_path
     from ..evaluation.verifier import Verifier
 
-    folder = args.verifier or args.folder / "verifier"
+    folder = folder or opened.folder / "verifier"
     if not folder.is_dir():
-        command = f"python -m qlora_lib verifier --profile {profile.name}"
+        command = f"python -m qlora_lib verifier --profile {opened.profile.name}"
         raise FileNotFoundError(f"there is no verifier {short_path(folder)}; `{command}`")
     return Verifier.load(model, tokenizer, folder)

@@ -1,4 +1,4 @@
-"""Whole models: dtypes, quantizing layer by layer."""
+"""A whole model quantized, layer by layer, and back to dense."""
 
 import copy
 import time
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..layers.blocks import decoder_blocks
-from ..layers.linear import Quantized, QuantizedLinear
+from ..layers.linear import QuantizedLinear
 from ..lora.layer import LoRALinear, lora_layers
 from ..lora.targets import find_linears, replace_module
-from ..quant.gptq import GPTQOptions, gptq_quantize, output_error
-from ..quant.grid import QuantSpec, quantize_rtn
+from ..quant.gptq import GPTQOptions, output_error
+from ..quant.grid import QuantSpec
 from ..quant.hessian import Hessian
-from ..quant.nf4 import NF4Spec, quantize_nf4
+from ..quant.nf4 import NF4Spec
+from ..quant.recipe import Recipe
 from .calibrate import block_settings, first_block_inputs, next_call, quantize_block, token_mask
 from .vocabulary import check_tokens
 
@@ -40,39 +41,13 @@ class LayerReport:
     seconds: float
 
 
-def quantize_weight(
-    weight: Tensor,
-    spec: QuantSpec | NF4Spec,
-    method: str,
-    hessian: Hessian | None = None,
-    options: GPTQOptions = GPTQOptions(),
-) -> Quantized:
-    """One weight by "rtn", "nf4" or "gptq" (which needs the Hessian)."""
-    if method == "nf4":
-        return quantize_nf4(weight, spec.block_size, spec.double_quant)
-    if method == "rtn":
-        return quantize_rtn(weight, spec)
-    return gptq_quantize(weight, hessian, spec, options)
-
-
-def check_method(method: str, spec: QuantSpec | NF4Spec, calibration) -> None:
-    """Raises ValueError for an unknown method, one that does not fit the spec, and for gptq
-    without calibration."""
-    if method not in ("gptq", "rtn", "nf4"):
-        raise ValueError(f"method={method!r} must be 'gptq', 'rtn' or 'nf4'")
-    if (method == "nf4") != isinstance(spec, NF4Spec):
-        raise ValueError(f"method={method!r} does not go with {spec}")
-    if method == "gptq" and not calibration:
-        raise ValueError("method='gptq' needs calibration batches; pass some, or use 'rtn'")
-
-
 def quantize_layer(
-    path: str, layer: nn.Linear, spec, method: str, hessian: Hessian | None, options: GPTQOptions
+    path: str, layer: nn.Linear, recipe: Recipe, hessian: Hessian | None
 ) -> tuple[QuantizedLinear, LayerReport]:
-    """One layer and its row of the report; errors name its path."""
+    """One layer, quantized, and its row of the report; errors name its path."""
     began, weight = time.perf_counter(), layer.weight.detach()
     try:
-        quantized = quantize_weight(weight, spec, method, hessian, options)
+        quantized = recipe.quantize(weight, hessian)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     error = None
@@ -81,6 +56,12 @@ def quantize_layer(
     new, seconds = QuantizedLinear.from_linear(layer, quantized), time.perf_counter() - began
     sizes = (weight.nbytes, quantized.nbytes, quantized.bits_per_weight)
     return new, LayerReport(path, tuple(weight.shape), *sizes, error, seconds)
+
+
+def check_calibration(recipe: Recipe, calibration) -> None:
+    """Raises ValueError for GPTQ without calibration."""
+    if recipe.method == "gptq" and not calibration:
+        raise ValueError("method='gptq' needs calibration batches; pass some, or use 'rtn'")
 
 
 def quantize_model(
@@ -99,17 +80,24 @@ def quantize_model(
     already quantized, produce them; layers that share an input (q, k, v; gate, up) are done
     together, so that o_proj sees the attention of the quantized q, k and v. Padding is left
     out. With options.match_dense the dense model's activations go along, from a copy of each
-    block, and every layer aims at its outputs there (gptq.dense_target).
+    block, and every layer aims at its outputs there (quant/dense_target.py).
     target_modules: as for find_linears; "all" are the linears of the decoder blocks.
-    Raises ValueError for a method that does not fit the spec, targets that match
-    nothing, a token that the model does not have, a model with adapters or one that is quantized
-    already.
+    Returns a row a layer. Raises ValueError for a method that does not fit the spec, options
+    that the method does not have, targets that match nothing, a token that the model does not
+    have, a model with adapters or one that is quantized already.
     """
-    check_method(method, spec, calibration)
+    return apply_recipe(model, Recipe.of(spec, method, options, target_modules), calibration)
+
+
+def apply_recipe(
+    model: nn.Module, recipe: Recipe, calibration: list[dict[str, Tensor]] | None = None
+) -> list[LayerReport]:
+    """What quantize_model does, for a recipe; its rows and errors."""
+    check_calibration(recipe, calibration)
     if calibration:
         found = (int(b["input_ids"].max()) for b in calibration if "input_ids" in b)
         check_tokens(model, found)
-    targets = find_linears(model, target_modules)
+    targets = find_linears(model, recipe.targets)
     for path, layer in targets.items():
         if not isinstance(layer, nn.Linear):
             raise ValueError(
@@ -118,23 +106,23 @@ def quantize_model(
             )
 
     def swap(path: str, hessian: Hessian | None) -> LayerReport:
-        layer, row = quantize_layer(path, targets[path], spec, method, hessian, options)
+        layer, row = quantize_layer(path, targets[path], recipe, hessian)
         replace_module(model, path, layer)
         del targets[path]  # the dense weight goes as soon as its layer is done
         return row
 
     if not calibration:
-        return [swap(path, None) for path in tqdm(list(targets), desc=method, disable=None)]
-    was_training, report = model.training, []
+        bar = tqdm(list(targets), desc=recipe.method, disable=None)
+        return [swap(path, None) for path in bar]
+    was_training = model.training
     model.eval()
     with torch.no_grad():
-        used = options if method == "gptq" else GPTQOptions()
-        report = _quantize_blocks(model, calibration, targets, swap, method, used)
+        report = _quantize_blocks(model, calibration, targets, swap, recipe)
     model.train(was_training)
     return report
 
 
-def _quantize_blocks(model, batches, targets, swap, method, options) -> list[LayerReport]:
+def _quantize_blocks(model, batches, targets, swap, recipe: Recipe) -> list[LayerReport]:
     path_of_blocks, blocks = decoder_blocks(model)
     outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
     if outside:
@@ -144,16 +132,16 @@ def _quantize_blocks(model, batches, targets, swap, method, options) -> list[Lay
     calls, report = first_block_inputs(model, blocks[0], batches), []
     dense_calls = calls  # the first block gets the same in both models
     settings = block_settings(model, blocks, batches, calls)
-    for i, block in enumerate(tqdm(blocks, desc=f"{method}, blocks", disable=None)):
+    for i, block in enumerate(tqdm(blocks, desc=f"{recipe.method}, blocks", disable=None)):
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
         calls = [(args, kwargs) for (args, _), kwargs in zip(calls, settings[i])]
         dense = None
-        if options.match_dense:
+        if recipe.matches_dense:
             again = [(args, kwargs) for (args, _), kwargs in zip(dense_calls, settings[i])]
             dense = copy.deepcopy(block), again
-        report += quantize_block(block, layers, calls, masks, swap, dense, options.needs_halves)
+        report += quantize_block(block, layers, calls, masks, swap, dense, recipe.needs_halves)
         calls = [next_call(block, call) for call in calls]  # the next block sees quantized outputs
-        if options.match_dense:
+        if recipe.matches_dense:
             dense_calls = [next_call(dense[0], call) for call in dense[1]]
     return report
 

@@ -34,6 +34,7 @@ from ..lora.targets import find_linears, replace_module
 from ..quant.gptq import GPTQOptions
 from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
+from ..quant.recipe import Recipe
 from .calibrate import first_block_inputs, next_call, quantize_block, token_mask
 from .checkpoint import (
     INDEX,
@@ -45,7 +46,7 @@ from .checkpoint import (
     put_packed,
     spec_as_json,
 )
-from .quantize import LayerReport, check_method, quantize_layer
+from .quantize import LayerReport, check_calibration, quantize_layer
 from .vocabulary import check_tokens
 
 SAMPLE = 1 << 16  # bytes of each tensor that identify it
@@ -239,8 +240,8 @@ def quantize_checkpoint(
     """
     from transformers import AutoTokenizer, GenerationConfig
 
-    check_method(method, spec, calibration)
-    options = options if method == "gptq" else GPTQOptions()
+    recipe = Recipe.of(spec, method, options, target_modules)
+    check_calibration(recipe, calibration)
     folder, out = Path(folder), Path(out)
     streamed = StreamedModel(folder, device, compute_dtype, blocks)
     model, modules = streamed.model, streamed.blocks
@@ -297,7 +298,7 @@ def quantize_checkpoint(
         bar = tqdm(total=len(targets), initial=len(rows), unit="layer", disable=None)
 
         def quantize(path: str, layer: nn.Linear, hessian) -> LayerReport:
-            new, row = quantize_layer(path, layer, spec, method, hessian, options)
+            new, row = quantize_layer(path, layer, recipe, hessian)
             replace_module(model, path, new)
             error = "" if row.output_error is None else f": output error {row.output_error:.4f}"
             bar.set_postfix_str(path.rpartition(".")[2] + error)

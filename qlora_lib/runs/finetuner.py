@@ -4,8 +4,8 @@
     tuner.fit("my.jsonl", config=TrainConfig(epochs=2), callback=print)
     tuner.generate(["Question: ..."]);  tuner.save();  Finetuner.load("outputs/mine")
 
-Thin over load_model, quantize_model, inject_lora, finetune, generator and save_adapter: what
-these check and raise holds here. Of a run the parameters at the lowest dev loss are kept.
+The command line takes this road too. Thin over load_model, quantize_model, inject_lora, finetune,
+generator and save_adapter: what these check and raise holds here.
 """
 
 import dataclasses
@@ -16,41 +16,48 @@ from pathlib import Path
 
 import torch
 
-from ..base.files import atomic_folder, check_place, open_tensors, read_json, write_json_atomic
+from ..base import processes
+from ..base.files import atomic_folder, check_place, open_tensors, write_json_atomic
 from ..base.paths import short_path
+from ..base.stamp import stamp
 from ..data.examples import make_examples
 from ..data.rows import read_rows
 from ..data.tokens import Encoded, Pair
 from ..evaluation.tasks import Score, Task, score
 from ..generation.generate import Decoding, generator
-from ..lora.files import load_adapter, save_adapter
+from ..lora.files import ADAPTER_CONFIG, save_adapter
+from ..lora.init import RESIDUAL_INITS, residual_fingerprint
 from ..lora.inject import inject_lora, set_adapter, trainable_parameters
-from ..lora.layer import adapter_names
-from ..models.load import load_model
-from ..models.quantize import quantize_model, quantized_layers
+from ..lora.layer import lora_layers
+from ..lora.targets import find_linears
+from ..models.checkpoint import QUANTIZATION, save_quantized
+from ..models.quantize import apply_recipe, quantized_layers
 from ..quant.nf4 import NF4Spec
+from ..quant.recipe import Recipe
 from ..train.config import TrainConfig
 from ..train.finetune import History, finetune
 from ..train.snapshots import load_parameters
+from .base import BASE, RECIPE, BasePlan, quantized_base, read_recipe
+from .run_folder import ABOUT, ADAPTER, MODEL, TRAINING, load_run
 from .training_data import DEV
 
 METHODS = ("full", "lora", "qlora")
-ABOUT = "finetuner.json"
 Callback = Callable[[dict], None]
 
 
 class Finetuner:
     """A model that learns by one of three methods.
 
-    model: a hub id, a folder or a GGUF file, or a causal model itself (then give `tokenizer`);
-    a model that is handed over is changed in place, and the adapter becomes its default. method:
-    "full" trains every weight; "lora" an adapter beside dense weights; "qlora" beside quantized
-    ones: quantized here to `spec` (NF4, or a QuantSpec rounded to nearest), unless the model that
-    is handed over already is (by GPTQ, say). folder: for metrics.jsonl, checkpoints and the
-    result; None: nothing is kept on disk. Further keywords go to inject_lora, such as rank,
-    alpha, target_modules and init.
+    model: a hub id, a folder or a GGUF file; the plan of a base (runs/base.py); or a causal model
+    itself (then give `tokenizer`): it is changed in place, and the adapter becomes its default.
+    method: "full" trains every weight; "lora" an adapter beside dense weights; "qlora" beside
+    quantized ones: quantized here to `spec` (NF4, or a QuantSpec rounded to nearest) or by the
+    plan's recipe, unless the model that is handed over already is (by GPTQ, say). folder: for
+    the base, metrics.jsonl, checkpoints and the result (run_folder.py); None: nothing is kept on
+    disk. Further keywords go to inject_lora, such as rank, alpha, target_modules and init.
     Raises ValueError for another method, a module without a tokenizer, LoRA's settings with
-    "full", and a quantized model with "full" or "lora"; and what the parts raise.
+    "full", a quantized model with "full" or "lora", and an init that does not go with the
+    base; and what the parts raise.
     """
 
     def __init__(
@@ -62,47 +69,120 @@ class Finetuner:
             raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}")
         if method == "full" and lora:
             raise ValueError(f"{sorted(lora)} are LoRA's; method='full' trains every weight")
-        self.source = None
+        self.method, self.adapter, self.seed = method, adapter, seed
+        self.folder = None if folder is None else Path(folder)
+        self.history: History | None = None
         if isinstance(model, (str, Path)):
             # A folder's whole path, so that the result is read from any working directory.
-            self.source = str(Path(model).resolve()) if Path(model).exists() else str(model)
-            model, own = load_model(model, device, compute_dtype)
+            name = str(Path(model).resolve()) if Path(model).exists() else str(model)
+            model = BasePlan(name, Recipe.of(spec, "nf4" if isinstance(spec, NF4Spec) else "rtn"),
+                             compute_dtype=compute_dtype, device=device)  # fmt: skip
+        self.plan = model if isinstance(model, BasePlan) else None
+        self.recipe: Recipe | None = None  # of a module that is quantized here
+        self.lora = self._with_defaults(lora) if method != "full" else {}
+        self._check_places()
+        if self.plan is None:
+            if tokenizer is None:
+                raise ValueError("a model that is handed over needs its tokenizer too")
+            self._take(model, Recipe.of(spec, "nf4" if isinstance(spec, NF4Spec) else "rtn"))
+        elif method == "qlora" and not self._residual:
+            model, own = quantized_base(self.plan, self.folder)
             tokenizer = tokenizer or own
-        elif tokenizer is None:
-            raise ValueError("a model that is handed over needs its tokenizer too")
-        quantized = bool(quantized_layers(model))
-        if quantized and method != "qlora":
-            raise ValueError(
-                f"the model is quantized: method='qlora' trains beside it, {method!r} needs "
-                "dense weights"
-            )
-        if method == "qlora" and not quantized:
-            how = "nf4" if isinstance(spec, NF4Spec) else "rtn"
-            quantize_model(model, None, spec, how, target_modules="all")
+        else:
+            model, own = self.plan.dense()
+            tokenizer = tokenizer or own
+            self._refuse_quantized(model)
+        self.model, self.tokenizer, self.layers = model, tokenizer, []
         if method == "full":
             model.requires_grad_(True)
         else:
             torch.manual_seed(seed)
-            lora = {"target_modules": "all", "rank": 16} | lora
-            if "alpha" not in lora:
-                if isinstance(lora["rank"], dict):
-                    raise ValueError("a rank a layer needs one alpha for all of them; give alpha=")
-                lora["alpha"] = 2 * lora["rank"]
-            inject_lora(model, adapter=adapter, **lora)
+            self._inject()
             set_adapter(model, adapter)  # what is trained is what calls use
-        self.model, self.tokenizer, self.method = model, tokenizer, method
-        self.spec, self.adapter = (spec if method == "qlora" and not quantized else None), adapter
-        self.folder = None if folder is None else Path(folder)
-        self.history: History | None = None
 
-    def fit(self, train, dev=None, config: TrainConfig = TrainConfig(),
-            callback: Callback | Sequence[Callback] = ()) -> History:  # fmt: skip
-        """Train; then put back the parameters of the lowest dev loss.
+    @staticmethod
+    def _with_defaults(lora: dict) -> dict:
+        lora = {"target_modules": "all", "rank": 16} | lora
+        if "alpha" not in lora:
+            if isinstance(lora["rank"], dict):
+                raise ValueError("a rank a layer needs one alpha for all of them; give alpha=")
+            lora["alpha"] = 2 * lora["rank"]
+        return lora
+
+    @property
+    def _residual(self) -> bool:
+        """Whether the adapter takes its start out of the dense weights."""
+        return self.lora.get("init") in RESIDUAL_INITS
+
+    def _check_places(self) -> None:
+        """What could not be written at the end is refused before anything is loaded."""
+        if self._residual and self.method == "qlora" and self.plan is not None:
+            if self.plan.recipe.method == "gptq":
+                raise ValueError(
+                    f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's codes are "
+                    "made by calibration, for the whole W and its inputs; take nf4 or rtn"
+                )
+        if self.lora.get("init") == "loftq" and self.method == "lora":
+            raise ValueError(
+                "init loftq mends what quantization breaks, and a dense base has nothing quantized; "
+                "take nf4 or rtn (or init pissa, which takes a dense base too)"
+            )
+        if self.folder is None:
+            return
+        if self.method != "full":
+            check_place(self.folder / ADAPTER, ADAPTER_CONFIG)
+        if self._residual and self.method == "qlora":
+            check_place(self.folder / BASE, QUANTIZATION)
+
+    def _refuse_quantized(self, model) -> None:
+        if quantized_layers(model):
+            raise ValueError(
+                f"the model is quantized: method='qlora' trains beside it, {self.method!r} needs "
+                "dense weights"
+            )
+
+    def _take(self, model, recipe: Recipe) -> None:
+        """A module that was handed over: quantized here if it is to be and is not."""
+        if self.method != "qlora":
+            self._refuse_quantized(model)
+        elif not quantized_layers(model) and not self._residual:
+            self.recipe = recipe
+            apply_recipe(model, recipe)
+
+    def _inject(self) -> None:
+        """Add the adapter; where it starts from the weights, the base becomes what it leaves."""
+        targets, lora = self.lora["target_modules"], dict(self.lora)
+        if not self._residual or self.method == "lora":
+            self.layers = inject_lora(self.model, adapter=self.adapter, **lora)
+            return
+        recipe = self.plan.recipe if self.plan else Recipe(NF4Spec())
+        if self.plan:
+            print(f"base: {short_path(Path(self.plan.model))} taken apart by {lora['init']}, "
+                  f"quantized with {recipe.method}")  # fmt: skip
+        self.layers = inject_lora(self.model, adapter=self.adapter, spec=recipe.spec, **lora)
+        last = {path: path.rpartition(".")[2] for path in find_linears(self.model, "all")}
+        others = tuple(sorted(set(last.values()) - {last[path] for path in self.layers}))
+        if others:
+            apply_recipe(self.model, dataclasses.replace(recipe, targets=others))
+        if processes.world() > 1:  # each has made it; adapters are copied, this must be the same
+            processes.agree("the residual base", residual_fingerprint(lora_layers(self.model)))
+        if self.folder is not None and processes.first():
+            save_quantized(self.model, self.tokenizer, self.folder / BASE)
+            how = {"init": lora["init"], "rank": lora["rank"], "targets": targets}
+            said = self.plan.record() if self.plan else recipe.as_json()
+            write_json_atomic(self.folder / BASE / RECIPE, said | {"residual": how})
+
+    def fit(
+        self, train, dev=None, config: TrainConfig = TrainConfig(),
+        callback: Callback | Sequence[Callback] = (), best: bool = True,
+    ) -> History:  # fmt: skip
+        """Train; then, with `best`, put back the parameters of the lowest dev loss.
 
         train, dev: as read_examples takes them; without dev the last tenth of train is held out
-        (at most 256). callback: called with each step's metrics, or several that are. Before the
-        first step, saving and reading back is tried in the folder. Raises ValueError for no
-        examples, for fewer than two without a dev set, and for a folder that can't be written.
+        (at most 256), with an empty one nothing is. callback: called with each step's metrics, or
+        several that are. Before the first step, saving and reading back is tried in the folder.
+        Raises ValueError for no examples, for fewer than two without a dev set, and for a folder
+        that can't be written.
         """
         train = read_examples(train, self.tokenizer)
         if dev is None:
@@ -110,31 +190,31 @@ class Finetuner:
             if len(train) < 2:
                 raise ValueError(f"{len(train)} example can't be split; give a dev set")
             train, dev = train[:-held], train[-held:]
-        else:
+        elif dev:
             dev = read_examples(dev, self.tokenizer)
         callbacks = [callback] if callable(callback) else list(callback)
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch)
             if self.folder is not None:
-                place = self.folder / "training"
-                self.try_saving()
+                place = self.folder / TRAINING
+                processes.on_first(self.try_saving)
             config = dataclasses.replace(config, folder=place)
             self.history = finetune(
-                self.model, self.tokenizer, train, config, dev,
+                self.model, self.tokenizer, train, config, dev or None,
                 lambda metrics: [call(metrics) for call in callbacks],
             )  # fmt: skip
-            load_parameters(place / "best.safetensors", trainable_parameters(self.model))
+            if best and dev:
+                processes.on_first(lambda: None)  # it has written them
+                load_parameters(place / "best.safetensors", trainable_parameters(self.model))
         return self.history
 
     def try_saving(self) -> None:
         """Save into the folder, read back, remove: what would fail at the end fails now.
 
-        Raises ValueError where the folder can't be written, gives back something else, or has
-        other files where the result should be.
+        Raises ValueError where the folder can't be written or gives back something else.
         """
         trial = self.folder / "trial"
         try:
-            check_place(self.folder / "result", ABOUT)
             self._write(trial)
             wanted = self._tensors()
             found = {}
@@ -146,7 +226,7 @@ class Finetuner:
                 f"{short_path(self.folder)} can't hold the result ({error}); name another folder"
             ) from error
         finally:
-            if trial.exists():
+            if trial.is_dir():
                 shutil.rmtree(trial)
         if len(found) < wanted:
             raise ValueError(f"of {wanted} tensors, only {len(found)} were read back from a trial")
@@ -158,64 +238,53 @@ class Finetuner:
 
     def _write(self, folder: Path) -> None:
         if self.method == "full":
-            self.model.save_pretrained(folder / "model")
-            self.tokenizer.save_pretrained(folder / "model")
+            with atomic_folder(folder / MODEL, "config.json") as scratch:
+                self.model.save_pretrained(scratch)
+                self.tokenizer.save_pretrained(scratch)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            save_adapter(self.model, folder / "adapter", self.adapter)
+            save_adapter(self.model, folder / ADAPTER, self.adapter)
 
-    def save(self, folder: str | Path | None = None) -> Path:
-        """Write the result: the model (full), or the adapter, and what it stands on. Its path.
+    def save(self, folder: str | Path | None = None, **facts) -> Path:
+        """Write the result: the model (full) or the adapter, and run.json. Returns the folder.
 
-        Raises ValueError without a folder, here or when the tuner was made.
+        facts: further entries of run.json. Raises ValueError without a folder, here or when the
+        tuner was made.
         """
         folder = Path(folder) if folder is not None else self.folder
         if folder is None:
             raise ValueError("there is no folder to save in; give one")
-        with atomic_folder(folder / "result", ABOUT) as scratch:
-            self._write(scratch)
-            write_json_atomic(scratch / ABOUT, {
-                "method": self.method,
-                "model": self.source,
-                "adapter": self.adapter,
-                "spec": self.spec and {type(self.spec).__name__: dataclasses.asdict(self.spec)},
-            })  # fmt: skip
-        return folder / "result"
+        self._write(folder)
+        base = read_recipe(self.folder) if self.folder and self.method == "qlora" else None
+        recipe = self.plan.recipe if self.plan else self.recipe
+        lora = {k: v for k, v in self.lora.items() if k != "target_modules"}
+        about = {
+            "trained": self.method,
+            "method": self._base_method(recipe),
+            "model": self.plan and self.plan.model,
+            "adapter": self.adapter,
+            "path": MODEL if self.method == "full" else ADAPTER,
+            "targets": self.lora.get("target_modules"),
+            "lora": lora,
+            "training": self.history and str(self.history),
+        }
+        if base is not None:
+            about["base"] = base
+        elif self.method == "qlora" and recipe is not None and recipe.method != "gptq":
+            about["recipe"] = recipe.as_json()  # the base is made again from it
+        write_json_atomic(folder / ABOUT, about | facts | {"stamp": stamp(self.seed)})
+        return folder
+
+    def _base_method(self, recipe: Recipe | None) -> str:
+        """How the base was quantized: by a recipe's method, "none" of it, or as it was "given"."""
+        if self.method != "qlora":
+            return "none"
+        return recipe.method if recipe else "given"
 
     @classmethod
     def load(cls, folder: str | Path, model=None, tokenizer=None, **options):
-        """(model, tokenizer) of what `save` wrote, in eval mode.
-
-        model, tokenizer: the base that was handed over to the tuner, for which no name is known;
-        a dense one is quantized in place, where the tuner did that. options: device and
-        compute_dtype. Raises FileNotFoundError, and ValueError where the base is not known or
-        another one.
-        """
-        from ..quant.grid import QuantSpec
-
-        folder = Path(folder) / "result"
-        about = read_json(folder / ABOUT)
-        if about["method"] == "full":
-            return load_model(folder / "model", **options)
-        if model is None:
-            if about["model"] is None:
-                raise ValueError(f"{short_path(folder)}: the base was handed over as a module; "
-                                 "give model= and tokenizer=")  # fmt: skip
-            model, tokenizer = load_model(about["model"], **options)
-        for kind, settings in (about["spec"] or {}).items() if not quantized_layers(model) else ():
-            spec = {"NF4Spec": NF4Spec, "QuantSpec": QuantSpec}[kind](**settings)
-            how = "nf4" if kind == "NF4Spec" else "rtn"
-            quantize_model(model, None, spec, how, target_modules="all")
-        if bool(quantized_layers(model)) != (about["method"] == "qlora"):
-            kinds = {"qlora": "a quantized", "lora": "a dense"}
-            raise ValueError(f"{short_path(folder)}: the adapter was trained on "
-                             f"{kinds[about['method']]} base; give that one")  # fmt: skip
-        name = about["adapter"]
-        if name in adapter_names(model):
-            raise ValueError(f"the model has an adapter {name!r} already; give its bare base")
-        load_adapter(model, folder / "adapter", name)
-        set_adapter(model, name)
-        return model.eval(), tokenizer
+        """(model, tokenizer) of what `save` wrote, as `load_run` gives it."""
+        return load_run(folder, model, tokenizer, **options)
 
     def generate(self, prompts: Sequence[str], **decoding) -> list:
         """Completions of the prompts; keywords are those of Decoding.
@@ -271,23 +340,3 @@ def _kind(example) -> str | None:
     return None
 
 
-def tensorboard(folder: str | Path) -> Callback:
-    """A callback that writes each step's metrics for TensorBoard.
-
-    Raises ModuleNotFoundError, with the command that helps, where it is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "TensorBoard is not installed: python -m pip install tensorboard", name="tensorboard"
-        ) from error
-    writer = SummaryWriter(str(folder))
-
-    def write(metrics: dict) -> None:
-        for name in ("loss", "dev_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory"):
-            if metrics.get(name) is not None:
-                writer.add_scalar(name, metrics[name], metrics["step"])
-        writer.flush()
-
-    return write

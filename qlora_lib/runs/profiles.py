@@ -10,19 +10,24 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..base.devices import default_device, dtype_name, resolve_dtype
 from ..base.paths import BUNDLED, DATA
 from ..data.calibration import calibration_batches
 from ..data.gsm8k import format_gsm8k
 from ..data.overlap import NGRAM
 from ..data.rows import read_jsonl
 from ..data.sources import load_gsm8k, load_gsm_hard, load_minigsm
-from ..lora.targets import ALL_LINEAR
+from ..lora.targets import ALL_LINEAR, ATTENTION
 from ..models.load import load_model
-from ..models.quantize import LayerReport, quantize_model
+from ..models.quantize import LayerReport, apply_recipe
 from ..quant.gptq import GPTQOptions
-from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
+from ..quant.recipe import GRID, Recipe, Spec
 from ..train.config import TrainConfig
+from ..train.loss import CHUNK
+from ..train.measure import check_fits
+from ..train.memory import memory_ledger
+from .base import BasePlan, quantized_base
 
 Entry = dict[str, str]
 GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems, at most a tenth
@@ -50,12 +55,9 @@ class Profile:
         return self.read(split)
 
     def load(
-        self,
-        quantize: QuantSpec | NF4Spec | None = None,
-        method: str | None = None,
-        device=None,
+        self, quantize: Spec | None = None, method: str | None = None, device=None,
         compute_dtype: str | None = None,
-    ):
+    ):  # fmt: skip
         """Model in eval mode, and tokenizer; quantized when `quantize` is a spec.
 
         method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn",
@@ -73,17 +75,17 @@ class Profile:
         return model, tokenizer
 
     def quantize(
-        self, model, tokenizer, spec: QuantSpec | NF4Spec, method: str | None = None,
-        target_modules="all", examples=None, options: GPTQOptions = GPTQOptions(),
+        self, model, tokenizer, spec: Spec, method: str | None = None, target_modules="all",
+        examples=None, options: GPTQOptions = GPTQOptions(),
     ) -> list[LayerReport]:  # fmt: skip
         """Quantize these linears of the decoder blocks in place; a row a layer.
 
         examples: what GPTQ is calibrated on, as `finetune` takes them; train problems unless
         given.
         """
-        method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
-        batches = self.calibration(tokenizer, examples) if method == "gptq" else None
-        return quantize_model(model, batches, spec, method, options, target_modules)
+        recipe = Recipe.of(spec, method, options, target_modules)
+        batches = self.calibration(tokenizer, examples) if recipe.method == "gptq" else None
+        return apply_recipe(model, recipe, batches)
 
     def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:
         """Batches of train problems, input_ids and attention_mask (batch, seq), for GPTQ."""
@@ -92,6 +94,61 @@ class Profile:
         return calibration_batches(
             tokenizer, examples[:CALIBRATION], max_length=self.train.max_length
         )
+
+    def plan(
+        self, recipe: Recipe, device=None, compute_dtype: str | None = None,
+        calibrated_on: str | None = None, examples: Callable | None = None, stream: bool = False,
+        spill: Path | None = None,
+    ) -> BasePlan:  # fmt: skip
+        """The plan of a base of this profile's model; stream and spill as there.
+
+        calibrated_on, examples: a name, and a function from the tokenizer to the examples that
+        GPTQ sees, where those are not the profile's train problems.
+        """
+        dtype = compute_dtype or self.compute_dtype
+
+        def calibrate(tokenizer):
+            return self.calibration(tokenizer, examples(tokenizer) if calibrated_on else None)
+
+        return BasePlan(
+            self.model, recipe, calibrate, calibrated_on, dtype, device, stream, spill,
+            load=lambda: self.load(device=device, compute_dtype=dtype),
+        )  # fmt: skip
+
+    def quantized_base(
+        self, folder: Path, spec: Spec = GRID, method: str | None = None, stream: bool = False
+    ):
+        """(model, tokenizer) of the base in `folder`/base, quantized there first if it is not."""
+        return quantized_base(self.plan(Recipe.of(spec, method), stream=stream), folder)
+
+    def check_memory(
+        self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,
+        target_modules=None, device=None, compute_dtype: str | None = None,
+    ) -> None:  # fmt: skip
+        """Refuse, before anything is loaded, a training that would not fit into memory.
+
+        spec: of the quantized base; None: a dense one. config, target_modules: the profile's
+        unless given. Predicted for the longest sequences that are allowed. Where there is no
+        config.json yet, or no ledger for such a model, it says so and lets the run go on. Raises
+        NotEnoughMemory, with the ledger.
+        """
+        from transformers import AutoConfig
+
+        config, device = config or self.train, device or default_device()
+        targets = target_modules or self.target_modules
+        targets = {"all": ALL_LINEAR, "attention": ATTENTION}.get(targets, targets)
+        dtype = dtype_name(resolve_dtype(compute_dtype or self.compute_dtype, device))
+        try:
+            ledger = memory_ledger(
+                AutoConfig.from_pretrained(self.model), "qlora" if spec else "lora",
+                config.batch_size, config.max_length, rank, targets, spec or NF4Spec(),
+                config.gradient_checkpointing, dtype, config.optimizer, CHUNK,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:  # what is wrong with it, loading says better
+            print(f"memory: not predicted ({str(error).splitlines()[0]})")
+            return
+        check_fits(ledger, device)
+        print(f"memory: {ledger.peak / 1e9:.2f} GB predicted at the peak of training")
 
 
 def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:

@@ -14,7 +14,6 @@ OUTPUTS_VARIABLE = "COURSE_OUTPUTS"   # another folder than outputs/
 
 _HOME = {
     "Recorder": "record",
-    "outputs_folder": "record",
     "SliderPlot": "slider",
     "LossPlot": "slider",
     "check": "exercise",

@@ -16,7 +16,6 @@ import json
 import linecache
 import multiprocessing
 import os
-import pkgutil
 import re
 import signal
 import symtable

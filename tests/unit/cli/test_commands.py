@@ -200,10 +200,27 @@ def test_an_adapter_that_starts_from_its_base(place, capsys, method, init, targe
     if not dense:  # another base in its place: refused
         assert run("quantize", *COMMON, "--method", method) == 0
         assert run("evaluate", *COMMON, "--limit", "2") == 2
-        assert "another base (compute_dtype was None, is 'fp32'; init" in capsys.readouterr().err
+        assert "another base (residual was {'init': 'loftq', 'rank': 2" in capsys.readouterr().err
         forget(place / "checkpoints/tiny/run.json", "base")  # a run from before this was kept
         assert run("evaluate", *COMMON, "--limit", "2") == 2
         assert "init='loftq' made this adapter together" in capsys.readouterr().err
+
+
+def test_one_folder_for_the_command_line_and_for_python(place, capsys):
+    """What either has made, the other opens."""
+    from qlora_lib import Finetuner, TrainConfig
+    from qlora_lib.lora.layer import adapter_names
+
+    assert run("finetune", *FAST, "--method", "rtn") == 0
+    model, _ = Finetuner.load("checkpoints/tiny", compute_dtype="fp32")
+    assert adapter_names(model) == ["default"]
+    mine = Finetuner("model", folder="mine", rank=2, compute_dtype="fp32")
+    mine.fit([("1 + 1?", "2")] * 4, [], TrainConfig(max_steps=1, compute_dtype="fp32"))
+    mine.save()
+    capsys.readouterr()
+    assert run("evaluate", *COMMON, *SHORT, "--folder", "mine") == 0
+    out = capsys.readouterr().out
+    assert "all 14 linear layers are quantized, NF4Spec" in out and "adapter on 14 layers" in out
 
 
 def test_smaller_batches_keep_the_size_of_a_step(place, capsys):

@@ -6,6 +6,7 @@ import shlex
 import pytest
 import torch
 
+from qlora_lib.quant.gptq import GPTQOptions
 from tests.support.cli_place import COMMON, FAST, place, run  # noqa: F401
 
 
@@ -59,10 +60,9 @@ def test_the_merge_is_calibrated_on_what_the_base_was(place, capsys, monkeypatch
 
     seen, real = [], module.merge_hessians
 
-
-    def remember(model, batches):
+    def remember(model, batches, *halves):
         seen.append(batches)
-        return real(model, batches)
+        return real(model, batches, *halves)
 
     monkeypatch.setattr(module, "merge_hessians", remember)
     own = place / "own.jsonl"
@@ -121,3 +121,21 @@ def test_the_serve_command_leaves_room_for_the_rank(rank, room, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
     words = shlex.split(serve_command(tmp_path / "with space", tmp_path))
     assert words[2] == str(tmp_path / "with space") and words[-2:] == ["--max-lora-rank", room]
+
+
+def test_merging_by_gptq_takes_the_options_that_made_the_base(place, capsys, monkeypatch):
+    from qlora_lib.lora import merge
+
+    seen, real = [], merge.merge_lora
+
+    def remember(model, into, hessians, options, **how):
+        seen.append(options)
+        return real(model, into, hessians, options, **how)
+
+    monkeypatch.setattr(merge, "merge_lora", remember)
+    assert run("finetune", *FAST, "--group-size", "32", "--best") == 0
+    for into in ("gptq", "rtn"):
+        assert run("export", *COMMON, "--merge", into, "--out", into) == 0
+    # match_dense is the quantization's own: a merge is to meet the trained model.
+    assert seen[0] == GPTQOptions.best() and seen[1] == GPTQOptions()
+    assert "weigh_columns=True" in capsys.readouterr().out

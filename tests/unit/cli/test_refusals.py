@@ -28,12 +28,35 @@ def test_what_data_may_be(place, monkeypatch):
     "argv, message",
     [
         (["--init", "loftq"], "GPTQ's codes are made by calibration"),
-        (["--init", "loftq", "--method", "none"], "--method none quantizes nothing"),
+        (["--init", "loftq", "--method", "none"], "a dense base has nothing quantized"),
     ],
 )
 def test_inits_that_do_not_go_with_a_method(place, capsys, argv, message):
     assert run("finetune", *FAST, *argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["quantize", "--method", "nf4", "--bits", "3", "--best"], "nf4 has no --bits, --best"),
+        (["quantize", "--method", "nf4", "--bits", "4"], "nf4 has no --bits"),
+        (["finetune", "--method", "nf4", "--group-size", "64"], "nf4 has no --group-size"),
+        (["quantize", "--method", "rtn", "--match-dense"], "rtn has no --match-dense"),
+        (["quantize", "--method", "rtn", "--damping", "auto"], "rtn has no --damping"),
+        (["quantize", "--method", "rtn", "--weigh-columns", "--refit-scales"],
+         "rtn has no --weigh-columns, --refit-scales"),
+        (["finetune", "--method", "none", "--bits", "4"], "none has no --bits"),
+        (["finetune", "--method", "none", "--stream"], "none has no --stream"),
+        (["memory", "--method", "lora", "--bits", "4"], "--method lora has none"),
+        (["memory", "--group-size", "32"], "--group-size belongs to a grid"),
+    ],
+)
+def test_an_option_that_does_not_apply_is_refused_by_name(place, capsys, argv, named):
+    assert run(argv[0], *COMMON, *argv[1:]) == 2
+    out, err = capsys.readouterr()
+    assert named in err and "quantizing" not in out
+    assert not (place / "checkpoints").exists()
 
 
 def test_what_does_not_fit_is_refused_before_loading(place, capsys, monkeypatch):

@@ -1,17 +1,17 @@
 """Finetuner: each method trains what it says, keeps the best, and gives back what it saved."""
 
 import json
-import sys
-import types
 from dataclasses import replace
 
 import pytest
 import torch
 
+from qlora_lib.lora.files import save_adapter
 from qlora_lib.lora.inject import inject_lora, set_adapter, trainable_parameters
 from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
-from qlora_lib.runs.finetuner import Finetuner, read_examples, tensorboard
+from qlora_lib.runs.finetuner import Finetuner, read_examples
 from qlora_lib.train.config import TrainConfig
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
@@ -49,7 +49,8 @@ def test_a_method_learns_and_what_it_saved_answers_the_same(base, tmp_path, meth
     assert [json.loads(line)["step"] for line in lines] == [s["step"] for s in history.steps]
     assert not (tmp_path / "run" / "trial").exists()
     result = mine.save()
-    assert (result / ("model" if method == "full" else "adapter")).is_dir()
+    parts = {"full": {"model"}, "lora": {"adapter"}, "qlora": {"adapter", "base"}}[method]
+    assert {p.name for p in result.iterdir()} == parts | {"training", "run.json"}
     model, tokenizer = Finetuner.load(tmp_path / "run", compute_dtype="fp32")
     assert bool(quantized_layers(model)) == (method == "qlora") and not model.training
     ids = torch.tensor([tokenizer.encode(PAIRS[3][0])])
@@ -90,7 +91,10 @@ def test_the_parameters_of_the_lowest_dev_loss_are_kept(base):
 
 def test_a_folder_that_cannot_be_written_stops_the_run_before_its_first_step(base, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    mine, steps = tuner(base, "lora", tmp_path / "file" / "run"), []
+    with pytest.raises(OSError, match="Not a directory"):
+        tuner(base, "lora", tmp_path / "file" / "run")
+    mine, steps = tuner(base, "lora", tmp_path / "run"), []
+    (tmp_path / "run" / "trial").write_text("in the way by now")
     with pytest.raises(ValueError, match="can't hold the result .*; name another folder"):
         mine.fit(PAIRS, config=CONFIG, callback=steps.append)
     assert steps == []
@@ -165,6 +169,36 @@ def test_a_dense_base_is_quantized_as_the_tuner_did(tmp_path):
         Finetuner.load(tmp_path / "other", small_model(), tokenizer)
 
 
+def test_a_result_of_the_layout_before_is_read(tmp_path):
+    """result/finetuner.json with the adapter beside it, as this class wrote it once."""
+    mine = Finetuner(small_model(), small_tokenizer(), "qlora", rank=2, spec=QuantSpec(4, 32))
+    save_adapter(mine.model, tmp_path / "result" / "adapter")
+    said = {"method": "qlora", "model": None, "adapter": "default",
+            "spec": {"QuantSpec": {"bits": 4, "group_size": 32, "symmetric": False,
+                                   "clip_search": True}}}
+    (tmp_path / "result" / "finetuner.json").write_text(json.dumps(said))
+    model, _ = Finetuner.load(tmp_path, small_model(), small_tokenizer())
+    ids = torch.tensor([small_tokenizer().encode(PAIRS[3][0])])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, mine.model.eval()(ids).logits)
+
+
+def test_an_adapter_is_loaded_on_its_own_base_only(base, tmp_path):
+    tuner(base, "qlora", tmp_path / "run").save()
+    tuner(base, "qlora", tmp_path / "run", spec=QuantSpec(8, 32))  # makes the base anew
+    with pytest.raises(ValueError, match="trained on another base .*method was 'nf4', is 'rtn'"):
+        Finetuner.load(tmp_path / "run", compute_dtype="fp32")
+
+
+def test_without_a_dev_set_the_last_parameters_stay(base):
+    mine, states = tuner(base, "lora"), []
+    mine.fit(PAIRS, [], CONFIG, lambda metrics: states.append(
+        {n: p.detach().clone() for n, p in trainable_parameters(mine.model).items()}))
+    assert mine.history.dev == []
+    for name, p in trainable_parameters(mine.model).items():
+        assert torch.equal(p, states[-1][name])
+
+
 def test_a_relative_base_is_found_from_elsewhere(base, tmp_path, monkeypatch):
     monkeypatch.chdir(base.parent)
     tuner(base.name, "lora", tmp_path / "run").save()
@@ -229,26 +263,3 @@ def test_a_broken_line_is_named(tmp_path):
 def test_one_example_needs_a_dev_set(base):
     with pytest.raises(ValueError, match="can't be split; give a dev set"):
         tuner(base, "lora").fit(PAIRS[:1], config=CONFIG)
-
-
-def test_tensorboard_gets_each_number_at_its_step(monkeypatch, tmp_path):
-    written = []
-
-    class Writer:
-        def __init__(self, folder):
-            assert folder == str(tmp_path)
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-        def flush(self):
-            pass
-
-    fake = types.ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    tensorboard(tmp_path)({"step": 3, "loss": 1.5, "lr": 0.1, "grad_norm": None, "epoch": 0})
-    assert written == [("loss", 1.5, 3), ("lr", 0.1, 3)]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
-        tensorboard(tmp_path)

@@ -132,9 +132,9 @@ def test_available_memory_is_below_the_containers_limit(monkeypatch, tmp_path):
 @pytest.mark.parametrize("spec", [SPEC, NF4Spec(32)], ids=str)
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
 def test_decoding_one_layer_takes_what_the_ledger_says(spec, compute_dtype):
-    from qlora_lib.models.quantize import quantize_weight
+    from qlora_lib.quant.recipe import Recipe
 
-    weight = quantize_weight(torch.randn(160, 64), spec, "nf4" if spec != SPEC else "rtn")
+    weight = Recipe(spec).quantize(torch.randn(160, 64))
     with AllocationMeter() as meter:
         weight.dequantize(DTYPES[compute_dtype])
     parts = memory_ledger(SMALL, "qlora", spec=spec, compute_dtype=compute_dtype).parts

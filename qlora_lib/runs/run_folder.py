@@ -1,0 +1,112 @@
+"""A run's folder: what it holds, and how its base and adapter are opened again.
+
+    base/      the quantized model, with recipe.json (none for a dense base)
+    adapter/   what was trained, in PEFT's layout; model/ after full fine-tuning
+    training/  metrics.jsonl, and the checkpoints to resume from
+    run.json   how the adapter was made, and on which base
+"""
+
+from pathlib import Path
+
+from ..base.files import read_json
+from ..base.paths import short_path
+from ..lora.files import load_adapter
+from ..lora.inject import set_adapter
+from ..lora.layer import adapter_names
+from ..lora.targets import find_linears
+from ..models.checkpoint import load_quantized
+from ..models.load import load_model
+from ..models.quantize import apply_recipe, quantized_layers
+from ..quant.recipe import Recipe
+from .base import BASE, read_recipe
+
+ADAPTER, MODEL, TRAINING, ABOUT = "adapter", "model", "training", "run.json"
+OLD = Path("result") / "finetuner.json"  # where Finetuner kept its result before
+
+
+def read_run(folder: Path) -> dict:
+    """What run.json says; of older runs, whose entries were fewer, the same.
+
+    Entries: trained ("full", "lora" or "qlora"), method (of the base's quantization, "none" for
+    a dense one), model (a name, None for a module that was handed over), adapter (its name),
+    path (of what was trained, in the folder), and whatever else was kept. Raises
+    FileNotFoundError where there is no finished run.
+    """
+    if (folder / ABOUT).is_file():
+        said = read_json(folder / ABOUT)
+        trained = said.get("trained") or ("lora" if said["method"] == "none" else "qlora")
+        usual = {"model": None, "adapter": "default", "path": ADAPTER}
+        return usual | {"trained": trained} | said
+    if (folder / OLD).is_file():
+        said = read_json(folder / OLD)
+        ((kind, spec),) = (said["spec"] or {None: None}).items()
+        method = {None: "none", "NF4Spec": "nf4", "QuantSpec": "rtn"}[kind]
+        said |= {"trained": said["method"], "method": method}
+        said["path"] = f"result/{MODEL if said['trained'] == 'full' else ADAPTER}"
+        return said | ({"recipe": {"method": method, "spec": spec}} if spec else {})
+    raise FileNotFoundError(f"{short_path(folder)} holds no finished run")
+
+
+def check_base(folder: Path) -> None:
+    """Raises ValueError where `folder`/base is not the one that its adapter was trained on.
+
+    Runs from before run.json said so pass.
+    """
+    then, now = read_run(folder).get("base"), read_recipe(folder)
+    if then is None or now is None:
+        return
+    changed = [
+        f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"the adapter in {short_path(folder)} was trained on another base "
+            f"({'; '.join(changed)}); quantize as it was then, or finetune on this one"
+        )
+
+
+def load_base(folder: Path, device=None, compute_dtype: str = "auto"):
+    """(model, tokenizer) of `folder`/base; ValueError unless all of its linears are quantized."""
+    model, tokenizer = load_quantized(folder / BASE, device, compute_dtype)
+    dense = sorted(set(find_linears(model, "all")) - set(quantized_layers(model)))
+    if dense:
+        raise ValueError(
+            f"{short_path(folder / BASE)}: {len(dense)} layers are not quantized, such as {dense[0]}"
+        )
+    return model, tokenizer
+
+
+def load_run(folder: Path | str, model=None, tokenizer=None, device=None, compute_dtype="auto"):
+    """(model, tokenizer) of a finished run, in eval mode, its adapter the default.
+
+    model, tokenizer: the base, where it was handed over as a module; a dense one is quantized in
+    place where the run did that. Raises FileNotFoundError, and ValueError where the base is not
+    known or another one.
+    """
+    folder = Path(folder)
+    about = read_run(folder)
+    trained, where = about["trained"], (device, compute_dtype)
+    if trained == "full":
+        return load_model(folder / about["path"], *where)
+    if model is None and trained == "qlora" and (folder / BASE).is_dir():
+        check_base(folder)
+        model, tokenizer = load_base(folder, *where)
+    elif model is None:
+        if about["model"] is None:
+            raise ValueError(f"{short_path(folder)}: the base was handed over as a module; "
+                             "give model= and tokenizer=")  # fmt: skip
+        model, tokenizer = load_model(about["model"], *where)
+    if "recipe" in about and not quantized_layers(model):
+        apply_recipe(model, Recipe.from_json(about["recipe"]))
+    if bool(quantized_layers(model)) != (trained == "qlora"):
+        kinds = {"qlora": "a quantized", "lora": "a dense"}
+        raise ValueError(f"{short_path(folder)}: the adapter was trained on {kinds[trained]} base; "
+                         "give that one")  # fmt: skip
+    name = about["adapter"]
+    if name in adapter_names(model):
+        raise ValueError(f"the model has an adapter {name!r} already; give its bare base")
+    load_adapter(model, folder / about["path"], name)
+    set_adapter(model, name)
+    return model.eval(), tokenizer

@@ -1,0 +1,75 @@
+"""A recipe: the method that follows from it, what it refuses, and its JSON."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
+from qlora_lib.quant.grid import QuantSpec, quantize_rtn
+from qlora_lib.quant.hessian import Hessian
+from qlora_lib.quant.nf4 import NF4Spec, quantize_nf4
+from qlora_lib.quant.recipe import Recipe
+from tests.support.tensors import PROPERTY, ar1, normal
+
+GRIDS = st.builds(
+    QuantSpec, bits=st.sampled_from([2, 3, 4, 8]), group_size=st.sampled_from([None, 16, 64]),
+    symmetric=st.booleans(), clip_search=st.booleans(),
+)  # fmt: skip
+OPTIONS = st.builds(
+    GPTQOptions, desc_act=st.booleans(), static_groups=st.booleans(), match_dense=st.booleans(),
+    damp_percent=st.sampled_from([None, 0.01, 0.1]), block_size=st.sampled_from([32, 128]),
+    weigh_columns=st.booleans(), refit_scales=st.booleans(),
+)  # fmt: skip
+TARGETS = st.sampled_from(["all", "attention", ("q_proj", "v_proj")])
+RECIPES = st.one_of(
+    st.builds(Recipe, GRIDS, OPTIONS, TARGETS), st.builds(Recipe, GRIDS, st.none(), TARGETS),
+    st.builds(Recipe, st.builds(NF4Spec, double_quant=st.booleans()), st.none(), TARGETS),
+)  # fmt: skip
+
+
+@PROPERTY
+@given(RECIPES)
+def test_what_json_holds_is_the_recipe(recipe):
+    said = json.loads(json.dumps(recipe.as_json() | {"weights": "abc", "compute_dtype": "fp32"}))
+    assert Recipe.from_json(said) == recipe
+    assert said["method"] == recipe.method
+
+
+def test_the_method_follows():
+    assert Recipe.of().method == "gptq" and Recipe.of().options == GPTQOptions()
+    assert Recipe().method == "rtn" and Recipe(NF4Spec()).method == "nf4"
+    assert Recipe.of(NF4Spec()) == Recipe(NF4Spec())
+    assert Recipe.of(QuantSpec(3), "rtn", GPTQOptions()) == Recipe(QuantSpec(3))
+
+
+@pytest.mark.parametrize("given, message", [
+    ((QuantSpec(), "awq"), "method='awq' must be one of gptq, rtn, nf4"),
+    ((QuantSpec(), "nf4"), "does not go with QuantSpec"),
+    ((NF4Spec(), "gptq"), "does not go with NF4Spec"),
+    ((QuantSpec(), "rtn", GPTQOptions(match_dense=True)), "method='rtn' has no match_dense"),
+    ((NF4Spec(), None, GPTQOptions.best()),
+     "'nf4' has no damp_percent, weigh_columns, refit_scales"),
+])
+def test_what_does_not_go_together_is_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.of(*given)
+
+
+def test_nf4_has_no_options_of_gptq():
+    with pytest.raises(ValueError, match="do not go with an NF4Spec"):
+        Recipe(NF4Spec(), GPTQOptions())
+
+
+def test_it_quantizes_by_its_method():
+    w, hessian = normal(32, 64), Hessian(64)
+    hessian.update(ar1(256, 64))
+    spec = QuantSpec(3, 16)
+    for recipe, wanted in (
+        (Recipe(spec), quantize_rtn(w, spec)),
+        (Recipe.of(spec), gptq_quantize(w, hessian, spec)),
+        (Recipe(NF4Spec(32, False)), quantize_nf4(w, 32, False)),
+    ):
+        assert torch.equal(recipe.quantize(w, hessian).dequantize(), wanted.dequantize())
