@@ -10,7 +10,6 @@ the bundled adapter, merged, with all linears quantized at four widths. Each row
 verdict a question, so that two rows can be compared on the same questions.
 """
 
-import argparse
 import copy
 import json
 import sys
@@ -20,7 +19,8 @@ from pathlib import Path
 import torch
 
 from experiments.merge_report import merge_report
-from qlora_lib.base.files import write_json_atomic
+from experiments.table import Table, asked_rows, command_line
+from qlora_lib.base.files import whole_file, write_json_atomic
 from qlora_lib.base.hashes import weights_id
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
@@ -108,7 +108,8 @@ def keep_wrong(name: str, report: EvalReport, path: Path) -> None:
     picked = [wrong[i * len(wrong) // KEPT] for i in range(KEPT)] if len(wrong) > KEPT else wrong
     fields = ("question", "gold", "completion")
     new = [json.dumps({"row": name} | {k: p[k] for k in fields}) for p in picked]
-    path.write_text("\n".join([*others, *new]) + "\n", encoding="utf-8")
+    with whole_file(path) as part:
+        part.write_text("\n".join([*others, *new]) + "\n", encoding="utf-8")
 
 
 def fine_tune(name: str, profile: Profile, config: TrainConfig):
@@ -181,14 +182,9 @@ def merges(profile: Profile, adapter: Path, problems) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="measure the tiny profile's accuracy table")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--force", action="store_true", help="measure stored rows again")
-    parser.add_argument("--rows", nargs="*", help="only these rows")
+    parser = command_line(__doc__, RESULT, "--force", "--rows", "--model", "--data")
     parser.add_argument("--limit", type=int, help="only the first so many problems, for a trial")
     parser.add_argument("--max-steps", type=int, help="fewer training steps, for a trial")
-    parser.add_argument("--model", help="other weights")
-    parser.add_argument("--data", help="other problems: a folder with {split}.jsonl")
     parser.add_argument("--merges", action="store_true", help="only tiny-merges.json")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="of the merged rows")
     args = parser.parse_args(argv)
@@ -205,11 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         config = TrainConfig(**vars(config) | {"max_steps": args.max_steps})
     prompts, weights = base_prompts(profile), weights_id(profile.model)
     names = [*prompts, *TRAINED, *WIDTHS]
-    unknown = set(args.rows or ()) - set(names)
-    if unknown:
-        parser.error(f"no rows {sorted(unknown)}; expected some of {', '.join(names)}")
-    table = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
-    for name in args.rows or names:
+    table = Table(args.out, SEED, names)
+    for name in asked_rows(parser, args.rows, names):
         own = weights
         if name in WIDTHS:
             if not args.adapter.is_dir():
@@ -219,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{missing}: left out")
                 continue
             own = f"{weights}+{weights_id(str(args.adapter))}"
-        if not args.force and table.get(name, {}).get("weights") == own:
+        if not args.force and table.rows.get(name, {}).get("weights") == own:
             print(f"{name}: is there")
             continue
         print(f"{name}:", flush=True)
@@ -238,8 +231,7 @@ def main(argv: list[str] | None = None) -> None:
             extra = {"training": training}
         if name in WRONG:
             keep_wrong(name, report, args.out.with_name("tiny-wrong-answers.jsonl"))
-        table[name] = table_row(report) | extra | {"weights": own, "stamp": stamp(SEED)}
-        write_json_atomic(args.out, {n: table[n] for n in names if n in table})
+        table.keep(name, table_row(report) | extra | {"weights": own})
     print(f"stored in {short_path(args.out)}")
 
 
