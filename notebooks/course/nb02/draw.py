@@ -1,4 +1,4 @@
-"""What notebook 02 draws: the loss of two weights and its lattice, the loop, damping, orders, models.
+"""What notebook 02 draws: two weights and their lattice, the loop, damping, orders, models.
 
 Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
 settings of a slider compare.
