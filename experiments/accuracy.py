@@ -11,7 +11,6 @@ verdict a question, so that two rows can be compared on the same questions.
 """
 
 import copy
-import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,13 +18,14 @@ from pathlib import Path
 import torch
 
 from experiments.merge_report import merge_report
-from experiments.table import Table, asked_rows, command_line
-from qlora_lib.base.files import whole_file, write_json_atomic
+from experiments.table import Table, asked_rows, command_line, write_jsonl
+from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.hashes import weights_id
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.gsm8k import format_gsm8k
+from qlora_lib.data.rows import read_jsonl
 from qlora_lib.evaluation.evaluate import EvalReport, Prompt, evaluate, few_shot
 from qlora_lib.generation.generate import Decoding, generator
 from qlora_lib.lora.files import load_adapter
@@ -102,14 +102,12 @@ def table_row(report: EvalReport) -> dict:
 
 def keep_wrong(name: str, report: EvalReport, path: Path) -> None:
     """Replace the wrong answers of row `name` in `path`: KEPT of them, evenly spaced."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    others = [line for line in lines if json.loads(line)["row"] != name]
+    rows = read_jsonl(path) if path.is_file() and path.stat().st_size else []
+    others = [row for row in rows if row["row"] != name]
     wrong = [p for p in report.predictions if not p["strict"]]
     picked = [wrong[i * len(wrong) // KEPT] for i in range(KEPT)] if len(wrong) > KEPT else wrong
     fields = ("question", "gold", "completion")
-    new = [json.dumps({"row": name} | {k: p[k] for k in fields}) for p in picked]
-    with whole_file(path) as part:
-        part.write_text("\n".join([*others, *new]) + "\n", encoding="utf-8")
+    write_jsonl(path, others + [{"row": name} | {k: p[k] for k in fields} for p in picked])
 
 
 def fine_tune(name: str, profile: Profile, config: TrainConfig):

@@ -12,7 +12,6 @@ tiny-sampling.json holds settings and stamps, tiny-samples.jsonl a line a proble
 curves of notebook 08 are computed from. An answer is a text, of an exact number, or null.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,8 +20,8 @@ from pathlib import Path
 import torch
 
 from experiments.accuracy import ADAPTER, quantized
-from experiments.table import command_line
-from qlora_lib.base.files import read_json, whole_file, write_json_atomic
+from experiments.table import command_line, write_jsonl
+from qlora_lib.base.files import read_json, write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.data.gsm8k import format_gsm8k, parse_gold
@@ -162,11 +161,6 @@ def test_records(
             "greedy_tokens": one.tokens,
         })  # fmt: skip
     return rows
-
-
-def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    with whole_file(path) as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

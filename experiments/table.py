@@ -1,10 +1,11 @@
 """What the experiments share: rows that are kept as they are measured, and a command line."""
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qlora_lib.base.files import read_json, write_json_atomic
+from qlora_lib.base.files import read_json, whole_file, write_json_atomic
 from qlora_lib.base.stamp import stamp
 
 OPTIONS = {
@@ -32,6 +33,12 @@ def asked_rows(parser: argparse.ArgumentParser, asked: Sequence[str] | None, nam
     if unknown:
         parser.error(f"no rows {sorted(unknown)}; expected some of {', '.join(names)}")
     return list(asked or names)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write a line of JSON a row, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 class Table:

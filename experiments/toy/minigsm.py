@@ -19,14 +19,13 @@ they can be, and results have up to four digits.
 
 import argparse
 import dataclasses
-import json
 import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qlora_lib.base.files import whole_file
+from experiments.table import write_jsonl
 
 SPLITS = ("train", "dev", "test")
 VARIANTS = ("test_changed", "test_larger")
@@ -479,11 +478,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
     for split in SPLITS + VARIANTS:
-        lines = [json.dumps(entry) + "\n" for entry in problems(split, options.seed)]
-        path = options.out / f"{split}.jsonl"
-        with whole_file(path) as part:
-            part.write_text("".join(lines), encoding="utf-8")
-        print(f"{path}: {len(lines)} problems")
+        path, rows = options.out / f"{split}.jsonl", problems(split, options.seed)
+        write_jsonl(path, rows)
+        print(f"{path}: {len(rows)} problems")
 
 
 if __name__ == "__main__":
