@@ -93,7 +93,8 @@ def test_the_record_is_whole():
     grid = {tuple(map(float, key.split())) for key in stored("mixing")}
     assert grid == {(a, b) for a in WEIGHTS for b in WEIGHTS}
     assert set(stored("methods")) == {"full", "lora", "qlora"}
-    assert {"cat", "svd", "linear", *(f"shard {i}" for i in range(SHARDS))} < set(stored("federated"))
+    shards = {f"shard {i}" for i in range(SHARDS)}
+    assert {"cat", "svd", "linear", *shards} < set(stored("federated"))
     found = read_rank_search(RESULTS / "tiny-adapters-ranks.json")
     assert sorted(c.rank for c in [*found.candidates, *found.stopped]) == [1, 2, 4, 8, 16, 32]
     assert all(len(c.by_seed) == 2 for c in found.candidates)
