@@ -10,9 +10,7 @@ the bundled adapter, merged, with all linears quantized at four widths. Each row
 verdict a question, so that two rows can be compared on the same questions.
 """
 
-import argparse
 import copy
-import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -20,12 +18,14 @@ from pathlib import Path
 import torch
 
 from experiments.merge_report import merge_report
+from experiments.table import Table, asked_rows, command_line, write_jsonl
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.hashes import weights_id
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.gsm8k import format_gsm8k
+from qlora_lib.data.rows import read_jsonl
 from qlora_lib.evaluation.evaluate import EvalReport, Prompt, evaluate, few_shot
 from qlora_lib.generation.generate import Decoding, generator
 from qlora_lib.lora.files import load_adapter
@@ -102,13 +102,12 @@ def table_row(report: EvalReport) -> dict:
 
 def keep_wrong(name: str, report: EvalReport, path: Path) -> None:
     """Replace the wrong answers of row `name` in `path`: KEPT of them, evenly spaced."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    others = [line for line in lines if json.loads(line)["row"] != name]
+    rows = read_jsonl(path) if path.is_file() and path.stat().st_size else []
+    others = [row for row in rows if row["row"] != name]
     wrong = [p for p in report.predictions if not p["strict"]]
     picked = [wrong[i * len(wrong) // KEPT] for i in range(KEPT)] if len(wrong) > KEPT else wrong
     fields = ("question", "gold", "completion")
-    new = [json.dumps({"row": name} | {k: p[k] for k in fields}) for p in picked]
-    path.write_text("\n".join([*others, *new]) + "\n", encoding="utf-8")
+    write_jsonl(path, others + [{"row": name} | {k: p[k] for k in fields} for p in picked])
 
 
 def fine_tune(name: str, profile: Profile, config: TrainConfig):
@@ -181,14 +180,9 @@ def merges(profile: Profile, adapter: Path, problems) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="measure the tiny profile's accuracy table")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--force", action="store_true", help="measure stored rows again")
-    parser.add_argument("--rows", nargs="*", help="only these rows")
+    parser = command_line(__doc__, RESULT, "--force", "--rows", "--model", "--data")
     parser.add_argument("--limit", type=int, help="only the first so many problems, for a trial")
     parser.add_argument("--max-steps", type=int, help="fewer training steps, for a trial")
-    parser.add_argument("--model", help="other weights")
-    parser.add_argument("--data", help="other problems: a folder with {split}.jsonl")
     parser.add_argument("--merges", action="store_true", help="only tiny-merges.json")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="of the merged rows")
     args = parser.parse_args(argv)
@@ -205,11 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         config = TrainConfig(**vars(config) | {"max_steps": args.max_steps})
     prompts, weights = base_prompts(profile), weights_id(profile.model)
     names = [*prompts, *TRAINED, *WIDTHS]
-    unknown = set(args.rows or ()) - set(names)
-    if unknown:
-        parser.error(f"no rows {sorted(unknown)}; expected some of {', '.join(names)}")
-    table = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
-    for name in args.rows or names:
+    table = Table(args.out, SEED, names)
+    for name in asked_rows(parser, args.rows, names):
         own = weights
         if name in WIDTHS:
             if not args.adapter.is_dir():
@@ -219,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{missing}: left out")
                 continue
             own = f"{weights}+{weights_id(str(args.adapter))}"
-        if not args.force and table.get(name, {}).get("weights") == own:
+        if not args.force and table.rows.get(name, {}).get("weights") == own:
             print(f"{name}: is there")
             continue
         print(f"{name}:", flush=True)
@@ -238,8 +229,7 @@ def main(argv: list[str] | None = None) -> None:
             extra = {"training": training}
         if name in WRONG:
             keep_wrong(name, report, args.out.with_name("tiny-wrong-answers.jsonl"))
-        table[name] = table_row(report) | extra | {"weights": own, "stamp": stamp(SEED)}
-        write_json_atomic(args.out, {n: table[n] for n in names if n in table})
+        table.keep(name, table_row(report) | extra | {"weights": own})
     print(f"stored in {short_path(args.out)}")
 
 

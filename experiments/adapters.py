@@ -1,27 +1,22 @@
-"""The searches of notebook 07: ranks, learning rates and places, epochs; one task, looked at on dev.
+"""What adapters do at work, measured: `python -m experiments.adapters [PART ...]`.
 
-Parts of `python -m experiments.adapters`, which says what each is and where it is stored;
-their other parts take the base, the task and the short settings from here.
-
-What adapters do at work, measured: `python -m experiments.adapters [PART ...]`.
-
-    tasks           four adapters on one 4-bit GPTQ base, each asked every task
-    learning-rates  full fine-tuning against LoRA, other places than all linears, more steps or alpha
-    ranks           ranks 1 to 32, two seeds: dev accuracy over parameters
-    epochs          few examples often against many once, two seeds: dev accuracy, both losses
-    mixing          weighted sums of two adapters, and what both tasks make of them
-    methods         full, LoRA, QLoRA on the same data: parameters, bytes, memory, speed, accuracy
-    federated       adapters of four shards averaged, against one trained on all of it
+tasks           four adapters on one 4-bit GPTQ base, each asked every task
+learning-rates  full fine-tuning against LoRA, other places than all linears, more steps or alpha
+ranks           ranks 1 to 32, two seeds: dev accuracy over parameters
+epochs          few examples often against many once, two seeds: dev accuracy, both losses
+mixing          weighted sums of two adapters, and what both tasks make of them
+methods         full, LoRA, QLoRA on the same data: parameters, bytes, memory, speed, accuracy
+federated       adapters of four shards averaged, against one trained on all of it
 
 Each row is stored in data/results/tiny-adapters-PART.json as soon as it is measured, and measured
 again only with --force. `tasks` keeps its adapters under data/tiny-adapters; the one for word
-problems is data/tiny-adapter. Greedy, exact match by each task's rule; searches look at dev, the
-other parts report test once.
+problems is data/tiny-adapter. Greedy, exact match by each task's rule; the searches
+(learning-rates, ranks, epochs) look at one task's dev split, the other parts report test once.
 
 On the CPU a dense layer is faster than a packed one, so where nothing but answers matters the base
-is dequantized: the same weights, computed otherwise."""
+is dequantized: the same weights, computed otherwise.
+"""
 
-import argparse
 import copy
 import json
 import shutil
@@ -34,8 +29,9 @@ from pathlib import Path
 
 import torch
 
+from experiments.table import command_line
 from experiments.toy.tasks import load_task
-from qlora_lib.base.files import write_json_atomic
+from qlora_lib.base.files import read_json, write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.base.statistics import wilson
@@ -59,77 +55,43 @@ from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import finetune
 from qlora_lib.train.measure import step_memory
 
-RESULTS = DATA / "results"
-BASE = QuantSpec(bits=4, group_size=64)
-SEARCHED = "classification"  # the task of the searches, of methods and of federated
-# Of searches, methods and federated: short, so that settings differ in what they reach.
+RESULTS, ADAPTERS = DATA / "results", DATA / "tiny-adapters"
+BASE, SEED = QuantSpec(bits=4, group_size=64), 0
+
+# The searches; methods and federated take their task and settings.
+SEARCHED = "classification"
+# Short, so that settings differ in what they reach.
 SHORT = TrainConfig(max_steps=60, batch_size=8, lr=3e-3, max_length=160, compute_dtype="fp32")
 RANKS = (1, 2, 4, 8, 16, 32)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-# {examples: epochs}; the last of each takes about 512 steps of 8. The task has 12 sentence patterns,
-# of which the first 8 examples hold 6, and the first 64 all.
+# {examples: epochs}; the last of each takes about 512 steps of 8. The task has 12 sentence
+# patterns, of which the first 8 examples hold 6, and the first 64 all.
 EPOCHS = {8: (8, 32, 64, 128, 512), 64: (1, 2, 4, 8, 16, 32, 64), 256: (1, 2, 4, 8, 16),
           1000: (1, 2, 4)}  # fmt: skip
+
+# Four adapters on one base, and their mixtures.
+CONFIG = TrainConfig(batch_size=16, max_length=160, compute_dtype="fp32")
+# Steps and learning rate of the three adapters that are trained here
+STEPS = {"sentiment": (80, 3e-3), "translation": (300, 3e-3), "code": (150, 1e-2)}
+RANK = 4
+FOUR = ("word_problems", *STEPS)
+ASKED = 200  # test questions for each cell of the matrix
+SHARDS = 4
+WEIGHTS = (0.0, 0.5, 0.75, 1.0)  # of each adapter in a mixture
+MIXED = ("sentiment", "translation")
+
+
+def results_of(part: str, folder: Path = RESULTS) -> Path:
+    """The file of a part's rows."""
+    return folder / f"tiny-adapters-{part}.json"
 
 
 def stored(part: str, folder: Path = RESULTS) -> dict[str, dict]:
     """The recorded rows of a part, by name. Raises FileNotFoundError where there are none."""
-    path = folder / f"tiny-adapters-{part}.json"
+    path = results_of(part, folder)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {short_path(path)}; `make experiments` records it")
-    return json.loads(path.read_text(encoding="utf-8"))["rows"]
-
-
-@cache
-def base(packed: bool = False, quantized: bool = True):
-    """(model, tokenizer): the tiny model in 4-bit GPTQ, packed or as dense weights, or as it was.
-
-    Copy before you change it.
-    """
-    if quantized and not packed:
-        model, tokenizer = base(packed=True)
-        model = copy.deepcopy(model)
-        dequantize_model(model)
-        return model, tokenizer
-    return load_profile("tiny").load(quantize=BASE if quantized else None)
-
-
-def searched(folder: Path, part: str, force: bool = False):
-    """What a search takes before its own arguments, and the file of its trials."""
-    path, task = folder / f"tiny-adapters-{part}.json", load_task(SEARCHED)
-    if force:
-        path.unlink(missing_ok=True)
-    return (*base(quantized=False), task, task.pairs("train"), task.pairs("dev")), path
-
-
-def ranks(folder: Path, force: bool) -> None:
-    args, path = searched(folder, "ranks", force)
-    search = Search(*args, SHORT, path)
-    for rank in RANKS:  # what the rule of early stopping would look at; here nobody is stopped
-        search.run(Trial(rank=rank, steps=SHORT.max_steps // 4), ask=False)
-    print(find_optimal_rank(*args, RANKS, config=SHORT, path=path, hopeless=None))
-
-
-def learning_rates(folder: Path, force: bool) -> None:
-    args, path = searched(folder, "learning-rates", force)
-    search = Search(*args, SHORT, path)
-    trials = [Trial(m, r, lr=lr) for m, r in (("full", None), ("lora", 8)) for lr in RATES]
-    trials += [Trial(rank=8, target_modules=place) for place in ("attention", "mlp")]
-    trials += [Trial("full", None, "embeddings")]
-    trials += [Trial(rank=rank, steps=4 * SHORT.max_steps) for rank in (1, 4, 32)]
-    trials += [Trial(rank=rank, alpha=2 * RANKS[-1]) for rank in (1, 4, 8)]  # that of rank 32
-    for trial in trials:
-        print(trial, search.run(trial)["accuracy"], flush=True)
-
-
-def epochs(folder: Path, force: bool) -> None:
-    args, path = searched(folder, "epochs", force)
-    search = Search(*args, SHORT, path)
-    for seed in (0, 1):
-        for examples, counts in EPOCHS.items():
-            for count in counts:
-                trial = Trial(rank=8, epochs=count, examples=examples, seed=seed)
-                print(trial, search.run(trial)["accuracy"], flush=True)
+    return read_json(path)["rows"]
 
 
 def read_epochs(folder: Path = RESULTS) -> dict[int, dict[int, dict]]:
@@ -163,42 +125,13 @@ def best_rate(method: str, folder: Path = RESULTS) -> float:
     return max(rows, key=lambda row: (row["accuracy"], -row["dev_loss"]))["trial"]["lr"]
 
 
-ADAPTERS, SEED = DATA / "tiny-adapters", 0
-CONFIG = TrainConfig(batch_size=16, max_length=160, compute_dtype="fp32")
-# Steps and learning rate of the three adapters that are trained here
-STEPS = {"sentiment": (80, 3e-3), "translation": (300, 3e-3), "code": (150, 1e-2)}
-RANK = 4
-FOUR = ("word_problems", *STEPS)
-ASKED = 200  # test questions for each cell of the matrix
-SHARDS = 4
-WEIGHTS = (0.0, 0.5, 0.75, 1.0)  # of each adapter in a mixture
-MIXED = ("sentiment", "translation")
-
-
-class Table:
-    """Rows by name in data/results/tiny-adapters-PART.json, each stored when it is made."""
-
-    def __init__(self, part: str, folder: Path, force: bool = False, **about):
-        self.path, self.about = folder / f"tiny-adapters-{part}.json", about
-        found = self.path.is_file() and not force
-        self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if found else {}
-
-    def row(self, name: str, make: Callable[[], dict]) -> dict:
-        if name not in self.rows:
-            self.rows[name] = made = make()
-            write_json_atomic(self.path, {**self.about, "rows": self.rows, "stamp": stamp(SEED)})
-            said = {k: v for k, v in made.items() if k not in ("right", "losses")}
-            print(f"{name}: {json.dumps(said)}"[:200], flush=True)
-        return self.rows[name]
-
-
 def adapter_folder(task: str, folder: Path = ADAPTERS) -> Path:
-    """Where the adapter of one of FOUR lies."""
+    """The folder of the adapter of one of FOUR."""
     return DATA / "tiny-adapter" if task == "word_problems" else folder / task
 
 
 def _kept(folder: Path) -> Path:
-    """Where the adapters go: into data/, or beside the results of a trial."""
+    """The folder of the adapters: in data/, or beside the results of a trial."""
     return ADAPTERS if folder == RESULTS else folder / "adapters"
 
 
@@ -208,13 +141,33 @@ def load_four(model, folder: Path = ADAPTERS) -> None:
         load_adapter(model, adapter_folder(task, folder), task)
 
 
+@cache
+def base(packed: bool = False, quantized: bool = True):
+    """(model, tokenizer): the tiny model in 4-bit GPTQ, packed or as dense weights, or as it was.
+
+    Each is made once; `fresh_base` gives a copy.
+    """
+    if quantized and not packed:
+        model, tokenizer = fresh_base(packed=True)
+        dequantize_model(model)
+        return model, tokenizer
+    return load_profile("tiny").load(quantize=BASE if quantized else None)
+
+
+def fresh_base(packed: bool = False, quantized: bool = True):
+    """A copy of `base`, to change."""
+    model, tokenizer = base(packed, quantized)
+    return copy.deepcopy(model), tokenizer
+
+
 def ask(model, tokenizer, task: str, split: str = "test", n: int = ASKED) -> Score:
+    """How many of n questions of a task the model answers rightly, greedily."""
     task = load_task(task)
     return score(generator(model, tokenizer, task.decoding()), task, task.pairs(split, n))
 
 
 def train(model, tokenizer, pairs, config: TrainConfig, rank: int = RANK) -> dict:
-    """Inject and train an adapter, in place; how it went."""
+    """Inject an adapter into the model and train it; returns how the training went."""
     torch.manual_seed(SEED)
     inject_lora(model, "all", rank=rank, alpha=2 * rank)
     began = time.process_time()
@@ -227,11 +180,29 @@ def train(model, tokenizer, pairs, config: TrainConfig, rank: int = RANK) -> dic
     }  # fmt: skip
 
 
+class Table:
+    """Rows by name in data/results/tiny-adapters-PART.json, each stored when it is made."""
+
+    def __init__(self, part: str, folder: Path, force: bool = False, **about):
+        self.path, self.about = results_of(part, folder), about
+        found = self.path.is_file() and not force
+        self.rows = read_json(self.path)["rows"] if found else {}
+
+    def row(self, name: str, make: Callable[[], dict]) -> dict:
+        """The row of this name; make() measures it where there is none."""
+        if name not in self.rows:
+            self.rows[name] = made = make()
+            write_json_atomic(self.path, {**self.about, "rows": self.rows, "stamp": stamp(SEED)})
+            said = {k: v for k, v in made.items() if k not in ("right", "losses")}
+            print(f"{name}: {json.dumps(said)}"[:200], flush=True)
+        return self.rows[name]
+
+
 def tasks(folder: Path, force: bool) -> None:
     table = Table("tasks", folder, force, base="4-bit GPTQ, group 64", rank=RANK)
     for task, (steps, lr) in STEPS.items():
         def make(task=task, config=replace(CONFIG, max_steps=steps, lr=lr)) -> dict:
-            model, tokenizer = copy.deepcopy(base()[0]), base()[1]
+            model, tokenizer = fresh_base()
             made = train(model, tokenizer, load_task(task).pairs("train"), config)
             place = adapter_folder(task, _kept(folder))
             shutil.rmtree(place, ignore_errors=True)
@@ -239,7 +210,7 @@ def tasks(folder: Path, force: bool) -> None:
             return made | {"dev": ask(model, tokenizer, task, "dev").row()}
 
         table.row(f"train {task}", make)
-    model, tokenizer = copy.deepcopy(base(packed=True)[0]), base(packed=True)[1]
+    model, tokenizer = fresh_base(packed=True)
     load_four(model, _kept(folder))
     sizes = {row.name or "base": {"parameters": row.parameters, "nbytes": row.nbytes}
              for row in adapter_table(model)}  # fmt: skip
@@ -255,9 +226,48 @@ def tasks(folder: Path, force: bool) -> None:
             table.row(f"{adapter or 'base'} on {task}", make)
 
 
+def searched(folder: Path, part: str, force: bool = False):
+    """(arguments, path): model, tokenizer, task, train and dev pairs, as Search and
+    find_optimal_rank take them first, and the file of the trials."""
+    path, task = results_of(part, folder), load_task(SEARCHED)
+    if force:
+        path.unlink(missing_ok=True)
+    return (*base(quantized=False), task, task.pairs("train"), task.pairs("dev")), path
+
+
+def learning_rates(folder: Path, force: bool) -> None:
+    args, path = searched(folder, "learning-rates", force)
+    search = Search(*args, SHORT, path)
+    trials = [Trial(m, r, lr=lr) for m, r in (("full", None), ("lora", 8)) for lr in RATES]
+    trials += [Trial(rank=8, target_modules=place) for place in ("attention", "mlp")]
+    trials += [Trial("full", None, "embeddings")]
+    trials += [Trial(rank=rank, steps=4 * SHORT.max_steps) for rank in (1, 4, 32)]
+    trials += [Trial(rank=rank, alpha=2 * RANKS[-1]) for rank in (1, 4, 8)]  # that of rank 32
+    for trial in trials:
+        print(trial, search.run(trial)["accuracy"], flush=True)
+
+
+def ranks(folder: Path, force: bool) -> None:
+    args, path = searched(folder, "ranks", force)
+    search = Search(*args, SHORT, path)
+    for rank in RANKS:  # what the rule of early stopping would look at; here nobody is stopped
+        search.run(Trial(rank=rank, steps=SHORT.max_steps // 4), ask=False)
+    print(find_optimal_rank(*args, RANKS, config=SHORT, path=path, hopeless=None))
+
+
+def epochs(folder: Path, force: bool) -> None:
+    args, path = searched(folder, "epochs", force)
+    search = Search(*args, SHORT, path)
+    for seed in (0, 1):
+        for examples, counts in EPOCHS.items():
+            for count in counts:
+                trial = Trial(rank=8, epochs=count, examples=examples, seed=seed)
+                print(trial, search.run(trial)["accuracy"], flush=True)
+
+
 def mixing(folder: Path, force: bool) -> None:
     table = Table("mixing", folder, force, tasks=MIXED, how="cat")
-    model, tokenizer = copy.deepcopy(base()[0]), base()[1]
+    model, tokenizer = fresh_base()
     for task in MIXED:
         load_adapter(model, adapter_folder(task, _kept(folder)), task)
     for a in WEIGHTS:
@@ -278,8 +288,7 @@ def methods(folder: Path, force: bool, rank: int = 8) -> None:
     for method in ("full", "lora", "qlora"):
         def make(method=method) -> dict:
             lr = best_rate("full" if method == "full" else "lora", folder)
-            model, tokenizer = base(packed=True, quantized=method == "qlora")
-            model = copy.deepcopy(model)
+            model, tokenizer = fresh_base(packed=True, quantized=method == "qlora")
             torch.manual_seed(SEED)
             if method == "full":
                 model.requires_grad_(True)
@@ -288,8 +297,8 @@ def methods(folder: Path, force: bool, rank: int = 8) -> None:
             trained = trainable_parameters(model).values()
             weights = sum({t.data_ptr(): t.nbytes for t in
                            [*model.parameters(), *model.buffers()]}.values())  # fmt: skip
-            encoded = [encode(tokenizer, pair, SHORT.max_length) for pair in pairs[: SHORT.batch_size]]
-            memory = step_memory(copy.deepcopy(model), collate(encoded, pad_id(tokenizer)))
+            first = [encode(tokenizer, pair, SHORT.max_length) for pair in pairs[:SHORT.batch_size]]
+            memory = step_memory(copy.deepcopy(model), collate(first, pad_id(tokenizer)))
             config = replace(SHORT, lr=lr)
             began = time.process_time()
             history = finetune(model, tokenizer, pairs, config)
@@ -309,12 +318,12 @@ def federated(folder: Path, force: bool, examples: int = 1000) -> None:
     table = Table("federated", folder, force, task=SEARCHED, shards=SHARDS, examples=examples)
     pairs = load_task(SEARCHED).pairs("train", examples)
     size = examples // SHARDS
-    model, tokenizer = copy.deepcopy(base()[0]), base()[1]
+    model, tokenizer = fresh_base()
     steps = SHORT.max_steps
     with_all = {"all, a client's steps": steps, "all, the clients' steps": SHARDS * steps}
     for name, count in with_all.items():
         def make(count=count) -> dict:
-            own = copy.deepcopy(base()[0])
+            own, _ = fresh_base()
             made = train(own, tokenizer, pairs, replace(SHORT, max_steps=count))
             return made | ask(own, tokenizer, SEARCHED).row()
 
@@ -322,7 +331,7 @@ def federated(folder: Path, force: bool, examples: int = 1000) -> None:
     place = folder / ".federated"  # the clients' adapters, until they are averaged
     for i in range(SHARDS):
         def make(i=i) -> dict:
-            own = copy.deepcopy(base()[0])
+            own, _ = fresh_base()
             made = train(own, tokenizer, pairs[i * size : (i + 1) * size], SHORT)
             save_adapter(own, place / str(i))
             return made | ask(own, tokenizer, SEARCHED).row()
@@ -349,16 +358,13 @@ PARTS = {"tasks": tasks, "learning-rates": learning_rates, "ranks": ranks, "epoc
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = argparse.ArgumentParser(prog="python -m experiments.adapters",
-                                      description="measure what adapters do at work")  # fmt: skip
-    options.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; "
-                         "all without")  # fmt: skip
-    options.add_argument("--force", action="store_true", help="measure stored rows again")
-    options.add_argument("--out", type=Path, default=RESULTS, help="another folder, for a trial")
-    args = options.parse_args(argv)
+    parser = command_line(__doc__, RESULTS, "--force")
+    known = ", ".join(PARTS)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {known}; all without")
+    args = parser.parse_args(argv)
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
-        options.error(f"there is no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+        parser.error(f"there is no part {unknown[0]!r}; expected some of {known}")
     for part in args.parts or PARTS:
         PARTS[part](args.out, args.force)
         print(f"{part}: stored in {short_path(args.out)}")

@@ -10,8 +10,6 @@ read STEP tokens at a time. That gives what one by one would: STEP divides group
 and codes are made in whole groups, so within a step no token is stored that was not before.
 """
 
-import argparse
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -22,9 +20,8 @@ from torch import Tensor
 
 from experiments.accuracy import ADAPTER, merged, table_row
 from experiments.smollm2 import text_ids
-from qlora_lib.base.files import write_json_atomic
+from experiments.table import Table, command_line
 from qlora_lib.base.paths import DATA, short_path
-from qlora_lib.base.stamp import stamp
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example, pad
 from qlora_lib.evaluation.evaluate import evaluate
@@ -160,21 +157,16 @@ def exact_match(model, tokenizer, profile: Profile, bits: int | None, count: int
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line(__doc__, RESULTS, "--force", "--model")
     parser.add_argument("part", nargs="?", default="tiny", choices=("tiny", "smollm2"))
-    parser.add_argument("--model", help="other weights of smollm2, folder or GGUF file")
     parser.add_argument("--wikitext", type=Path, default=Path("data/wikitext2"),
                         help="folder with WikiText-2's test.txt")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--force", action="store_true", help="measure stored rows again")
     args = parser.parse_args(argv)
     path = args.out / f"{args.part}-cache.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    table = {} if args.force else stored
+    table = Table(path, SEED, force=args.force)
 
     def keep(name: str, row: dict) -> None:
-        table[name] = row | {"stamp": stamp(SEED)}
-        write_json_atomic(path, table)
+        table.keep(name, row)
         print(f"{name}: " + ", ".join(f"{k} {row[k]:.4f}" for k in ("perplexity", "same_token",
               "bytes_ratio", "strict") if k in row), flush=True)  # fmt: skip
 
@@ -188,11 +180,11 @@ def main(argv: list[str] | None = None) -> None:
         ids = text_ids(tokenizer, args.wikitext / "test.txt", WIKITEXT).view(-1, WINDOW)
         scored = torch.ones_like(ids[:, 1:], dtype=torch.bool)
     model.eval()
-    names = [name for name in (*SPECS, SCORES) if name not in table]
+    names = [name for name in (*SPECS, SCORES) if name not in table.rows]
     perplexities(model, ids, scored, names, keep)
     for bits in EXACT_MATCH if args.part == "tiny" else ():
         name = f"exact match, {f'{bits} bits' if bits else 'as they came'}"
-        if name not in table:
+        if name not in table.rows:
             keep(name, exact_match(model, tokenizer, profile, bits, ASKED))
     print(f"stored in {short_path(path)}")
 

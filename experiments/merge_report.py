@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from qlora_lib.lora.inject import use_adapter
 from qlora_lib.lora.merge import active_layers, merge_lora, unmerge_lora
 from qlora_lib.models.calibrate import token_mask
-from qlora_lib.models.merge_hessians import Batch, _forward, _refuse_merged, merge_hessians
+from qlora_lib.models.merge_hessians import merge_hessians
 from qlora_lib.quant.gptq import GPTQOptions
 
+Batch = dict[str, Tensor]
 METHODS = ("base", "dense", "rtn", "gptq")
 
 
@@ -57,29 +58,29 @@ def merge_report(
         raise ValueError("no batches to compare logits on; pass at least one")
     if "gptq" in methods and not calibration:
         raise ValueError("'gptq' needs calibration batches, others than those compared")
-    _refuse_merged(model)
-    active_layers(model)  # raises when there is nothing to merge
+    if any(layer.merged is not None for layer in active_layers(model).values()):
+        raise ValueError("the model is merged; call unmerge_lora first")
     was_training = model.training
     model.eval()
     try:
-        trained = [_logits(model, batch) for batch in batches]  # each (tokens, vocab)
+        trained = [real_logits(model, batch) for batch in batches]  # each (tokens, vocab)
         rows = []
         for method in methods:
             hessians = None
             if method == "gptq":
                 hessians = merge_hessians(model, calibration, options.needs_halves)
-            with _merged(model, method, hessians, options) as lost:
-                row = MergeLoss(method, lost, *_compare(model, batches, trained))
-                row.measured = None if measure is None else measure(model)
-            rows.append(row)
+            with merged(model, method, hessians, options) as lost:
+                costs = compare_logits(model, batches, trained)
+                rows.append(MergeLoss(method, lost, *costs, measure and measure(model)))
         return rows
     finally:
         model.train(was_training)
 
 
 @contextmanager
-def _merged(model, method, hessians, options):
-    """The model merged by this method, within the block; gives the part of the update lost."""
+def merged(model, method: str, hessians, options: GPTQOptions):
+    """The model merged by one of METHODS, within the block, which gets the part of the update
+    that was lost, a mean over the layers."""
     if method == "base":
         with use_adapter(model, None):
             yield 1.0
@@ -92,17 +93,21 @@ def _merged(model, method, hessians, options):
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """fp32 (tokens, vocab), padding left out."""
-    logits = _forward(model, batch)  # (batch, seq, vocab)
-    return logits[token_mask(batch).to(logits.device)].float()
+def real_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of a batch's real tokens, fp32 (tokens, vocab); padding is left out."""
+    device = next(model.parameters()).device
+    logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
+    return logits[token_mask(batch).to(device)].float()  # (batch, seq, vocab) -> (tokens, vocab)
 
 
-def _compare(model, batches, trained) -> tuple[float, float, float]:
-    """Relative logit error, KL and share of equal choices, over all tokens."""
+def compare_logits(
+    model: nn.Module, batches: Sequence[Batch], trained: Sequence[Tensor]
+) -> tuple[float, float, float]:
+    """Relative error, KL and share of equal choices of the model's logits against those of the
+    trained model, a tensor (tokens, vocab) a batch; over all tokens."""
     squares = norms = kl = same = tokens = 0.0
     for batch, old in zip(batches, trained):
-        new = _logits(model, batch)
+        new = real_logits(model, batch)
         squares += float((new - old).square().sum())
         norms += float(old.square().sum())
         p, q = old.log_softmax(-1), new.log_softmax(-1)  # (tokens, vocab)

@@ -12,8 +12,6 @@ tiny-sampling.json holds settings and stamps, tiny-samples.jsonl a line a proble
 curves of notebook 08 are computed from. An answer is a text, of an exact number, or null.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +20,8 @@ from pathlib import Path
 import torch
 
 from experiments.accuracy import ADAPTER, quantized
-from qlora_lib.base.files import write_json_atomic
+from experiments.table import command_line, write_jsonl
+from qlora_lib.base.files import read_json, write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.data.gsm8k import format_gsm8k, parse_gold
@@ -164,20 +163,10 @@ def test_records(
     return rows
 
 
-def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser = command_line(__doc__, RESULT, "--force", "--model", "--data")
     parser.add_argument("--verifier", type=Path, default=VERIFIER, help="folder to write it to")
     parser.add_argument("--adapter", type=Path, default=ADAPTER)
-    parser.add_argument("--model", help="other weights")
-    parser.add_argument("--data", help="other problems: a folder with {split}.jsonl")
-    parser.add_argument("--force", action="store_true", help="make all stages again")
     parser.add_argument("--dev", type=int, default=250, help="problems that choose")
     parser.add_argument("--train", type=int, default=2500, help="problems of the verifier")
     parser.add_argument("--test", type=int, default=1000, help="problems of the report")
@@ -189,9 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_generator(profile, args.adapter)
     on_dev = args.out.with_name("tiny-temperatures.jsonl")
     samples = args.out.with_name("tiny-samples.jsonl")
-    table = {}
-    if args.out.is_file() and not args.force:
-        table = json.loads(args.out.read_text(encoding="utf-8"))
+    table = read_json(args.out) if args.out.is_file() and not args.force else {}
     settings = {"generator": f"{GENERATOR[0]}, {GENERATOR[1]}", "adapter": short_path(args.adapter)}
     config = TrainConfig(**asdict(TRAIN) | {"max_steps": args.max_steps})
     few = min(8, args.samples)

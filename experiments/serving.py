@@ -7,13 +7,12 @@ answers. Medians and spread go to data/results/tiny-serving.json. Random adapter
 and nothing about accuracy. About a minute on 2 cores; run it on an idle machine.
 """
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
+from experiments.table import command_line
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
@@ -84,10 +83,9 @@ def compare_serving(model, tokenizer, prompts, names, new: int, turns: int) -> d
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = argparse.ArgumentParser(prog="python -m experiments.serving")
+    options = command_line(__doc__, RESULT)
     options.add_argument("--turns", type=int, default=TURNS)
     options.add_argument("--new-tokens", type=int, default=NEW)
-    options.add_argument("--out", type=Path, default=RESULT)
     args = options.parse_args(argv)
     rows, profile = {}, load_profile("tiny")
     for base, spec in BASES.items():

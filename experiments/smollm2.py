@@ -12,9 +12,7 @@ read from a Q4_1 file lie on a 4-bit grid already (blocks of 32): at 4 and 8 bit
 plumbing, at 3 and 2 bits quality.
 """
 
-import argparse
 import copy
-import json
 import math
 import random
 import sys
@@ -23,9 +21,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_lib.base.files import write_json_atomic
+from experiments.table import Table, asked_rows, command_line
 from qlora_lib.base.paths import DATA, short_path
-from qlora_lib.base.stamp import stamp
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example
@@ -90,7 +87,8 @@ WIDTHS |= {
 def text_ids(tokenizer, path: Path, tokens: int) -> torch.Tensor:
     """The first `tokens` ids of a text, int64 (tokens,)."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {short_path(path)}; expected WikiText-2 as plain text")
+        place = short_path(path)
+        raise FileNotFoundError(f"there is no {place}; expected WikiText-2 as plain text")
     text = path.read_text(encoding="utf-8")[: 8 * tokens]  # no text has that long tokens
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False)[:tokens])
 
@@ -187,7 +185,8 @@ def train(profile: Profile, folder: Path, steps: int, batch_size: int):
 
     def show(step):
         if step["step"] % 10 == 0:
-            print(f"  step {step['step']} loss {step['loss']:.4f} {step['seconds']:.0f} s", flush=True)
+            took = f"{step['seconds']:.0f} s"
+            print(f"  step {step['step']} loss {step['loss']:.4f} {took}", flush=True)
 
     history = finetune(model, tokenizer, pairs, config, dev, show)
     save_adapter(model, folder / "adapter")
@@ -203,30 +202,21 @@ def train(profile: Profile, folder: Path, steps: int, batch_size: int):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line(__doc__, RESULTS, "--force", "--rows", "--model", "--data")
     parser.add_argument("part", choices=("perplexity", "gsm8k"))
-    parser.add_argument("--model", help="other weights, folder or GGUF file")
-    parser.add_argument("--data", help="folder with GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--wikitext", type=Path, default=Path("data/wikitext2"),
                         help="folder with WikiText-2's test.txt and valid.txt")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--folder", type=Path, default=Path("checkpoints/smollm2-experiments"))
-    parser.add_argument("--rows", nargs="*", help="only these")
-    parser.add_argument("--force", action="store_true", help="measure stored rows again")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args(argv)
     profile = load_profile("smollm2", model=args.model, data=args.data)
     profile = replace(profile, compute_dtype="fp32")
     names = list(WIDTHS) if args.part == "perplexity" else ["base", "base_chat", "qlora"]
-    unknown = set(args.rows or ()) - set(names)
-    if unknown:
-        parser.error(f"no rows {sorted(unknown)}; expected some of {', '.join(names)}")
     path = args.out / f"smollm2-{args.part}.json"
-    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    model = None
-    for name in args.rows or names:
-        if name in table and not args.force:
+    table, model = Table(path, SEED, names), None
+    for name in asked_rows(parser, args.rows, names):
+        if name in table.rows and not args.force:
             print(f"{name}: is there")
             continue
         print(f"{name}:", flush=True)
@@ -241,8 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             prompt = chat(tokenizer) if name == "base_chat" else format_gsm8k
             row = ask(model, tokenizer, profile, args.folder / name, prompt)
-        table[name] = row | {"stamp": stamp(SEED)}
-        write_json_atomic(path, {n: table[n] for n in names if n in table})
+        table.keep(name, row)
     print(f"stored in {short_path(path)}")
 
 

@@ -2,7 +2,8 @@
 
 Four of its 32 decoder blocks and its whole vocabulary, with random weights that are packed as
 they are drawn, a layer at a time; LoRA on all seven linears; one sequence of 512 tokens, all
-supervised, with all logits at once (training takes them in chunks, loss.py). The peak of the
+supervised, with all logits at once (training takes
+them in chunks, qlora_lib/train/loss.py). The peak of the
 process's anonymous memory above what it held after its imports is set beside the ledger's
 prediction, in data/results/llama2-7b-shape-step.json. Random weights: memory and time, and
 nothing about accuracy. Linux only (/proc); about 3 GB and some minutes on 2 cores.
@@ -11,16 +12,17 @@ Two steps are taken: with B = 0 the first gives every A a zero gradient. In the 
 adapter tensor must have a finite gradient that is not zero.
 """
 
-import argparse
 import os
 import sys
-import threading
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from experiments.peak_memory import PeakMemory
+from experiments.table import command_line
 from qlora_lib.base.devices import DTYPES, dtype_name, resolve_dtype
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
@@ -68,35 +70,6 @@ def random_packed_model(config, spec, dtype: torch.dtype, device="cpu", seed: in
     return fill(model, linears, state, Path("random weights"), dtype, device)
 
 
-class AnonymousMemory:
-    """Peak of this process's anonymous memory within the block, in bytes, looked at every 5 ms.
-
-    RssAnon of /proc/self/status: what was allocated and touched, files and libraries left out.
-    """
-
-    def __enter__(self):
-        self.start = self.peak = self.now()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self._done.set()
-        self._thread.join()
-        self.peak = max(self.peak, self.now())
-
-    def _watch(self):
-        while not self._done.wait(0.005):
-            self.peak = max(self.peak, self.now())
-
-    @staticmethod
-    def now() -> int:
-        with open("/proc/self/status", encoding="ascii") as status:
-            line = next(line for line in status if line.startswith("RssAnon"))
-        return 1024 * int(line.split()[1])
-
-
 def measure_shape(config, spec, seq: int, rank: int, compute_dtype: str, seed: int = SEED) -> dict:
     """Build the model, take two QLoRA steps, and say what they took beside the prediction.
 
@@ -105,23 +78,25 @@ def measure_shape(config, spec, seq: int, rank: int, compute_dtype: str, seed: i
     ledger = memory_ledger(config, "qlora", 1, seq, rank, spec=spec, compute_dtype=compute_dtype)
     dtype, began = DTYPES[compute_dtype], time.perf_counter()
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # wakes the threads
-    with AnonymousMemory() as building:
+    with PeakMemory() as building:
         model = random_packed_model(config, spec, dtype, seed=seed)
         torch.manual_seed(seed)
         inject_lora(model, ALL_LINEAR, rank=rank)
     built = time.perf_counter()
     parameters, learning = trainable_parameters(model), {}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4, weight_decay=0.0)
+
+    def see(name: str, p) -> None:
+        learning[name] = bool(p.grad.isfinite().all() and p.grad.any())
+
     for name, p in parameters.items():
-        p.register_post_accumulate_grad_hook(
-            lambda p, name=name: learning.update({name: bool(p.grad.isfinite().all() and p.grad.any())})
-        )
-    with AnonymousMemory() as memory:
+        p.register_post_accumulate_grad_hook(partial(see, name))
+    with PeakMemory() as memory:
         result = ledger.measure(model, random_step(ledger, model, optimizer), optimizer)
     idle = [name for name, learns in learning.items() if not learns]
     if idle or len(learning) != len(parameters):
         raise ValueError(f"{len(idle)} adapter tensors have no gradient, such as {idle[:1]}")
-    measured = memory.peak - building.start
+    measured = memory.peak - building.before
     return {
         "what": "random weights: memory and time of QLoRA steps, nothing about accuracy",
         "setting": ledger.setting,
@@ -130,10 +105,10 @@ def measure_shape(config, spec, seq: int, rank: int, compute_dtype: str, seed: i
         "parameters": ledger.parameters,
         "trained": ledger.trained,
         "predicted_bytes": ledger.parts | {"peak": ledger.peak},
-        "measured_bytes": {"peak": measured, "of imports, not counted": building.start},
+        "measured_bytes": {"peak": measured, "of imports, not counted": building.before},
         "measured_tensors": result.measured,
         "ratio": ledger.peak / measured,
-        "building_peak_bytes": building.peak - building.start,
+        "building_peak_bytes": building.peak - building.before,
         "tensors_with_gradient": len(learning),
         "seconds": {
             "build": round(built - began, 1),
@@ -145,10 +120,9 @@ def measure_shape(config, spec, seq: int, rank: int, compute_dtype: str, seed: i
 def main(argv: list[str] | None = None) -> None:
     from transformers import LlamaConfig
 
-    options = argparse.ArgumentParser(prog="python -m experiments.step")
+    options = command_line(__doc__, RESULT)
     options.add_argument("--method", choices=SPECS, default="nf4")
     options.add_argument("--compute-dtype", choices=("auto", *DTYPES), default="auto")
-    options.add_argument("--out", type=Path, default=RESULT)
     args = options.parse_args(argv)
     config = LlamaConfig(num_hidden_layers=BLOCKS)  # transformers' defaults are LLaMA-7B's
     dtype = dtype_name(resolve_dtype(args.compute_dtype, "cpu"))

@@ -5,21 +5,20 @@ quantizes its first blocks, at full width, with GPTQ. Memory and time are those 
 model; output errors are not: random weights and random tokens only show that all is plumbed.
 """
 
-import argparse
 import json
 import math
 import os
 import shutil
-import threading
 import time
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from qlora_lib.base.files import write_json_atomic
+from experiments.peak_memory import PeakMemory
+from experiments.table import command_line
+from qlora_lib.base.files import read_json, whole_file, write_json_atomic
 from qlora_lib.base.paths import DATA
 from qlora_lib.base.stamp import stamp
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
@@ -70,7 +69,7 @@ def make_folder(folder: Path, shape: dict, blocks: int | None = None) -> None:
         for k, names in enumerate(files, 1) for name in names
     }  # fmt: skip
     index = folder / INDEX
-    there = index.is_file() and json.loads(index.read_text(encoding="utf-8"))
+    there = index.is_file() and read_json(index)
     if there and there["weight_map"] == weight_map:
         return
     config.save_pretrained(folder)
@@ -82,14 +81,14 @@ def make_folder(folder: Path, shape: dict, blocks: int | None = None) -> None:
 
 
 def write_random(path: Path, shapes: dict[str, torch.Size], seeds: dict[str, int]) -> None:
+    """Write a safetensors file of bf16 tensors of these shapes, each drawn with its seed."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * shape.numel()
         header[name] = {"dtype": "BF16", "shape": [*shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
+    with whole_file(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             generator = torch.Generator().manual_seed(seeds[name])
@@ -97,37 +96,6 @@ def write_random(path: Path, shapes: dict[str, torch.Size], seeds: dict[str, int
             if "norm" not in name:
                 tensor.normal_(0, STD, generator=generator)
             tensor.bfloat16().view(torch.uint8).numpy().tofile(file)
-    part.replace(path)
-
-
-def memory_status() -> dict[str, int]:
-    """Bytes from /proc/self/status (Linux): RssAnon, memory that no file backs, and VmHWM, the
-    peak of all that was resident, mapped files included."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return {key: 1024 * int(fields[key].split()[0]) for key in ("RssAnon", "VmHWM")}
-
-
-class PeakMemory:
-    """Within its block, a thread reads RssAnon a hundred times a second; `peak` in bytes."""
-
-    def __enter__(self):
-        with suppress(OSError):  # not every container allows it
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
-        self.before = self.peak = memory_status()["RssAnon"]
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.01):
-            self.peak = max(self.peak, memory_status()["RssAnon"])
-
-    def __exit__(self, *error) -> None:
-        self._over.set()
-        self._thread.join()
-        self.resident = memory_status()["VmHWM"]
 
 
 def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill) -> dict:
@@ -155,7 +123,7 @@ def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill
     seconds, by_layer = time.perf_counter() - began, defaultdict(list)
     for row in rows:
         by_layer[row.name.rpartition(".")[2]].append(row.seconds)
-    made = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    made = read_json(out / REPORT)
     ledger = memory_ledger(config, "qlora", spec=spec, targets=targets)
     a_block = sum(row.bytes_after for row in rows) / blocks
     predicted = (ledger.parts["packed weights"] + ledger.parts["scales"]) / config.num_hidden_layers
@@ -197,7 +165,7 @@ def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line(__doc__, RESULT)
     add = parser.add_argument
     add("folder", type=Path, help="for the model (13.5 GB) and, in quantized/, the result")
     add("--blocks", type=int, default=4, help="decoder blocks to quantize (default 4)")
@@ -206,7 +174,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--targets", choices=("all", "attention"), default="all")
     add("--spill", action="store_true", help="keep activations in the folder, not in memory")
     add("--hidden", type=int, help="another width than 4096, for a trial")
-    add("--out", type=Path, default=RESULT)
     args = parser.parse_args(argv)
 
     shape = dict(LLAMA2_7B)

@@ -1,37 +1,36 @@
-"""The kinds of mini-GSM problems: their numbers, wordings and solutions.
+"""mini-GSM: word problems made from templates, in GSM8K's exact format.
 
-Data only; `experiments.toy.minigsm` draws and renders. Ranges are small enough that a model of
-3 million parameters can learn each single step, and every result is at least 2, so that
-the nouns stay plural.
+A problem is plain data (kind, wording, slots, numbers); `render` turns it into a question and an
+answer and draws nothing, so the same problem with other numbers is
+`dataclasses.replace(problem, numbers=...)`. Ranges are small enough that a model of 3 million
+parameters can learn each single step, and every result is at least 2, so that the nouns stay
+plural. Train, dev and test are disjoint by construction: the numbers that stand in the question
+decide the split, whatever the seed. Not handled: fractions, negative results, and steps that need
+world knowledge.
 
-Numbers for the variant "test_larger" of mini-GSM: above the ranges of `minigsm_kinds`.
+Two variants of test show what an accuracy rests on. Problem i of "test_changed" is problem i of
+test with other numbers of the same sizes: who has learned the steps, not the file, scores as well.
+In "test_larger" the numbers are larger than any in training: in each kind at least `a` (in "share"
+`k`, the friends) is, and so are most products and sums. Days of a week and hours of a day stay what
+they can be, and results have up to four digits.
 
-In each kind at least `a` (in "share" `k`, the friends) is larger than training ever draws it,
-and so are most products and sums. Days of a week and hours of a day stay what they can be.
-Results have up to four digits and are at least 2, as in training.
-
-mini-GSM: word problems made from templates, in GSM8K's exact format.
-
-A problem is plain data (kind, wording, slots, numbers); `render` turns it into a
-question and an answer and draws nothing, so the same problem with other numbers is
-`dataclasses.replace(problem, numbers=...)`. Train, dev and test are disjoint by
-construction: the numbers that stand in the question decide the split, whatever the
-seed. Not handled: fractions, negative results, and steps that need world knowledge.
-
-Two variants of test show what an accuracy rests on. Problem i of "test_changed" is problem i
-of test with other numbers of the same sizes: who has learned the steps, not the file, scores
-as well. In "test_larger" the numbers are larger than any in training.
-
-`python -m experiments.toy.minigsm` writes the five files under data/minigsm."""
+`python -m experiments.toy.minigsm` writes the five files under data/minigsm.
+"""
 
 import argparse
 import dataclasses
-import json
 import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from experiments.table import write_jsonl
+
+SPLITS = ("train", "dev", "test")
+VARIANTS = ("test_changed", "test_larger")
+SIZES = {"train": 6000, "dev": 500, "test": 1000}
+SEED = 2025
 
 PRONOUNS = {
     "Ava": "she", "Ben": "he", "Cara": "she", "Dan": "he", "Ella": "she", "Finn": "he",
@@ -70,83 +69,83 @@ class Step:
     texts: tuple[str, str]
 
 
+Ranges = dict[str, tuple[int, int] | int]  # least and most of a number, or the number itself
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A family of problems: how its numbers are drawn, and its wordings."""
 
     name: str
-    draw: Callable[[random.Random], dict[str, int]]
+    complete: Callable[..., dict[str, int]]  # (rng, **drawn) -> all numbers; {}: draw again
+    ranges: Ranges
+    larger: Ranges  # of the variant "test_larger"
     bodies: tuple[str, ...]
     asks: tuple[str, ...]
     steps: tuple[Step, ...]
 
+    def draw(self, rng: random.Random, larger: bool = False) -> dict[str, int]:
+        """The numbers of a problem by name, from the kind's ranges or from its larger ones."""
+        numbers: dict[str, int] = {}
+        while not numbers:
+            drawn = {
+                key: span if isinstance(span, int) else rng.randint(*span)
+                for key, span in (self.larger if larger else self.ranges).items()
+            }
+            numbers = self.complete(rng, **drawn)
+        return numbers
 
-def _gain_lose(rng):
-    a, b = rng.randint(5, 90), rng.randint(3, 60)
+
+# All numbers of a problem, from those drawn: what is taken away leaves at least 2.
+
+
+def _part_of_sum(rng, a, b):
     return {"a": a, "b": b, "c": rng.randint(2, a + b - 2)}
 
 
-def _containers(rng):
-    a, b = rng.randint(2, 12), rng.randint(3, 12)
+def _part_of_product(rng, a, b):
     return {"a": a, "b": b, "c": rng.randint(2, a * b - 2)}
 
 
-def _shopping(rng):
-    return {key: rng.randint(2, 9) for key in "abcd"}
+def _as_drawn(rng, **numbers):
+    return numbers
 
 
-def _share(rng):
-    k, each = rng.randint(2, 9), rng.randint(3, 12)
+def _share(rng, k, each):
     a = rng.randint(2, k * each - 2)
     return {"a": a, "b": k * each - a, "k": k}
 
 
-def _times(rng):
-    a, k = rng.randint(3, 15), rng.randint(2, 6)
+def _times(rng, a, k):
     return {"a": a, "k": k, "c": rng.randint(2, a * k + a - 2)}
 
 
-def _weekly(rng):
-    a, d = rng.randint(2, 12), rng.randint(2, 6)
-    return {"a": a, "d": d, "w": rng.randint(2, 5)}
+def _change(rng, a, b, c, left):
+    return {"a": a, "b": b, "c": c, "w": a * b + c + left}
 
 
-def _change(rng):
-    a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(3, 15)
-    return {"a": a, "b": b, "c": c, "w": a * b + c + rng.randint(2, 30)}
+def _part(rng, f, each, b):
+    return {"f": f, "a": f * each, "b": b}
 
 
-def _part(rng):
-    f = rng.choice((2, 3, 4))
-    return {"f": f, "a": f * rng.randint(2, 15), "b": rng.randint(2, 40)}
-
-
-def _wages(rng):
-    a, h, d = rng.randint(3, 9), rng.randint(2, 6), rng.randint(2, 5)
+def _wages(rng, a, h, d):
     return {"a": a, "h": h, "d": d, "c": rng.randint(2, a * h * d - 2)}
 
 
-def _compare(rng):
-    a, b = rng.randint(4, 30), rng.randint(2, 20)
-    return {"a": a, "b": b, "c": rng.randint(2, a + b - 2)}
+def _reading(rng, a, d, e, each):
+    return {"a": a, "d": d, "e": e, "p": a * d + e * each}
 
 
-def _reading(rng):
-    a, d, e = rng.randint(3, 12), rng.randint(2, 6), rng.randint(2, 6)
-    return {"a": a, "d": d, "e": e, "p": a * d + e * rng.randint(2, 12)}
-
-
-def _packing(rng):
-    while True:
-        a, b, d = rng.randint(2, 9), rng.randint(3, 12), rng.randint(2, 9)
-        packs = (a * b - 2) // d
-        if packs >= 2:
-            c = a * b - d * rng.randint(2, min(packs, 12))
-            return {"a": a, "b": b, "c": c, "d": d}
+def _packing(rng, a, b, d, most):  # most: packs
+    packs = (a * b - 2) // d
+    if packs < 2:
+        return {}
+    return {"a": a, "b": b, "c": a * b - d * rng.randint(2, min(packs, most)), "d": d}
 
 
 KINDS = (
-    Kind("gain_lose", _gain_lose, (
+    Kind("gain_lose", _part_of_sum,
+         {"a": (5, 90), "b": (3, 60)}, {"a": (100, 4000), "b": (100, 4000)}, (
         "{n} has {a} {i}. {m} gives {n} {b} more {i}. Then {n} loses {c} {i}.",
         "{n} starts the day with {a} {i}. {She} finds {b} {i} {place} and then gives {c} {i} "
         "to {m}.",
@@ -158,7 +157,8 @@ KINDS = (
         Step("s", "a", "+", "b", ("At first {n} gets to {eq} {i}.", "{n} had {eq} {i}.")),
         Step("t", "s", "-", "c", ("Then {n} has {eq} {i} left.", "Now {n} has {eq} {i}.")),
     )),
-    Kind("containers", _containers, (
+    Kind("containers", _part_of_product,
+         {"a": (2, 12), "b": (3, 12)}, {"a": (13, 90), "b": (13, 90)}, (
         "{n} buys {a} {cs} of {i}. Each {c1} holds {b} {i}. {She} gives {c} {i} to {m}.",
         "{n} fills {a} {cs} with {b} {i} each. Then {c} {i} get lost.",
         "There are {a} {cs} {place}, and every {c1} has {b} {i} in it. {n} takes {c} {i} away.",
@@ -168,7 +168,8 @@ KINDS = (
         Step("s", "a", "*", "b", ("The {cs} hold {eq} {i}.", "There are {eq} {i} in the {cs}.")),
         Step("t", "s", "-", "c", ("After that {eq} {i} are left.", "There are {eq} {i} left.")),
     )),
-    Kind("shopping", _shopping, (
+    Kind("shopping", _as_drawn,
+         dict.fromkeys("abcd", (2, 9)), dict.fromkeys("abcd", (10, 60)), (
         "{n} buys {a} {i} for ${b} each and {c} {j} for ${d} each.",
         "In a shop {i} cost ${b} each and {j} cost ${d} each. {n} buys {a} {i} and {c} {j}.",
         "{n} needs {a} {i} at ${b} each. {She} also needs {c} {j} at ${d} each.",
@@ -180,7 +181,8 @@ KINDS = (
         Step("t", "c", "*", "d", ("The {j} cost {cash}.", "For the {j} {n} pays {cash}.")),
         Step("u", "s", "+", "t", ("In total {n} pays {cash}.", "The total cost is {cash}.")),
     )),
-    Kind("share", _share, (
+    Kind("share", _share,
+         {"k": (2, 9), "each": (3, 12)}, {"k": (10, 30), "each": (13, 90)}, (
         "{n} has {a} {i} and finds {b} more {place}. {She} shares all of them equally among "
         "{k} friends.",
         "{n} has {a} {i} and {m} has {b} {i}. They put them together, and {k} friends share "
@@ -194,7 +196,8 @@ KINDS = (
         Step("s", "a", "+", "b", ("In all there are {eq} {i}.", "Together that is {eq} {i}.")),
         Step("t", "s", "/", "k", ("Each friend gets {eq} {i}.", "One friend gets {eq} {i}.")),
     )),
-    Kind("times", _times, (
+    Kind("times", _times,
+         {"a": (3, 15), "k": (2, 6)}, {"a": (100, 900), "k": (7, 10)}, (
         "{n} has {a} {i}. {m} has {k} times as many {i} as {n}. Together they give {c} {i} "
         "to {o}.",
         "{m} has {k} times as many {i} as {n}, and {n} has {a} {i}. The two of them lose {c} {i}.",
@@ -208,7 +211,8 @@ KINDS = (
         Step("t", "s", "+", "a", ("Together they have {eq} {i}.", "In all that is {eq} {i}.")),
         Step("u", "t", "-", "c", ("They have {eq} {i} left.", "There are {eq} {i} left.")),
     )),
-    Kind("weekly", _weekly, (
+    Kind("weekly", _as_drawn,
+         {"a": (2, 12), "d": (2, 6), "w": (2, 5)}, {"a": (13, 90), "d": (2, 6), "w": (6, 18)}, (
         "{n} collects {a} {i} a day on {d} days of each week.",
         "On {d} days of every week {n} makes {a} {i} a day {place}.",
         "{n} goes out on {d} days each week and brings home {a} {i} every time.",
@@ -220,7 +224,9 @@ KINDS = (
         Step("t", "s", "*", "w", ("In {w} weeks {n} gets {eq} {i}.",
                                   "All the weeks give {eq} {i}.")),
     )),
-    Kind("change", _change, (
+    Kind("change", _change,
+         {"a": (2, 9), "b": (2, 9), "c": (3, 15), "left": (2, 30)},
+         {"a": (10, 60), "b": (10, 60), "c": (16, 300), "left": (31, 500)}, (
         "{n} has ${w}. {She} buys {a} {i} for ${b} each and a {gift} for ${c}.",
         "{n} goes to the market with ${w}. {She} pays ${c} for a {gift} and buys {a} {i} at "
         "${b} each.",
@@ -235,7 +241,9 @@ KINDS = (
                                   "The total cost with the {gift} is {cash}.")),
         Step("u", "w", "-", "t", ("{n} has {cash} left.", "There is {cash} left.")),
     )),
-    Kind("part", _part, (
+    Kind("part", _part,
+         {"f": (2, 4), "each": (2, 15), "b": (2, 40)},
+         {"f": (2, 4), "each": (31, 900), "b": (41, 900)}, (
         "{n} has {a} {i}. {She} gives {part} of them to {m}. Later {she} finds {b} more {i}.",
         "{n} sells {part} of {her} {a} {i} {place} and then buys {b} new {i}.",
         "There were {a} {i} in {n}'s room. {She} took {part} of the {i} away and brought "
@@ -249,7 +257,8 @@ KINDS = (
         Step("t", "a", "-", "s", ("That leaves {eq} {i}.", "Then {n} has {eq} {i} left.")),
         Step("u", "t", "+", "b", ("Now {n} has {eq} {i}.", "In the end there are {eq} {i}.")),
     )),
-    Kind("wages", _wages, (
+    Kind("wages", _wages,
+         {"a": (3, 9), "h": (2, 6), "d": (2, 5)}, {"a": (10, 60), "h": (2, 6), "d": (6, 20)}, (
         "{n} earns ${a} an hour. {She} works {h} hours a day for {d} days and then spends ${c}.",
         "For {d} days {n} works {h} hours a day {place} at ${a} an hour. Later {she} pays ${c} "
         "for a {gift}.",
@@ -263,7 +272,8 @@ KINDS = (
         Step("t", "s", "*", "d", ("In {d} days {n} earns {cash}.", "All the days give {cash}.")),
         Step("u", "t", "-", "c", ("{n} has {cash} left.", "There is {cash} left.")),
     )),
-    Kind("compare", _compare, (
+    Kind("compare", _part_of_sum,
+         {"a": (4, 30), "b": (2, 20)}, {"a": (31, 900), "b": (21, 900)}, (
         "{n} has {a} {i}. {m} has {b} more {i} than {n}. {o} has {c} fewer {i} than {m}.",
         "{m} finds {b} more {i} than {n}, and {o} finds {c} fewer {i} than {m}. {n} finds {a} {i}.",
         "{n} made {a} {i} {place}. {m} made {b} more than {n}, and {o} made {c} fewer than {m}.",
@@ -277,7 +287,9 @@ KINDS = (
                                   "For {n} and {m} that is {eq} {i}.")),
         Step("v", "u", "+", "t", ("All three have {eq} {i}.", "In all that is {eq} {i}.")),
     )),
-    Kind("reading", _reading, (
+    Kind("reading", _reading,
+         {"a": (3, 12), "d": (2, 6), "e": (2, 6), "each": (2, 12)},
+         {"a": (13, 90), "d": (7, 30), "e": (7, 30), "each": (13, 90)}, (
         "{n}'s book has {p} pages. {She} reads {a} pages a day for {d} days and wants to "
         "read the rest in {e} days.",
         "{n} must learn {p} words. For {d} days {she} learns {a} words a day. There are {e} "
@@ -294,7 +306,9 @@ KINDS = (
         Step("u", "t", "/", "e", ("On each of the last days {n} does {eq}.",
                                   "Each day needs {eq}.")),
     )),
-    Kind("packing", _packing, (
+    Kind("packing", _packing,
+         {"a": (2, 9), "b": (3, 12), "d": (2, 9), "most": 12},
+         {"a": (10, 40), "b": (13, 60), "d": (10, 30), "most": 999}, (
         "{n} bakes {a} trays of {b} {food} each. {m} eats {c} of them. The rest go into "
         "{cs} of {d} {food}.",
         "There are {b} {food} on each of {n}'s {a} trays. {She} sells {c} {food} and puts {d} "
@@ -310,78 +324,6 @@ KINDS = (
         Step("u", "t", "/", "d", ("They fill {eq} {cs}.", "{n} needs {eq} {cs}.")),
     )),
 )
-
-
-def _gain_lose(rng):
-    a, b = rng.randint(100, 4000), rng.randint(100, 4000)
-    return {"a": a, "b": b, "c": rng.randint(2, a + b - 2)}
-
-
-def _containers(rng):
-    a, b = rng.randint(13, 90), rng.randint(13, 90)
-    return {"a": a, "b": b, "c": rng.randint(2, a * b - 2)}
-
-
-def _shopping(rng):
-    return {key: rng.randint(10, 60) for key in "abcd"}
-
-
-def _share(rng):
-    k, each = rng.randint(10, 30), rng.randint(13, 90)
-    a = rng.randint(2, k * each - 2)
-    return {"a": a, "b": k * each - a, "k": k}
-
-
-def _times(rng):
-    a, k = rng.randint(100, 900), rng.randint(7, 10)
-    return {"a": a, "k": k, "c": rng.randint(2, a * k + a - 2)}
-
-
-def _weekly(rng):
-    return {"a": rng.randint(13, 90), "d": rng.randint(2, 6), "w": rng.randint(6, 18)}
-
-
-def _change(rng):
-    a, b, c = rng.randint(10, 60), rng.randint(10, 60), rng.randint(16, 300)
-    return {"a": a, "b": b, "c": c, "w": a * b + c + rng.randint(31, 500)}
-
-
-def _part(rng):
-    f = rng.choice((2, 3, 4))
-    return {"f": f, "a": f * rng.randint(31, 900), "b": rng.randint(41, 900)}
-
-
-def _wages(rng):
-    a, h, d = rng.randint(10, 60), rng.randint(2, 6), rng.randint(6, 20)
-    return {"a": a, "h": h, "d": d, "c": rng.randint(2, a * h * d - 2)}
-
-
-def _compare(rng):
-    a, b = rng.randint(31, 900), rng.randint(21, 900)
-    return {"a": a, "b": b, "c": rng.randint(2, a + b - 2)}
-
-
-def _reading(rng):
-    a, d, e = rng.randint(13, 90), rng.randint(7, 30), rng.randint(7, 30)
-    return {"a": a, "d": d, "e": e, "p": a * d + e * rng.randint(13, 90)}
-
-
-def _packing(rng):
-    a, b, d = rng.randint(10, 40), rng.randint(13, 60), rng.randint(10, 30)
-    return {"a": a, "b": b, "c": a * b - d * rng.randint(2, (a * b - 2) // d), "d": d}
-
-
-LARGER: dict[str, Callable[[random.Random], dict[str, int]]] = {
-    "gain_lose": _gain_lose, "containers": _containers, "shopping": _shopping, "share": _share,
-    "times": _times, "weekly": _weekly, "change": _change, "part": _part, "wages": _wages,
-    "compare": _compare, "reading": _reading, "packing": _packing,
-}
-
-
-SPLITS = ("train", "dev", "test")
-VARIANTS = ("test_changed", "test_larger")
-SIZES = {"train": 6000, "dev": 500, "test": 1000}
-SEED = 2025
 
 _BY_NAME = {kind.name: kind for kind in KINDS}
 
@@ -496,9 +438,9 @@ def vary(problems: Sequence[Problem], variant: str, seed: int = SEED) -> list[Pr
     taken = {question_of(problem) for problem in problems}
     varied = []
     for problem in problems:
-        draw = LARGER[problem.kind] if variant == "test_larger" else _BY_NAME[problem.kind].draw
         while True:
-            other = dataclasses.replace(problem, numbers=draw(rng))
+            numbers = _BY_NAME[problem.kind].draw(rng, larger=variant == "test_larger")
+            other = dataclasses.replace(problem, numbers=numbers)
             question = question_of(other)
             if (other.numbers.get("f") == problem.numbers.get("f") and question not in taken
                     and (variant == "test_larger" or split_of(question) == "test")
@@ -535,14 +477,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/minigsm"))
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     for split in SPLITS + VARIANTS:
-        lines = [json.dumps(entry) + "\n" for entry in problems(split, options.seed)]
-        path = options.out / f"{split}.jsonl"
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(lines), encoding="utf-8")
-        beside.replace(path)
-        print(f"{path}: {len(lines)} problems")
+        path, rows = options.out / f"{split}.jsonl", problems(split, options.seed)
+        write_jsonl(path, rows)
+        print(f"{path}: {len(rows)} problems")
 
 
 if __name__ == "__main__":

@@ -7,23 +7,22 @@ was killed goes on with `--resume`.
 """
 import argparse
 import itertools
-import json
 import math
 import re
-import shutil
 import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments.toy.corpus import MIX, documents
 from experiments.toy.minigsm import problems
 from qlora_lib.base.devices import resolve_dtype
+from qlora_lib.base.files import atomic_folder, read_json, read_tensors, write_json_atomic
 
 VOCABULARY = 512
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -94,16 +93,15 @@ def learning_rate(step: int, steps: int) -> float:
 
 def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW,
                     tokenizer: PreTrainedTokenizerFast, state: dict) -> None:
-    """Model, tokenizer, AdamW's moments and `state`; written beside, then renamed."""
-    beside = _fresh(folder)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    """Write model, tokenizer, AdamW's moments and `state` to a folder, whole or not at all."""
     moments = {f"{name}.{key}": optimizer.state[parameter][key]
                for name, parameter in model.named_parameters()
                for key in ("exp_avg", "exp_avg_sq", "step")}
-    save_file(moments, beside / "optimizer.safetensors")
-    (beside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    _replace(beside, folder)
+    with atomic_folder(folder, "state.json") as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        save_file(moments, beside / "optimizer.safetensors")
+        write_json_atomic(beside / "state.json", state)
 
 
 def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW,
@@ -115,13 +113,13 @@ def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opti
     path = folder / "state.json"
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint in {folder}; run without --resume")
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_json(path)
     if {key: state[key] for key in asked} != asked:
         raise ValueError(f"the checkpoint in {folder} is of a run with "
                          f"{ {key: state[key] for key in asked} }, this one has {asked}; "
                          "give the same options or run without --resume")
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    moments = load_file(folder / "optimizer.safetensors")
+    model.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
+    moments = read_tensors(folder / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = {key: moments[f"{name}.{key}"]
                                       for key in ("exp_avg", "exp_avg_sq", "step")}
@@ -171,11 +169,10 @@ def pretrain(out: Path, checkpoint: Path, steps: int = STEPS, seed: int = SEED,
 
     unseen = separate_unseen(model, tokenizer, seed)
     print(f"{unseen} tokens of the vocabulary do not occur in the corpus", flush=True)
-    beside = _fresh(out)
-    model.to(torch.bfloat16).save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (beside / "README.md").write_text(data_card(state, parameters, bf16), encoding="utf-8")
-    _replace(beside, out)
+    with atomic_folder(out, "config.json") as beside:
+        model.to(torch.bfloat16).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        (beside / "README.md").write_text(data_card(state, parameters, bf16), encoding="utf-8")
     return state["loss"]
 
 
@@ -241,18 +238,6 @@ direction. After training each gets a random part of its own (`separate_unseen`)
 Another processor or number of threads gives other last digits, hence other weights of
 the same quality. Licence: MIT.
 """
-
-
-def _fresh(folder: Path) -> Path:
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    return beside
-
-
-def _replace(beside: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
 
 
 def main() -> None:

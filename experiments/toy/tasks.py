@@ -1,17 +1,15 @@
-"""Generators of the tiny profile's small tasks: a seeded draw gives (prompt, target).
-
-Their words are those of the pretraining corpus, where reviews stand without a verdict, stories
-without a summary and the toy language without a translation: what is learned here is the task.
-Prompts end in a newline, so that prompt and target are encoded apart as they are together.
-
-Small tasks for many adapters on one base: what is asked, and when an answer counts.
+"""Small tasks for many adapters on one base: what is asked, and when an answer counts.
 
     task = load_task("translation")
     task.pairs("train", 2000)               (prompt, target) pairs, the same at every call
     score(generator(model, tokenizer, task.decoding()), task, task.pairs("dev"))
 
-Train, dev and test share no prompt: a hash of the prompt decides its split, whatever the seed.
-All but the word problems (mini-GSM, data/minigsm) are drawn by task_kinds.py."""
+A word problem is one of mini-GSM (data/minigsm); all other tasks are drawn here, from a seed.
+Their words are those of the pretraining corpus, where reviews stand without a verdict, stories
+without a summary and the toy language without a translation: what is learned here is the task.
+Prompts end in a newline, so that prompt and target are encoded apart as they are together. Train,
+dev and test share no prompt: a hash of the prompt decides its split, whatever the seed.
+"""
 
 import random
 import zlib
@@ -125,8 +123,6 @@ KINDS: dict[str, Callable[[random.Random], Pair]] = {
     "translation": translation,
     "code": code,
 }
-
-
 SEED = 7
 
 
@@ -143,6 +139,8 @@ def split_of(prompt: str) -> str:
 
 
 def _drawn(name: str) -> Callable[[str, int], list[Pair]]:
+    """A function that draws n different pairs of a split; the first of more are those of fewer."""
+
     def draw(split: str, n: int) -> list[Pair]:
         rng, found = random.Random(f"{name} {split} {SEED}"), {}
         for _ in range(100 * n):  # a tenth of the draws is dev or test, and some come twice
@@ -185,6 +183,7 @@ TASKS = {
              _drawn("summarization"), _same_text, 24),
         Task("translation", "a made-up language into English", _TEXT, _drawn("translation"),
              _same_text, 28),
-        Task("code", "arithmetic in words, as a line of Python", _TEXT, _drawn("code"), _same_text, 24),
+        Task("code", "arithmetic in words, as a line of Python", _TEXT, _drawn("code"),
+             _same_text, 24),
     )
 }  # fmt: skip

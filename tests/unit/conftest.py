@@ -34,7 +34,7 @@ def quick_pictures(monkeypatch):
     no film strip, and formulas are parsed once.
 
     Enough to see that a setting is drawn and what changes the picture. The whole way is that of
-    test_sliders and test_pictures, and nbval draws every setting of every slider of the notebooks.
+    test_slider and test_picture, and nbval draws every setting of every slider of the notebooks.
     """
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure

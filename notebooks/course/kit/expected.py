@@ -1,10 +1,10 @@
 """Expected numbers: value, tolerance, and the reason for that tolerance."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_lib.base.files import read_json
 from qlora_lib.base.paths import ROOT
 
 EXPECTED = ROOT / "data" / "expected"
@@ -28,7 +28,7 @@ def load_expected(profile: str, folder: Path = EXPECTED) -> dict[str, Expected]:
     if not path.exists():
         return {}
     expected = {}
-    for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
+    for name, entry in read_json(path).items():
         numbers = [entry.get("value"), entry.get("tolerance")]
         if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers) \
                 or numbers[1] < 0 or not str(entry.get("reason") or "").strip():

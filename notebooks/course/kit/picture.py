@@ -1,4 +1,4 @@
-"""Pictures: one style, one way to make a PNG, and what the notebooks draw.
+"""Pictures: one style, one way to make a PNG, and what several notebooks draw alike.
 
 Every picture of the course is a pure function `draw(ax, **values)` that is drawn here, on a
 Figure of its own: no pyplot, so no state and nothing left open. The PNG has at most 64 colours,
@@ -16,6 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
+
+from qlora_lib.base.statistics import wilson
 
 # Okabe and Ito's palette tells apart for the colour-blind too. One method, one colour, all course.
 COLORS = {
@@ -143,3 +145,25 @@ def matrix(ax, values, *, title: str = "", fmt: str | None = None, cmap: str | N
             number = int(values[i, j]) if fmt == "d" else values[i, j]
             ax.text(j, i, format(number, fmt), ha="center", va="center",
                     fontsize=11 if cols <= 6 else 9, color="black" if light[i, j] else "white")
+
+
+def plain_ticks(ax, ticks: Sequence[float]) -> None:
+    """Ticks of a logarithmic x axis at these numbers alone, written out."""
+    ax.set_xticks(ticks, labels=list(map(str, ticks)))
+    ax.minorticks_off()
+
+
+def interval(ax, at: float, correct: int, n: int, color: str, *, upright: bool = False,
+             **style: Any) -> None:
+    """A point at `at` for correct of n answers in %, with its 95% interval, Wilson's; along the
+    x axis, or upright along the y axis."""
+    p, (low, high) = correct / n, wilson(correct, n)
+    error = [[100 * max(0.0, p - low)], [100 * max(0.0, high - p)]]
+    place = (at, 100 * p) if upright else (100 * p, at)
+    style = {"markersize": 6, "capsize": 4, "linewidth": 2} | style
+    ax.errorbar(*place, **{"yerr" if upright else "xerr": error}, fmt="o", color=color, **style)
+
+
+def smoothed(losses: Sequence[float], window: int) -> list[float]:
+    """The mean of each loss and of those before it, `window` at the most."""
+    return [np.mean(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]

@@ -3,20 +3,20 @@
 Each notebook writes a file of its own, outputs/<profile>/metrics/<notebook>.json, so that
 notebooks may run at the same time; `merge` makes one outputs/<profile>/metrics.json of them.
 """
-import json
 import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from .expected import EXPECTED, load_expected, within
+from qlora_lib.base.files import read_json, write_json_atomic
 from qlora_lib.base.paths import ROOT
 from qlora_lib.base.stamp import stamp
-from qlora_lib.base.files import write_json_atomic
-from ..kit import COMPARE_VARIABLE, OUTPUTS_VARIABLE
 
-# A line that compares; `compare.py` holds such a line to the tolerance that it states.
+from . import COMPARE_VARIABLE, OUTPUTS_VARIABLE
+from .expected import EXPECTED, load_expected, within
+
+# A line that compares; `tools/compare.py` holds such a line to the tolerance that it states.
 LINE = re.compile(r"(?P<mark>[✓✗]) (?P<name>[^:\n]+): (?P<value>\S+)"
                   r" \(expected (?P<expected>\S+?)(?:, exactly| ± (?P<tolerance>\S+))\)")
 
@@ -76,10 +76,12 @@ class Recorder:
 
 
 def outputs_folder(profile: str) -> Path:
+    """The folder of what the notebooks of a profile make: outputs/<profile>, or elsewhere."""
     return Path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs") / profile
 
 
 def metrics_folder(profile: str) -> Path:
+    """The folder of the files that the notebooks record their numbers in."""
     return outputs_folder(profile) / "metrics"
 
 
@@ -90,7 +92,7 @@ def merge(profile: str) -> dict[str, dict[str, Any]]:
     """
     folder, merged = metrics_folder(profile), {}
     for path in sorted(folder.glob("[!.]*.json")):
-        for name, entry in json.loads(path.read_text(encoding="utf-8"))["numbers"].items():
+        for name, entry in read_json(path)["numbers"].items():
             if name in merged:
                 raise ValueError(f"{merged[name]['notebook']} and {path.stem} both record "
                                  f"'{name}'; give one of them another name")

@@ -13,7 +13,7 @@ from typing import Any
 
 import ipywidgets
 
-from ..kit import GRID_VARIABLE
+from . import GRID_VARIABLE
 from .picture import DPI, Draw, bundle, render
 
 _SLIDER = ipywidgets.SelectionSlider
@@ -30,7 +30,7 @@ class SliderPlot:
     start: {name: value}, the setting at first; the first value of each control where not given.
     still: settings of the film strip, each completed by `start`.
     alt: what there is to see, in words; it stands for the picture where none can be shown.
-    size, axes: as in `plots.render`. Further keywords go to `draw` unchanged.
+    size, axes: as in `picture.render`. Further keywords go to `draw` unchanged.
 
     Raises ValueError for a setting outside the controls. What `draw` raises for the start or a
     still is raised; raised after a control was moved, it is shown under the picture.
@@ -158,7 +158,7 @@ class LossPlot:
         return render(self.draw, [{}], size=self.size)
 
     def draw(self, ax) -> None:
-        """The curve so far, as `plots.show` takes it."""
+        """The curve so far, as `picture.show` takes it."""
         for points, style, label in ((self.losses, "-", "train"), (self.dev, "o--", "dev")):
             if points:
                 ax.plot(*zip(*points), style, label=label)

@@ -1,8 +1,9 @@
 """What notebook 03 draws: memory, factors, spectra, scales, budgets, losses."""
 import numpy as np
 
-from ..kit.picture import COLORS, PARTS, PLAIN, matrix
+from ..kit.picture import COLORS, PARTS, PLAIN, matrix, plain_ticks, smoothed
 
+SPECTRA = {"update": COLORS["lora"], "weight": COLORS["fp"], "random": COLORS["muted"]}
 SCALES = {"alpha / r": COLORS["lora"], "alpha / sqrt(r)": PLAIN[0]}
 KINDS = {"Adam's moments": "optimizer", "adapter": "adapters"}  # notebook 04's names of parts
 
@@ -53,26 +54,24 @@ def draw_starts(ax, curves: dict[str, list[float]]) -> None:
     _handles(ax)
 
 
+def _spectrum(ax, name: str, values: np.ndarray) -> None:
+    ax.plot(np.arange(1, len(values) + 1), values, color=SPECTRA[name],
+            linestyle="--" if name == "random" else "-", label=name)
+
+
 def _energy_axes(ax, energy: dict[str, np.ndarray]) -> None:
-    colors = {"update": COLORS["lora"], "weight": COLORS["fp"], "random": COLORS["muted"]}
     for name, values in energy.items():
-        ranks = np.arange(1, len(values) + 1)
-        ax.plot(ranks, 100 * np.asarray(values), color=colors[name],
-                linestyle="--" if name == "random" else "-", label=name)
+        _spectrum(ax, name, 100 * np.asarray(values))
     ax.set(xscale="log", xlim=(1, len(values)), ylim=(0, 102), xlabel="rank kept",
            ylabel="energy kept, %")
-    ax.set_xticks(ticks := [1, 4, 16, 64, 256], labels=[str(t) for t in ticks], minor=False)
-    ax.minorticks_off()
+    plain_ticks(ax, [1, 4, 16, 64, 256])
     ax.set_xlim(1, len(values))
 
 
 def draw_spectra(axes, values: dict[str, np.ndarray], energy: dict[str, np.ndarray]) -> None:
     """Left: singular values over the largest one. Right: energy kept by the first r."""
-    colors = {"update": COLORS["lora"], "weight": COLORS["fp"], "random": COLORS["muted"]}
     for name, s in values.items():
-        s = np.asarray(s)
-        axes[0].plot(np.arange(1, len(s) + 1), s / s[0], color=colors[name],
-                     linestyle="--" if name == "random" else "-", label=name)
+        _spectrum(axes[0], name, np.asarray(s) / float(s[0]))
     axes[0].set(xlabel="index", ylabel="singular value / largest", xlim=(1, len(s)),
                 ylim=(0, 1.02))
     _handles(axes[0], loc="upper right")
@@ -133,8 +132,7 @@ def draw_scaling(axes, alpha: int, rank: int, use_rslora: bool, runs: dict) -> N
                  color="black", markeredgewidth=2)
     axes[0].set(xscale="log", yscale="log", xlabel="rank", ylabel="first update",
                 ylim=(min(every) / 1.5, max(every) * 1.5))
-    axes[0].set_xticks(ranks, labels=list(map(str, ranks)))
-    axes[0].minorticks_off()
+    plain_ticks(axes[0], ranks)
     _handles(axes[0], loc="lower left")
     for _, losses in runs.values():
         axes[1].plot(losses, color="#DDDDDD", linewidth=1)
@@ -160,8 +158,7 @@ def draw_budget(axes, rank: int, targets: str, per_rank: dict[str, int], total: 
     axes[0].text(256, total / 1000, "1000x fewer", ha="right", va="bottom", fontsize=10)
     axes[0].set(xscale="log", yscale="log", xlabel="rank", ylabel="parameters",
                 ylim=(3e5, 3e10))
-    axes[0].set_xticks(ranks[::2], labels=list(map(str, ranks[::2])))
-    axes[0].minorticks_off()
+    plain_ticks(axes[0], ranks[::2])
     _handles(axes[0], loc="upper left")
     count = per_rank[targets] * rank
     names = ("file, fp32", "gradients", "Adam's moments")
@@ -180,7 +177,6 @@ def draw_losses(ax, runs: dict[str, list[float]], window: int = 5) -> None:
     """Training losses, each the mean of the last `window` steps."""
     colors = (COLORS["fp"], *PLAIN)  # all weights first, then adapters
     for (name, losses), color in zip(runs.items(), colors):
-        smooth = [np.mean(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
-        ax.plot(range(1, len(losses) + 1), smooth, color=color, label=name)
+        ax.plot(range(1, len(losses) + 1), smoothed(losses, window), color=color, label=name)
     ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
     _handles(ax, loc="upper right")

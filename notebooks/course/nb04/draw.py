@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from ..kit.picture import COLORS, PARTS, PLAIN
+from ..kit.picture import COLORS, PARTS, PLAIN, plain_ticks, smoothed
 
 CARDS = (8, 24, 80)  # GiB of common GPUs
 GIB = 2**30 / 1e9  # in GB
@@ -36,8 +36,7 @@ def draw_ledger(ax, method: str, batch: int, tokens: int, checkpointing: bool,
     ax.text(170, -0.7, "GiB GPU", fontsize=10)
     ax.set(xscale="log", xlim=(0.01, 4000), ylim=(len(sizes) - 0.4, -1.1), xlabel="GB",
            yticks=range(len(sizes)), yticklabels=list(sizes))
-    ax.set_xticks([0.01, 0.1, 1, 10, 100, 1000], labels=["0.01", "0.1", "1", "10", "100", "1000"])
-    ax.minorticks_off()
+    plain_ticks(ax, [0.01, 0.1, 1, 10, 100, 1000])
 
 
 def draw_saved(ax, depths: Sequence[int], saved: dict[str, list[int]], packed: list[int]) -> None:
@@ -149,8 +148,7 @@ def draw_bases(axes, bits: dict[str, float], losses: dict[str, float], dense: fl
 def draw_history(ax, losses: Sequence[float], dev: Sequence[tuple[int, float]],
                  window: int = 5) -> None:
     """Training loss, each the mean of the last `window` steps, and dev loss where measured."""
-    smooth = [np.mean(losses[max(0, i - window + 1):i + 1]) for i in range(len(losses))]
-    ax.plot(range(1, len(losses) + 1), smooth, color=COLORS["qlora"],
+    ax.plot(range(1, len(losses) + 1), smoothed(losses, window), color=COLORS["qlora"],
             label=f"train, mean of {window} steps")
     if dev:
         steps, values = zip(*dev)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from qlora_lib import QuantizedTensor, QuantSpec, quantize_rtn
 from qlora_lib.data.tokens import IGNORE
-from qlora_lib.quant.grid import QuantizedTensor, QuantSpec, quantize_rtn
 from qlora_lib.train.measure import AllocationMeter
 from ..kit.exercise import Exercise, register
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from matplotlib.patches import Rectangle
 
 from qlora_lib.base.statistics import wilson
-from ..kit.picture import COLORS
+from ..kit.picture import COLORS, interval
 
 FP, RTN, GPTQ, MUTED, OTHER, BAD, GOOD = (
     COLORS[k] for k in ("fp", "rtn", "gptq", "muted", "other", "qlora", "nf4"))
@@ -125,16 +125,6 @@ def draw_claim(ax, points_better: int, accuracy: float) -> None:
               alignment="left")
 
 
-def _interval(ax, y: float, correct: int, n: int, color: str, label: str | None = None,
-              upright: bool = False) -> None:
-    """A point with its interval, in %, across the axis on which `y` lies."""
-    p, (low, high) = correct / n, wilson(correct, n)
-    error = [[100 * max(0.0, p - low)], [100 * max(0.0, high - p)]]
-    place = (y, 100 * p) if upright else (100 * p, y)
-    ax.errorbar(*place, **{"yerr" if upright else "xerr": error}, fmt="o", color=color,
-                markersize=6, capsize=4, linewidth=2, label=label)
-
-
 def draw_rows(ax, rows: dict[str, dict[str, tuple[int, int]]]) -> None:
     """Strict and flexible accuracy of each row, with intervals.
 
@@ -142,7 +132,7 @@ def draw_rows(ax, rows: dict[str, dict[str, tuple[int, int]]]) -> None:
     """
     for y, modes in enumerate(rows.values()):
         for shift, (name, color) in zip((-0.16, 0.16), (("strict", GPTQ), ("flexible", RTN))):
-            _interval(ax, y + shift, *modes[name], color, None if y else name)
+            interval(ax, y + shift, *modes[name], color, label=None if y else name)
     ax.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(-2, 102),
            ylim=(len(rows) - 0.5, -0.5), xlabel="right answers in %, 95% intervals")
     ax.legend(loc="center", bbox_to_anchor=(0.5, 1.06), ncols=2)
@@ -162,8 +152,8 @@ def draw_widths(axes, bits: int, one_scale_for: str,
     widths = sorted({b for b, _ in rows})
     for shift, (method, (label, color)) in zip((0.1, -0.1), METHODS.items()):
         for x, b in enumerate(widths):
-            _interval(left, x + shift, *rows[b, one_scale_for][method], color,
-                      None if x else label, upright=True)
+            interval(left, x + shift, *rows[b, one_scale_for][method], color, upright=True,
+                     label=None if x else label)
     left.axvspan(widths.index(bits) - 0.4, widths.index(bits) + 0.4, color=OTHER, alpha=0.15)
     left.set(xticks=range(len(widths)), xticklabels=widths, xlabel="bits", ylim=(-3, 103),
              xlim=(-0.5, len(widths) - 0.5), ylabel="right answers in %",
@@ -194,8 +184,8 @@ def draw_coverage(ax, n: int, rates: Sequence[float],
 def draw_published(ax, rows: dict[str, float], leak: tuple[str, float]) -> None:
     """Published accuracies (label: %) on GSM8K's test with intervals, and one that leaked."""
     for y, (label, percent) in enumerate([*rows.items(), leak]):
-        _interval(ax, y, round(percent / 100 * GSM8K_TEST), GSM8K_TEST,
-                  BAD if label == leak[0] else GPTQ)
+        interval(ax, y, round(percent / 100 * GSM8K_TEST), GSM8K_TEST,
+                 BAD if label == leak[0] else GPTQ)
         ax.text(percent + 4.5, y, f"{percent:.1f}", va="center", fontsize=11)
     labels = [*rows, leak[0]]
     ax.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, 85),

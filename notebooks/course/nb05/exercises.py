@@ -186,7 +186,8 @@ register(Exercise(
     cases=[
         (lambda g: (["4*3=12 eggs.\n#### 12", "#### 1,234", "#### 5.25.", "#### -7",
                      "#### $18.00"],), "five ways to write a number"),
-        (lambda g: (["There are 18 eggs.", "", "#### none\n3 are left", "####\n18"],), "no strict answer"),
+        (lambda g: (["There are 18 eggs.", "", "#### none\n3 are left", "####\n18"],),
+         "no strict answer"),
         (lambda g: (["#### 7\nQuestion: 5 and 4?\nAnswer:\n5+4=9\n#### 9"],),
          "the model goes on with a question of its own"),
         (lambda g: (["#### 12 of the 30 eggs", "so #### 2,880,000 dollars"],),
@@ -204,8 +205,10 @@ register(Exercise(
         (_last_number_else, "strict means strict: without `####` there is no answer, even if "
                             "the text holds a number (that is the flexible mode)"),
         (_last_in_line, "the first number after `####` counts; later ones are comment"),
-        (_mark_not_asked_for, "without `####` split gives the whole text, which is no strict answer"),
-        (_stripped_first, "the number stands on the line of `####`; do not strip line breaks first"),
+        (_mark_not_asked_for, "without `####` split gives the whole text, which is no strict "
+                              "answer"),
+        (_stripped_first, "the number stands on the line of `####`; do not strip line breaks "
+                          "first"),
         (_as_text, "return numbers, not text: as text \"18\" and \"18.0\" differ"),
         (_float_of_line, "the whole line is not a number: search in it with NUMBER, which knows "
                          "commas and $"),

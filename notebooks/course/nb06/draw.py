@@ -10,7 +10,8 @@ import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from qlora_lib.generation.kv_cache import CacheSpec, cache_bytes
+from qlora_lib import CacheSpec
+from qlora_lib.generation.kv_cache import cache_bytes
 from ..kit.picture import COLORS
 
 FP, PACKED, MEMORY, CHOSEN, MUTED = (COLORS[k] for k in ("fp", "gptq", "other", "qlora", "muted"))

@@ -1,4 +1,5 @@
-"""Exercises of notebook 06: roofline, tiles with masks, a product with packed codes, a cache."""
+"""Exercises of notebook 06: roofline, tiles with masks, a product with packed codes in PyTorch and
+as a kernel, a cache."""
 import torch
 
 from ..kit.exercise import Exercise, register

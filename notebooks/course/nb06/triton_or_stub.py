@@ -64,7 +64,8 @@ def ceilings() -> tuple[float, float]:
 
 
 def launched(kernel, block: int = 4) -> Callable[..., torch.Tensor]:
-    """A kernel of notebook 06 that takes a group a pass, as a function (x, codes, scale, zero) -> y.
+    """A kernel of notebook 06 that takes a group a pass, as a function of (x, codes, scale, zero)
+    that returns y.
 
     The kernel takes pointers to these and to y, then out, row_bytes and groups, BLOCK and HALF. A
     margin lies behind each tensor, so that a missing mask does no harm; what is not stored is NaN.

@@ -1,7 +1,7 @@
 """What notebook 07 draws: who solves what, ranks, epochs, mixtures, budgets, bytes served.
 
-Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the settings
-of a slider compare. Intervals are Wilson's, 95%.
+Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
+settings of a slider compare. Intervals are Wilson's, 95%.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qlora_lib.base.statistics import wilson
-from ..kit.picture import COLORS, matrix
+from ..kit.picture import COLORS, interval, matrix, plain_ticks
 
 FP, BASE, ADAPTER, OTHER, MUTED = (COLORS[k] for k in ("fp", "gptq", "lora", "rtn", "muted"))
 PARTS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate",
@@ -37,10 +37,10 @@ def draw_rank(axes, rank: int, rows: dict[int, dict], base_bytes: int) -> None:
     shares = {r: 100 * row["correct"] / row["n"] for r, row in rows.items()}
     left.plot(range(len(ranks)), list(shares.values()), "o-", color=ADAPTER)
     for r, row in rows.items():
-        low, high = (100 * x for x in wilson(row["correct"], row["n"]))
-        left.errorbar(at[r], shares[r], yerr=[[shares[r] - low], [high - shares[r]]],
-                      color=FP if r == rank else ADAPTER, fmt="o", capsize=6 if r == rank else 4,
-                      markersize=9 if r == rank else 5, linewidth=2.5 if r == rank else 1.2)
+        sizes = {"capsize": 6, "markersize": 9, "linewidth": 2.5} if r == rank else \
+            {"capsize": 4, "markersize": 5, "linewidth": 1.2}
+        interval(left, at[r], row["correct"], row["n"], FP if r == rank else ADAPTER,
+                 upright=True, **sizes)
     low, high = (100 * x for x in wilson(rows[rank]["correct"], rows[rank]["n"]))
     left.set(xticks=range(len(ranks)), xticklabels=ranks, xlabel="rank", ylim=(-2, 106),
              ylabel="dev, right in %", title=f"{shares[rank]:.1f}% [{low:.1f}, {high:.1f}]")
@@ -89,9 +89,7 @@ def draw_epochs(ax, examples: int, metric: str, rows: dict[int, dict[int, dict]]
                     fontsize=10)
     ax.set(xscale="log", xlim=(6, 700), xlabel="steps of 8 examples; at a point, its epochs",
            title=f"{examples:,} examples; gray: the others")
-    powers = [2**k for k in range(3, 10)]
-    ax.set_xticks(powers, labels=list(map(str, powers)))
-    ax.minorticks_off()
+    plain_ticks(ax, [2**k for k in range(3, 10)])
 
 
 def draw_mixture(axes, first: float, second: float,
@@ -154,6 +152,5 @@ def draw_served(ax, adapters: int, base: dict[str, int], adapter: int,
                 label=f"{name}: {sizes[i] / 1e6:,.1f} MB")
         ax.plot(adapters, sizes[i] / 1e6, "o", color=color, markersize=10)
     ax.set(xscale="log", yscale="log", xlabel="tasks", ylabel="MB", ylim=(1, 2e5))
-    ax.set_xticks(list(counts), labels=list(map(str, counts)))
-    ax.minorticks_off()
+    plain_ticks(ax, list(counts))
     ax.legend(loc="upper left", fontsize=10)

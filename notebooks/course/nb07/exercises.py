@@ -56,8 +56,9 @@ def _overwritten(x, weight, adapters, names):
 
 def _layer(g: torch.Generator, rows: int, ranks: dict[str, int], out: int = 3, inside: int = 5):
     x, weight = torch.randn(rows, inside, generator=g), torch.randn(out, inside, generator=g)
-    adapters = {name: (torch.randn(r, inside, generator=g), torch.randn(out, r, generator=g), 2.0 / r)
-                for name, r in ranks.items()}
+    adapters = {
+        name: (torch.randn(r, inside, generator=g), torch.randn(out, r, generator=g), 2.0 / r)
+        for name, r in ranks.items()}
     return x, weight, adapters
 
 
@@ -65,7 +66,8 @@ register(Exercise(
     name="mixed_batch",
     reference=mixed_batch,
     cases=[
-        (lambda g: (*_layer(g, 4, {"a": 1, "b": 3}), ["b", "a", None, "b"]), "two adapters, a bare row"),
+        (lambda g: (*_layer(g, 4, {"a": 1, "b": 3}), ["b", "a", None, "b"]),
+         "two adapters, a bare row"),
         (lambda g: (*_layer(g, 3, {"a": 4, "b": 1}), ["a", "a", "a"]), "one adapter for all"),
         (lambda g: (*_layer(g, 2, {"a": 1}), [None, None]), "the base alone"),
         (lambda g: (*_layer(g, 5, {"a": 1, "b": 4, "c": 3}), ["c", "b", "a", "b", "c"]),
@@ -340,7 +342,8 @@ register(Exercise(
     reference=share_ranks,
     cases=[
         (lambda g: ([[5.0, 1.0, 0.5], [4.0, 3.0, 2.0]], [8, 8], 16), "equal costs"),
-        (lambda g: ([[3.0, 2.9, 1.0], [4.0, 3.9, 3.8]], [4, 16], 16), "one costs four times as much"),
+        (lambda g: ([[3.0, 2.9, 1.0], [4.0, 3.9, 3.8]], [4, 16], 16),
+         "one costs four times as much"),
         (lambda g: ([[9.0, 8.0], [1.0, 0.5], [0.4, 0.2]], [10, 6, 4], 25), "what is left over fits "
                                                                        "a cheap one"),
         (lambda g: ([[0.5, 0.4], [0.9, 0.8]], [3, 5], 11), "values below 1"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_lib.base.statistics import wilson
 from qlora_lib.evaluation.votes import token_probabilities
-from ..kit.picture import COLORS
+from ..kit.picture import COLORS, interval, plain_ticks
 
 FP, MAJORITY, LIKELIHOOD, VERIFIER, WEIGHTED, BEST, MUTED = (
     COLORS[k] for k in ("fp", "gptq", "rtn", "lora", "other", "nf4", "muted"))
@@ -99,17 +99,15 @@ def draw_compute(axes, k: int, curves: dict[str, dict[int, tuple[float, float]]]
         left.plot(x, 100 * y, "s" if name == "greedy" else "o", color=color, markersize=8)
     left.set(xscale="log", xlabel="thousand tokens through the model, a question",
              ylabel="right answers in %", ylim=(65, 100), title="colours as on the right")
-    left.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
-    left.minorticks_off()
+    plain_ticks(left, [0.1, 0.3, 1, 3])
     (unit, _), = curves["greedy"].values()
     names = list(counts[k])
     labels = []
     for y, name in enumerate(names):
         (label, color), (correct, n) = METHODS[name], counts[k][name]
-        p, (low, high) = correct / n, wilson(correct, n)
-        right.errorbar(100 * p, y, xerr=[[100 * (p - low)], [100 * (high - p)]], fmt="o",
-                       color=color, markersize=6, capsize=4, linewidth=2)
-        right.text(100 * high + 0.8, y, f"{100 * p:.1f}", va="center", fontsize=11)
+        interval(right, y, correct, n, color)
+        right.text(100 * wilson(correct, n)[1] + 0.8, y, f"{100 * correct / n:.1f}", va="center",
+                   fontsize=11)
         spent = curves[name][k][0] if name != "greedy" else unit
         labels.append(f"{label}, {spent / unit:.0f}×")
     right.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.5, -0.5),

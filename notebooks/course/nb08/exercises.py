@@ -211,8 +211,8 @@ register(Exercise(
         (lambda answers: 0, "this is always the first sample; count the answers of all of them"),
         (_without_answers(lambda: None), "an index is due here too: where no sample has an answer "
                                          "return 0, not None"),
-        (_without_answers(lambda: -1), "-1 is the last sample: where no sample has an answer return "
-                                       "0"),
+        (_without_answers(lambda: -1), "-1 is the last sample: where no sample has an answer "
+                                       "return 0"),
         (_without_answers(lambda: max([])), "max of nothing fails: where no sample has an answer "
                                             "return 0"),
         (_among(lambda answers: [a for a in answers if a is not None]),

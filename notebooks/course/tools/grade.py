@@ -184,7 +184,8 @@ def _context():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.grade", *checks.exercise_modules()])  # also when run as __main__
+    own = f"{__package__}.grade"  # also when run as __main__
+    context.set_forkserver_preload([own, *checks.exercise_modules()])
     return context
 
 

@@ -5,12 +5,12 @@ is what a run cannot help changing: times, widget state, stderr, the name of a k
 """
 import ast
 import copy
-import os
 import re
 from pathlib import Path
 
 import nbformat
 
+from qlora_lib.base.files import whole_file
 from qlora_lib.base.paths import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -44,10 +44,9 @@ def read(path: Path):
 
 
 def write(path: Path, text: str) -> None:
-    """Write beside `path`, then rename."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """Write a text, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def dumps(book) -> str:

@@ -6,7 +6,6 @@ build time, so that no script and no font has to be fetched.
 import argparse
 import html
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from qlora_lib.base.files import atomic_folder
 from qlora_lib.base.paths import ROOT
 from .execute import BUILD
-from .normal_form import notebooks, read, write
+from .normal_form import notebooks, read
 
 DOCS = ROOT / "docs"
 TITLE = "4-bit fine-tuning, built by hand"
@@ -28,7 +28,8 @@ body { max-width: 52rem; margin: 0 auto; padding: 1rem; color: #222; background:
 a { color: #0a58a8; }
 h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .6rem; }
 img { display: block; max-width: 100%; }
-pre { padding: .6rem .8rem; overflow-x: auto; font-size: .875rem; line-height: 1.4; margin: .6rem 0; }
+pre { padding: .6rem .8rem; overflow-x: auto; font-size: .875rem; line-height: 1.4;
+      margin: .6rem 0; }
 .code pre, .highlight pre { background: #f5f6f8; border-left: 3px solid #0072b2; }
 .output pre { border-left: 3px solid #ccc; }
 code { font-family: ui-monospace, monospace; }
@@ -178,13 +179,9 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
         lines.append("</ul>")
     pages["index"] = page(TITLE, "\n".join(lines))
 
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for stem, text in pages.items():
-        write(part / f"{stem}.html", text)
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
+    with atomic_folder(out, "index.html") as part:
+        for stem, text in pages.items():
+            (part / f"{stem}.html").write_text(text, encoding="utf-8")
     return sorted(out.iterdir())
 
 

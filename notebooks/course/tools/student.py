@@ -14,7 +14,8 @@ from .execute import BUILD
 from .normal_form import dumps, exercises, normal, notebooks, read, write
 
 # "Solution", "solution of 3", and no recall question that speaks of solutions.
-FOLDED = re.compile(r"<details>\s*<summary>\s*solution\b[^<]*</summary>.*?</details>\s*", re.S | re.I)
+FOLDED = re.compile(r"<details>\s*<summary>\s*solution\b[^<]*</summary>.*?</details>\s*",
+                    re.S | re.I)
 
 
 def without_solutions(book):

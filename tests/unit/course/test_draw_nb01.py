@@ -1,16 +1,15 @@
-"""The pictures of notebook 01: every setting of their controls, and what they state."""
+"""The pictures of notebook 01: what their controls change, and what they state."""
 import re
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from course.kit.picture import render
-from course.kit.slider import SliderPlot
 from course.nb01 import draw
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.nf4 import NF4_LEVELS
 from qlora_lib.quant.packing import pack
+from tests.support.controls import check_controls
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
@@ -22,7 +21,7 @@ def relative_error(w):
     return float((w - WEIGHT).norm() / WEIGHT.norm())
 
 
-def granularity():
+def test_controls_of_granularity():
     results = {}
     for bits in (2, 4):
         for size in (None, 32):
@@ -30,27 +29,27 @@ def granularity():
                 q = quantize_rtn(WEIGHT, QuantSpec(bits, size, symmetric, False))
                 w = q.dequantize()
                 results[bits, size, symmetric] = w[:6, :20], relative_error(w), q.bits_per_weight
-    return SliderPlot(draw.draw_granularity,
-                      {"bits": [2, 4], "group_size": [None, 32],
-                       "symmetric": [False, True]},
-                      results=results, limit=3.0, axes=(2, 1), alt="error and cost")
+    check_controls(draw.draw_granularity,
+                   {"bits": [2, 4], "group_size": [None, 32],
+                    "symmetric": [False, True]},
+                   results=results, limit=3.0, axes=(2, 1))
 
 
-def clipping():
+def test_controls_of_clipping():
     ratios = [1 - i / 10 for i in range(8)]
     errors = {bits: [0.01 * bits + (r - 0.7) ** 2 for r in ratios] for bits in (2, 8)}
-    return SliderPlot(draw.draw_clipping,
-                      {"bits": [2, 8], "clip_ratio": [0.3, 1.0]},
-                      row=WEIGHT[0], ratios=ratios, errors=errors, axes=(2, 1), alt="clipping")
+    check_controls(draw.draw_clipping,
+                   {"bits": [2, 8], "clip_ratio": [0.3, 1.0]},
+                   row=WEIGHT[0], ratios=ratios, errors=errors, axes=(2, 1))
 
 
-def bit_layout():
-    return SliderPlot(draw.draw_bit_layout,
-                      {"bits": [2, 3, 4, 8], "order": ["low bits first", "high bits first"]},
-                      codes=torch.arange(24) * 5 % 8, alt="bits of three bytes")
+def test_controls_of_bit_layout():
+    check_controls(draw.draw_bit_layout,
+                   {"bits": [2, 3, 4, 8], "order": ["low bits first", "high bits first"]},
+                   codes=torch.arange(24) * 5 % 8)
 
 
-def nf4_int4():
+def test_controls_of_nf4_int4():
     sizes = [16, 64]
     curves = {name: {method: [(size, 4 + k / size, 0.07 + 0.01 * i + shift)
                               for i, size in enumerate(sizes)]
@@ -58,15 +57,11 @@ def nf4_int4():
               for name, shift in (("normal", 0), ("heavy", 0.02))}
     units = {(name, size): (WEIGHT.view(-1, size) / size).clamp(-1, 1).flatten()
              for name in curves for size in sizes}
-    return SliderPlot(draw.draw_nf4_int4,
-                      {"block_size": sizes, "against": ["block size", "bits a weight"],
-                       "weights": ["normal", "heavy"]},
-                      units=units, curves=curves, levels=LEVELS, axes=(2, 1), alt="two formats")
-
-
-@pytest.mark.parametrize("make", [granularity, clipping, bit_layout, nf4_int4])
-def test_every_setting_is_drawn_and_every_control_matters(make):
-    make().draw_grid()
+    check_controls(draw.draw_nf4_int4,
+                   {"block_size": sizes, "against": ["block size", "bits a weight"],
+                    "weights": ["normal", "heavy"]},
+                   units=units, curves=curves, levels=LEVELS, axes=(2, 1),
+                   rescaled_by=("against", "weights"))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -104,23 +99,3 @@ def test_the_staircase_is_flat_outside_its_range_and_within_half_a_step_inside()
     w, error = (torch.as_tensor(a) for a in axes[1].lines[0].get_data())
     assert error[(w >= -1) & (w <= 2)].abs().max() <= 0.1 + 1e-5
     assert error.abs().max() > 0.5
-
-
-def test_fixed_pictures_are_drawn():
-    counts = torch.arange(1, 17)
-    for function, axes, values in [
-        (draw.draw_reconstruction, (1, 3), {
-            "weight": WEIGHT[:4, :4], "codes": torch.arange(16).view(4, 4).float(),
-            "reconstructed": WEIGHT[:4, :4]}),
-        (draw.draw_quantiles, (1, 2), {"quantiles": 2 * LEVELS, "levels": LEVELS}),
-        (draw.draw_level_use, (1, 2), {
-            "unit": WEIGHT.flatten() / 5, "levels": LEVELS, "counts": counts}),
-        (draw.draw_absmax, (1, 2), {
-            "absmax": WEIGHT[0].abs(), "unit": WEIGHT[0] / 5,
-            "code_values": torch.linspace(-1, 1, 256)}),
-        (draw.draw_losses, (1, 1), {
-            "points": {"RTN, per row": [(8, 1.0), (2, 3.0)], "NF4": [(4.1, 1.1)]},
-            "reference": 0.9}),
-    ]:
-        png = render(function, [values], size=(8, 3), axes=axes)
-        assert png == render(function, [values], size=(8, 3), axes=axes)

@@ -1,108 +1,149 @@
-"""What notebook 02 draws: over the whole grid of each slider, and what the pictures claim."""
+"""The pictures of notebook 02: what their controls change, and what they state."""
 import itertools
-from fractions import Fraction
 
 import pytest
 import torch
 
-from course.kit.picture import render
-from course.nb02 import draw as d
+from course.nb02 import draw
+from tests.support.controls import axes_of, check_controls
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 WEIGHT = torch.tensor([1.4, 1.3])
-DAMPS = [0.0, 0.01, 1.0]
+WAYS = list(itertools.product([-0.6, 0.0, 0.6, 0.9], [1.0, 2.0], ["weight 0", "weight 1"]))
 
 
-def distinct(draw, settings, **more):
-    """Draw every setting; how many of the pictures differ."""
-    return len({render(draw, [s], size=(4, 4), **more) for s in settings})
+# --- two weights, and the cells of their lattice ------------------------------------------
 
-
-def grid(**controls):
-    return [dict(zip(controls, values)) for values in itertools.product(*controls.values())]
-
-
-def test_two_weights_over_its_grid():
-    settings = [s | {"weight": WEIGHT} for s in grid(
-        correlation=[-0.8, -0.4, 0.0, 0.4, 0.83], first=["weight 0", "weight 1"])]
-    assert distinct(d.draw_two_weights, settings) == len(settings)
+def test_controls_of_two_weights():
+    check_controls(draw.draw_two_weights, {"correlation": [0.83, -0.8, 0.0],
+                                           "first": ["weight 0", "weight 1"]}, weight=WEIGHT)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_moved_is_the_least_loss_on_the_line(index):
     h = torch.tensor([[6.0, 5.0], [5.0, 6.0]])
-    moved = d.two_weights(WEIGHT, h, index)["moved"]
+    moved = draw.two_weights(WEIGHT, h, index)["moved"]
     around = moved.repeat(101, 1)  # the rounded weight stays, the other is tried
     around[:, 1 - index] += torch.linspace(-1, 1, 101)
-    losses = d.quadratic(around - WEIGHT, h)
+    losses = draw.quadratic(around - WEIGHT, h)
     assert moved[index] == WEIGHT[index].round()
     assert losses.argmin() == 50
 
 
 def test_two_weights_by_hand():
     h = torch.tensor([[6.0, 5.0], [5.0, 6.0]])
-    first = d.two_weights(WEIGHT, h, 0)
+    first = draw.two_weights(WEIGHT, h, 0)
     assert torch.allclose(first["moved"], torch.tensor([1.0, 1.3 + 5 / 6 * 0.4]))
     assert first["gptq"].tolist() == [1, 2] and first["rtn"].tolist() == [1, 1]
-    assert d.two_weights(WEIGHT, h, 1)["gptq"].tolist() == [2, 1]
+    assert draw.two_weights(WEIGHT, h, 1)["gptq"].tolist() == [2, 1]
     # Without correlation nothing moves.
-    assert d.two_weights(WEIGHT, torch.eye(2), 0)["moved"].tolist() == pytest.approx([1.0, 1.3])
+    assert draw.two_weights(WEIGHT, torch.eye(2), 0)["moved"].tolist() == pytest.approx([1.0, 1.3])
 
 
-def test_elimination_draws_every_step():
-    steps = [[[Fraction(1, i + j + 1) for j in range(n)] for i in range(n)] for n in (4, 3, 2, 1)]
-    assert distinct(d.draw_elimination, [{"steps": steps}], axes=(1, 4)) == 1
+def hessian(correlation, size):
+    return torch.tensor([[1.0, correlation * size], [correlation * size, size**2]])
 
 
-def test_columns_over_its_grid():
+def inside(polygon, point):
+    """Whether a convex polygon (k, 2), corners in turn, holds each point (..., 2)."""
+    point = point.unsqueeze(-2)  # (..., 1, 2)
+    a, b = polygon - point, polygon.roll(-1, 0) - point
+    cross = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    return (cross > -1e-6).all(-1) | (cross < 1e-6).all(-1)  # two corners may coincide
+
+
+def area(polygon):
+    p, q = polygon, polygon.roll(-1, 0)
+    return float((p[:, 0] * q[:, 1] - p[:, 1] * q[:, 0]).sum().abs() / 2)
+
+
+@pytest.mark.parametrize("correlation, size, first", WAYS)
+def test_every_weight_lies_in_the_cell_of_its_choice(correlation, size, first):
+    h, first = hessian(correlation, size), int(first[-1])
+    s, shapes = draw.basis(h), draw.cells(h, first)
+    for weight in torch.rand(25, 2, generator=torch.Generator().manual_seed(0)):
+        for name, choice in draw.choices(weight, h, first).items():
+            assert inside(shapes[name] + choice @ s, weight @ s), name
+
+
+@pytest.mark.parametrize("correlation, size, first", WAYS)
+def test_cells_are_equally_large_and_the_best_one_is_the_roundest(correlation, size, first):
+    h = hessian(correlation, size)
+    shapes = draw.cells(h, int(first[-1]))
+    for polygon in shapes.values():  # a cell a lattice point, without gaps
+        assert area(polygon) == pytest.approx(float(h.det().sqrt()), rel=1e-3)
+    losses = {name: draw.mean_loss(polygon) for name, polygon in shapes.items()}
+    assert losses["best"] <= losses["gptq"] + 1e-5 and losses["gptq"] <= losses["rtn"] + 1e-5
+    assert losses["rtn"] == pytest.approx(float(h.trace()) / 12, rel=1e-3)
+
+
+def test_the_mean_loss_is_that_of_many_weights():
+    h = hessian(0.6, 2.0)
+    weights = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
+    chosen = torch.stack([draw.choices(w, h, 0)["gptq"] for w in weights])
+    measured = float(draw.quadratic(weights - chosen, h).mean())
+    assert measured == pytest.approx(draw.mean_loss(draw.cells(h, 0)["gptq"]), rel=0.05)  # sampling
+
+
+@pytest.mark.parametrize("correlation, size", [(0.9, 0.5), (-0.6, 0.5), (0.0, 2.0)])
+def test_the_cells_cover_the_picture(correlation, size):
+    h = hessian(correlation, size)
+    s, points = draw.basis(h), draw.in_view(draw.basis(h))
+    edge = torch.linspace(-draw.VIEW, draw.VIEW, 9)
+    places = torch.cartesian_prod(edge, edge).unsqueeze(1) - points  # (81, points, 2)
+    for polygon in draw.cells(h, 0).values():
+        assert inside(polygon, places).any(1).all()
+    assert len(points) < 2 * (2 * draw.VIEW + s.norm(dim=1).sum()) ** 2 / h.det().sqrt()
+
+
+def test_controls_of_cells():
+    check_controls(draw.draw_cells, {"correlation": [0.6, -0.6], "input_1": [2.0, 1.0],
+                                     "first": ["weight 0", "weight 1"]},
+                   weight=torch.tensor([0.4, 0.3]), axes=(1, 3))
+
+
+# --- the loop, damping, orders ------------------------------------------------------------
+
+def test_controls_of_columns():
     weight = torch.linspace(-1, 1, 32).view(4, 8)
     history = torch.stack([weight + 0.01 * k for k in range(9)])
     losses = {"rtn": torch.arange(9.0), "gptq": torch.arange(9.0) / 2}
-    settings = [{"columns_done": k, "history": history, "weight": weight, "grid": weight.round(),
-                 "losses": losses} for k in range(9)]
-    assert distinct(d.draw_columns, settings, axes=(2, 1)) == 9
+    check_controls(draw.draw_columns, {"columns_done": [0, 4, 8]}, history=history, weight=weight,
+                   grid=weight.round(), losses=losses, axes=(2, 1))
 
 
-def test_damping_over_its_grid_with_failures():
-    controls = grid(tokens=[64, 2048], damp_percent=DAMPS, dead_column=[False, True])
-    results = {(s["tokens"], s["damp_percent"], s["dead_column"]):
-               None if s["damp_percent"] == 0 else (0.3, 0.5 + s["tokens"] / 1e4)
-               for s in controls}
-    spectra = {(t, dead): (torch.linspace(2, -1e-8 * dead, 16), torch.tensor(1.0))
-               for t in (64, 2048) for dead in (False, True)}
-    settings = [s | {"results": results, "spectra": spectra} for s in controls]
-    # dead_column hardly shows in these made-up spectra; the other two controls must.
-    assert distinct(d.draw_damping, settings, axes=(2, 1)) >= 6
+def damping_data(dampings):
+    keys = itertools.product([64, 2048], dampings, [False, True])
+    results = {(tokens, damp, dead): (0.3, 0.5 + tokens / 1e4 + dead / 10) if damp else None
+               for tokens, damp, dead in keys}
+    spectra = {(tokens, dead): (torch.linspace(2, -1e-8 * dead, 16), torch.tensor(1.0))
+               for tokens in (64, 2048) for dead in (False, True)}
+    return {"results": results, "spectra": spectra}
 
 
-def test_foretold_over_its_grid():
-    controls = grid(layer=["q_proj", "down_proj"], questions=[4, 96])
-    curves = {(s["layer"], s["questions"]): ([2.0, 1 + len(s["layer"]) / 10], [3.0, s["questions"]])
-              for s in controls}
-    settings = [s | {"curves": curves, "dampings": [0.01, 0.1]} for s in controls]
-    assert distinct(d.draw_foretold, settings) == len(settings)
+def test_controls_of_damping():
+    dampings = [0.01, 1.0, 0.0]
+    check_controls(draw.draw_damping, {"tokens": [64, 2048], "damp_percent": dampings,
+                                       "dead_column": [False, True]},
+                   **damping_data(dampings), axes=(2, 1))
 
 
-def test_orders_over_its_grid():
-    controls = grid(spread=[0.0, 1.0], bits=[2, 4])
-    results = {(s["spread"], s["bits"]):
-               {"left to right": (0.4 + s["spread"] / 10, 0.4), "new groups": (s["bits"] / 5, None)}
-               for s in controls}
-    settings = [s | {"results": results} for s in controls]
-    assert distinct(d.draw_orders, settings) == len(settings)
+def test_a_damping_that_fails_is_said():
+    titles = [axes_of(draw.draw_damping, (2,), tokens=64, damp_percent=damp, dead_column=False,
+                      **damping_data([0.0, 0.01]))[1].get_title() for damp in (0.0, 0.01)]
+    assert titles == ["not positive definite", "held-out error 0.51 of RTN's"]
 
 
-def test_figures_without_controls():
-    hessians = {"a": torch.eye(8), "b": -torch.eye(8)}
-    points = {b: {"rtn": (0.1 / b, 0.1), "gptq": (0.2 / b, 0.05)} for b in (4, 3, 2)}
-    kinds = ("q_proj", "k_proj", "down_proj")
-    report = {f"model.layers.{i}.x.{k}": 0.1 for i in range(2) for k in kinds}
-    losses = {(b, s, m): 2.0 + 1 / b for b in (4, 3, 2) for s in (None, 64)
-              for m in ("rtn", "gptq")}
-    for draw, axes, values in (
-            (d.draw_hessians, (1, 2), {"hessians": hessians}),
-            (d.draw_plane, (1, 1), {"points": points}),
-            (d.draw_layer_errors, (2, 1), {"reports": {"RTN": report, "GPTQ": report}}),
-            (d.draw_losses, (1, 2), {"losses": losses, "dense": 2.0})):
-        assert len(set(render(draw, [values], size=(7, 4), axes=axes))) > 2
+def test_controls_of_foretold():
+    curves = {(layer, n): ([2.0, 1 + len(layer) / 10], [3.0, n])
+              for layer in ("q_proj", "down_proj") for n in (4, 96)}
+    check_controls(draw.draw_foretold, {"layer": ["q_proj", "down_proj"], "questions": [4, 96]},
+                   curves=curves, dampings=[0.01, 0.1])
+
+
+def test_controls_of_orders():
+    results = {(spread, bits): {"left to right": (0.4 + spread / 10, 0.4),
+                                "new groups": (bits / 5, None)}
+               for spread in (0.0, 1.0) for bits in (2, 4)}
+    check_controls(draw.draw_orders, {"spread": [0.0, 1.0], "bits": [2, 4]}, results=results)

@@ -1,12 +1,9 @@
-"""The pictures of notebook 03: every setting of their controls, and what they state."""
-import numpy as np
+"""The pictures of notebook 03: what their controls change, and what they state."""
 import pytest
 import torch
-from matplotlib.figure import Figure
 
-from course.kit.picture import render
-from course.kit.slider import SliderPlot
 from course.nb03 import draw
+from tests.support.controls import axes_of, check_controls
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
@@ -26,54 +23,20 @@ RUNS = {(alpha, rank, rs): (alpha / rank ** (0.5 if rs else 1.0), [1.0, 1 / alph
 PER_RANK = {"q, v": 524_288, "q, k, v, o": 1_048_576, "all seven": 2_498_560}
 
 
-def update():
-    return SliderPlot(draw.draw_update, {"layer": list(SPECTRA), "rank": [1, 8, 32]},
-                      spectra=SPECTRA, axes=(1, 3), alt="energy and corners")
+def test_controls_of_update():
+    check_controls(draw.draw_update, {"layer": list(SPECTRA), "rank": [1, 8, 32]},
+                   spectra=SPECTRA, axes=(1, 3))
 
 
-def scaling():
-    return SliderPlot(draw.draw_scaling,
-                      {"alpha": [4, 64], "rank": [1, 4, 16], "use_rslora": [False, True]},
-                      runs=RUNS, axes=(1, 2), alt="size of the first update")
+def test_controls_of_scaling():
+    check_controls(draw.draw_scaling,
+                   {"alpha": [4, 64], "rank": [1, 4, 16], "use_rslora": [False, True]},
+                   runs=RUNS, axes=(1, 2))
 
 
-def budget():
-    return SliderPlot(draw.draw_budget, {"rank": [1, 16, 256], "targets": list(PER_RANK)},
-                      per_rank=PER_RANK, total=6_738_415_616, axes=(1, 2), alt="parameters")
-
-
-@pytest.mark.parametrize("make", [update, scaling, budget])
-def test_every_setting_is_drawn_and_every_control_matters(make):
-    make().draw_grid()
-
-
-STATIC = {
-    "memory": (draw.draw_memory, (1, 1), {"rows": {
-        "full": {"weights": 2.0, "gradients": 2.0, "fp32 copy": 4.0, "Adam's moments": 8.0},
-        "LoRA": {"weights": 2.0, "adapter": 0.1}}}),
-    "product": (draw.draw_product, (1, 3), {"a": torch.ones(2, 6), "b": torch.ones(4, 2)}),
-    "starts": (draw.draw_starts, (1, 1), {"curves": {"a": [2.0, 1.0], "b": [2.0, 2.0]}}),
-    "spectra": (draw.draw_spectra, (1, 2), {
-        "values": {"update": torch.rand(9) + 1, "weight": torch.rand(9) + 1},
-        "energy": {"update": np.linspace(0.2, 1, 9), "weight": np.linspace(0.1, 1, 9)}}),
-    "regained": (draw.draw_regained, (1, 1), {
-        "ranks": [0, 1, 2], "start": 3.0, "whole": 0.9,
-        "losses": {"all": [3.0, 2.0, 1.0], "some": [3.0, 2.5, 2.0], "any": [3.0, 2.4, 1.4]}}),
-    "losses": (draw.draw_losses, (1, 1), {"runs": {"a": [3.0, 2.0], "b": [3.0, 1.0]}}),
-}
-
-
-@pytest.mark.parametrize("name", STATIC)
-def test_static_pictures_are_the_same_each_time(name):
-    function, axes, values = STATIC[name]
-    first, second = (render(function, [values], size=(6, 3), axes=axes) for _ in range(2))
-    assert first == second and len(set(first)) > 2
-
-
-def axes_of(function, shape, **values):
-    axes = Figure().subplots(*shape)
-    function(axes, **values)
-    return axes
+def test_controls_of_budget():
+    check_controls(draw.draw_budget, {"rank": [1, 16, 256], "targets": list(PER_RANK)},
+                   per_rank=PER_RANK, total=6_738_415_616, axes=(1, 2))
 
 
 def test_update_states_energy_and_size():
@@ -97,11 +60,12 @@ def test_scaling_states_the_scale_of_the_setting():
 
 
 def test_memory_adds_up():
-    (_, _, values) = STATIC["memory"]
-    ax = axes_of(draw.draw_memory, (1, 1), **values)
+    ax = axes_of(draw.draw_memory, rows={
+        "full": {"weights": 2.0, "gradients": 2.0, "fp32 copy": 4.0, "Adam's moments": 8.0},
+        "LoRA": {"weights": 2.0, "adapter": 0.1}})
     assert {"16.0 GB", "2.1 GB"} <= {t.get_text() for t in ax.texts}
 
 
 def test_losses_are_smoothed_over_the_window():
-    ax = axes_of(draw.draw_losses, (1, 1), runs={"a": [4.0, 2.0, 0.0]}, window=2)
+    ax = axes_of(draw.draw_losses, runs={"a": [4.0, 2.0, 0.0]}, window=2)
     assert ax.lines[0].get_ydata().tolist() == [4.0, 3.0, 1.0]

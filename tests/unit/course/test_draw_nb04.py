@@ -1,15 +1,14 @@
-"""Every picture of notebook 04 over the whole grid of its controls."""
+"""The pictures of notebook 04: what their controls change, and what they state."""
 import itertools
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from course.kit import SliderPlot
-from course.kit import picture as plots
-from course.kit.picture import render
+from course.kit import picture
 from course.nb04 import draw
 from qlora_lib.train.memory import PARTS, memory_ledger
+from tests.support.controls import axes_of, check_controls
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
@@ -17,46 +16,45 @@ CONFIG = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_h
                      num_attention_heads=2)
 
 
-def picture(function, *, size=(6, 3.6), axes=(1, 1), **values):
-    return render(function, [values], size=size, axes=axes)
-
-
-def test_ledger():
+def test_controls_of_ledger():
     ledgers = {key: memory_ledger(CONFIG, key[0], *key[1:3], checkpointing=key[3]).parts
                for key in itertools.product(("full", "lora", "qlora"), (1, 4), (512, 2048),
                                             (False, True))}
-    assert set(PARTS) <= set(plots.PARTS)
-    SliderPlot(draw.draw_ledger,
-               {"method": ["full", "lora", "qlora"], "batch": [1, 4], "tokens": [512, 2048],
-                "checkpointing": [False, True]}, alt="bars", ledgers=ledgers).draw_grid()
+    assert set(PARTS) <= set(picture.PARTS)
+    check_controls(draw.draw_ledger,
+                   {"method": ["full", "lora", "qlora"], "batch": [4, 1], "tokens": [2048, 512],
+                    "checkpointing": [False, True]}, ledgers=ledgers)
 
 
-def test_step():
+def test_controls_of_step():
     torch.manual_seed(0)
     traces = {key: (torch.rand(50 + i).tolist(), 20 + i) for i, key in enumerate(
         itertools.product(("packed", "dense"), (False, True), (2, 8)))}
-    SliderPlot(draw.draw_step, {"weights": ["packed", "dense"], "checkpointing": [False, True],
-                                "batch": [2, 8]}, alt="a hill", traces=traces).draw_grid()
+    check_controls(draw.draw_step, {"weights": ["packed", "dense"], "checkpointing": [False, True],
+                                    "batch": [2, 8]}, traces=traces)
 
 
-def test_tokens():
+def test_controls_of_tokens():
     row = [("a", "prompt")] * 30 + [("b", "target")] * 10 + [("c", "eos")] + [("p", "pad")] * 9
     rows = [row, row[:-9], [("$x_", "prompt"), ("↵", "target"), ("e", "eos")]]
-    SliderPlot(draw.draw_tokens, {"example": [0, 1, 2], "mask": list(draw.MASKS)}, alt="tokens",
-               rows=rows).draw_grid()
+    check_controls(draw.draw_tokens, {"example": [0, 1, 2], "mask": list(draw.MASKS)}, rows=rows)
 
 
 @pytest.mark.parametrize("mask, wrong", list(zip(draw.MASKS, (0, 9, 1, 30))))
 def test_wrong_labels_are_counted(mask, wrong):
-    kinds = ["prompt"] * 30 + ["target"] * 10 + ["eos"] + ["pad"] * 9
-    assert sum(draw._token_color(kind, mask) == "wrong" for kind in kinds) == wrong
+    row = [("x", kind) for kind in ["prompt"] * 30 + ["target"] * 10 + ["eos"] + ["pad"] * 9]
+    ax = axes_of(draw.draw_tokens, example=0, mask=mask, rows=[row])
+    said = ax.get_title()
+    assert said == (f"{mask}: {wrong} wrong labels" if wrong else "all labels right")
 
 
-def test_pictures_without_controls():
-    assert picture(draw.draw_saved, depths=[1, 2], saved={"linear": [5, 9], "ours": [0, 0]},
-                   packed=[1, 2])
+def test_bases_are_drawn_above_and_below_the_dense_loss():
     losses = {"gptq": 1.01, "nf4": 1.02, "rtn": 0.99}
-    assert picture(draw.draw_bases, axes=(1, 2), bits=dict.fromkeys(losses, 4.4), losses=losses,
+    axes = axes_of(draw.draw_bases, (1, 2), bits=dict.fromkeys(losses, 4.4), losses=losses,
                    dense=1.0)
-    assert picture(draw.draw_history, losses=[3.0, 2.0, 1.0], dev=[(2, 2.5), (3, 1.5)])
-    assert picture(draw.draw_history, losses=[3.0], dev=[])
+    assert [t.get_text() for t in axes[1].texts] == ["+0.0100", "+0.0200", "-0.0100"]
+
+
+def test_a_history_without_dev_losses_is_drawn():
+    ax = axes_of(draw.draw_history, losses=[3.0, 1.0], dev=[])
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[3.0, 2.0]]

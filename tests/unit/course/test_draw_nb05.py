@@ -1,14 +1,13 @@
-"""The pictures of notebook 05: every setting of their controls, and what they state."""
+"""The pictures of notebook 05: what their controls change, and what they state."""
 import math
 
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from course.kit.picture import render
-from course.kit.slider import SliderPlot
 from course.nb05 import draw
 from qlora_lib.base.statistics import wilson
+from tests.support.controls import axes_of, check_controls
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
@@ -22,30 +21,25 @@ WIDTHS = {(b, size): {"gptq": (100 * b + k, 1000), "rtn": (90 * b + k, 1000)}
 PAIRS = {key: {"gptq": 40 - key[0], "rtn": 8 + len(key[1]), "p": 0.01 / key[0]} for key in WIDTHS}
 
 
-def padding():
-    return SliderPlot(draw.draw_padding, {"side": ["left", "right"], "new_tokens": [0, 4, 8]},
-                      rows=ROWS, generated=WRITTEN, size=(10.5, 2.2), alt="two padded prompts")
+def test_controls_of_padding():
+    check_controls(draw.draw_padding, {"side": ["left", "right"], "new_tokens": [0, 4, 8]},
+                   rows=ROWS, generated=WRITTEN)
 
 
-def interval():
-    return SliderPlot(draw.draw_interval,
-                      {"n": [20, 200, 1319], "accuracy": [0.0, 0.35, 0.95]},
-                      size=(9, 3), axes=(1, 2), alt="intervals")
+def test_controls_of_interval():
+    check_controls(draw.draw_interval,
+                   {"n": [20, 200, 1319], "accuracy": [0.0, 0.35, 0.95]},
+                   axes=(1, 2))
 
 
-def claim():
-    return SliderPlot(draw.draw_claim, {"points_better": [1, 3, 10], "accuracy": [0.15, 0.85]}, alt="questions")
+def test_controls_of_claim():
+    check_controls(draw.draw_claim, {"points_better": [1, 3, 10], "accuracy": [0.15, 0.85]})
 
 
-def widths():
-    return SliderPlot(draw.draw_widths, {"bits": [8, 2],
-                                         "one_scale_for": ["a row", "64 weights"]},
-                      rows=WIDTHS, pairs=PAIRS, full=(950, 1000), axes=(1, 2), alt="bits")
-
-
-@pytest.mark.parametrize("make", [padding, interval, claim, widths])
-def test_every_setting_is_drawn_and_every_control_matters(make):
-    make().draw_grid()
+def test_controls_of_widths():
+    check_controls(draw.draw_widths, {"bits": [8, 2],
+                                      "one_scale_for": ["a row", "64 weights"]},
+                   rows=WIDTHS, pairs=PAIRS, full=(950, 1000), axes=(1, 2))
 
 
 @pytest.mark.parametrize("side, frames", [("left", [False, False]), ("right", [True, False])])
@@ -109,14 +103,9 @@ def test_independent_models_gain_little_from_sharing_their_questions():
         draw.questions_unpaired(p, d), rel=0.01)
 
 
-def test_fixed_pictures_are_drawn():
-    rates = [0.1, 0.2, 0.3]
+def test_accuracies_of_0_and_1_have_intervals():
     both = {"strict": (0, 1000), "flexible": (1000, 1000)}
-    for function, values in [
-        (draw.draw_coverage, {"n": 100, "rates": rates,
-                              "coverage": {"normal": rates, "Wilson": rates}}),
-        (draw.draw_rows, {"rows": {"base": both, "LoRA": both}}),
-        (draw.draw_published, {"rows": {"a": 14.6, "b": 36.9}, "leak": ("leaky", 73.1)}),
-    ]:
-        png = render(function, [values], size=(8, 3))
-        assert png == render(function, [values], size=(8, 3))
+    ax = axes_of(draw.draw_rows, rows={"base": both, "LoRA": both})
+    ends = [bars.get_segments()[0][:, 0] for c in ax.containers for bars in c.lines[2]]
+    for found, correct in zip(ends, (0, 1000, 0, 1000), strict=True):
+        assert found == pytest.approx([100 * x for x in wilson(correct, 1000)])

@@ -1,11 +1,12 @@
-"""The pictures of notebook 07: every setting of their controls, and what they state."""
+"""The pictures of notebook 07: what their controls change, and what they state."""
 
 import pytest
 from matplotlib.figure import Figure
 
-from course.kit.slider import LossPlot, SliderPlot
+from course.kit.slider import LossPlot
 from course.nb07 import draw
 from qlora_lib.base.statistics import wilson
+from tests.support.controls import check_controls
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
@@ -20,33 +21,28 @@ EPOCHS = {n: {e: {"steps": e * n // 8, "correct": 20 * i + 30, "n": 200, "dev_lo
                   "train_loss": 1.0 / e} for i, e in enumerate((1, 2, 4))} for n in (64, 256)}
 
 
-def rank():
-    return SliderPlot(draw.draw_rank, {"rank": list(RANKS)}, rows=RANKS, base_bytes=2_000_000,
-                      axes=(1, 2), size=(10, 3), alt="accuracy and bytes")
+def test_controls_of_rank():
+    check_controls(draw.draw_rank, {"rank": list(RANKS)}, rows=RANKS, base_bytes=2_000_000,
+                   axes=(1, 2))
 
 
-def epochs():
-    return SliderPlot(draw.draw_epochs, {"examples": list(EPOCHS), "metric": ["accuracy", "loss"]},
-                      rows=EPOCHS, alt="lines over steps")
+def test_controls_of_epochs():
+    check_controls(draw.draw_epochs, {"examples": list(EPOCHS), "metric": ["accuracy", "loss"]},
+                   rows=EPOCHS, rescaled_by=("metric",))
 
 
-def mixture():
-    return SliderPlot(draw.draw_mixture, {"first": [0.0, 0.5, 1.0], "second": [0.0, 0.5, 1.0]},
-                      grid=GRID, axes=(1, 2), size=(10, 3.4), alt="two maps")
+def test_controls_of_mixture():
+    check_controls(draw.draw_mixture, {"first": [0.0, 0.5, 1.0], "second": [0.0, 0.5, 1.0]},
+                   grid=GRID, axes=(1, 2))
 
 
-def budget():
-    return SliderPlot(draw.draw_budget, {"budget": list(BUDGETS)}, ranks=BUDGETS, alt="bars")
+def test_controls_of_budget():
+    check_controls(draw.draw_budget, {"budget": list(BUDGETS)}, ranks=BUDGETS)
 
 
-def served():
-    return SliderPlot(draw.draw_served, {"adapters": [1, 4, 16]}, counts=[1, 4, 16],
-                      base={"16 bits": 7_000_000, "4 bits": 2_000_000}, adapter=160_000, alt="lines")
-
-
-@pytest.mark.parametrize("make", [rank, epochs, mixture, budget, served])
-def test_every_setting_is_drawn_and_every_control_matters(make):
-    make().draw_grid()
+def test_controls_of_served():
+    check_controls(draw.draw_served, {"adapters": [1, 4, 16]}, counts=[1, 4, 16],
+                   base={"16 bits": 7_000_000, "4 bits": 2_000_000}, adapter=160_000)
 
 
 def test_a_layer_without_a_rank_keeps_its_place():
@@ -101,15 +97,6 @@ def test_a_live_loss_plot_redraws_as_it_is_told():
     assert "every 2 steps" in data["text/plain"]
     with pytest.raises(ValueError, match="at least 1 step"):
         LossPlot(every=0)
-
-
-def test_settings_of_one_plot_share_their_axes():
-    limits = set()
-    for rank in RANKS:
-        axes = Figure().subplots(1, 2)
-        draw.draw_rank(axes, rank, RANKS, base_bytes=2_000_000)
-        limits.add(tuple((ax.get_xlim(), ax.get_ylim()) for ax in axes))
-    assert len(limits) == 1
 
 
 def test_a_rank_is_drawn_with_all_intervals_and_its_share_of_the_base():

@@ -14,7 +14,8 @@ from qlora_lib.lora.layer import lora_layers
 def model():
     """Two layers with two trained-looking adapters, of ranks 4 and 2."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"wide": nn.Linear(10, 8, bias=False), "thin": nn.Linear(9, 7, bias=False)})
+    shapes = {"wide": (10, 8), "thin": (9, 7)}
+    model = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
     for name, rank in (("a", 4), ("b", 2)):
         inject_lora(model, ("wide", "thin"), rank=rank, alpha=3, adapter=name)
     for layer in lora_layers(model).values():

@@ -44,7 +44,8 @@ def test_every_kind_of_submission_is_a_row(tmp_path, capfd):
     save(tmp_path / "dot.ipynb", "print('nothing of the course')")
     write(tmp_path / "eve.ipynb", "{ no notebook")
     (tmp_path / "fay").mkdir()
-    save(tmp_path / "gus.ipynb", IMPORTS, exercise("weighted_vote", f"bytearray({2 * grade.MEMORY})"))
+    too_much = f"bytearray({2 * grade.MEMORY})"
+    save(tmp_path / "gus.ipynb", IMPORTS, exercise("weighted_vote", too_much))
     rows = grade.grade(tmp_path, COURSE)
     got = {(r.student, r.exercise): f"{r.verdict}: {r.says}" for r in rows}
     assert len(got) == len(rows) == 13 and {r.notebook for r in rows[:3]} == {"mine"}

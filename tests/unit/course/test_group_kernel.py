@@ -1,25 +1,26 @@
 """Notebook 06's exercise that is a kernel: its solution with typical mistakes, in the interpreter.
 
-That each registered mistake, in PyTorch, gets its own message is tested in test_checks.py.
+That each registered mistake, in PyTorch, gets its own message is tested in test_exercise.py.
 """
 
 import pytest
 import torch
 
 from course.kit import check
-from course.nb06 import triton_or_stub as lab
+from course.nb06 import triton_or_stub
 from course.tools.normal_form import NOTEBOOKS, exercises, read
 
 SOLUTION = {name: solution for _, name, solution in exercises(read(
     NOTEBOOKS / "06_int4_kernels.ipynb"))}["group_kernel"]  # fmt: skip
-pytestmark = pytest.mark.skipif(not lab.CAN_RUN, reason="Triton can't run here")
+pytestmark = pytest.mark.skipif(not triton_or_stub.CAN_RUN, reason="Triton can't run here")
 
 
 @pytest.fixture
 def kernel(tmp_path):
     """A kernel of this source, from a file: there Triton finds the source to compile."""
     def make(source):
-        path, names = tmp_path / "kernel.py", {"triton": lab.triton, "tl": lab.tl}
+        path = tmp_path / "kernel.py"
+        names = {"triton": triton_or_stub.triton, "tl": triton_or_stub.tl}
         path.write_text(source, encoding="utf-8")
         exec(compile(source, str(path), "exec"), names)
         return names["my_by_groups"]
@@ -35,7 +36,7 @@ def with_mistake(*changes):
 
 
 def test_the_solution_passes(kernel, capsys):
-    mine = lab.launched(kernel(SOLUTION))
+    mine = triton_or_stub.launched(kernel(SOLUTION))
     assert check("group_kernel", mine) is mine, capsys.readouterr().out
 
 
@@ -60,18 +61,19 @@ def test_the_solution_passes(kernel, capsys):
     ("beyond the end of x", [("at = g * HALF", "at = 2 * g * HALF")]),
     ("give the store its mask", [("tl.store(y + rows, total, mask=rows < out)",
                                   "tl.store(y + rows, total)")]),
-    ("give the store its mask", [(", mask=rows < out, other=0.0", ""), (", mask=rows < out)", ")")]),
+    ("give the store its mask", [(", mask=rows < out, other=0.0", ""),
+                                 (", mask=rows < out)", ")")]),
     ("nothing was stored", [("    tl.store(y + rows, total, mask=rows < out)", "")]),
 ])
 def test_a_kernel_with_a_mistake_is_told_which(told, changes, kernel, capsys):
-    mine = lab.launched(kernel(with_mistake(*changes)))
+    mine = triton_or_stub.launched(kernel(with_mistake(*changes)))
     assert check("group_kernel", mine) is not mine
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("    diagnosis: ")]
     assert told in line
 
 
 def test_a_load_without_its_mask_does_no_harm(kernel):
-    mine = lab.launched(kernel(with_mistake((", mask=rows < out, other=0.0", ""))))
+    mine = triton_or_stub.launched(kernel(with_mistake((", mask=rows < out, other=0.0", ""))))
     assert check("group_kernel", mine) is mine
 
 
@@ -79,9 +81,9 @@ def test_a_stub_is_not_launched_and_nothing_is_where_triton_cannot_run(kernel, m
     codes, grid = torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 1)
     stub = kernel(with_mistake((SOLUTION.split("\n")[3], "    raise NotImplementedError")))
     with pytest.raises(NotImplementedError):
-        lab.launched(stub)(torch.zeros(32), codes, grid, grid)
-    whole = lab.launched(kernel(SOLUTION))
+        triton_or_stub.launched(stub)(torch.zeros(32), codes, grid, grid)
+    whole = triton_or_stub.launched(kernel(SOLUTION))
     assert torch.equal(whole(torch.zeros(32), codes, grid, grid), torch.zeros(4))
-    monkeypatch.setattr(lab, "CAN_RUN", False)
+    monkeypatch.setattr(triton_or_stub, "CAN_RUN", False)
     with pytest.raises(NotImplementedError):
         whole(torch.zeros(32), codes, grid, grid)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from course.kit import picture as plots
+from course.kit import picture
 from course.kit.picture import COLORS, matrix, render
 
 
@@ -82,7 +82,7 @@ def test_show_gives_the_words_with_the_picture(monkeypatch):
     import IPython.display
     shown = []
     monkeypatch.setattr(IPython.display, "display", lambda data, **k: shown.append((data, k)))
-    plots.show(draw_stairs, bits=2, alt="Stairs")
+    picture.show(draw_stairs, bits=2, alt="Stairs")
     (data, options), = shown
     assert data["text/plain"] == "Stairs" and options["metadata"]["image/png"]["alt"] == "Stairs"
     assert set(data) == {"image/png", "text/plain"}

@@ -24,7 +24,7 @@ def outputs(tmp_path, monkeypatch):
     return tmp_path
 
 
-# --- results.py ---------------------------------------------------------------------------
+# --- what recorded numbers rest on: intervals, expected numbers, stamps, whole files -------------
 
 @pytest.mark.parametrize("correct, n, low, high", [
     (487, 1319, 34.4, 39.6), (964, 1319, 70.6, 75.4), (0, 10, 0.0, 27.8), (10, 10, 72.2, 100.0)])

@@ -7,7 +7,7 @@ import runpy
 import pytest
 import torch
 
-from course.nb06 import triton_or_stub as lab
+from course.nb06 import triton_or_stub
 from course.tools.normal_form import NOTEBOOKS, read
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from tests.support.tensors import normal, relative
@@ -15,29 +15,31 @@ from tests.support.tensors import normal, relative
 
 def test_ceilings_count_operations_and_bytes(monkeypatch):
     made = []
-    monkeypatch.setattr(lab, "seconds", lambda run: made.append(run()) or 0.5)
-    monkeypatch.setitem(lab.MEASURED, lab.DEVICE.type, (1000, 32, torch.bfloat16))
-    flops, bandwidth = lab.ceilings()
+    monkeypatch.setattr(triton_or_stub, "seconds", lambda run: made.append(run()) or 0.5)
+    sizes, device = (1000, 32, torch.bfloat16), triton_or_stub.DEVICE.type
+    monkeypatch.setitem(triton_or_stub.MEASURED, device, sizes)
+    flops, bandwidth = triton_or_stub.ceilings()
     assert flops == 2 * 32**3 / 0.5 and bandwidth == 2 * 4000 / 0.5
     assert [t.dtype for t in made] == [torch.bfloat16, torch.float32]
 
 
 def test_on_a_gpu_the_roof_is_that_of_tensor_cores_and_of_its_memory():
-    numbers, width, dtype = lab.MEASURED["cuda"]  # the layer's dtype there, and its size or more
+    # the layer's dtype there, and its size or more
+    numbers, width, dtype = triton_or_stub.MEASURED["cuda"]
     assert dtype == torch.bfloat16 and width >= 4096 and 4 * numbers > 100e6  # an H100's L2: 50 MB
 
 
 def test_the_least_time_is_taken_after_a_call_that_is_not_counted(monkeypatch):
     clock, calls = iter([0.0, 3.0, 10.0, 12.0]), []
-    monkeypatch.setattr(lab.time, "perf_counter", lambda: next(clock))
-    assert lab.seconds(lambda: calls.append(1), repeats=2) == 2 and len(calls) == 3
+    monkeypatch.setattr(triton_or_stub.time, "perf_counter", lambda: next(clock))
+    assert triton_or_stub.seconds(lambda: calls.append(1), repeats=2) == 2 and len(calls) == 3
 
 
 @pytest.fixture
 def without_triton(monkeypatch):
-    """The names of lab.py where Triton can't be found."""
+    """The names of triton_or_stub where Triton can't be found."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    return runpy.run_path(lab.__file__)
+    return runpy.run_path(triton_or_stub.__file__)
 
 
 def test_where_triton_is_not_kernels_can_still_be_defined(without_triton):

@@ -1,6 +1,6 @@
 """Wrong answers as learners write them: each is told what is wrong with it, by the message meant.
 
-That each registered mistake gets its own message is tested in test_checks.py. Here the same
+That each registered mistake gets its own message is tested in test_exercise.py. Here the same
 mistakes are made another way, in the words of the notebooks' solutions.
 """
 import math

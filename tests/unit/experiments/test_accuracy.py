@@ -50,7 +50,8 @@ def test_each_way_to_merge_is_measured(argv, tmp_path):
 def test_without_an_adapter_it_says_what_to_give(argv, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main([*argv[:-1], "elsewhere", "--rows", "merged_fp32"])
-    assert "merged_fp32 needs an adapter in elsewhere; give another folder" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "merged_fp32 needs an adapter in elsewhere; give another folder" in said
 
 
 @pytest.mark.parametrize("name", [name for name in WIDTHS if name != "merged_fp32"])

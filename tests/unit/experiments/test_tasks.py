@@ -48,9 +48,9 @@ def test_targets_fit_into_their_limit_and_prompts_stay_short(name):
     tokenizer, task = _tokenizer(), load_task(name)
     for prompt, target in task.pairs("train", 300):
         assert prompt.endswith("\n")
-        assert len(tokenizer.encode(target, add_special_tokens=False)) < task.max_new_tokens
-        apart = encode_prompt(tokenizer, prompt) + tokenizer.encode(target, add_special_tokens=False)
-        assert apart == encode_prompt(tokenizer, prompt + target)
+        own = tokenizer.encode(target, add_special_tokens=False)
+        assert len(own) < task.max_new_tokens
+        assert encode_prompt(tokenizer, prompt) + own == encode_prompt(tokenizer, prompt + target)
 
 
 def _tokenizer():
