@@ -345,7 +345,7 @@ def steps() -> str:
             for name, label in names.items()
         ]),
         made(record),
-        prose(f"Two QLoRA steps of {wide['blocks']} LLaMA-2-7B-wide blocks with random weights "
+        prose(f"Two QLoRA steps of {wide['blocks']} LLaMA-2-7B-wide blocks of random weights "
               f"took {gigabytes[0]:.3f} GB where the ledger had predicted {gigabytes[1]:.3f} (fp32, "
               "CPU; [record](../data/results/llama2-7b-shape-step.json); `python -m "
               "experiments.step` measures it again)."),
