@@ -346,7 +346,7 @@ def steps() -> str:
         ]),
         made(record),
         prose(f"Two QLoRA steps of {wide['blocks']} LLaMA-2-7B-wide blocks of random weights "
-              f"took {gigabytes[0]:.3f} GB where the ledger had predicted {gigabytes[1]:.3f} (fp32, "
+              f"took {gigabytes[0]:.3f} GB where the ledger predicted {gigabytes[1]:.3f} (fp32, "
               "CPU; [record](../data/results/llama2-7b-shape-step.json); `python -m "
               "experiments.step` measures it again)."),
         made(wide["stamp"]),
