@@ -24,10 +24,6 @@ from ..quant.gptq import GPTQOptions
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import GRID, Recipe, Spec
 from ..train.config import TrainConfig
-from ..train.loss import CHUNK
-from ..train.measure import check_fits
-from ..train.memory import memory_ledger
-from .base import BasePlan, quantized_base
 
 Entry = dict[str, str]
 GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems, at most a tenth
@@ -99,12 +95,14 @@ class Profile:
         self, recipe: Recipe, device=None, compute_dtype: str | None = None,
         calibrated_on: str | None = None, examples: Callable | None = None, stream: bool = False,
         spill: Path | None = None,
-    ) -> BasePlan:  # fmt: skip
+    ):  # fmt: skip
         """The plan of a base of this profile's model; stream and spill as there.
 
         calibrated_on, examples: a name, and a function from the tokenizer to the examples that
         GPTQ sees, where those are not the profile's train problems.
         """
+        from .base import BasePlan
+
         dtype = compute_dtype or self.compute_dtype
 
         def calibrate(tokenizer):
@@ -119,6 +117,8 @@ class Profile:
         self, folder: Path, spec: Spec = GRID, method: str | None = None, stream: bool = False
     ):
         """(model, tokenizer) of the base in `folder`/base, quantized there first if it is not."""
+        from .base import quantized_base
+
         return quantized_base(self.plan(Recipe.of(spec, method), stream=stream), folder)
 
     def check_memory(
@@ -133,6 +133,10 @@ class Profile:
         NotEnoughMemory, with the ledger.
         """
         from transformers import AutoConfig
+
+        from ..train.loss import CHUNK
+        from ..train.measure import check_fits
+        from ..train.memory import memory_ledger
 
         config, device = config or self.train, device or default_device()
         targets = target_modules or self.target_modules
