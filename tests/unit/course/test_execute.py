@@ -162,7 +162,7 @@ def nbval(path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "conftest", "-p", "no:cacheprovider",
          "-p", "nbval", "--nbval", "--nbval-current-env", "--color=no", path],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebooks'}"})
     return [int(n) for n in re.findall(r"^FAILED \S+::Cell (\d+)", done.stdout, re.M)], done.stdout
 
 
