@@ -65,7 +65,7 @@ def side_by_side(work: Callable[..., str | None], tasks: dict[str, tuple], jobs:
     Yields (name, what work returned, seconds) as tasks end; a process that was killed is said in
     place of what it did not return. When the caller stops or is stopped, so is all that runs.
     """
-    context = multiprocessing.get_context("spawn")  # the same on each system, with no threads
+    context = _context()
     waiting, running = dict(tasks), {}
     try:
         while waiting or running:
@@ -73,7 +73,8 @@ def side_by_side(work: Callable[..., str | None], tasks: dict[str, tuple], jobs:
             for name in [n for n in waiting if after.get(n) not in unfinished]:
                 if len(running) < jobs:
                     receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=_alone, args=(sender, work, waiting[name]))
+                    process = context.Process(target=_alone, args=(
+                        sender, dict(os.environ), work, waiting[name]))
                     process.start()
                     sender.close()
                     running[process.sentinel] = name, process, receiver, time.monotonic()
@@ -94,7 +95,18 @@ def side_by_side(work: Callable[..., str | None], tasks: dict[str, tuple], jobs:
             process.kill()
 
 
-def _alone(sender, work, arguments) -> None:
+def _context():
+    """Processes that are forked from one which has imported papermill, where there is forking."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["papermill"])
+    return context
+
+
+def _alone(sender, environment, work, arguments) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # a fork has that of the time when its server began
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -155,7 +155,8 @@ def test_a_killed_run_ends_all_kernels_and_leaves_no_half_file(outputs, tmp_path
     run.send_signal(kill) if kill != signal.SIGINT else os.killpg(run.pid, kill)  # as Ctrl-C does
     said, problems = run.communicate(timeout=120)
     assert psutil.wait_procs(kernels, timeout=120)[1] == []
-    assert run.returncode == code and said == "2 notebooks, 2 side by side, one thread each: 01, 01\n"
+    assert run.returncode == code
+    assert said == "2 notebooks, 2 side by side, one thread each: 01, 01\n"
     assert list(outputs.rglob("*.ipynb")) == [] or kill == signal.SIGKILL
     if kill != signal.SIGKILL:
         assert list(outputs.iterdir()) == []
@@ -165,57 +166,52 @@ def test_a_killed_run_ends_all_kernels_and_leaves_no_half_file(outputs, tmp_path
 # --- side by side -------------------------------------------------------------------------
 
 def test_side_by_side_gives_what_one_after_the_other_gives(outputs, tmp_path, capsys):
-    paths = [save(tmp_path, f"0{i}_n", PARAMETERS, "import os",
-                  f"print(bits * {i}, os.environ.get('OMP_NUM_THREADS') if beside else 1)"
-                  .replace("beside", "os.environ['COURSE_BESIDE'] != '0'"),
-                  f"assert {i} != 2, 'the second fails'", "bits / 3") for i in (1, 2, 3)]
+    paths = [save(tmp_path, f"0{i}_n", PARAMETERS, f"print({i} / 3)\nbits / {i}",
+                  f"assert {i} != 2, 'the second fails'",
+                  "import os\nprint(*map(os.environ.get, ('OMP_NUM_THREADS', 'COURSE_BESIDE')))")
+             for i in (1, 2, 3)]
     os.environ["OMP_NUM_THREADS"] = "7"
-    found = []
+    printed = {}
     for jobs in (1, 3):
         assert books.run(paths, "tiny", {}, jobs=jobs) == 1
         said = capsys.readouterr().out
-        assert "02_n ... FAILED" in said and "the second fails" in said and said.count("... ok") == 2
-        assert "2 of 3 notebooks ran to their end" in said
+        assert "02_n ... FAILED" in said and "the second fails" in said
+        assert said.count("... ok") == 2 and "2 of 3 notebooks ran to their end" in said
         assert ("3 side by side, one thread each" if jobs == 3 else "one at a time") in said
-        found.append([read(outputs / f"0{i}_n.ipynb").cells for i in (1, 3)])
-    alone, together = ([[(c.source, c.outputs) for c in cells] for cells in f] for f in found)
-    assert alone == together and "4 1\n" in str(alone) and "12 1\n" in str(alone)
+        cells = [normal(read(outputs / f"0{i}_n.ipynb"), "n").cells for i in (1, 3)]
+        assert {c[3].outputs[0].text for c in cells} == {"7 0\n" if jobs == 1 else "1 2\n"}
+        printed[jobs] = [c[1].outputs for c in cells]
+    assert printed[1] == printed[3] and printed[1][0][0].text == "0.3333333333333333\n"
 
 
-def task(source):
-    """Arguments of eval, which every process knows."""
-    return (source,)
-
-
-def test_tasks_run_together_in_order_and_after_what_they_need(tmp_path):
-    for name in ("to", "back"):
-        os.mkfifo(tmp_path / name)
-    log = tmp_path / "log"
-    note = f"open({str(log)!r}, 'a', buffering=1).write({{!r}} + '\\n')"
+def test_tasks_run_together_and_after_what_they_need(tmp_path):
+    to, back, log = (str(tmp_path / name) for name in ("to", "back", "log"))
+    os.mkfifo(to)
+    os.mkfifo(back)
+    note = f"open({log!r}, 'a').write('{{}} ')"
     # Each of the first two waits for the other: they end only if they run at the same time.
-    first = (f"(open({str(tmp_path / 'to')!r}, 'w').close(), open({str(tmp_path / 'back')!r}).close(), "
-             f"{note.format('first')}) and None")
-    second = (f"(open({str(tmp_path / 'to')!r}).close(), open({str(tmp_path / 'back')!r}, 'w').close())"
-              " and 'went wrong'")
-    tasks = {"first": task(first), "needs": task(f"{note.format('needs')} and None"),
-             "second": task(second), "last": task(f"{note.format('last')} and None")}
-    ended = list(beside.side_by_side(eval, tasks, 2, after={"needs": "first", "last": "absent"}))
+    first = f"[open({to!r}, 'w').close(), open({back!r}).close(), {note.format('first')}] and None"
+    second = f"[open({to!r}).close(), open({back!r}, 'w').close()] and 'went wrong'"
+    tasks = {"first": (first,), "needs": (f"{note.format('needs')} and None",),
+             "second": (second,), "last": (f"{note.format('last')} and None",)}
+    ended = beside.side_by_side(eval, tasks, 2, after={"needs": "first", "last": "absent"})
     assert {name: problem for name, problem, _ in ended} == {
         "first": None, "second": "went wrong", "needs": None, "last": None}
-    lines = log.read_text().split()
-    assert lines.index("first") < lines.index("needs") and sorted(lines) == ["first", "last", "needs"]
+    noted = Path(log).read_text().split()
+    assert sorted(noted) == ["first", "last", "needs"]
+    assert noted.index("first") < noted.index("needs")
 
 
 def test_no_more_than_asked_run_at_a_time_in_the_order_given(tmp_path):
     log = tmp_path / "log"
-    source = f"[open({str(log)!r}, 'a').write(word + '\\n') for word in ('begin {{0}}', 'end {{0}}')]"
-    tasks = {name: task(f"{source.format(name)} and None") for name in "cab"}
+    tasks = {name: (f"[open({str(log)!r}, 'a').write(f'{{word}} {name} ')"
+                    " for word in ('begin', 'end')] and None",) for name in "cab"}
     assert [name for name, *_ in beside.side_by_side(eval, tasks, 1)] == ["c", "a", "b"]
-    assert log.read_text().split("\n")[:-1] == [f"{w} {n}" for n in "cab" for w in ("begin", "end")]
+    assert log.read_text() == "begin c end c begin a end a begin b end b "
 
 
 def test_a_process_that_dies_is_named_and_the_others_go_on():
-    tasks = {"dies": task("__import__('os')._exit(3)"), "lives": task("None")}
+    tasks = {"dies": ("__import__('os')._exit(3)",), "lives": ("None",)}
     assert {name: problem for name, problem, _ in beside.side_by_side(eval, tasks, 2)} == {
         "dies": "its process ended with exit code 3", "lives": None}
 
@@ -228,7 +224,7 @@ def test_05_waits_for_the_adapter_of_04(outputs, tmp_path, capsys):
 
 def test_the_longest_begins_first(outputs, tmp_path):
     def said(text):
-        return f"MD | profile | time |\n|---|---|\n| `tiny` (default) | bundled | {text} on 2 cores |"
+        return f"MD | profile | time |\n|---|---|\n| `tiny` (default) | {text} on 2 cores |"
 
     paths = [Path(save(tmp_path, f"0{i}_n", *cells)) for i, cells in enumerate([
         [said("about a minute")], [said("3.5 minutes")], ["1"], [said("a minute and a half")],
@@ -254,8 +250,8 @@ def test_as_many_as_there_are_cores_and_memory_for(monkeypatch, cores, free, job
     assert beside.how_many() == jobs
 
 
-@pytest.mark.parametrize("share, cores", [("350000 100000", 3), ("50000 100000", 1), ("max 100000", 6),
-                                          (None, 6)])
+@pytest.mark.parametrize("share, cores", [
+    ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 6), (None, 6)])
 def test_cores_are_those_of_the_container(tmp_path, monkeypatch, share, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
     if share:
@@ -304,37 +300,27 @@ def test_nbval_takes_what_a_run_with_the_grid_has_just_executed(outputs, tmp_pat
     path = Path(save(tmp_path, "01_a", PARAMETERS, "print('x = 0.5000')",
                      "ran = open('ran', 'a').write('once ')", slider, ("print(4)", "varies")))
     ran = tmp_path / "ran"
-
-    def runs():
-        text = ran.read_text() if ran.exists() else ""
-        ran.unlink(missing_ok=True)
-        return text.count("once")
-
-    assert books.store([str(path)]) == 0 and runs() == 1
-    # A run without the grid says less than nbval would: nbval runs the notebook again.
-    assert books.run([str(path)], "tiny", {}) == 0 and runs() == 1
-    assert nbval(str(path), "--executed")[0] == [] and runs() == 1
-    assert main(["run", "--grid", str(path)]) == 0 and runs() == 1
-    failed, said = nbval(str(path), "--executed")
-    assert failed == [] and "5 passed" in said and runs() == 0
-    assert "not run again, as `make run-all` has just run them: 01_a" in said
-    assert nbval(str(path))[0] == [] and runs() == 1  # not asked for
+    assert books.store([str(path)]) == 0 and main(["run", "--grid", str(path)]) == 0
+    assert ran.read_text() == "once once "
     # A stored output that is another is red, without a run.
     stored = path.read_text()
     path.write_text(stored.replace("x = 0.5000\\n", "x = 0.6000\\n").replace('"4\\n"', '"5\\n"'))
     failed, said = nbval(str(path), "--executed")
-    assert failed == [1] and "x = 0.6000" in said and runs() == 0
+    assert failed == [1] and "x = 0.6000" in said and "4 passed" in said
+    assert "not run again, as `make run-all` has just run them: 01_a" in said
+    assert ran.read_text() == "once once "
     # Another source, and the run counts no more.
     path.write_text(stored.replace("print('x = 0.5000')", "print('x = 0.70' + '00')"))
     failed, said = nbval(str(path), "--executed")
-    assert failed == [1] and runs() == 1 and "not run again" not in said
+    assert failed == [1] and "not run again" not in said and ran.read_text() == "once once once "
 
 
-def test_a_run_with_the_grid_draws_every_setting(outputs, tmp_path, capsys):
+@pytest.mark.parametrize("grid, problem", [(True, "cannot draw 8"), (False, None)])
+def test_a_copy_counts_when_every_setting_was_drawn(outputs, tmp_path, capsys, grid, problem):
     path = save(tmp_path, "01_a", PARAMETERS, SLIDER)
-    assert books.run([path], "tiny", {}) == 0
-    assert books.run([path], "tiny", {}, grid=True) == 1
-    assert "cannot draw 8" in capsys.readouterr().out
+    assert books.run([path], "tiny", {}, grid=grid) == (problem is not None)
+    assert problem is None or problem in capsys.readouterr().out
+    assert copies.fresh_copy_of(Path(path)) is None
 
 
 # --- store, normal, solved ----------------------------------------------------------------
@@ -355,7 +341,8 @@ def nbval(path, *options):
         [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "conftest", "-p", "no:cacheprovider",
          "-p", "nbval", "--nbval", "--nbval-current-env", "--color=no",
          *options, path],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebooks'}"})
+        capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])})
     return [int(n) for n in re.findall(r"^FAILED \S+::Cell (\d+)", done.stdout, re.M)], done.stdout
 
 
