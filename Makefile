@@ -10,9 +10,12 @@ NB           :=
 P            :=
 PORT         := 8888
 DIR          :=
+JOBS         :=
+GRID         :=
+EXECUTED     :=
 
 PYTHON := $(VENV)/bin/python
-PIP    := $(PYTHON) -m pip --disable-pip-version-check
+comma  := ,
 TOOLS  := $(PYTHON) -m course.tools
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
@@ -29,6 +32,8 @@ help: ## this list
 	@echo
 	@echo "PROFILE=tiny|smollm2|llama2-7b   NB=\"01 02\" these notebooks only   P=\"bits=3\" other parameters"
 	@echo "PY=python3.12   PIP_ARGS=\"...\" for pip, e.g. the index of PyTorch's CPU wheels"
+	@echo "JOBS=2 notebooks or tests side by side, one thread each; as many as there are cores and memory for"
+	@echo "GRID=1 each slider of a run draws its whole grid, so that make test need not run the notebooks again"
 	@echo "SYSTEM_TORCH=1 keep the torch that this machine's Python already has   PORT=8888 of make lab"
 
 # A new environment in $(1), with a pip that knows the formats of today.
@@ -37,6 +42,16 @@ $(PY) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(1)
 @$(1)/bin/python -c 'import pip; v = pip.__version__; exit(tuple(map(int, v.split(".")[:2])) < (23, 1))' \
     || $(1)/bin/python -m pip install --upgrade 'pip>=23.1' \
     || { echo "pip 23.1 or newer is needed in $(1), and it could not be upgraded" >&2; exit 1; }
+endef
+
+# pip install $(2) into $(1). pip unpacks for minutes without a word: every 10 seconds, how much
+# is there.
+define install
+@( while sleep 10 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do \
+    echo "      ... $$(ls -d $(1)/lib/python3*/site-packages/*.dist-info | wc -l) packages," \
+        "$$(du -sm $(1) | cut -f1) MB in $(1)"; done ) & \
+trap "kill $$! 2>/dev/null" EXIT; \
+$(1)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) $(2)
 endef
 
 setup: $(READY) ## install into .venv, once ## python3 -m venv .venv; python -m pip install -r requirements.txt; python -m pip install --no-deps -e .
@@ -49,6 +64,7 @@ $(READY): requirements.txt pyproject.toml
 	@echo "libraries that pip takes by default."
 	@echo "CPU only: stop with Ctrl-C, then make setup PIP_ARGS=\"--extra-index-url <PyTorch's CPU index>\""
 	@echo "(its Get started page names it). Torch is already here: make setup SYSTEM_TORCH=1."
+	@echo "[1/4] a new environment"
 	$(call new_venv,$(VENV))
 ifneq ($(SYSTEM_TORCH),)
 	@$(PYTHON) -c 'import torch; v = torch.__version__; exit(tuple(map(int, v.split(".")[:2])) < (2, 11) and "torch %s is too old, 2.11 or newer is needed: make setup without SYSTEM_TORCH" % v)' \
@@ -56,9 +72,16 @@ ifneq ($(SYSTEM_TORCH),)
 endif
 	@$(if $(SYSTEM_TORCH),sed -e '/^torch==/d' -e 's/^triton==[^;]*/triton/' requirements.txt,cat requirements.txt) > $(VENV)/requirements.txt
 	@$(if $(SYSTEM_TORCH),$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)',grep '^torch==' requirements.txt) > $(VENV)/torch.txt
-	$(PIP) install $(PIP_ARGS) -r $(VENV)/requirements.txt -c $(VENV)/torch.txt
-	$(PIP) install $(PIP_ARGS) --no-deps -e .
+	@echo "[2/4] $$(cat $(VENV)/torch.txt)$(if $(SYSTEM_TORCH),$(comma) which is here already)"
+ifeq ($(SYSTEM_TORCH),)
+	$(call install,$(VENV),-c $(VENV)/requirements.txt -r $(VENV)/torch.txt)
+endif
+	@echo "[3/4] transformers, JupyterLab and what else the notebooks and the tests need"
+	$(call install,$(VENV),-r $(VENV)/requirements.txt -c $(VENV)/torch.txt)
+	@echo "[4/4] this repository itself, where it lies"
+	$(call install,$(VENV),--no-deps -e .)
 	@touch $@
+	@echo "Set up."
 
 $(PEERS)/.ready: $(READY) tests/requirements-interop.txt
 	@$(PYTHON) -c 'import os, shutil, sysconfig; cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]; exit(shutil.which(cc) is None)' \
@@ -67,51 +90,57 @@ $(PEERS)/.ready: $(READY) tests/requirements-interop.txt
 	@echo "Setting up $(PEERS), once: the libraries to compare with, 2 GB on disk."
 	$(call new_venv,$(PEERS))
 	@grep -v -e '^numpy==' -e '^triton' $(VENV)/requirements.txt > $(PEERS)/requirements.txt
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) \
-	    -r $(PEERS)/requirements.txt -r tests/requirements-interop.txt -c $(VENV)/torch.txt
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) --no-deps -e .
+	$(call install,$(PEERS),-r $(PEERS)/requirements.txt -r tests/requirements-interop.txt \
+	    -c $(VENV)/torch.txt)
+	$(call install,$(PEERS),--no-deps -e .)
 	@touch $@
 
 $(VENV)/.browser: $(READY) tests/browser/requirements.txt
-	$(PIP) install $(PIP_ARGS) -r tests/browser/requirements.txt
+	$(call install,$(VENV),-r tests/browser/requirements.txt)
 	@touch $@
 
-run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m course.tools run [--profile tiny] [--parameters "bits=3"] [01 02]
-	$(TOOLS) run --profile $(PROFILE) --parameters "$(P)$(if $(filter-out tiny,$(PROFILE)),$(if $(MODEL), weights_from='$(MODEL)')$(if $(GSM8K_DIR), data_from='$(GSM8K_DIR)'))" $(NB)
+run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m course.tools run [--profile tiny] [--parameters "bits=3"] [--jobs 2] [01 02]
+	$(TOOLS) run --profile $(PROFILE) --parameters "$(P)$(if $(filter-out tiny,$(PROFILE)),$(if $(MODEL), weights_from='$(MODEL)')$(if $(GSM8K_DIR), data_from='$(GSM8K_DIR)'))" \
+	    $(if $(JOBS),--jobs $(JOBS)) $(if $(GRID),--grid) $(NB)
 
 rehearsal: $(READY) ## 04 and 05 as they run LLaMA-2-7B, on a small random model in its folder layout
 	$(PYTHON) tests/support/random_llama.py build/random-llama
 	$(TOOLS) run --profile llama2-7b --parameters \
 	    "weights_from=build/random-llama data_from=data/minigsm steps=6 live_problems=8"
 
-test: ## unit tests, then nbval
+test: ## unit tests, then nbval (after make run-all GRID=1, of what that has executed)
 	$(MAKE) --no-print-directory unit
-	$(MAKE) --no-print-directory nbval
+	$(MAKE) --no-print-directory nbval EXECUTED=1
 
-# Two workers, a file each, with one thread each: threads of two processes would spin against
-# each other. (Two threads are what run-all has.) The unit tests load no plugin but xdist: all
-# three processes would wait for nbval's imports. xdist would begin with the files of most tests,
-# and end with those of few and long ones.
-TWO := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+# Side by side with one thread each: threads of two processes would wait for each other.
+# (conftest.py says how many -n auto are.)
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(or $(JOBS),auto)
 
+# The unit tests load no plugin but xdist: every process would wait for nbval's imports. xdist
+# would begin with the files of most tests, and end with those of few and long ones.
 unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(TWO) -p xdist --no-loadscope-reorder tests/unit
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) --dist loadfile -p xdist \
+	    --no-loadscope-reorder tests/unit
 
 interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop
 	$(PEERS)/bin/python -m pytest -q tests/interop
 
+# It runs all of them. EXECUTED=1, which make test gives, leaves out a notebook that make run-all
+# GRID=1 has executed, if the notebook, the library, the course, the data and the installed
+# packages are still those of that run: it compares the outputs of the run instead.
 nbval: $(READY) ## run the notebooks again and compare with their stored outputs ## python -m pytest -q --nbval --nbval-current-env notebooks
-	$(TWO) --nbval --nbval-current-env --nbval-cell-timeout=900 \
-	    --nbval-kernel-startup-timeout=120 \
+	$(SIDE_BY_SIDE) --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env \
+	    --nbval-cell-timeout=900 --nbval-kernel-startup-timeout=120 $(if $(EXECUTED),--executed) \
 	    $(if $(NB),$(foreach n,$(NB),notebooks/$(n)*.ipynb),notebooks/[0-9][0-9]_*.ipynb)
 
 SELECTED = $(if $(NB),-k "offline $(foreach n,$(NB),or $(n)_)")
+IN_BROWSER = $(SIDE_BY_SIDE) --dist loadgroup --no-loadscope-reorder tests/browser $(SELECTED)
 
 ui: $(VENV)/.browser ## run the notebooks in JupyterLab in a browser, move every control ## python -m pip install -r tests/browser/requirements.txt; python -m pytest tests/browser
-	$(PYTHON) -m pytest -q tests/browser $(SELECTED)
+	$(IN_BROWSER)
 
 pictures: $(VENV)/.browser ## the same, and take the pictures of the README ## python -m pytest tests/browser --pictures docs/pictures
-	$(PYTHON) -m pytest -q tests/browser $(SELECTED) --pictures docs/pictures
+	$(IN_BROWSER) --pictures docs/pictures
 
 store: $(READY) ## run the notebooks and keep their outputs in them ## python -m course.tools store [01 02]
 	$(TOOLS) store $(NB)

@@ -1,4 +1,4 @@
-"""JupyterLab and a browser, one of each for all tests, kept apart from the user's own."""
+"""JupyterLab and a browser, one of each for a worker's tests, kept apart from the user's own."""
 import io
 import json
 import os
@@ -44,6 +44,13 @@ RUN_ALL = """() => {
 def pytest_addoption(parser):
     parser.addoption("--pictures", type=Path, metavar="FOLDER",
                      help="keep a picture of each notebook in JupyterLab, as NN_name.png")
+
+
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "said":
+                terminalreporter.write_line(value)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from course.tools.normal_form import notebooks, read
+from course.tools.side_by_side import longest_first
 
 PIXELS = """image => {
     const canvas = document.createElement('canvas')
@@ -70,8 +71,8 @@ def redraws(control, image, page) -> bool:
     return False
 
 
-@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
-def test_it_runs_and_every_control_redraws(opened, keep_picture, lab, path, capsys):
+@pytest.mark.parametrize("path", longest_first(notebooks()), ids=lambda path: path.stem)
+def test_it_runs_and_every_control_redraws(opened, keep_picture, lab, path, record_property):
     start = time.monotonic()
     page = opened(path.name)
     ran = time.monotonic() - start
@@ -98,6 +99,5 @@ def test_it_runs_and_every_control_redraws(opened, keep_picture, lab, path, caps
     hosts = {urlsplit(a).netloc for a in page.asked if not a.startswith(("data:", "blob:"))}
     assert hosts == {urlsplit(lab[0]).netloc}, "something was asked of another host"
     assert page.raised == []
-    with capsys.disabled():
-        print(f"\n{path.stem}: {plots.count()} pictures, {moved} controls moved; ran in {ran:.0f} s, "
-              f"{time.monotonic() - start:.0f} s in all")
+    record_property("said", f"{path.stem}: {plots.count()} pictures, {moved} controls moved; "
+                    f"ran in {ran:.0f} s, {time.monotonic() - start:.0f} s in all")

@@ -9,6 +9,7 @@ from importlib import import_module
 
 # Environment variables between the runner, pytest and the kernels that they start.
 COMPARE_VARIABLE = "COURSE_COMPARE"   # 0: a run with other parameters, nothing is compared
+BESIDE_VARIABLE = "COURSE_BESIDE"     # how many notebooks run beside this one
 GRID_VARIABLE = "COURSE_GRID"         # 1: each SliderPlot draws its whole grid when it is made
 OUTPUTS_VARIABLE = "COURSE_OUTPUTS"   # another folder than outputs/
 

@@ -13,7 +13,7 @@ from qlora_lib.base.files import read_json, write_json_atomic
 from qlora_lib.base.paths import ROOT
 from qlora_lib.base.stamp import stamp
 
-from . import COMPARE_VARIABLE, OUTPUTS_VARIABLE
+from . import BESIDE_VARIABLE, COMPARE_VARIABLE, OUTPUTS_VARIABLE
 from .expected import EXPECTED, load_expected, within
 
 # A line that compares; `tools/compare.py` holds such a line to the tolerance that it states.
@@ -33,7 +33,7 @@ def line(name: str, entry: dict[str, Any]) -> str:
 class Recorder:
     """`record = Recorder("01_quantization_math", profile, seed)`, then `record("name", value)`.
 
-    Making one prints the notebook's header line (device, versions, seed, profile) and forgets
+    Making one prints the notebook's header line (device, threads, versions, seed, profile) and forgets
     what the notebook recorded in an earlier run.
     """
 
@@ -47,6 +47,9 @@ class Recorder:
         self.numbers: dict[str, dict[str, Any]] = {}
         s = self.stamp
         threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
+        beside = os.environ.get(BESIDE_VARIABLE, "0")
+        if beside != "0":  # what is timed here is timed on a busy machine
+            threads += f", up to {beside} other notebook{'s' if beside != '1' else ''} beside it"
         print(f"{s['device']}, {threads} | Python {s['python']} | torch {s['torch']} | "
               f"transformers {s['transformers']} | seed {seed} | profile {profile}")
 

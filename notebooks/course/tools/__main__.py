@@ -13,12 +13,12 @@ import signal
 import sys
 from importlib import import_module
 
-from .execute import CELL_SECONDS, mend, parse_parameters, run, solved, store
-
 ELSEWHERE = {"html": "pages", "student": "student", "grade": "grade"}  # with options of their own
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from . import execute  # not above: the notebooks' processes import this file, but no torch
+
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in ELSEWHERE:
         return import_module(f".{ELSEWHERE[arguments[0]]}", __package__).main(arguments[1:])
@@ -38,24 +38,37 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--profile", default="tiny", help="tiny, smollm2 or llama2-7b")
             command.add_argument("--parameters", default="", metavar="'bits=3 group_size=32'",
                                  help="other parameters; expected numbers are then not compared")
+            command.add_argument("--jobs", type=count, metavar="N",
+                                 help="side by side, one thread each; as many as fit if not given")
+            command.add_argument("--grid", action="store_true",
+                                 help="each slider draws its whole grid, as for nbval")
         if name != "normal":
             command.add_argument("--timeout", type=int, help="seconds for one cell")
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill tidies up
     try:
         if given.command == "run":
-            return run(given.names, given.profile, parse_parameters(given.parameters),
-                       given.timeout)
+            return execute.run(given.names, given.profile,
+                               execute.parse_parameters(given.parameters), given.timeout,
+                               given.jobs, given.grid)
         if given.command == "normal":
-            return mend(given.names)
-        return {"store": store, "solved": solved}[given.command](
-            given.names, given.timeout or CELL_SECONDS)
+            return execute.mend(given.names)
+        return {"store": execute.store, "solved": execute.solved}[given.command](
+            given.names, given.timeout or execute.CELL_SECONDS)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print("stopped; nothing runs any more, and what was not finished is gone",
+              file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,22 @@ import shlex
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from qlora_lib.base.paths import ROOT
-from ..kit import COMPARE_VARIABLE
-from .normal_form import dumps, exercises, normal, notebooks, read, solve, write
+from ..kit import BESIDE_VARIABLE, COMPARE_VARIABLE, GRID_VARIABLE
 from ..kit.record import line, merge, metrics_folder, outputs_folder
+from .copies import execute, fingerprint
+from .normal_form import dumps, exercises, normal, notebooks, read, solve, write
+from .side_by_side import how_many, longest_first, side_by_side
 
 BUILD = ROOT / "build"
 CELL_SECONDS = 900  # the bundled model; a cell that trains a real one may take
 LONG_SECONDS = 48 * 3600
 REAL = ["04", "05"]  # the notebooks that run a real model, when none are named
+AFTER = {"05": "04"}  # where both run, 05 evaluates the adapter that 04 has just trained
 IPYTHON_CONFIG = """\
 c = get_config()
 c.IPKernelApp.log_level = 40               # no chatter on stderr at each start
@@ -67,77 +71,58 @@ def known_parameters(paths: list[Path], parameters: dict[str, Any]) -> dict[Path
     return {path: {k: v for k, v in parameters.items() if k in known[path]} for path in paths}
 
 
-def execute(path: Path, out: Path, parameters: dict[str, Any], timeout: int) -> None:
-    """papermill, made strict: every cell must have run, and none may hide an error.
-
-    `out` appears when the run is over; a failed one is kept as <name>.failed.ipynb.
-    """
-    import papermill
-
-    failed = out.with_suffix(".failed.ipynb")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".run-") as folder:
-        part = Path(folder) / path.name
-        try:
-            book = papermill.execute_notebook(
-                str(path), str(part), parameters=parameters, kernel_name="python3",
-                cwd=str(path.parent), progress_bar=False, execution_timeout=timeout,
-                start_timeout=120)
-            code = [(i, c) for i, c in enumerate(book.cells)
-                    if c.cell_type == "code" and c.source.strip()]
-            if unrun := [i for i, c in code if c.execution_count is None]:
-                raise RuntimeError(f"cells {unrun} never ran; does one before them exit?")
-            if errors := [i for i, c in code for o in c.outputs if o.output_type == "error"]:
-                raise RuntimeError(f"cells {errors} hold an error")
-        except Exception:
-            if part.exists():
-                os.replace(part, failed)
-                out.unlink(missing_ok=True)
-            raise
-        os.replace(part, out)
-        failed.unlink(missing_ok=True)
-
-
 def run(names: list[str], profile: str, parameters: dict[str, Any],
-        timeout: int | None = None) -> int:
+        timeout: int | None = None, jobs: int | None = None, grid: bool = False) -> int:
     """Run notebooks, report, and return 0 if all ran and no recorded number is too far off.
 
-    With no names: all of them on the tiny profile, REAL on the others.
+    names: with none, all of them on the tiny profile, REAL on the others.
+    jobs: how many side by side, with one thread each. None: on the tiny profile as many as there
+    are cores and memory for, else one. One alone takes the threads that it finds.
+    grid: each SliderPlot draws its whole grid, as it does for nbval.
     """
     paths = notebooks(names or (REAL if profile != "tiny" else []))
     wanted = parameters | ({"profile": profile} if profile != "tiny" else {})
     parts = known_parameters(paths, wanted)
+    jobs = min(jobs or (how_many() if profile == "tiny" else 1), len(paths))
     timeout = timeout or (CELL_SECONDS if profile == "tiny" else LONG_SECONDS)
     os.environ[COMPARE_VARIABLE] = "0" if parameters else "1"
+    os.environ[GRID_VARIABLE] = str(int(grid))
+    os.environ[BESIDE_VARIABLE] = str(jobs - 1)
+    if jobs > 1:  # threads of two processes on the same cores would wait for each other
+        os.environ["OMP_NUM_THREADS"] = "1"
+        paths = longest_first(paths, profile)
     isolate_kernels()
     folder = outputs_folder(profile)
     folder.mkdir(parents=True, exist_ok=True)
-    if not names:  # all of them: forget the numbers of notebooks that are gone
-        for path in metrics_folder(profile).glob("*.json"):
-            path.unlink()
+    gone = metrics_folder(profile).glob("*.json") if not names else [
+        metrics_folder(profile) / f"{path.stem}.json" for path in paths]
+    for path in gone:  # all of them: also the numbers of notebooks that are no more
+        path.unlink(missing_ok=True)
+    how = f"{jobs} side by side, one thread each" if jobs > 1 else "one at a time"
+    print(f"{len(paths)} notebook{'s' * (len(paths) > 1)}, {how}: "
+          + ", ".join(path.stem.split("_")[0] for path in paths), flush=True)
     failures, begin = [], time.monotonic()
-    for number, path in enumerate(paths, 1):
-        (metrics_folder(profile) / f"{path.stem}.json").unlink(missing_ok=True)
-        print(f"[{number}/{len(paths)}] {path.stem} ...", end=" ", flush=True)
-        start = time.monotonic()
-        try:
-            execute(path, folder / path.name, parts[path], timeout)
-            print(f"ok {time.monotonic() - start:.1f} s", flush=True)
-        except Exception as error:  # whatever stopped this notebook, the next one is run
-            failures.append(path.stem)
-            print(f"FAILED {time.monotonic() - start:.1f} s", flush=True)
-            print(_reason(error, folder / f"{path.stem}.failed.ipynb"), flush=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".run-") as scratch:
+        tasks = {path.stem: (path, folder / path.name, Path(scratch), parts[path], timeout,
+                             {} if wanted else {"fingerprint": fingerprint(path), "grid": grid})
+                 for path in paths}
+        after = {stem: first for stem in tasks for first in tasks
+                 if AFTER.get(stem[:2]) == first[:2]}
+        with closing(side_by_side(execute, tasks, jobs, after)) as ended:
+            for number, (stem, problem, seconds) in enumerate(ended, 1):
+                print(f"[{number}/{len(paths)}] {stem} ... {'FAILED' if problem else 'ok'} "
+                      f"{seconds:.1f} s", flush=True)
+                if problem:
+                    failures.append(stem)
+                    print(_indented(problem, folder / f"{stem}.failed.ipynb"), flush=True)
     too_far = _summary(profile, {p.stem for p in paths}, bool(parameters))
     print(f"{len(paths) - len(failures)} of {len(paths)} notebooks ran to their end, "
           f"{time.monotonic() - begin:.0f} s; executed copies: {_short(folder)}")
     return 1 if failures or too_far else 0
 
 
-def _reason(error: Exception, kept: Path) -> str:
-    if hasattr(error, "ename"):  # papermill's own, which knows the cell
-        text = f"cell {error.cell_index}: {error.ename}: {error.evalue}"
-    else:
-        text = f"{type(error).__name__}: {error}"
-    text = text.strip()[:600].replace("\n", "\n    ")
+def _indented(problem: str, kept: Path) -> str:
+    text = problem.strip()[:600].replace("\n", "\n    ")
     return f"    {text}" + (f"\n    see {_short(kept)}" if kept.exists() else "")
 
 

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from course.kit import OUTPUTS_VARIABLE
+from course.tools import copies
 from course.tools import execute as books
+from course.tools import side_by_side as beside
 from course.tools.__main__ import main
 from course.tools.normal_form import (
     WIDGET_VIEW,
@@ -68,7 +71,7 @@ def test_run_is_strict_and_goes_on(outputs, tmp_path, capsys):
     raises = save(tmp_path, "02_raises", PARAMETERS, "1 / 0", "print('not reached')")
     leaves = save(tmp_path, "03_leaves", PARAMETERS, "import sys\nsys.exit(0)", "print(1)")
     hides = save(tmp_path, "04_hides", PARAMETERS, ("1 / 0", "raises-exception"), "print(1)")
-    assert books.run([good, raises, leaves, hides], "tiny", {}) == 1
+    assert books.run([good, raises, leaves, hides], "tiny", {}, jobs=1) == 1
     said = capsys.readouterr().out
     assert "[1/4] 01_good ... ok" in said and "[2/4] 02_raises ... FAILED" in said
     assert "cell 1: ZeroDivisionError: division by zero" in said
@@ -132,17 +135,192 @@ def test_run_compares_recorded_numbers_and_says_when_it_does_not(outputs, tmp_pa
     assert "0 as expected, 0 too far off, 2 not compared" in said
 
 
-def test_a_killed_run_leaves_no_half_file(outputs, tmp_path):
-    path = save(tmp_path, "01_hangs", PARAMETERS, "open('began', 'w').close()\n"
-                "import threading\nthreading.Event().wait()")
-    os.mkfifo(tmp_path / "began")
-    run = subprocess.Popen([sys.executable, "-m", "course.tools", "run", path],
-                           stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    open(tmp_path / "began").close()      # returns when the cell runs
-    run.send_signal(signal.SIGTERM)
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == 143 and said.startswith("[1/1] 01_hangs ...")
-    assert list(outputs.rglob("*.ipynb")) == []
+HANGS = ("import os\nwith open('began', 'w') as file: file.write(str(os.getpid()))",
+         "import threading\nthreading.Event().wait()")
+
+
+@pytest.mark.parametrize("kill, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130),
+                                        (signal.SIGKILL, -9)])
+def test_a_killed_run_ends_all_kernels_and_leaves_no_half_file(outputs, tmp_path, kill, code):
+    paths, began = [], []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(save(tmp_path / name, f"01_{name}", PARAMETERS, *HANGS))
+        began.append(tmp_path / name / "began")
+        os.mkfifo(began[-1])
+    run = subprocess.Popen([sys.executable, "-m", "course.tools", "run", *paths, "--jobs", "2"],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                           start_new_session=True)
+    kernels = [psutil.Process(int(path.read_text())) for path in began]  # when the cells ran
+    run.send_signal(kill) if kill != signal.SIGINT else os.killpg(run.pid, kill)  # as Ctrl-C does
+    said, problems = run.communicate(timeout=120)
+    assert psutil.wait_procs(kernels, timeout=120)[1] == []
+    assert run.returncode == code
+    assert said == "2 notebooks, 2 side by side, one thread each: 01, 01\n"
+    assert list(outputs.rglob("*.ipynb")) == [] or kill == signal.SIGKILL
+    if kill != signal.SIGKILL:
+        assert list(outputs.iterdir()) == []
+        assert problems == "stopped; nothing runs any more, and what was not finished is gone\n"
+
+
+# --- side by side -------------------------------------------------------------------------
+
+def test_side_by_side_gives_what_one_after_the_other_gives(outputs, tmp_path, capsys):
+    paths = [save(tmp_path, f"0{i}_n", PARAMETERS, f"print({i} / 3)\nbits / {i}",
+                  f"assert {i} != 2, 'the second fails'",
+                  "import os\nprint(*map(os.environ.get, ('OMP_NUM_THREADS', 'COURSE_BESIDE')))")
+             for i in (1, 2, 3)]
+    os.environ["OMP_NUM_THREADS"] = "7"
+    printed = {}
+    for jobs in (1, 3):
+        assert books.run(paths, "tiny", {}, jobs=jobs) == 1
+        said = capsys.readouterr().out
+        assert "02_n ... FAILED" in said and "the second fails" in said
+        assert said.count("... ok") == 2 and "2 of 3 notebooks ran to their end" in said
+        assert ("3 side by side, one thread each" if jobs == 3 else "one at a time") in said
+        cells = [normal(read(outputs / f"0{i}_n.ipynb"), "n").cells for i in (1, 3)]
+        assert {c[3].outputs[0].text for c in cells} == {"7 0\n" if jobs == 1 else "1 2\n"}
+        printed[jobs] = [c[1].outputs for c in cells]
+    assert printed[1] == printed[3] and printed[1][0][0].text == "0.3333333333333333\n"
+
+
+def test_tasks_run_together_and_after_what_they_need(tmp_path):
+    to, back, log = (str(tmp_path / name) for name in ("to", "back", "log"))
+    os.mkfifo(to)
+    os.mkfifo(back)
+    note = f"open({log!r}, 'a').write('{{}} ')"
+    # Each of the first two waits for the other: they end only if they run at the same time.
+    first = f"[open({to!r}, 'w').close(), open({back!r}).close(), {note.format('first')}] and None"
+    second = f"[open({to!r}).close(), open({back!r}, 'w').close()] and 'went wrong'"
+    tasks = {"first": (first,), "needs": (f"{note.format('needs')} and None",),
+             "second": (second,), "last": (f"{note.format('last')} and None",)}
+    ended = beside.side_by_side(eval, tasks, 2, after={"needs": "first", "last": "absent"})
+    assert {name: problem for name, problem, _ in ended} == {
+        "first": None, "second": "went wrong", "needs": None, "last": None}
+    noted = Path(log).read_text().split()
+    assert sorted(noted) == ["first", "last", "needs"]
+    assert noted.index("first") < noted.index("needs")
+
+
+def test_no_more_than_asked_run_at_a_time_in_the_order_given(tmp_path):
+    log = tmp_path / "log"
+    tasks = {name: (f"[open({str(log)!r}, 'a').write(f'{{word}} {name} ')"
+                    " for word in ('begin', 'end')] and None",) for name in "cab"}
+    assert [name for name, *_ in beside.side_by_side(eval, tasks, 1)] == ["c", "a", "b"]
+    assert log.read_text() == "begin c end c begin a end a begin b end b "
+
+
+def test_a_process_that_dies_is_named_and_the_others_go_on():
+    tasks = {"dies": ("__import__('os')._exit(3)",), "lives": ("None",)}
+    assert {name: problem for name, problem, _ in beside.side_by_side(eval, tasks, 2)} == {
+        "dies": "its process ended with exit code 3", "lives": None}
+
+
+def test_05_waits_for_the_adapter_of_04(outputs, tmp_path, capsys):
+    paths = [save(tmp_path, "05_b", PARAMETERS, "assert open('adapter').read() == 'whole'"),
+             save(tmp_path, "04_a", PARAMETERS, "open('adapter', 'w').write('whole')")]
+    assert books.run(paths, "tiny", {}, jobs=2) == 0
+
+
+def test_the_longest_begins_first(outputs, tmp_path):
+    def said(text):
+        return f"MD | profile | time |\n|---|---|\n| `tiny` (default) | {text} on 2 cores |"
+
+    paths = [Path(save(tmp_path, f"0{i}_n", *cells)) for i, cells in enumerate([
+        [said("about a minute")], [said("3.5 minutes")], ["1"], [said("a minute and a half")],
+        [said("about 2 minutes")]])]
+    assert [beside.expected_seconds(path) for path in paths] == [60, 210, 60, 90, 120]
+    # What a run took on this machine counts more than what the notebook says.
+    ran = read(paths[0])
+    ran.metadata.papermill = {"duration": 150.5}
+    outputs.mkdir(parents=True)
+    write(outputs / paths[0].name, dumps(ran))
+    assert [path.stem[:2] for path in beside.longest_first(paths)] == ["01", "00", "04", "03", "02"]
+
+
+def test_every_notebook_says_its_minutes():
+    assert [path.stem for path in notebooks() if not any(
+        beside.MINUTES.search(cell.source) for cell in read(path).cells[:6])] == []
+
+
+@pytest.mark.parametrize("cores, free, jobs", [(8, 5e9, 2), (2, 1e12, 2), (4, 1e8, 1)])
+def test_as_many_as_there_are_cores_and_memory_for(monkeypatch, cores, free, jobs):
+    monkeypatch.setattr(beside, "cores", lambda: cores)
+    monkeypatch.setattr("qlora_lib.train.measure.available_memory", lambda device: free)
+    assert beside.how_many() == jobs
+
+
+@pytest.mark.parametrize("share, cores", [
+    ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 6), (None, 6)])
+def test_cores_are_those_of_the_container(tmp_path, monkeypatch, share, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    if share:
+        (tmp_path / "cpu.max").write_text(share + "\n")
+    assert beside.cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "two"])
+def test_jobs_are_a_whole_number(wrong, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--jobs", wrong])
+    assert "expected a whole number of at least 1" in capsys.readouterr().err
+
+
+# --- executed copies ----------------------------------------------------------------------
+
+def test_a_fingerprint_is_of_what_a_run_depends_on(tmp_path):
+    path = Path(save(tmp_path, "01_a", "print(1)", ("print(2)", "varies")))
+    source = tmp_path / "qlora_lib" / "lora" / "merge.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("x = 1\n")
+    before, text = copies.fingerprint(path, tmp_path), path.read_text()
+
+    def same():
+        return copies.fingerprint(path, tmp_path) == before
+
+    (source.parent / "__pycache__").mkdir()
+    (source.parent / "__pycache__" / "merge.pyc").write_bytes(b"1")
+    stored = read(path)
+    stored.cells[0].outputs = [new_output("stream", name="stdout", text="1")]
+    write(path, dumps(stored))
+    assert same()
+    for changed in (text.replace("print(1)", "print(3)"), text.replace("varies", "rtol=0.1")):
+        write(path, changed)
+        assert not same()
+    write(path, text)
+    source.write_text("x = 2\n")
+    assert not same()
+    source.write_text("x = 1\n")
+    source.rename(source.with_name("other.py"))
+    assert not same()
+
+
+def test_nbval_takes_what_a_run_with_the_grid_has_just_executed(outputs, tmp_path, capsys):
+    slider = SLIDER.replace('raise ValueError("cannot draw 8")', 'ax.plot([8, 9])')
+    path = Path(save(tmp_path, "01_a", PARAMETERS, "print('x = 0.5000')",
+                     "ran = open('ran', 'a').write('once ')", slider, ("print(4)", "varies")))
+    ran = tmp_path / "ran"
+    assert books.store([str(path)]) == 0 and main(["run", "--grid", str(path)]) == 0
+    assert ran.read_text() == "once once "
+    # A stored output that is another is red, without a run.
+    stored = path.read_text()
+    path.write_text(stored.replace("x = 0.5000\\n", "x = 0.6000\\n").replace('"4\\n"', '"5\\n"'))
+    failed, said = nbval(str(path), "--executed")
+    assert failed == [1] and "x = 0.6000" in said and "4 passed" in said
+    assert "not run again, as `make run-all` has just run them: 01_a" in said
+    assert ran.read_text() == "once once "
+    # Another source, and the run counts no more.
+    path.write_text(stored.replace("print('x = 0.5000')", "print('x = 0.70' + '00')"))
+    failed, said = nbval(str(path), "--executed")
+    assert failed == [1] and "not run again" not in said and ran.read_text() == "once once once "
+
+
+@pytest.mark.parametrize("grid, problem", [(True, "cannot draw 8"), (False, None)])
+def test_a_copy_counts_when_every_setting_was_drawn(outputs, tmp_path, capsys, grid, problem):
+    path = save(tmp_path, "01_a", PARAMETERS, SLIDER)
+    assert books.run([path], "tiny", {}, grid=grid) == (problem is not None)
+    assert problem is None or problem in capsys.readouterr().out
+    assert copies.fresh_copy_of(Path(path)) is None
 
 
 # --- store, normal, solved ----------------------------------------------------------------
@@ -157,12 +335,14 @@ show(draw, alt="A line", bits=2, size=(2, 1))
 SliderPlot(draw, {"bits": [2, 4, 8]}, alt="A line", size=(2, 1))"""
 
 
-def nbval(path):
+def nbval(path, *options):
     """(numbers of the cells that fail, all that is said) of pytest --nbval."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "conftest", "-p", "no:cacheprovider",
-         "-p", "nbval", "--nbval", "--nbval-current-env", "--color=no", path],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+         "-p", "nbval", "--nbval", "--nbval-current-env", "--color=no",
+         *options, path],
+        capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])})
     return [int(n) for n in re.findall(r"^FAILED \S+::Cell (\d+)", done.stdout, re.M)], done.stdout
 
 

@@ -83,6 +83,16 @@ def test_the_header_line_says_where_the_numbers_come_from(outputs, capsys):
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("beside, said", [
+    ("0", " thread"), ("1", ", up to 1 other notebook beside it |"),
+    ("3", ", up to 3 other notebooks beside it |")])
+def test_the_header_line_says_what_runs_beside_it(outputs, capsys, monkeypatch, beside, said):
+    monkeypatch.setenv("COURSE_BESIDE", beside)
+    Recorder("01_a", "tiny", 7, expected=outputs)
+    line = capsys.readouterr().out
+    assert said in line and ("beside" in line) == (beside != "0")
+
+
 def test_a_number_beside_the_expected_one(outputs, capsys):
     record = Recorder("01_a", "tiny", expected=outputs)
     capsys.readouterr()
