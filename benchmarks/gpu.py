@@ -42,7 +42,7 @@ from qlora_lib.lora.inject import inject_lora, trainable_parameters  # noqa: E40
 from qlora_lib.lora.targets import ALL_LINEAR
 from qlora_lib.models.load import load_model  # noqa: E402
 from qlora_lib.models.quantize import quantize_model, quantize_weight  # noqa: E402
-from qlora_lib.train.finetune import training_mode  # noqa: E402
+from qlora_lib.train.mode import training_mode  # noqa: E402
 from qlora_lib.train.loss import CHUNK  # noqa: E402
 from qlora_lib.train.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
 from qlora_lib.train.memory import memory_ledger  # noqa: E402

@@ -39,7 +39,7 @@ from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.base.statistics import wilson
-from qlora_lib.data.tokens import collate, encode, pad_id
+from qlora_lib.data.tokens import collate, encode_example, pad_id
 from qlora_lib.evaluation.tasks import Score, score
 from qlora_lib.generation.generate import generator
 from qlora_lib.lora.combine import combine_adapters
@@ -288,7 +288,8 @@ def methods(folder: Path, force: bool, rank: int = 8) -> None:
             trained = trainable_parameters(model).values()
             weights = sum({t.data_ptr(): t.nbytes for t in
                            [*model.parameters(), *model.buffers()]}.values())  # fmt: skip
-            encoded = [encode(tokenizer, pair, SHORT.max_length) for pair in pairs[: SHORT.batch_size]]
+            encoded = [encode_example(tokenizer, *pair, SHORT.max_length)
+                       for pair in pairs[: SHORT.batch_size]]  # fmt: skip
             memory = step_memory(copy.deepcopy(model), collate(encoded, pad_id(tokenizer)))
             config = replace(SHORT, lr=lr)
             began = time.process_time()

@@ -124,3 +124,6 @@ def _adamw(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, group: dict
     new = p.float()  # p itself, unless p is of 16 bits
     new.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, spread, value=-lr / (1 - beta1**step))
     p.copy_(new)
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}  # by the name in TrainConfig

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-OPTIMIZERS = ("adamw", "adam8bit")
+from .adam8bit import OPTIMIZERS
+
 POOL = 16  # steps whose examples are sorted by length together
 
 

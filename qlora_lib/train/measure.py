@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_iter
 from ..base.devices import DTYPES
 from ..lora.inject import trainable_parameters
 from ..models.quantize import quantized_layers
-from .adam8bit import Adam8bit
-from .finetune import training_mode
+from .adam8bit import OPTIMIZERS
 from .loss import loss_sum
+from .mode import training_mode
 
 WORKING = "activations, logits, one layer"  # what lives only within a step
 
@@ -114,8 +114,7 @@ def measure_step(
     if (step is None) != (optimizer is None):
         raise ValueError("step and optimizer go together: give both, or none")
     if step is None:
-        kind = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}[ledger.optimizer]
-        optimizer = kind(parameters, lr=0.0, weight_decay=0.0)
+        optimizer = OPTIMIZERS[ledger.optimizer](parameters, lr=0.0, weight_decay=0.0)
         step = random_step(ledger, model, optimizer)
     measured, gradients = _stored(model, parameters), {}
     hooks = [
