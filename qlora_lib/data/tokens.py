@@ -82,18 +82,29 @@ def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> 
     return torch.tensor(rows)
 
 
-def collate(batch: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+def collate(
+    batch: Sequence[Example], pad_id: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """input_ids, attention_mask and labels, int64 (batch, seq), padded on the right.
 
     batch: Examples, or plain (input_ids, labels). Padding has label -100 and mask 0 whatever its
     id: where pad is eos, the real eos stays supervised and the padding does not.
     """
     inputs, labels = zip(*batch)
-    return {
+    tensors = {
         "input_ids": pad(inputs, pad_id),
         "attention_mask": pad([[1] * len(ids) for ids in inputs], 0),
         "labels": pad(labels, IGNORE),
     }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def batches_by_length(
+    sequences: Sequence[Sequence[int]], size: int, longest_first: bool = False
+) -> list[list[int]]:
+    """The indices of the sequences in batches of like length, which pad little."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]) * (-1) ** longest_first)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def pad_id(tokenizer) -> int:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..base.hashes import content_hash
-from ..data.tokens import IGNORE, collate, encode_example, pad_id
-from ..generation.generate import Completion, Generate
+from ..data.tokens import batches_by_length, collate, encode_example, pad_id
+from ..generation.generate import Completion, Generator
+from ..train.loss import chunk_for, token_losses
 from .extraction import extract_answer
 
 # (prompts, completions), equally many, to a number each; higher is better
@@ -109,26 +110,33 @@ def _score_of(sample: str) -> float:
     return score
 
 
-def with_scores(generate: Generate, score: Score, name: str) -> Generate:
+def with_scores(generate: Callable, score: Score, name: str) -> Generator:
     """A generator whose samples carry `.score`. `name` says in the report whose it is."""
+    return _Scored(Generator.of(generate), score, name)
 
-    def scored(prompts: Sequence[str]) -> list:
-        answers = generate(prompts)
+
+class _Scored(Generator):
+    def __init__(self, generate: Generator, score: Score, name: str):
+        super().__init__(generate, generate.info | {"score": name})
+        self.score = score
+
+    def __call__(self, prompts: Sequence[str]) -> list:
+        answers = self.ask(prompts)
         groups = [said if isinstance(said, list) else [said] for said in answers]
         flat = [(p, s) for p, group in zip(prompts, groups) for s in group]
-        scores = iter(score([p for p, _ in flat], [s for _, s in flat]))
-        for group in groups:
-            group[:] = [_with_score(sample, next(scores)) for sample in group]
+        scores = iter(self.score([p for p, _ in flat], [s for _, s in flat]))
+        scored = [[_with_score(sample, next(scores)) for sample in group] for group in groups]
         return [group if isinstance(said, list) else group[0]
-                for said, group in zip(answers, groups)]  # fmt: skip
+                for said, group in zip(answers, scored)]  # fmt: skip
 
-    scored.info = dict(getattr(generate, "info", {})) | {"score": name}
-    parts = [f.fingerprint for f in (generate, score) if hasattr(f, "fingerprint")]
-    if parts:
-        scored.fingerprint = lambda: content_hash([part() for part in parts])
-    if hasattr(generate, "check"):
-        scored.check = generate.check
-    return scored
+    def fingerprint(self) -> str | None:
+        """A hash of the weights that answer and of those that score, where there are any."""
+        scorer = getattr(self.score, "fingerprint", lambda: None)  # a plain function has none
+        parts = [part for part in (self.ask.fingerprint(), scorer()) if part is not None]
+        return content_hash(parts) if parts else None
+
+    def check(self, prompts: Sequence[str]) -> None:
+        self.ask.check(prompts)
 
 
 def _with_score(sample: str, score: float) -> Completion:
@@ -149,22 +157,14 @@ def log_likelihoods(
     The end token counts as one of them, so that a solution cut short is judged as one that
     ends there. Temperature 1, natural logarithm, softmax in fp32.
     """
-    room = 2**31  # nothing is cut
-    encoded = [encode_example(tokenizer, p, c, room) for p, c in zip(prompts, completions)]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+    encoded = [encode_example(tokenizer, p, c) for p, c in zip(prompts, completions)]
     results: list = [None] * len(encoded)
     device = model.get_input_embeddings().weight.device
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([encoded[i] for i in chosen], pad_id(tokenizer))
-        batch = {name: t.to(device) for name, t in batch.items()}
-        targets = batch.pop("labels")[:, 1:]  # position t predicts token t + 1
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()  # (batch, seq - 1, vocab)
-        log_p = logits.log_softmax(-1)
-        kept = targets != IGNORE
-        picked = log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) * kept
-        for i, total, count in zip(chosen, picked.sum(1).tolist(), kept.sum(1).tolist()):
-            results[i] = (total, count)
+    chunk = chunk_for(model, torch.float32)  # no autocast
+    for chosen in batches_by_length([e.input_ids for e in encoded], batch_size):
+        batch = collate([encoded[i] for i in chosen], pad_id(tokenizer), device)
+        for i, losses in zip(chosen, token_losses(model, batch, chunk)):
+            results[i] = (-losses.sum().item(), len(losses))
     return results
 
 

@@ -13,15 +13,12 @@ import torch
 
 from ..base.devices import dtype_name
 from ..base.paths import short_path
-from ..data.tokens import encode_prompt, pad, pad_id
+from ..data.tokens import batches_by_length, encode_prompt, pad, pad_id
 from ..layers.linear import decoding_layout
 from ..lora.inject import use_adapter
 from ..lora.layer import check_names
 from ..models.fingerprint import fingerprint
 from ..models.vocabulary import check_tokens
-
-Generate = Callable[..., list]  # prompts (and adapters) to completions, in the same order
-
 
 @dataclass(frozen=True)
 class Decoding:
@@ -66,25 +63,59 @@ class Completion(str):
         return self
 
 
-def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
-    """A function from a list of prompts to a list of Completions in the same order.
+class Generator:
+    """A function from a list of prompts to their completions, in the same order, and what a
+    report says of it. Wraps any such function; `generator` makes one that asks a model."""
 
-    With samples > 1 it returns a list of `samples` Completions for each prompt. Its
-    attributes `info` and `fingerprint()` say what a report should; `check(prompts)` raises what
-    asking these would. Prompts are batched by length and padded on the left.
-    `generate(prompts, adapters)` gives each prompt an adapter of its own, by name (None: the
-    base), in batches that mix them. Raises ValueError for what check_prompt refuses, for unknown
-    adapters, and unless there is one a prompt.
-    """
-    dtype = model.get_input_embeddings().weight.dtype
+    def __init__(self, ask: Callable[[Sequence[str]], list], info: dict | None = None):
+        self.ask, self.info = ask, dict(info or {})  # info: such as model and decoding
 
-    def check(prompts: Sequence[str]) -> list[list[int]]:
-        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    @classmethod
+    def of(cls, ask: Callable) -> "Generator":
+        """`ask` as a Generator, unless it is one."""
+        return ask if isinstance(ask, Generator) else cls(ask)
+
+    def __call__(self, prompts: Sequence[str]) -> list:
+        return self.ask(prompts)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises what asking these prompts would raise, where that is known before."""
+
+    def fingerprint(self) -> str | None:
+        """A hash of the weights that answer; None where they are not known."""
+
+
+class ModelGenerator(Generator):
+    """Asks a model; see `generator`."""
+
+    def __init__(self, model, tokenizer, decoding: Decoding):
+        self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
+        self.dtype = model.get_input_embeddings().weight.dtype
+        self.info = {
+            "model": short_path(Path(model.config._name_or_path)),
+            "revision": getattr(model.config, "_commit_hash", None),
+            "compute_dtype": dtype_name(self.dtype),
+            # Left out where it is not used: reports from before there was one stay comparable.
+            "decoding": {k: v for k, v in asdict(decoding).items() if k != "cache_bits" or v},
+        }
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for a prompt that check_prompt refuses."""
+        self._encode(prompts)
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, encoded):
-            check_prompt(model, decoding, prompt, ids)
+            check_prompt(self.model, self.decoding, prompt, ids)
         return encoded
 
-    def generate(prompts: Sequence[str], adapters: Sequence[str | None] | None = None) -> list:
+    def __call__(
+        self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None
+    ) -> list:
+        model, decoding = self.model, self.decoding
         if adapters is not None:
             if isinstance(adapters, str) or len(adapters) != len(prompts):
                 raise ValueError(
@@ -92,15 +123,13 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
                     "a name, or None, for each prompt"
                 )
             check_names(model, *adapters)
-        encoded = check(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+        encoded = self._encode(prompts)
         results: list = [None] * len(prompts)
         was_training = model.training
         model.eval()
         try:
-            with decoding_layout(model) if dtype == torch.bfloat16 else nullcontext():
-                for start in range(0, len(order), decoding.batch_size):
-                    chosen = order[start : start + decoding.batch_size]
+            with decoding_layout(model) if self.dtype == torch.bfloat16 else nullcontext():
+                for chosen in batches_by_length(encoded, decoding.batch_size, longest_first=True):
                     names = nullcontext()
                     if adapters is not None:  # rows of one adapter together: no copies of them
                         chosen.sort(key=lambda i: adapters[i] or "")
@@ -108,23 +137,23 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> Generate:
                         names = use_adapter(model, rows)
                     with names:
                         ids = [encoded[i] for i in chosen]
-                        batch = _generate_batch(model, tokenizer, decoding, ids)
+                        batch = _generate_batch(model, self.tokenizer, decoding, ids)
                     for i, completions in zip(chosen, batch):
                         results[i] = completions if decoding.samples > 1 else completions[0]
         finally:
             model.train(was_training)
         return results
 
-    generate.info = {
-        "model": short_path(Path(model.config._name_or_path)),
-        "revision": getattr(model.config, "_commit_hash", None),
-        "compute_dtype": dtype_name(dtype),
-        # Left out where it is not used: reports from before there was one stay comparable.
-        "decoding": {k: v for k, v in asdict(decoding).items() if k != "cache_bits" or v},
-    }
-    generate.fingerprint = lambda: fingerprint(model)
-    generate.check = check
-    return generate
+
+def generator(model, tokenizer, decoding: Decoding = Decoding()) -> ModelGenerator:
+    """A function from a list of prompts to a list of Completions in the same order.
+
+    With samples > 1 it returns a list of `samples` Completions for each prompt. Prompts are
+    batched by length and padded on the left. Called with (prompts, adapters) it gives each prompt
+    an adapter of its own, by name (None: the base), in batches that mix them. Raises ValueError
+    for what check_prompt refuses, for unknown adapters, and unless there is one a prompt.
+    """
+    return ModelGenerator(model, tokenizer, decoding)
 
 
 def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> None:

@@ -189,8 +189,7 @@ class _Loss:
         """The losses of this process's batches, each summed over its supervised tokens."""
         own = processes.share(examples)
         for start in range(0, len(own), self.size):
-            batch = collate(own[start : start + self.size], self.padding)
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batch = collate(own[start : start + self.size], self.padding, self.device)
             yield loss_sum(self.model, batch, self.dtype, self.chunk)
 
     @torch.no_grad()

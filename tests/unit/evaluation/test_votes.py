@@ -25,7 +25,7 @@ from qlora_lib.evaluation.votes import (
     weighted_vote,
     with_scores,
 )
-from qlora_lib.generation.generate import Completion, Decoding, generator
+from qlora_lib.generation.generate import Completion, Decoding, Generator, generator
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 from tests.support.tensors import PROPERTY, normal
 
@@ -122,13 +122,15 @@ def test_with_scores_hands_out_the_scores_in_order():
     def generate(prompts):
         return [[Completion(f"{p}{i}", 5, i == 0) for i in range(3)] for p in prompts]
 
-    generate.info, generate.fingerprint = {"model": "m"}, lambda: "f"
+    generate = Generator(generate, {"model": "m"})
+    generate.fingerprint = lambda: "f"
     new = with_scores(generate, lambda ps, cs: [float(ord(p) * 10 + int(c[1])) for p, c in
                                                 zip(ps, cs)], "test")  # fmt: skip
     rows = new(["a", "b"])
     assert [[s.score for s in row] for row in rows] == [[970, 971, 972], [980, 981, 982]]
     assert [s.finished for s in rows[0]] == [True, False, False] and rows[1][2].tokens == 5
     assert new.info == {"model": "m", "score": "test"} and new.fingerprint() != "f"
+    assert with_scores(print, print, "t").fingerprint() is None
     single = with_scores(lambda prompts: ["x" for _ in prompts], lambda ps, cs: [1.0] * len(ps), "t")
     assert single(["a"]) == ["x"] and single(["a"])[0].score == 1.0
 
