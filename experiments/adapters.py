@@ -57,7 +57,9 @@ from qlora_lib.runs.profiles import load_profile
 from qlora_lib.search.rank_search import Search, Trial, find_optimal_rank
 from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import finetune
-from qlora_lib.train.measure import step_memory
+from qlora_lib.train.loss import loss_sum
+from qlora_lib.train.measure import AllocationMeter
+from qlora_lib.train.mode import training_mode
 
 RESULTS = DATA / "results"
 BASE = QuantSpec(bits=4, group_size=64)
@@ -270,6 +272,18 @@ def mixing(folder: Path, force: bool) -> None:
                 return made
 
             table.row(f"{a:g} {b:g}", make)
+
+
+def step_memory(model, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes at the peak of AdamW steps in fp32 beyond the weights: gradients, moments,
+    activations and what is made on the way. Trains the model: copy it before."""
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
+    with training_mode(model, False), AllocationMeter() as meter:
+        for _ in range(2):  # the first makes the moments, the second has all at once
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum(model, batch, torch.float32).backward()
+            optimizer.step()
+    return meter.peak
 
 
 def methods(folder: Path, force: bool, rank: int = 8) -> None:

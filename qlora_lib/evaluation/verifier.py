@@ -7,8 +7,8 @@ beside the others, and the head.
 """
 
 import time
-from math import ceil
 from collections.abc import Callable, Iterator, Sequence
+from math import ceil
 from pathlib import Path
 
 import torch

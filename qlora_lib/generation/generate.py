@@ -20,6 +20,7 @@ from ..lora.layer import check_names
 from ..models.fingerprint import fingerprint
 from ..models.vocabulary import check_tokens
 
+
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen."""
@@ -102,19 +103,14 @@ class ModelGenerator(Generator):
     def fingerprint(self) -> str:
         return fingerprint(self.model)
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for a prompt that check_prompt refuses."""
-        self._encode(prompts)
-
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+    def check(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the prompts. Raises ValueError for one that check_prompt refuses."""
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, encoded):
             check_prompt(self.model, self.decoding, prompt, ids)
         return encoded
 
-    def __call__(
-        self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None
-    ) -> list:
+    def __call__(self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None):
         model, decoding = self.model, self.decoding
         if adapters is not None:
             if isinstance(adapters, str) or len(adapters) != len(prompts):
@@ -123,7 +119,7 @@ class ModelGenerator(Generator):
                     "a name, or None, for each prompt"
                 )
             check_names(model, *adapters)
-        encoded = self._encode(prompts)
+        encoded = self.check(prompts)
         results: list = [None] * len(prompts)
         was_training = model.training
         model.eval()
@@ -135,11 +131,11 @@ class ModelGenerator(Generator):
                         chosen.sort(key=lambda i: adapters[i] or "")
                         rows = [adapters[i] for i in chosen for _ in range(decoding.samples)]
                         names = use_adapter(model, rows)
+                    ids = [encoded[i] for i in chosen]
                     with names:
-                        ids = [encoded[i] for i in chosen]
                         batch = _generate_batch(model, self.tokenizer, decoding, ids)
-                    for i, completions in zip(chosen, batch):
-                        results[i] = completions if decoding.samples > 1 else completions[0]
+                    for i, said in zip(chosen, batch):
+                        results[i] = said if decoding.samples > 1 else said[0]
         finally:
             model.train(was_training)
         return results
@@ -174,6 +170,8 @@ def _generate_batch(model, tokenizer, decoding: Decoding, encoded: list[list[int
     """`samples` Completions for each of the encoded prompts."""
     from transformers import GenerationConfig
 
+    from .kv_cache import CacheSpec, PackedCache
+
     device = model.get_input_embeddings().weight.device
     input_ids = pad(encoded, pad_id(tokenizer), side="left").to(device)  # (batch, width)
     mask = pad([[1] * len(ids) for ids in encoded], 0, side="left").to(device)
@@ -191,11 +189,7 @@ def _generate_batch(model, tokenizer, decoding: Decoding, encoded: list[list[int
         pad_token_id=pad_id(tokenizer),
         use_cache=True,
     )
-    cache = {}
-    if decoding.cache_bits:
-        from .kv_cache import CacheSpec, PackedCache
-
-        cache["past_key_values"] = PackedCache(CacheSpec(decoding.cache_bits))
+    cache = PackedCache(CacheSpec(decoding.cache_bits)) if decoding.cache_bits else None
     # A checkpoint's own generation settings (Llama-2's temperature 0.6, Qwen2's repetition
     # penalty) would fill in what `settings` leaves open; they are set aside meanwhile.
     own, model.generation_config = model.generation_config, GenerationConfig()
@@ -207,7 +201,8 @@ def _generate_batch(model, tokenizer, decoding: Decoding, encoded: list[list[int
             if sampling:
                 torch.manual_seed(decoding.seed)
             output = model.generate(
-                input_ids=input_ids, attention_mask=mask, generation_config=settings, **cache
+                input_ids=input_ids, attention_mask=mask, generation_config=settings,
+                past_key_values=cache,
             )  # (batch * samples, width + new)
     finally:
         model.generation_config = own
@@ -225,9 +220,7 @@ def _end_ids(model, tokenizer) -> list[int]:
 def _complete(tokenizer, new: list[int], ends: list[int], decoding: Decoding) -> Completion:
     """Cut at the end token by index, then at the first stop string."""
     end = next((i for i, token in enumerate(new) if token in ends), None)
-    text = tokenizer.decode(
-        new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    text = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cut = min((text.find(s) for s in decoding.stop if s in text), default=None)
     tokens = len(new) if end is None else end + 1
     return Completion(text[:cut], tokens, finished=end is not None or cut is not None)

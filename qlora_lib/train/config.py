@@ -48,9 +48,7 @@ class TrainConfig:
                 f"max_length must be at least 1, got {self}"
             )
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}"
-            )
+            raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
         if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0):
             raise ValueError(
                 f"lr={self.lr}, warmup_ratio={self.warmup_ratio}, max_grad_norm="

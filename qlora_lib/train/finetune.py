@@ -128,10 +128,12 @@ def finetune(
     stepper = Stepper(parameters, config, total, loss.dtype)
     history = History(dtype_name(loss.dtype), sum(p.numel() for p in parameters.values()))
     identity = _identity(model, parameters, examples, config, history.compute_dtype)
-    folder = _start(parameters, stepper, identity, config, history)
+    folder = _start(stepper, identity, config, history)
     done = len(history.steps)
     began = time.perf_counter() - (history.steps[-1]["seconds"] if done else 0.0)
-    with training_mode(model, config.gradient_checkpointing), _bar(config, total, done) as bar:
+    hidden = None if config.progress is None else not config.progress
+    bar = tqdm(total=total, initial=done, file=sys.stderr, disable=not processes.first() or hidden)
+    with training_mode(model, config.gradient_checkpointing), bar:
         for step, epoch, chosen in schedule(lengths, window, config.seed, total, done):
             started = time.perf_counter()
             # Dropout; another one in each process, whose examples are others.
@@ -152,7 +154,7 @@ def finetune(
                 if "dev_loss" in metrics and history.best[0] == step:
                     save_parameters(folder / "best.safetensors", parameters, metrics)
                 if step % config.save_every == 0 or step == total:
-                    save_last(folder, parameters, stepper, identity, step)
+                    save_last(folder, stepper, identity, step)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             bar.update()
             if callback:
@@ -160,14 +162,9 @@ def finetune(
     return history
 
 
-def validation_loss(
-    model, tokenizer, examples: Iterable[Example | Pair], config: TrainConfig
-) -> float:
-    """Mean loss a supervised token over all examples, in config's compute dtype and lengths.
-
-    examples: whatever read_examples takes. Of several processes each takes its share; all must
-    call it.
-    """
+def validation_loss(model, tokenizer, examples: Iterable, config: TrainConfig) -> float:
+    """Mean loss a supervised token over all examples (whatever read_examples takes), in config's
+    compute dtype and lengths. Of several processes each takes its share; all must call it."""
     return _Loss(model, tokenizer, config).mean(_ready(examples, tokenizer, config))
 
 
@@ -208,20 +205,16 @@ def supervised(examples: Sequence[Example]) -> int:
     return sum(label != IGNORE for example in examples for label in example.labels[1:])
 
 
-def _start(
-    parameters, stepper: Stepper, identity: dict, config: TrainConfig, history: History
-) -> Path | None:
-    """Take the last checkpoint up where the run goes on; the folder that this process writes to.
-
-    All processes then have the parameters of the first.
-    """
+def _start(stepper: Stepper, identity: dict, config: TrainConfig, history: History) -> Path | None:
+    """Put the last checkpoint back where the run goes on, and the first process's parameters into
+    all; returns the folder that this process writes to."""
     folder = None if config.folder is None else Path(config.folder)
     if config.resume:
-        history.steps = load_last(folder, parameters, stepper, identity)
+        history.steps = load_last(folder, stepper, identity)
         history.resumed_from = len(history.steps)
     for name, value in (identity | {"the checkpoint's step": history.resumed_from}).items():
         processes.agree(name, value)
-    processes.copy_from_first(parameters.values())
+    processes.copy_from_first(stepper.parameters.values())
     if folder is None or not processes.first():
         return None
     start_metrics(folder, history.steps)
@@ -248,14 +241,4 @@ def _settings(model) -> dict:
         for name, config in layer.configs.items():
             for key, value in asdict(config).items():
                 found.setdefault(f"{key} of adapter {name!r}", {})[path] = value
-    return {
-        key: values if len(set(values.values())) > 1 else next(iter(values.values()))
-        for key, values in found.items()
-    }
-
-
-def _bar(config: TrainConfig, total: int, done: int) -> tqdm:
-    """A progress bar of the first process."""
-    hidden = None if config.progress is None else not config.progress
-    disable = hidden if processes.first() else True
-    return tqdm(total=total, initial=done, file=sys.stderr, disable=disable)
+    return {k: v if len(set(v.values())) > 1 else next(iter(v.values())) for k, v in found.items()}

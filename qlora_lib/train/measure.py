@@ -58,22 +58,6 @@ def _tensors(nested) -> list[Tensor]:
     return [x for x in tree_iter(nested) if isinstance(x, Tensor)]
 
 
-def step_memory(model, batch: dict[str, Tensor], steps: int = 2) -> int:
-    """Bytes at the peak of AdamW steps in fp32 beyond the weights: gradients, moments, activations
-    and what is made on the way.
-
-    batch: as data.collate makes it. The second step counts: the first makes the moments. The
-    model is trained by it; copy it before.
-    """
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
-    with training_mode(model, False), AllocationMeter() as meter:
-        for _ in range(steps):
-            optimizer.zero_grad(set_to_none=True)
-            loss_sum(model, batch, torch.float32).backward()
-            optimizer.step()
-    return meter.peak
-
-
 @dataclass(frozen=True)
 class Measurement:
     """Bytes by part, predicted and measured; "peak" is what was alive at once."""
@@ -161,8 +145,8 @@ def _state_bytes(optimizer) -> int:
 
 
 def random_step(ledger, model, optimizer) -> Callable[[], None]:
-    """A training step on random tokens, all of them supervised: forward, backward, optimizer;
-    of the ledger's batch, length and compute dtype."""
+    """A training step (forward, backward, optimizer) on random tokens, all of them supervised, of
+    the ledger's batch, length and compute dtype."""
     draw = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (ledger.batch, ledger.seq), generator=draw).to(model.device)

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from ..base.devices import DTYPES
-from ..generation.kv_cache import CacheSpec, cache_bytes
+from ..generation.kv_cache import CacheSpec, cache_bytes, head_dim
 from ..lora.targets import ALL_LINEAR, find_linears
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
@@ -61,10 +61,7 @@ class MemoryLedger:
         return self.total - min(self.parts["logits"], in_backward)
 
     def measure(self, model, step=None, optimizer=None) -> Measurement:
-        """Train `model` for two steps, and set what they took beside the prediction.
-
-        The arguments and errors are those of `measure_step`.
-        """
+        """What two training steps of `model` took, beside the prediction; see `measure_step`."""
         return measure_step(self, model, step, optimizer)
 
     @property
@@ -76,13 +73,13 @@ class MemoryLedger:
     def __str__(self) -> str:
         rows = [self.setting]
         rows += [f"  {part:<18}{n / 1e9:9.3f} GB" for part, n in self.parts.items() if n]
-        rows.append(f"  {'total':<18}{self.total / 1e9:9.3f} GB")
-        rows.append(f"  {'at the peak':<18}{self.peak / 1e9:9.3f} GB")
-        rows.append(
+        return "\n".join([
+            *rows,
+            f"  {'total':<18}{self.total / 1e9:9.3f} GB",
+            f"  {'at the peak':<18}{self.peak / 1e9:9.3f} GB",
             f"  base {self.bits_per_parameter:.2f} bits a parameter; "
-            f"{self.trained:,} of {self.parameters:,} parameters trained"
-        )
-        return "\n".join(rows)
+            f"{self.trained:,} of {self.parameters:,} parameters trained",
+        ])  # fmt: skip
 
 
 def memory_ledger(
@@ -111,7 +108,8 @@ def memory_ledger(
     """
     _check("method", method, METHODS)
     _check("optimizer", optimizer, OPTIMIZERS)
-    config, size = config.get_text_config(), _size(compute_dtype)
+    _check("compute_dtype", compute_dtype, DTYPES)
+    config, size = config.get_text_config(), DTYPES[compute_dtype].itemsize
     counts, linears = _model_shapes(config.to_json_string(), type(config))
     parts = dict.fromkeys(PARTS, 0) | _base_bytes(counts, linears, spec, size, method == "qlora")
     if method == "qlora":
@@ -125,20 +123,16 @@ def memory_ledger(
         parts["optimizer"] = moments_bytes(counts, optimizer) + 4 * trained * (size < 4)
     else:
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        missing = set(targets) - set(map(_last, linears))
-        if missing or not targets:
-            raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
-        # A (rank, in) and B (out, rank) a layer, in fp32 whatever the compute dtype.
-        pairs = [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
-        trained = sum(pairs)
-        parts["adapters"] = parts["gradients"] = 4 * trained
-        parts["optimizer"] = moments_bytes(pairs, optimizer)
+        sizes = _adapter_sizes(linears, rank, targets)
+        trained = sum(sizes)
+        parts["adapters"] = parts["gradients"] = 4 * trained  # fp32 whatever the compute dtype
+        parts["optimizer"] = moments_bytes(sizes, optimizer)
         copies = trained * size if size < 4 else 0  # autocast's, of A and B
     tokens = batch * seq
     block, rest = _activations(config, method, rank, targets, checkpointing, size)
     recomputed = tokens * block + copies if checkpointing else 0
     # Rotary cosines and sines first.
-    parts["activations"] = 2 * seq * _head_dim(config) * size + copies + tokens * (block + rest)
+    parts["activations"] = 2 * seq * head_dim(config) * size + copies + tokens * (block + rest)
     parts["logits"] = logits_bytes(min(tokens, logit_tokens or tokens), config.vocab_size, size)
     words = [
         f"{method}, batch {batch} x {seq} tokens, {compute_dtype}",
@@ -167,7 +161,8 @@ def decoding_ledger(
     they came. Not counted: the activations of a step, and a layer's cache while it is
     dequantized. Raises ValueError for another dtype or kind of decoder.
     """
-    config, size = config.get_text_config(), _size(compute_dtype)
+    _check("compute_dtype", compute_dtype, DTYPES)
+    config, size = config.get_text_config(), DTYPES[compute_dtype].itemsize
     counts, linears = _model_shapes(config.to_json_string(), type(config))
     stored = _base_bytes(counts, linears, spec, size, spec is not None)
     return stored | {"cache": cache_bytes(config, context, cache, batch, size)}
@@ -176,12 +171,6 @@ def decoding_ledger(
 def _check(name: str, value: str, known) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
-
-
-def _size(compute_dtype: str) -> int:
-    """Bytes of a number."""
-    _check("compute_dtype", compute_dtype, DTYPES)
-    return DTYPES[compute_dtype].itemsize
 
 
 def _base_bytes(counts, linears, spec, size: int, packed: bool) -> dict[str, int]:
@@ -193,6 +182,14 @@ def _base_bytes(counts, linears, spec, size: int, packed: bool) -> dict[str, int
         "packed weights": sum(codes for codes, _ in stored),
         "scales": sum(scales for _, scales in stored),
     }
+
+
+def _adapter_sizes(linears, rank: int, targets: tuple[str, ...]) -> list[int]:
+    """Parameters of A (rank, in) and of B (out, rank) of each linear that is a target."""
+    missing = set(targets) - set(map(_last, linears))
+    if missing or not targets:
+        raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
+    return [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
 
 
 def logits_bytes(tokens: int, vocab_size: int, size: int) -> int:
@@ -230,7 +227,7 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
     """Bytes a token that autograd keeps from the forward pass, `size` bytes a number: of one
     block, and of all the rest."""
     h, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    heads, head = config.num_attention_heads, _head_dim(config)
+    heads, head = config.num_attention_heads, head_dim(config)
     q, kv = head * heads, head * config.num_key_value_heads
     full, targets = method == "full", set(targets)
     # RMSNorm: its input in fp32 and 1 / rms; where its own weight is trained, x / rms too.
@@ -250,11 +247,6 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
         return block, blocks * size * h + last  # each block's input
     # No gradient flows to frozen embeddings: the first norm keeps nothing.
     return block, (blocks - 1) * block + last - (0 if full else norm)
-
-
-def _head_dim(config) -> int:
-    explicit = getattr(config, "head_dim", None)
-    return explicit or config.hidden_size // config.num_attention_heads
 
 
 def _last(path: str) -> str:

@@ -50,21 +50,17 @@ def add_metrics(folder: Path, metrics: dict) -> None:
         stream.write(json.dumps(metrics) + "\n")
 
 
-def save_last(
-    folder: Path, parameters: Parameters, stepper: Stepper, identity: dict, step: int
-) -> None:
+def save_last(folder: Path, stepper: Stepper, identity: dict, step: int) -> None:
     """Write everything that the next step depends on."""
-    tensors: dict[str, Tensor] = {f"parameter/{n}": p for n, p in parameters.items()}
-    for name, parameter in parameters.items():
+    tensors: dict[str, Tensor] = {f"parameter/{n}": p for n, p in stepper.parameters.items()}
+    for name, parameter in stepper.parameters.items():
         for key, value in stepper.optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = value
     state = {"step": step, "scaler": stepper.scaler.state_dict(), "identity": identity}
     _save(folder / "last.safetensors", tensors, state)
 
 
-def load_last(
-    folder: Path, parameters: Parameters, stepper: Stepper, identity: dict
-) -> list[dict]:
+def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
     """Put parameters, optimizer and scaler back; returns the metrics up to that step.
 
     Returns [] where there is no checkpoint yet. What an older checkpoint does not say counts
@@ -87,18 +83,14 @@ def load_last(
     if len(lines) < state["step"]:
         raise ValueError(f"{folder}/metrics.jsonl lacks steps before {path}; start the run anew")
     steps = [json.loads(line) for line in lines[: state["step"]]]  # later lines come again
-    _copy_parameters(path, tensors, parameters)
-    for name, parameter in parameters.items():
-        saved = {
-            key.partition("/")[0]: value
-            for key, value in tensors.items()
-            if key.partition("/")[2] == name and not key.startswith("parameter/")
-        }
-        # AdamW keeps its step counter on the CPU, the moments beside the parameter.
-        stepper.optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device)
-            for key, value in saved.items()
-        }
+    _copy_parameters(path, tensors, stepper.parameters)
+    for key, value in tensors.items():
+        key, _, name = key.partition("/")
+        if key != "parameter":
+            # AdamW keeps its step counter on the CPU, the moments beside the parameter.
+            parameter = stepper.parameters[name]
+            place = value.device if key == "step" else parameter.device
+            stepper.optimizer.state[parameter][key] = value.to(place)
     stepper.scaler.load_state_dict(state["scaler"])
     return steps
 
@@ -114,9 +106,8 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(
-                file.metadata()["json"]
-            )
+            metadata = json.loads(file.metadata()["json"])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or no checkpoint of this package ({error}); "

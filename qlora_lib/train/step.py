@@ -23,13 +23,13 @@ class Stepper:
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig, total: int,
                  dtype: torch.dtype = torch.float32):  # fmt: skip
-        self.parameters, self.config, self.total = list(parameters.values()), config, total
-        groups = self.parameters
+        self.parameters, self.config, self.total = parameters, config, total
+        groups = parameters.values()
         if config.lora_plus_ratio != 1:
             groups = lora_plus_groups(parameters, config.lr, config.lora_plus_ratio)
         kind = OPTIMIZERS[config.optimizer]
         self.optimizer = kind(groups, lr=config.lr, weight_decay=config.weight_decay)
-        self.device = self.parameters[0].device
+        self.device = next(iter(parameters.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     def take(self, step: int, parts: Iterable[Tensor]) -> dict:
@@ -49,10 +49,11 @@ class Stepper:
             self.scaler.scale(part).backward()
         # Summed before any check, so that all processes find the same.
         loss = processes.total(loss, self.device)
-        processes.sum_gradients(self.parameters)
+        parameters = list(self.parameters.values())
+        processes.sum_gradients(parameters)
         self._check("loss", loss, step)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
         if not self.scaler.is_enabled():
             self._check("gradient", norm, step)
         self.scaler.step(self.optimizer)  # leaves the parameters alone where fp16 overflowed

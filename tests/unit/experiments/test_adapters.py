@@ -20,6 +20,7 @@ from experiments.adapters import (
     main,
     read_epochs,
     searched,
+    step_memory,
     stored,
 )
 from qlora_lib.base.statistics import wilson
@@ -27,7 +28,6 @@ from qlora_lib.data.tokens import collate, encode_example, pad_id
 from qlora_lib.lora.inject import adapter_table, inject_lora, trainable_parameters
 from qlora_lib.runs.profiles import load_profile
 from qlora_lib.search.rank_search import Search, Trial, read_rank_search
-from qlora_lib.train.measure import step_memory
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
 
