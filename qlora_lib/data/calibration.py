@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..base.hashes import content_hash
 from .examples import read_examples
-from .tokens import Example, Pair, batches_by_length, collate, pad_id
+from .tokens import Example, Pair, batches, pad_id
 
 
 def calibration_batches(
@@ -23,11 +23,8 @@ def calibration_batches(
     ValueError for no examples.
     """
     encoded = [e.cut(max_length) for e in read_examples(list(examples)[:n], tokenizer)]
-    batches = []
-    for chosen in batches_by_length([e.input_ids for e in encoded], batch_size):
-        batch = collate([encoded[i] for i in chosen], pad_id(tokenizer))
-        batches.append({k: batch[k] for k in ("input_ids", "attention_mask")})
-    return batches
+    found = batches(encoded, batch_size, pad_id(tokenizer))
+    return [{k: batch[k] for k in ("input_ids", "attention_mask")} for _, batch in found]
 
 
 def calibration_hash(batches: Sequence[dict[str, Tensor]]) -> str:

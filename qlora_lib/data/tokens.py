@@ -59,9 +59,7 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids if ids[:1] == bos else bos + ids
 
 
-def encode_example(
-    tokenizer, prompt: str, target: str, max_length: int | None = None
-) -> Example:
+def encode_example(tokenizer, prompt: str, target: str, max_length: int | None = None) -> Example:
     """[bos] + prompt + target + [eos] as an Example, cut to `max_length` tokens if that is given.
 
     Labels are -100 on the prompt and the ids themselves on target and eos: the model must learn
@@ -99,12 +97,20 @@ def collate(
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def batches_by_length(
+def by_length(
     sequences: Sequence[Sequence[int]], size: int, longest_first: bool = False
 ) -> list[list[int]]:
-    """The indices of the sequences in batches of like length, which pad little."""
+    """The indices of the sequences, in batches of like length."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]) * (-1) ** longest_first)
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def batches(
+    examples: Sequence[Example], size: int, pad_id: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(indices, their batch) for all examples, those of like length together: they pad little."""
+    for chosen in by_length([example.input_ids for example in examples], size):
+        yield chosen, collate([examples[i] for i in chosen], pad_id, device)
 
 
 def pad_id(tokenizer) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..base import processes
 from ..base.files import read_tensors, whole_file
 from ..base.hashes import content_hash
-from ..data.tokens import Example, batches_by_length, collate, encode_example, pad_id
+from ..data.tokens import Example, batches, collate, encode_example, pad_id
 from ..lora.files import load_adapter, save_adapter
 from ..lora.inject import inject_lora, set_adapter, use_adapter
 from ..lora.layer import adapter_names, lora_layers
@@ -110,9 +110,9 @@ class Verifier:
         """Probability that each solution is right, read after its end token."""
         encoded = self._encode(prompts, completions)
         results = [0.0] * len(encoded)
-        for chosen in batches_by_length([e.input_ids for e in encoded], batch_size):
-            odds = self.log_odds(self._batch([encoded[i] for i in chosen]))
-            for i, p in zip(chosen, odds.sigmoid().tolist()):
+        device = self.head.weight.device
+        for chosen, batch in batches(encoded, batch_size, pad_id(self.tokenizer), device):
+            for i, p in zip(chosen, self.log_odds(batch).sigmoid().tolist()):
                 results[i] = p
         return results
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.hashes import content_hash
-from ..data.tokens import batches_by_length, collate, encode_example, pad_id
+from ..data.tokens import batches, encode_example, pad_id
 from ..generation.generate import Completion, Generator
 from ..train.loss import chunk_for, token_losses
 from .extraction import extract_answer
@@ -161,8 +161,7 @@ def log_likelihoods(
     results: list = [None] * len(encoded)
     device = model.get_input_embeddings().weight.device
     chunk = chunk_for(model, torch.float32)  # no autocast
-    for chosen in batches_by_length([e.input_ids for e in encoded], batch_size):
-        batch = collate([encoded[i] for i in chosen], pad_id(tokenizer), device)
+    for chosen, batch in batches(encoded, batch_size, pad_id(tokenizer), device):
         for i, losses in zip(chosen, token_losses(model, batch, chunk)):
             results[i] = (-losses.sum().item(), len(losses))
     return results
@@ -181,9 +180,6 @@ def likelihood(model, tokenizer, batch_size: int = 64) -> Score:
     return score
 
 
-# --- What k samples give -----------------------------------------------------------------
-
-
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased estimate of the chance that at least one of k samples is right, from n
     samples of which `right` are: 1 - C(n - right, k) / C(n, k).
@@ -197,25 +193,3 @@ def pass_at_k(n: int, right: int, k: int) -> float:
             "1 <= k <= n: draw at least k samples"
         )
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def vote_at_k(
-    answers: Sequence[object],
-    right: Sequence[bool],
-    k: int,
-    pick: Callable[[list[int]], int],
-    draws: int,
-    generator: torch.Generator,
-) -> float:
-    """Estimate, for one question, of the chance that a pick among k samples is right.
-
-    answers, right: of all n samples. pick: from the indices of k of them, in order, to one of
-    these indices. Mean over `draws` subsets without replacement; with k = n it is exact.
-    """
-    n = len(answers)
-    if not 1 <= k <= n or len(right) != n:
-        raise ValueError(f"k={k} of {n} answers with {len(right)} verdicts; expected 1 <= k <= n")
-    if k == n:
-        return float(right[pick(list(range(n)))])
-    subsets = (torch.randperm(n, generator=generator)[:k].tolist() for _ in range(draws))
-    return sum(right[pick(subset)] for subset in subsets) / draws

@@ -13,7 +13,7 @@ import torch
 
 from ..base.devices import dtype_name
 from ..base.paths import short_path
-from ..data.tokens import batches_by_length, encode_prompt, pad, pad_id
+from ..data.tokens import by_length, encode_prompt, pad, pad_id
 from ..layers.linear import decoding_layout
 from ..lora.inject import use_adapter
 from ..lora.layer import check_names
@@ -114,10 +114,8 @@ class ModelGenerator(Generator):
         model, decoding = self.model, self.decoding
         if adapters is not None:
             if isinstance(adapters, str) or len(adapters) != len(prompts):
-                raise ValueError(
-                    f"adapters={adapters!r:.80} for {len(prompts)} prompts: expected a list with "
-                    "a name, or None, for each prompt"
-                )
+                raise ValueError(f"adapters={adapters!r:.80} for {len(prompts)} prompts: expected "
+                                 "a list with a name, or None, for each prompt")  # fmt: skip
             check_names(model, *adapters)
         encoded = self.check(prompts)
         results: list = [None] * len(prompts)
@@ -125,7 +123,7 @@ class ModelGenerator(Generator):
         model.eval()
         try:
             with decoding_layout(model) if self.dtype == torch.bfloat16 else nullcontext():
-                for chosen in batches_by_length(encoded, decoding.batch_size, longest_first=True):
+                for chosen in by_length(encoded, decoding.batch_size, longest_first=True):
                     names = nullcontext()
                     if adapters is not None:  # rows of one adapter together: no copies of them
                         chosen.sort(key=lambda i: adapters[i] or "")
@@ -176,16 +174,16 @@ def _generate_batch(model, tokenizer, decoding: Decoding, encoded: list[list[int
     input_ids = pad(encoded, pad_id(tokenizer), side="left").to(device)  # (batch, width)
     mask = pad([[1] * len(ids) for ids in encoded], 0, side="left").to(device)
     width = input_ids.shape[1]
-    ends = _end_ids(model, tokenizer)
+    chat = model.generation_config.eos_token_id  # chat models have several
+    ends = {tokenizer.eos_token_id, *(chat if isinstance(chat, list) else [chat])} - {None}
     sampling = decoding.temperature > 0
+    how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     settings = GenerationConfig(
         do_sample=sampling,
-        temperature=decoding.temperature if sampling else None,
-        top_p=decoding.top_p if sampling else None,
-        top_k=0 if sampling else None,
+        **(how if sampling else {}),
         num_return_sequences=decoding.samples,
         max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=ends,
+        eos_token_id=sorted(ends),
         pad_token_id=pad_id(tokenizer),
         use_cache=True,
     )
@@ -210,14 +208,7 @@ def _generate_batch(model, tokenizer, decoding: Decoding, encoded: list[list[int
     return [rows[i : i + decoding.samples] for i in range(0, len(rows), decoding.samples)]
 
 
-def _end_ids(model, tokenizer) -> list[int]:
-    """The tokenizer's eos and the model's own, of which chat models have several."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return sorted({i for i in [tokenizer.eos_token_id, *own] if i is not None})
-
-
-def _complete(tokenizer, new: list[int], ends: list[int], decoding: Decoding) -> Completion:
+def _complete(tokenizer, new: list[int], ends: set[int], decoding: Decoding) -> Completion:
     """Cut at the end token by index, then at the first stop string."""
     end = next((i for i, token in enumerate(new) if token in ends), None)
     text = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)

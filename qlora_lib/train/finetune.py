@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..base import processes
 from ..base.devices import dtype_name, resolve_dtype
 from ..data.examples import read_examples
-from ..data.tokens import IGNORE, Example, Pair, collate, pad_id
+from ..data.tokens import IGNORE, Example, Pair, batches, pad_id
 from ..lora.inject import trainable_parameters
 from ..lora.layer import lora_layers
 from ..models.fingerprint import _base_hash
@@ -184,9 +184,7 @@ class _Loss:
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Tensor]:
         """The losses of this process's batches, each summed over its supervised tokens."""
-        own = processes.share(examples)
-        for start in range(0, len(own), self.size):
-            batch = collate(own[start : start + self.size], self.padding, self.device)
+        for _, batch in batches(processes.share(examples), self.size, self.padding, self.device):
             yield loss_sum(self.model, batch, self.dtype, self.chunk)
 
     @torch.no_grad()
@@ -194,8 +192,7 @@ class _Loss:
         """Mean loss a supervised token, in eval mode."""
         was_training = self.model.training
         self.model.eval()
-        by_length = sorted(examples, key=lambda example: len(example.input_ids))
-        loss = processes.total(sum(part.item() for part in self.parts(by_length)), self.device)
+        loss = processes.total(sum(part.item() for part in self.parts(examples)), self.device)
         self.model.train(was_training)
         return loss / supervised(examples)
 

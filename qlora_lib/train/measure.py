@@ -161,9 +161,6 @@ def random_step(ledger, model, optimizer) -> Callable[[], None]:
     return step
 
 
-# --- will it fit? ---------------------------------------------------------------------------
-
-
 class NotEnoughMemory(ValueError, MemoryError):
     """What was asked for is larger than the free memory of the device."""
 

@@ -133,7 +133,8 @@ def memory_ledger(
     recomputed = tokens * block + copies if checkpointing else 0
     # Rotary cosines and sines first.
     parts["activations"] = 2 * seq * head_dim(config) * size + copies + tokens * (block + rest)
-    parts["logits"] = logits_bytes(min(tokens, logit_tokens or tokens), config.vocab_size, size)
+    # Logits, their fp32 copy, and its gradient.
+    parts["logits"] = min(tokens, logit_tokens or tokens) * config.vocab_size * (size + 4 + 4)
     words = [
         f"{method}, batch {batch} x {seq} tokens, {compute_dtype}",
         "checkpointing" if checkpointing else "",
@@ -190,11 +191,6 @@ def _adapter_sizes(linears, rank: int, targets: tuple[str, ...]) -> list[int]:
     if missing or not targets:
         raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
     return [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
-
-
-def logits_bytes(tokens: int, vocab_size: int, size: int) -> int:
-    """Bytes of the logits of so many tokens, `size` a number, their fp32 copy and its gradient."""
-    return tokens * vocab_size * (size + 4 + 4)
 
 
 def moments_bytes(counts: list[int], optimizer: str) -> int:

@@ -21,7 +21,6 @@ from qlora_lib.evaluation.votes import (
     pass_at_k,
     sample_answers,
     token_probabilities,
-    vote_at_k,
     weighted_vote,
     with_scores,
 )
@@ -197,20 +196,3 @@ def test_pass_at_k_is_the_mean_over_all_subsets(n, data):
 def test_pass_at_k_refuses(n, right, k):
     with pytest.raises(ValueError, match="draw at least k"):
         pass_at_k(n, right, k)
-
-
-def test_vote_at_k_is_near_the_mean_over_all_subsets_and_exact_for_all():
-    answers, right = [1, 2, 2, 3, 1, 2], [False, True, True, False, False, True]
-
-    def pick(subset):
-        return subset[choose([answers[i] for i in subset])]
-
-    exact = [right[pick(list(s))] for s in combinations(range(6), 3)]
-    draw = torch.Generator().manual_seed(0)
-    # Standard error of 4,000 draws: below 0.008.
-    assert vote_at_k(answers, right, 3, pick, 4000, draw) == pytest.approx(
-        sum(exact) / len(exact), abs=0.06
-    )
-    assert vote_at_k(answers, right, 6, pick, 1, draw) == 1.0
-    with pytest.raises(ValueError, match="expected 1 <= k"):
-        vote_at_k(answers, right, 7, pick, 1, draw)

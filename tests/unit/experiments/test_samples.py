@@ -4,6 +4,7 @@ import json
 from itertools import combinations
 
 import pytest
+import torch
 
 from experiments.samples import (
     METHODS,
@@ -14,7 +15,9 @@ from experiments.samples import (
     read_samples,
     right_at,
     verdicts,
+    vote_at_k,
 )
+from qlora_lib.evaluation.votes import choose
 
 ROWS = [
     {
@@ -71,3 +74,20 @@ def test_the_stored_samples_are_whole():
         assert {len(row[name]) for name in lists} == {stored["samples"]}
     eight = {m: sum(right_at(rows, m, 8)) for m in METHODS}
     assert eight["best"] == max(eight.values())
+
+
+def test_vote_at_k_is_near_the_mean_over_all_subsets_and_exact_for_all():
+    answers, right = [1, 2, 2, 3, 1, 2], [False, True, True, False, False, True]
+
+    def pick(subset):
+        return subset[choose([answers[i] for i in subset])]
+
+    exact = [right[pick(list(s))] for s in combinations(range(6), 3)]
+    draw = torch.Generator().manual_seed(0)
+    # Standard error of 4,000 draws: below 0.008.
+    assert vote_at_k(answers, right, 3, pick, 4000, draw) == pytest.approx(
+        sum(exact) / len(exact), abs=0.06
+    )
+    assert vote_at_k(answers, right, 6, pick, 1, draw) == 1.0
+    with pytest.raises(ValueError, match="expected 1 <= k"):
+        vote_at_k(answers, right, 7, pick, 1, draw)
