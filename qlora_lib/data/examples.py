@@ -1,12 +1,13 @@
 """Rows of your own files, or of published sets, as training examples in tokens.
 
-`read_examples` is the one door: training and calibration take whatever it takes. A file has one format, told by its fields:
+`read_examples` is the one door: training and calibration take what it takes. A file has one
+format, told by its fields:
 
     text                      all of it is learned
     prompt, completion        the completion is learned, after the prompt exactly as it stands
     messages                  a chat: [{"role": "user", "content": ...}, ...], written by the
                               tokenizer's chat template; all turns of the assistant are learned
-    question, answer          GSM8K's, asked with the one template (data.PROMPT)
+    question, answer          GSM8K's, asked with the one template (gsm8k.PROMPT)
     query, response           MetaMathQA's, asked likewise; original_question, where there is one,
                               tells rephrasings of a problem
     instruction, output       MathInstruct's, asked likewise; rows whose source is PoT are left
@@ -65,7 +66,7 @@ def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
                 "(prompt, completion) or (input_ids, labels)"
             )
     if kinds[0] == "encoded":
-        return [example if isinstance(example, Example) else Example(*example) for example in source]
+        return [e if isinstance(e, Example) else Example(*e) for e in source]
     if kinds[0] == "a pair of texts":
         return [encode_example(tokenizer, *pair) for pair in source]
     rows = [{"text": text} for text in source] if kinds[0] == "a text" else source
@@ -130,9 +131,10 @@ def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
     if name == "chat":
         return chat_example(row["messages"], tokenizer)
     for field in FORMATS[name]:
-        if not isinstance(row[field], str) or not row[field].strip():
-            raise ValueError(f"`{field}` should be a text that is not empty, got {row[field]!r:.80}")
-        check_text(row[field])
+        text = row[field]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"`{field}` should be a text that is not empty, got {text!r:.80}")
+        check_text(text)
     if name == "MathInstruct" and row.get("input"):
         raise ValueError(
             f"`input` {row['input']!r:.60} would be lost: an instruction is asked alone; write the "
@@ -170,8 +172,8 @@ def chat_example(messages, tokenizer) -> Example:
         answered = write_chat(tokenizer, messages[: i + 1])
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise ValueError(
-                f"the chat template writes the first {i + 1} messages otherwise once others follow; "
-                "give each answer a chat of its own"
+                f"the chat template writes the first {i + 1} messages otherwise once others "
+                "follow; give each answer a chat of its own"
             )
         # Apart, as when the model is asked: from bos on, which most templates write.
         if done:

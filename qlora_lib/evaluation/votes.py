@@ -80,7 +80,7 @@ def choose(answers: Sequence[object], weights: Sequence[float] | None = None) ->
 
 
 def sample_answers(samples: Sequence[str]) -> list[Fraction | None]:
-    """What each sample answers: strict, or flexible where no sample has the format."""
+    """The answer of each sample: strict, or flexible where no sample has the format."""
     answers = [extract_answer(s) for s in samples]
     if all(answer is None for answer in answers):
         answers = [extract_answer(s, "flexible") for s in samples]
@@ -152,7 +152,7 @@ def _with_score(sample: str, score: float) -> Completion:
 def log_likelihoods(
     model, tokenizer, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
 ) -> list[tuple[float, int]]:
-    """(sum of log-probabilities, number of tokens) of each completion after its prompt.
+    """(sum of log-probabilities, number of tokens) of each completion, given its prompt.
 
     The end token counts as one of them, so that a solution cut short is judged as one that
     ends there. Temperature 1, natural logarithm, softmax in fp32.

@@ -1,6 +1,6 @@
 """From prompts to completions: greedy decoding or sampling, batched, new tokens only.
 
-Prompts are encoded as in training (`data.encode_prompt`) and padded on the left, so that
+Prompts are encoded as in training (`encode_prompt`) and padded on the left, so that
 every row's last token is its prompt's. Not handled: stopping early at a stop string
 (text after it is generated, then cut)."""
 
@@ -36,19 +36,14 @@ class Decoding:
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature={self.temperature}, top_p={self.top_p}: expected "
-                "temperature >= 0 and 0 < top_p <= 1"
-            )
+            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: expected "
+                             "temperature >= 0 and 0 < top_p <= 1")  # fmt: skip
         if min(self.samples, self.max_new_tokens, self.batch_size) < 1:
             raise ValueError("samples, max_new_tokens and batch_size must be at least 1")
         if self.cache_bits not in (None, 8, 4):
             raise ValueError(f"cache_bits={self.cache_bits!r} must be 8, 4, or None for 16 or 32")
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"samples={self.samples} at temperature 0 would all be equal; "
-                "set a temperature above 0"
-            )
+            raise ValueError(f"samples={self.samples} would be equal; set a temperature above 0")
 
 
 class Completion(str):
@@ -129,14 +124,58 @@ class ModelGenerator(Generator):
                         chosen.sort(key=lambda i: adapters[i] or "")
                         rows = [adapters[i] for i in chosen for _ in range(decoding.samples)]
                         names = use_adapter(model, rows)
-                    ids = [encoded[i] for i in chosen]
                     with names:
-                        batch = _generate_batch(model, self.tokenizer, decoding, ids)
+                        batch = self._answer([encoded[i] for i in chosen])
                     for i, said in zip(chosen, batch):
                         results[i] = said if decoding.samples > 1 else said[0]
         finally:
             model.train(was_training)
         return results
+
+    @torch.inference_mode()
+    def _answer(self, encoded: list[list[int]]) -> list[list[Completion]]:
+        """`samples` Completions for each of the encoded prompts."""
+        from transformers import GenerationConfig
+
+        from .kv_cache import CacheSpec, PackedCache
+
+        model, tokenizer, decoding = self.model, self.tokenizer, self.decoding
+        embedding = model.get_input_embeddings().weight
+        device, dtype = embedding.device, embedding.dtype
+        input_ids = pad(encoded, pad_id(tokenizer), side="left").to(device)  # (batch, width)
+        mask = pad([[1] * len(ids) for ids in encoded], 0, side="left").to(device)
+        width = input_ids.shape[1]
+        chat = model.generation_config.eos_token_id  # chat models have several
+        ends = {tokenizer.eos_token_id, *(chat if isinstance(chat, list) else [chat])} - {None}
+        sampling = decoding.temperature > 0
+        how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        settings = GenerationConfig(
+            do_sample=sampling,
+            **(how if sampling else {}),
+            num_return_sequences=decoding.samples,
+            max_new_tokens=decoding.max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad_id(tokenizer),
+            use_cache=True,
+        )
+        cache = PackedCache(CacheSpec(decoding.cache_bits)) if decoding.cache_bits else None
+        # A checkpoint's own generation settings (Llama-2's temperature 0.6, Qwen2's repetition
+        # penalty) would fill in what `settings` leaves open; they are set aside meanwhile.
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            with torch.random.fork_rng(enabled=sampling), torch.autocast(
+                device.type, dtype, enabled=dtype != torch.float32
+            ):
+                if sampling:
+                    torch.manual_seed(decoding.seed)
+                output = model.generate(
+                    input_ids=input_ids, attention_mask=mask, generation_config=settings,
+                    past_key_values=cache,
+                )  # (batch * samples, width + new)
+        finally:
+            model.generation_config = own
+        rows = [_complete(tokenizer, ids, ends, decoding) for ids in output[:, width:].tolist()]
+        return [rows[i : i + decoding.samples] for i in range(0, len(rows), decoding.samples)]
 
 
 def generator(model, tokenizer, decoding: Decoding = Decoding()) -> ModelGenerator:
@@ -161,51 +200,6 @@ def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> 
             f"the context of {context}: {prompt[:60]!r}...; shorten the prompt, or lower "
             "max_new_tokens"
         )
-
-
-@torch.inference_mode()
-def _generate_batch(model, tokenizer, decoding: Decoding, encoded: list[list[int]]) -> list[list]:
-    """`samples` Completions for each of the encoded prompts."""
-    from transformers import GenerationConfig
-
-    from .kv_cache import CacheSpec, PackedCache
-
-    device = model.get_input_embeddings().weight.device
-    input_ids = pad(encoded, pad_id(tokenizer), side="left").to(device)  # (batch, width)
-    mask = pad([[1] * len(ids) for ids in encoded], 0, side="left").to(device)
-    width = input_ids.shape[1]
-    chat = model.generation_config.eos_token_id  # chat models have several
-    ends = {tokenizer.eos_token_id, *(chat if isinstance(chat, list) else [chat])} - {None}
-    sampling = decoding.temperature > 0
-    how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-    settings = GenerationConfig(
-        do_sample=sampling,
-        **(how if sampling else {}),
-        num_return_sequences=decoding.samples,
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad_id(tokenizer),
-        use_cache=True,
-    )
-    cache = PackedCache(CacheSpec(decoding.cache_bits)) if decoding.cache_bits else None
-    # A checkpoint's own generation settings (Llama-2's temperature 0.6, Qwen2's repetition
-    # penalty) would fill in what `settings` leaves open; they are set aside meanwhile.
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    dtype = model.get_input_embeddings().weight.dtype
-    try:
-        with torch.random.fork_rng(enabled=sampling), torch.autocast(
-            device.type, dtype, enabled=dtype != torch.float32
-        ):
-            if sampling:
-                torch.manual_seed(decoding.seed)
-            output = model.generate(
-                input_ids=input_ids, attention_mask=mask, generation_config=settings,
-                past_key_values=cache,
-            )  # (batch * samples, width + new)
-    finally:
-        model.generation_config = own
-    rows = [_complete(tokenizer, ids, ends, decoding) for ids in output[:, width:].tolist()]
-    return [rows[i : i + decoding.samples] for i in range(0, len(rows), decoding.samples)]
 
 
 def _complete(tokenizer, new: list[int], ends: set[int], decoding: Decoding) -> Completion:

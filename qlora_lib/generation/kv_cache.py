@@ -47,7 +47,7 @@ class CacheSpec:
             raise ValueError(f"keys={self.keys!r}, values={self.values!r}: expected {AXES}")
 
     def stored_tokens(self, tokens: int) -> int:
-        """Of so many tokens, those stored as codes: whole groups that leave `recent` others."""
+        """How many of these tokens are codes: whole groups, the newest `recent` left out."""
         return max(0, tokens - self.recent) // self.group_size * self.group_size
 
 
@@ -149,9 +149,7 @@ class PackedLayer(DynamicLayer):
         self.old_keys, self.old_values, self.stored = None, None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "a packed cache can't give tokens back; decode without an assistant model"
-        )
+        raise NotImplementedError("a packed cache keeps its tokens; decode without an assistant")
 
     def _choose(self, change) -> None:
         """Apply `change`, along the batch, to all that is stored."""

@@ -16,7 +16,7 @@ from .profiles import Profile
 
 @dataclass
 class TokenCount:
-    """What a set of examples amounts to, in tokens."""
+    """How many tokens a set of examples has, and what max_length does to them."""
 
     examples: int
     tokens: int  # after cutting, padding not counted

@@ -97,7 +97,7 @@ class Trial:
 
 
 def prepare(model, trial: Trial) -> int:
-    """Set up the model, in place, for a trial; the number of parameters that it trains.
+    """Set up the model, in place, for a trial; returns the number of parameters to train.
 
     LoRA without an alpha has alpha = 2 rank: a scale of 2 at every rank. At one learning rate a
     small rank then takes smaller steps: under Adam each number of B moves by about the rate, and
@@ -160,7 +160,7 @@ class Search:
             self.rows = stored["rows"]
 
     def run(self, trial: Trial, ask: bool = True) -> dict:
-        """The row of a trial: trained and measured now, unless it is there.
+        """The row of a trial, which is trained and measured now unless its row is stored.
 
         ask: score dev by generating; else the losses alone are measured. Raises ValueError for a
         trial that wants fewer examples than one, or more than there are.
@@ -182,7 +182,7 @@ class Search:
     def train_one(self, trial: Trial):
         """(a trained copy of the model, the trial's facts: parameters, seconds, dev loss).
 
-        With trial.examples also train_loss: of the examples trained on, as the dev loss is measured.
+        With trial.examples also train_loss: of these examples, measured as the dev loss is.
         """
         examples = self._examples(trial)
         model = copy.deepcopy(self.model)
@@ -246,7 +246,8 @@ class RankSearch:
         lines = [f"{'rank':>5} {'on':<10}{'parameters':>11}{'seconds':>9}   dev accuracy [95%]"
                  "      minus the best [95%], p"]  # fmt: skip
         for c in sorted([*self.candidates, *self.stopped], key=lambda c: c.parameters):
-            on = c.target_modules if isinstance(c.target_modules, str) else "+".join(c.target_modules)
+            on = c.target_modules
+            on = on if isinstance(on, str) else "+".join(on)
             line = f"{c.rank:>5} {on:<10}{c.parameters:>11,}{c.seconds:>9.1f}   "
             if not c.right:
                 lines.append(f"{line}stopped early, dev loss {c.dev_loss:.3f}")
@@ -313,12 +314,12 @@ def read_rank_search(path: str | Path) -> RankSearch:
     """The search that find_optimal_rank has stored in `path`, chosen from its rows again."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {short_path(path)}; find_optimal_rank(path=) makes it")
+        raise FileNotFoundError(f"there is no {short_path(path)}: find_optimal_rank writes it")
     return rank_search(json.loads(path.read_text(encoding="utf-8"))["rows"].values())
 
 
 def rank_search(rows: Iterable[dict]) -> RankSearch:
-    """The choice among rows of LoRA trials; one with a dev loss alone was stopped early."""
+    """Choose among rows of LoRA trials; a setting with dev losses alone was stopped early."""
     settings: dict[tuple, list[dict]] = {}
     for row in rows:
         where = row["trial"]["target_modules"]
@@ -333,7 +334,7 @@ def rank_search(rows: Iterable[dict]) -> RankSearch:
 
 
 def _candidate(rows: Sequence[dict]) -> Candidate:
-    """What the rows of one setting, a seed each, amount to."""
+    """The candidate that the rows of one setting, one for each seed, make together."""
     trial = rows[0]["trial"]
     where = trial["target_modules"]
     return Candidate(

@@ -38,9 +38,8 @@ from .step import Stepper
 
 @dataclass
 class History:
-    """What happened, a dict a step: step, epoch, loss, lr, grad_norm, tokens,
-    tokens_per_second, peak_memory (bytes), seconds (since the start), and dev_loss where
-    it was measured."""
+    """What happened, a dict a step: step, epoch, loss, lr, grad_norm, tokens, tokens_per_second,
+    peak_memory (bytes), seconds (since the start), and dev_loss where it was measured."""
 
     compute_dtype: str
     trained_parameters: int

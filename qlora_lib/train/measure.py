@@ -80,16 +80,14 @@ class Measurement:
         return "\n".join(rows)
 
 
-def measure_step(
-    ledger, model, step: Callable[[], None] | None = None, optimizer=None
-) -> Measurement:
+def measure_step(ledger, model, step: Callable | None = None, optimizer=None) -> Measurement:
     """Run two training steps of `model` and compare with what the ledger predicts.
 
     Two, because the first makes the optimizer's state, and only the second has all at once.
     step: one training step of yours (forward, backward, optimizer.step(), gradients set to
     None), with its `optimizer`. Without it: random tokens of the ledger's batch and
     length, all of them supervised, and the ledger's optimizer with lr=0, which leaves the
-    parameters as they are. Measured by AllocationMeter on a CPU, by the allocator's counters on CUDA.
+    parameters as they are. Measured by AllocationMeter on a CPU, else by CUDA's allocator.
     Raises ValueError when no parameter is trained, and for a step without its optimizer.
     """
     parameters = list(trainable_parameters(model).values())
@@ -139,7 +137,7 @@ def _stored(model, parameters: list[Tensor]) -> dict[str, int]:
 
 
 def _state_bytes(optimizer) -> int:
-    """Of the moments; the step counters, 4 bytes a tensor, lie on the CPU."""
+    """Bytes of the optimizer's moments; its step counters, 4 bytes a tensor, lie on the CPU."""
     states = optimizer.state.values()
     return sum(t.nbytes for s in states for k, t in s.items() if k != "step")
 

@@ -71,6 +71,16 @@ def test_report_files_and_table(tmp_path):
     assert f"[{100 * low:.1f}%, {100 * high:.1f}%]" in table
 
 
+def test_reports_of_before_seconds_and_samples_were_kept_are_read(tmp_path):
+    report = evaluate(answers_in_order(PROBLEMS), PROBLEMS, tmp_path)
+    rows = [p.row() for p in report.predictions]
+    lines = [json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in rows]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
+    loaded = EvalReport.load(tmp_path)
+    assert loaded.strict == 1 and without_clock(loaded).predictions == without_clock(report).predictions
+    assert "samples" not in rows[0] and loaded.predictions[0].samples is None
+
+
 def test_empty_and_unparsable_problems_are_errors():
     with pytest.raises(ValueError, match="no problems"):
         evaluate(silent, [])
