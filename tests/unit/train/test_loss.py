@@ -84,7 +84,9 @@ def test_loss_and_gradients_are_those_of_the_whole(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_token_by_token_are_those_of_the_logits(name):
-    model, given = MODELS[name]().eval(), batch()
+    model = MODELS[name]().eval()
+    pairs = [(prompt, target * (i + 1)) for i, (prompt, target) in enumerate(PAIRS[:4])]
+    given = collate([encode_example(small_tokenizer(), *pair) for pair in pairs], 0)
     with torch.no_grad():
         logits = model(given["input_ids"], attention_mask=given["attention_mask"]).logits
     for chunk in (None, 7, CHUNK):
