@@ -134,11 +134,9 @@ class AdapterServer:
         except ValueError:
             self._counts["failed"] += 1
             raise
-        if len(self._waiting) >= self.max_queue:
+        if (waiting := len(self._waiting)) >= self.max_queue:
             self._counts["refused"] += 1
-            raise ServerFull(
-                f"{len(self._waiting)} requests wait already, max_queue={self.max_queue}"
-            )
+            raise ServerFull(f"{waiting} requests wait already, max_queue={self.max_queue}")
         request = _Request(prompt, task, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         self._changed.set()
