@@ -43,10 +43,10 @@ from qlora_lib.lora.targets import ALL_LINEAR
 from qlora_lib.models.load import load_model  # noqa: E402
 from qlora_lib.models.quantize import quantize_model  # noqa: E402
 from qlora_lib.quant.recipe import Recipe  # noqa: E402
-from qlora_lib.train.finetune import training_mode  # noqa: E402
 from qlora_lib.train.loss import CHUNK  # noqa: E402
 from qlora_lib.train.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
 from qlora_lib.train.memory import memory_ledger  # noqa: E402
+from qlora_lib.train.mode import training_mode  # noqa: E402
 
 RANK = 16
 # (batch, gradient checkpointing)

@@ -35,7 +35,7 @@ from qlora_lib.base.files import read_json, write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.base.statistics import wilson
-from qlora_lib.data.tokens import collate, encode, pad_id
+from qlora_lib.data.tokens import collate, encode_example, pad_id
 from qlora_lib.evaluation.tasks import Score, score
 from qlora_lib.generation.generate import generator
 from qlora_lib.lora.combine import combine_adapters
@@ -53,7 +53,9 @@ from qlora_lib.runs.profiles import load_profile
 from qlora_lib.search.rank_search import Search, Trial, find_optimal_rank
 from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import finetune
-from qlora_lib.train.measure import step_memory
+from qlora_lib.train.loss import loss_sum
+from qlora_lib.train.measure import AllocationMeter
+from qlora_lib.train.mode import training_mode
 
 RESULTS, ADAPTERS = DATA / "results", DATA / "tiny-adapters"
 BASE, SEED = QuantSpec(bits=4, group_size=64), 0
@@ -282,6 +284,18 @@ def mixing(folder: Path, force: bool) -> None:
             table.row(f"{a:g} {b:g}", make)
 
 
+def step_memory(model, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes at the peak of AdamW steps in fp32 beyond the weights: gradients, moments,
+    activations and what is made on the way. Trains the model: copy it before."""
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
+    with training_mode(model, False), AllocationMeter() as meter:
+        for _ in range(2):  # the first makes the moments, the second has all at once
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum(model, batch, torch.float32).backward()
+            optimizer.step()
+    return meter.peak
+
+
 def methods(folder: Path, force: bool, rank: int = 8) -> None:
     table = Table("methods", folder, force, task=SEARCHED, steps=SHORT.max_steps, rank=rank)
     pairs = load_task(SEARCHED).pairs("train")
@@ -297,8 +311,9 @@ def methods(folder: Path, force: bool, rank: int = 8) -> None:
             trained = trainable_parameters(model).values()
             weights = sum({t.data_ptr(): t.nbytes for t in
                            [*model.parameters(), *model.buffers()]}.values())  # fmt: skip
-            first = [encode(tokenizer, pair, SHORT.max_length) for pair in pairs[:SHORT.batch_size]]
-            memory = step_memory(copy.deepcopy(model), collate(first, pad_id(tokenizer)))
+            encoded = [encode_example(tokenizer, *pair, SHORT.max_length)
+                       for pair in pairs[: SHORT.batch_size]]  # fmt: skip
+            memory = step_memory(copy.deepcopy(model), collate(encoded, pad_id(tokenizer)))
             config = replace(SHORT, lr=lr)
             began = time.process_time()
             history = finetune(model, tokenizer, pairs, config)

@@ -26,7 +26,7 @@ from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example, pad
 from qlora_lib.evaluation.evaluate import evaluate
 from qlora_lib.generation.generate import Decoding, generator
-from qlora_lib.generation.kv_cache import CacheSpec, PackedCache, cache_bytes, int8_scores
+from qlora_lib.generation.kv_cache import CacheSpec, PackedCache, cache_bytes, to_int8
 from qlora_lib.runs.profiles import Profile, load_profile
 
 RESULTS = DATA / "results"
@@ -68,6 +68,18 @@ def read(model, ids: Tensor, spec: CacheSpec | None, step: int = STEP) -> tuple[
         losses.append(torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none"))
         likeliest.append(logits.argmax(-1))
     return torch.cat(losses, 1)[:, :-1], torch.cat(likeliest, 1)[:, :-1]
+
+
+def int8_scores(query: Tensor, key: Tensor) -> Tensor:
+    """Attention scores q k^T by integer products, before their division by sqrt(head_dim).
+
+    query (..., new, head_dim), key (..., tokens, head_dim), each rounded to int8 with a scale a
+    token; products summed in int32, exactly; one multiplication a score by both scales.
+    Returns fp32 (..., new, tokens). (As in SageAttention, arXiv 2410.02367, without smoothing.)
+    """
+    (q, q_scale), (k, k_scale) = to_int8(query), to_int8(key)
+    product = q.int() @ k.int().transpose(-1, -2)  # (..., new, tokens), int32
+    return product * q_scale * k_scale.transpose(-1, -2)
 
 
 def int8_attention(module, query, key, value, attention_mask, scaling, **kwargs):

@@ -5,18 +5,40 @@ tokens, likelihood and verifier score; and the greedy answer with its tokens. An
 when it is the gold's text: both are exact numbers in lowest terms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from qlora_lib.base.paths import DATA
 from qlora_lib.data.rows import read_jsonl
-from qlora_lib.evaluation.votes import choose, pass_at_k, vote_at_k
+from qlora_lib.evaluation.votes import choose, pass_at_k
 
 SAMPLES = DATA / "results" / "tiny-samples.jsonl"
 TEMPERATURES = DATA / "results" / "tiny-temperatures.jsonl"  # dev, a row a temperature
 METHODS = ("greedy", "majority", "likelihood", "verifier", "weighted", "best")
 DRAWS = 20  # subsets a problem
+
+
+def vote_at_k(
+    answers: Sequence[object],
+    right: Sequence[bool],
+    k: int,
+    pick: Callable[[list[int]], int],
+    draws: int,
+    generator: torch.Generator,
+) -> float:
+    """Estimate, for one question, of the chance that a pick among k samples is right.
+
+    answers, right: of all n samples. pick: from the indices of k of them, in order, to one of
+    these indices. Mean over `draws` subsets without replacement; with k = n it is exact.
+    """
+    n = len(answers)
+    if not 1 <= k <= n or len(right) != n:
+        raise ValueError(f"k={k} of {n} answers with {len(right)} verdicts; expected 1 <= k <= n")
+    if k == n:
+        return float(right[pick(list(range(n)))])
+    subsets = (torch.randperm(n, generator=generator)[:k].tolist() for _ in range(draws))
+    return sum(right[pick(subset)] for subset in subsets) / draws
 
 
 def read_samples(path=SAMPLES) -> list[dict]:

@@ -103,7 +103,7 @@ def calibration(tokenizer, profile: Profile, wikitext: Path, text: int = 0) -> l
         pairs, left = [], CALIBRATION
         for entry in problems:
             pair = format_gsm8k(entry)
-            left -= len(encode_example(tokenizer, *pair, 512)[0])
+            left -= len(encode_example(tokenizer, *pair, 512).input_ids)
             if left < 0:  # does not fit
                 break
             pairs.append(pair)

@@ -5,31 +5,26 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from ..base.hashes import content_hash
-from .tokens import Encoded, Pair, collate, encode, pad_id
+from .examples import read_examples
+from .tokens import Example, Pair, batches, pad_id
 
 
 def calibration_batches(
     tokenizer,
-    examples: Iterable[Pair | Encoded],
+    examples: Iterable[Example | Pair],
     n: int = 128,
     max_length: int = 512,
     batch_size: int = 16,
 ) -> list[dict[str, Tensor]]:
-    """The first `n` examples, as `encode` takes them, as batches for `quantize_model`.
+    """Batches of the first `n` examples, for `quantize_model`.
 
-    Each batch has input_ids and attention_mask, int64 (batch, seq). Examples of equal
-    length share a batch, to keep padding small. Raises ValueError for no examples.
+    examples: of any kind that read_examples takes. Each batch has input_ids and attention_mask,
+    int64 (batch, seq). Examples of like length share a batch, to keep padding small. Raises
+    ValueError for no examples.
     """
-    pairs = list(examples)[:n]
-    if not pairs:
-        raise ValueError("calibration needs at least one example; got none")
-    encoded = [encode(tokenizer, example, max_length) for example in pairs]
-    encoded.sort(key=lambda example: len(example[0]))
-    batches = []
-    for i in range(0, len(encoded), batch_size):
-        batch = collate(encoded[i : i + batch_size], pad_id(tokenizer))
-        batches.append({k: batch[k] for k in ("input_ids", "attention_mask")})
-    return batches
+    encoded = [e.cut(max_length) for e in read_examples(list(examples)[:n], tokenizer)]
+    found = batches(encoded, batch_size, pad_id(tokenizer))
+    return [{k: batch[k] for k in ("input_ids", "attention_mask")} for _, batch in found]
 
 
 def calibration_hash(batches: Sequence[dict[str, Tensor]]) -> str:

@@ -1,12 +1,13 @@
-"""Rows of your own files, or of published sets, as training examples.
+"""Rows of your own files, or of published sets, as training examples in tokens.
 
-A file has one format, told by its fields:
+`read_examples` is the one door: training and calibration take what it takes. A file has one
+format, told by its fields:
 
     text                      all of it is learned
     prompt, completion        the completion is learned, after the prompt exactly as it stands
     messages                  a chat: [{"role": "user", "content": ...}, ...], written by the
                               tokenizer's chat template; all turns of the assistant are learned
-    question, answer          GSM8K's, asked with the one template (data.PROMPT)
+    question, answer          GSM8K's, asked with the one template (gsm8k.PROMPT)
     query, response           MetaMathQA's, asked likewise; original_question, where there is one,
                               tells rephrasings of a problem
     instruction, output       MathInstruct's, asked likewise; rows whose source is PoT are left
@@ -17,12 +18,13 @@ The end token is learned too. Solutions stay as published: MetaMathQA's end in "
 which strict extraction reads as it does `#### N`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from .gsm8k import PROMPT, format_gsm8k
-from .rows import check_text
-from .tokens import IGNORE, Encoded, Pair, encode_prompt
+from .rows import check_text, read_rows
+from .tokens import IGNORE, Example, encode_example, encode_prompt
 
 FORMATS = {
     "text": ("text",),
@@ -34,26 +36,62 @@ FORMATS = {
 }
 MATH = ("GSM8K", "MetaMathQA", "MathInstruct")  # their second field ends in an answer
 ROLES = ("system", "user", "assistant")
+DEV = 256  # examples that are held out at most
 
 
-@dataclass(frozen=True)
-class Example:
-    """One training example.
+def hold_out(examples: Sequence, at_least: int = 0) -> tuple[Sequence, Sequence]:
+    """(train, dev) of examples without a dev set: dev is the last tenth, at most DEV."""
+    kept = len(examples) - max(at_least, min(DEV, len(examples) // 10))
+    return examples[:kept], examples[kept:]
 
-    data: what `finetune` takes: (prompt, target), or a chat's (input_ids, labels), not cut.
-    texts: what it says, to be compared with test questions.
-    problem: the same for rephrasings of one problem, which are not split into train and dev.
+
+def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
+    """Whatever training takes, as Examples, not cut.
+
+    source: a file of rows; or a list, all of one kind: Examples, (prompt, target) pairs, pairs of
+    lists (input_ids, labels), plain texts, or rows as a file has them. Raises ValueError, naming
+    the row or line, for nothing, other things and mixtures.
     """
+    if isinstance(source, (str, Path)):
+        return make_examples(read_rows(Path(source)), tokenizer)[1]
+    source = list(source)
+    if not source:
+        raise ValueError("there are no examples; give at least one")
+    kinds = [_kind(example) for example in source]
+    for i, kind in enumerate(kinds):
+        if kind is None or kind != kinds[0]:
+            raise ValueError(
+                f"example {i + 1} is {kind or type(source[i]).__name__}, the first "
+                f"{kinds[0] or 'unknown'}; expected all of one kind: texts, rows with fields, "
+                "(prompt, completion) or (input_ids, labels)"
+            )
+    if kinds[0] == "encoded":
+        return [e if isinstance(e, Example) else Example(*e) for e in source]
+    if kinds[0] == "a pair of texts":
+        return [encode_example(tokenizer, *pair) for pair in source]
+    rows = [{"text": text} for text in source] if kinds[0] == "a text" else source
+    return make_examples([(f"example {i}", row) for i, row in enumerate(rows, 1)], tokenizer)[1]
 
-    data: Pair | Encoded
-    texts: tuple[str, ...]
-    problem: str
+
+def _kind(example) -> str | None:
+    if isinstance(example, Example):
+        return "encoded"
+    if isinstance(example, str):
+        return "a text"
+    if isinstance(example, dict):
+        return "a row"
+    if isinstance(example, (tuple, list)) and len(example) == 2:
+        if all(isinstance(part, str) for part in example):
+            return "a pair of texts"
+        if all(isinstance(part, list) for part in example):
+            return "encoded"
+    return None
 
 
 def make_examples(
     rows: Sequence[tuple[str, dict]], tokenizer, notes: bool = False
 ) -> tuple[str, list[Example]]:
-    """(name of the format, examples) of rows as data.read_rows gives them.
+    """(name of the format, examples, not cut) of rows as read_rows gives them.
 
     notes: GSM8K's calculator notes stay. Raises ValueError, naming the row, for unknown and mixed
     formats, texts that are empty or no text, and chats that can't be written; likewise when
@@ -93,9 +131,10 @@ def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
     if name == "chat":
         return chat_example(row["messages"], tokenizer)
     for field in FORMATS[name]:
-        if not isinstance(row[field], str) or not row[field].strip():
-            raise ValueError(f"`{field}` should be a text that is not empty, got {row[field]!r:.80}")
-        check_text(row[field])
+        text = row[field]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"`{field}` should be a text that is not empty, got {text!r:.80}")
+        check_text(text)
     if name == "MathInstruct" and row.get("input"):
         raise ValueError(
             f"`input` {row['input']!r:.60} would be lost: an instruction is asked alone; write the "
@@ -110,10 +149,10 @@ def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
         pair = format_gsm8k(row, notes)
     else:
         pair = (PROMPT.format(question=texts[0].strip()), texts[1].strip())
-    original = row.get("original_question")
+    problem, original = "\n".join(texts), row.get("original_question")
     if isinstance(original, str) and original.strip():
-        return Example(pair, (*texts, original), original)
-    return Example(pair, texts, "\n".join(texts))
+        problem, texts = original, (*texts, original)
+    return replace(encode_example(tokenizer, *pair), texts=texts, problem=problem)
 
 
 def chat_example(messages, tokenizer) -> Example:
@@ -133,8 +172,8 @@ def chat_example(messages, tokenizer) -> Example:
         answered = write_chat(tokenizer, messages[: i + 1])
         if not (asked.startswith(done) and answered.startswith(asked)):
             raise ValueError(
-                f"the chat template writes the first {i + 1} messages otherwise once others follow; "
-                "give each answer a chat of its own"
+                f"the chat template writes the first {i + 1} messages otherwise once others "
+                "follow; give each answer a chat of its own"
             )
         # Apart, as when the model is asked: from bos on, which most templates write.
         if done:
@@ -148,7 +187,7 @@ def chat_example(messages, tokenizer) -> Example:
     if tokenizer.eos_token_id not in learned:
         ids, labels = ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
     texts = tuple(m["content"] for m in messages if m["role"] != "system")
-    return Example((ids, labels), texts, "\n".join(texts))
+    return Example(ids, labels, texts, "\n".join(texts))
 
 
 def write_chat(tokenizer, messages: list[dict], ask: bool = False) -> str:

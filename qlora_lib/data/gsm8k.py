@@ -34,23 +34,6 @@ class GoldError(ValueError):
     """A gold answer that is no number."""
 
 
-def gold_answer(entry: dict[str, str]) -> Fraction:
-    """The number after `####` in entry["answer"].
-
-    Raises GoldError (a ValueError) when there is no `####`, or something else than one
-    number after it.
-    """
-    _, mark, tail = _field(entry, "answer").rpartition("####")
-    match = NUMBER.fullmatch(tail.strip())
-    value = to_number(match.group()) if mark and match else None
-    if value is None:
-        raise GoldError(
-            f"the gold answer {entry['answer'][-60:]!r} does not end in `#### N`; "
-            "mend the entry or leave it out of the data"
-        )
-    return value
-
-
 def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
     """(prompt, target) of an entry; the target's calculator notes go unless `notes`.
 
@@ -58,8 +41,11 @@ def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
     split, so that encoding prompt and target apart equals encoding them together.
     Raises ValueError for an entry without a question or with an unparsable answer.
     """
-    gold_answer(entry)
-    answer = entry["answer"] if notes else _NOTE.sub("", entry["answer"])
+    answer = _field(entry, "answer")
+    if "####" not in answer:
+        raise GoldError(f"the gold answer {answer[-60:]!r} does not end in `#### N`")
+    parse_gold(answer)
+    answer = answer if notes else _NOTE.sub("", answer)
     return PROMPT.format(question=_field(entry, "question").strip()), answer.strip()
 
 
@@ -76,12 +62,10 @@ def parse_gold(gold: object) -> Fraction:
     Raises GoldError (a ValueError) for anything else, NaN and infinities included.
     """
     if isinstance(gold, str):
-        if "####" in gold:
-            return gold_answer({"answer": gold})
-        match = NUMBER.fullmatch(gold.strip())
+        match = NUMBER.fullmatch(gold.rpartition("####")[2].strip())
         value = to_number(match.group()) if match else None
         if value is not None:
             return value
     elif isinstance(gold, (int, Fraction)) or isinstance(gold, float) and math.isfinite(gold):
         return Fraction(gold)
-    raise GoldError(f"a gold answer must be a number or end in `#### N`, got {gold!r:.80}")
+    raise GoldError(f"a gold answer must be a number or end in `#### N`, got {str(gold)[-60:]!r}")

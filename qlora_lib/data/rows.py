@@ -23,6 +23,7 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
     name = short_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {name}; expected a file with a JSON object a line")
+    where = name
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
@@ -32,24 +33,18 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
             # Not splitlines(): a JSON text may hold characters like U+2028 that it would split at.
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
-                    found.append((f"{name}, line {number}", _json(line, f"{name}, line {number}")))
+                    where = f"{name}, line {number}"
+                    found.append((where, json.loads(line)))
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error}); convert it") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
+        raise ValueError(f"{where} is not JSON: {error}") from error
     if not found:
         raise ValueError(f"{name} holds no entries")
     for where, row in found:
         if not isinstance(row, dict):
             raise ValueError(f"{where} is not a JSON object: {str(row):.80}")
     return found
-
-
-def _json(line: str, where: str):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -4,15 +4,51 @@ Training, calibration and evaluation all encode with `encode_prompt`, so a model
 as it was taught.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 Pair = tuple[str, str]  # prompt, target
-Encoded = tuple[list[int], list[int]]  # input_ids, labels
 
 IGNORE = -100  # a label that cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training example in tokens, made once. It unpacks into (input_ids, labels)."""
+
+    input_ids: list[int]
+    labels: list[int]  # the ids themselves where they are learned, IGNORE elsewhere
+    # What it says, to be compared with test questions
+    texts: tuple[str, ...] = field(default=(), compare=False)
+    # The same for rephrasings of one problem, which are not split into train and dev
+    problem: str = field(default="", compare=False)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter((self.input_ids, self.labels))
+
+    def teaches(self, max_length: int) -> bool:
+        """Whether anything is learned from the first max_length tokens."""
+        return any(label != IGNORE for label in self.labels[:max_length])
+
+    def cut(self, max_length: int) -> "Example":
+        """The example without what exceeds max_length, at its end.
+
+        Raises ValueError when nothing that is learned is left.
+        """
+        if not self.teaches(max_length):
+            said = f" ({self.texts[0][:60]!r}...)" if self.texts else ""
+            raise ValueError(
+                f"the first {max_length} tokens of an example of {len(self.input_ids)} hold "
+                f"nothing to learn: its prompt{said} fills the context; raise max_length or "
+                "shorten the prompt"
+            )
+        if len(self.input_ids) <= max_length:
+            return self
+        ids, labels = (part[:max_length] for part in self)
+        return Example(ids, labels, self.texts, self.problem)
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
@@ -23,43 +59,17 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids if ids[:1] == bos else bos + ids
 
 
-def encode_example(
-    tokenizer, prompt: str, target: str, max_length: int
-) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of [bos] + prompt + target + [eos], built by hand.
+def encode_example(tokenizer, prompt: str, target: str, max_length: int | None = None) -> Example:
+    """[bos] + prompt + target + [eos] as an Example, cut to `max_length` tokens if that is given.
 
-    Labels are -100 on the prompt and the ids themselves on target and eos: the model
-    must learn to stop, so the one real eos is supervised. What exceeds `max_length` is
-    cut from the end, and then there is no eos. Raises ValueError when the prompt leaves
-    no room for a single target token.
+    Labels are -100 on the prompt and the ids themselves on target and eos: the model must learn
+    to stop, so the one real eos is supervised; a cut example has none. Raises ValueError when the
+    prompt leaves no room for a single target token.
     """
     start = encode_prompt(tokenizer, prompt)
-    if len(start) >= max_length:
-        raise ValueError(
-            f"a prompt of {len(start)} tokens fills the context of {max_length}: "
-            f"{prompt[:60]!r}...; raise max_length or shorten the prompt"
-        )
     end = tokenizer.encode(target, add_special_tokens=False) + [tokenizer.eos_token_id]
-    input_ids = (start + end)[:max_length]
-    labels = ([IGNORE] * len(start) + end)[:max_length]
-    return input_ids, labels
-
-
-def encode(tokenizer, example: Pair | Encoded, max_length: int) -> Encoded:
-    """(input_ids, labels) of a training example, a (prompt, target) pair or encoded before.
-
-    What exceeds `max_length` is cut from the end. Raises ValueError when nothing supervised
-    is left.
-    """
-    if isinstance(example[0], str):
-        return encode_example(tokenizer, *example, max_length)
-    input_ids, labels = (ids[:max_length] for ids in example)
-    if all(label == IGNORE for label in labels):
-        raise ValueError(
-            f"the first {max_length} tokens of an example of {len(example[0])} hold nothing to "
-            "learn; raise max_length or shorten the prompt"
-        )
-    return input_ids, labels
+    example = Example(start + end, [IGNORE] * len(start) + end, (prompt, target))
+    return example if max_length is None else example.cut(max_length)
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
@@ -70,18 +80,37 @@ def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> 
     return torch.tensor(rows)
 
 
-def collate(batch: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, Tensor]:
+def collate(
+    batch: Sequence[Example], pad_id: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """input_ids, attention_mask and labels, int64 (batch, seq), padded on the right.
 
-    Padding has label -100 and mask 0 whatever its id: where pad is eos, the real eos
-    stays supervised and the padding does not.
+    batch: Examples, or plain (input_ids, labels). Padding has label -100 and mask 0 whatever its
+    id: where pad is eos, the real eos stays supervised and the padding does not.
     """
     inputs, labels = zip(*batch)
-    return {
+    tensors = {
         "input_ids": pad(inputs, pad_id),
         "attention_mask": pad([[1] * len(ids) for ids in inputs], 0),
         "labels": pad(labels, IGNORE),
     }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def by_length(
+    sequences: Sequence[Sequence[int]], size: int, longest_first: bool = False
+) -> list[list[int]]:
+    """The indices of the sequences, in batches of like length."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]) * (-1) ** longest_first)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def batches(
+    examples: Sequence[Example], size: int, pad_id: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(indices, their batch) for all examples, those of like length together: they pad little."""
+    for chosen in by_length([example.input_ids for example in examples], size):
+        yield chosen, collate([examples[i] for i in chosen], pad_id, device)
 
 
 def pad_id(tokenizer) -> int:

@@ -63,8 +63,8 @@ def run_canaries(
                 expected = str(low) if low == high else f"{low} to {high}"
                 example = ""
                 if name == "gold":
-                    wrong = next(p for p in report.predictions if not p[mode])
-                    example = f", such as {wrong['completion'][-60:]!r}"
+                    wrong = next(p for p in report.predictions if not getattr(p, mode))
+                    example = f", such as {wrong.completion[-60:]!r}"
                 raise CanaryError(
                     f"canary {name}: {right} of {n} right ({mode}), expected {expected}: "
                     f"{broken}{example}"

@@ -4,12 +4,13 @@ A difference is told from chance only with an interval or a test, and the questi
 both models agree say nothing about it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..base.statistics import mcnemar, newcombe
+from .canaries import MODES
 from .evaluate import EvalReport, questions_hash
 
-MODES = ("strict", "flexible")
 # Splits whose problems correspond line by line. GSM-Hard's are in the order of GSM8K's test.
 FAMILIES = ({"test", "test_changed", "test_larger"}, {"test", "gsm_hard"})
 
@@ -80,11 +81,17 @@ def compare(
             f"with hash {second[:12]}, the first to differ is number {differ + 1}; evaluate both "
             "on the same problems, or take `drop` for two sets of problems"
         )
-    only_a, only_b = (
-        sum(x[mode] and not y[mode] for x, y in zip(one.predictions, other.predictions))
-        for one, other in ((a, b), (b, a))
-    )
-    return Comparison(mode, a.n, _right(a, mode), _right(b, mode), only_a, only_b, names)
+    return compare_verdicts(_verdicts(a, mode), _verdicts(b, mode), mode, names)
+
+
+def compare_verdicts(
+    a: Sequence[bool], b: Sequence[bool], mode: str = "exact match",
+    names: tuple[str, str] = ("a", "b"),
+) -> Comparison:  # fmt: skip
+    """The comparison of right and wrong answers to the same questions, in the same order."""
+    pairs = list(zip(a, b, strict=True))
+    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
+    return Comparison(mode, len(pairs), sum(a), sum(b), only_a, only_b, names)
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,8 @@ def drop(
     if paired:
         if a.n != b.n:
             raise ValueError(f"{a.n} and {b.n} problems can't be paired by index; paired=False?")
-        both = sum(x[mode] and y[mode] for x, y in zip(a.predictions, b.predictions))
-    return Drop(mode, (a.n, b.n), (_right(a, mode), _right(b, mode)), both, names)
+        both = sum(x and y for x, y in zip(_verdicts(a, mode), _verdicts(b, mode)))
+    return Drop(mode, (a.n, b.n), (sum(_verdicts(a, mode)), sum(_verdicts(b, mode))), both, names)
 
 
 def report_difference(
@@ -157,11 +164,11 @@ def report_difference(
 
 def pairs(report: EvalReport) -> list[tuple[str, str]]:
     """(question, gold) of each prediction."""
-    return [(p["question"], p["gold"]) for p in report.predictions]
+    return [(p.question, p.gold) for p in report.predictions]
 
 
-def _right(report: EvalReport, mode: str) -> int:
-    return sum(p[mode] for p in report.predictions)
+def _verdicts(report: EvalReport, mode: str) -> list[bool]:
+    return [getattr(p, mode) for p in report.predictions]
 
 
 def _check(mode: str, *reports: EvalReport) -> None:

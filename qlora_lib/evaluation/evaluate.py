@@ -5,7 +5,6 @@ is read is in `extraction.py`; `canaries.py` tests the whole path before it is u
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,20 +12,16 @@ from fractions import Fraction
 from pathlib import Path
 
 from ..base import processes
-from ..base.files import write_json_atomic
+from ..base.files import whole_file, write_json_atomic
 from ..base.hashes import content_hash
 from ..base.paths import short_path
 from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
 from ..data.rows import read_jsonl
-from ..generation.generate import Completion, Decoding, Generate, generator
+from ..generation.generate import Generator
 from .canaries import run_canaries
-from .extraction import equals, extract_answer, is_correct
+from .extraction import equals, extract_answer
 
-__all__ = [
-    "Completion", "Decoding", "EvalReport", "evaluate", "extract_answer", "few_shot",
-    "generator", "is_correct",
-]  # fmt: skip
 Entry = dict[str, str]
 Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
 # What decides the completions; a folder holds the answers of one such set. Not among them:
@@ -50,6 +45,36 @@ def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
     return prompt
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What was said to one question, and the verdict; a line of predictions.jsonl.
+
+    prediction["strict"] is prediction.strict.
+    """
+
+    question: str
+    prompt: str
+    completion: str
+    gold: str
+    strict_answer: str | None
+    flexible_answer: str | None
+    strict: bool  # the strict answer is right
+    flexible: bool
+    tokens: int  # generated, of all samples
+    finished: bool  # and not cut by the limit of new tokens, no sample
+    seconds: float = 0.0
+    samples: list[str] | None = None  # that the vote chose from
+    scores: list[float] | None = None  # of the samples
+
+    def __getitem__(self, name: str):
+        return getattr(self, name)
+
+    def row(self) -> dict:
+        """As JSON, without samples and scores where there are none."""
+        return {name: value for name, value in vars(self).items() if value is not None
+                or name not in ("samples", "scores")}  # fmt: skip
+
+
 @dataclass
 class EvalReport:
     """Accuracies over all n questions, and what they were measured with."""
@@ -62,18 +87,18 @@ class EvalReport:
     tokens: int  # generated
     seconds: float  # spent generating, by all processes together
     info: dict = field(default_factory=dict)  # model, compute_dtype, decoding
-    predictions: list[dict] = field(default_factory=list, repr=False)
+    predictions: list[Prediction] = field(default_factory=list, repr=False)
 
     @classmethod
-    def count(cls, predictions: list[dict], info: dict) -> "EvalReport":
+    def count(cls, predictions: list[Prediction], info: dict) -> "EvalReport":
         """The report that these predictions make."""
         counts = {
-            "strict_correct": sum(p["strict"] for p in predictions),
-            "flexible_correct": sum(p["flexible"] for p in predictions),
-            "formatted": sum(p["strict_answer"] is not None for p in predictions),
-            "truncated": sum(not p["finished"] for p in predictions),
-            "tokens": sum(p["tokens"] for p in predictions),
-            "seconds": sum(p["seconds"] for p in predictions),
+            "strict_correct": sum(p.strict for p in predictions),
+            "flexible_correct": sum(p.flexible for p in predictions),
+            "formatted": sum(p.strict_answer is not None for p in predictions),
+            "truncated": sum(not p.finished for p in predictions),
+            "tokens": sum(p.tokens for p in predictions),
+            "seconds": sum(p.seconds for p in predictions),
         }
         return cls(len(predictions), **counts, info=info, predictions=predictions)
 
@@ -90,7 +115,8 @@ class EvalReport:
             )
         saved = json.loads(path.read_text(encoding="utf-8"))
         report = {f.name: saved[f.name] for f in fields(cls) if f.name != "predictions"}
-        return cls(**report, predictions=read_jsonl(Path(folder) / "predictions.jsonl"))
+        rows = read_jsonl(Path(folder) / "predictions.jsonl")
+        return cls(**report, predictions=[Prediction(**row) for row in rows])
 
     @property
     def strict(self) -> float:
@@ -146,11 +172,11 @@ class EvalReport:
 
 
 def evaluate(
-    generate: Generate,
+    generate: Callable[[list[str]], list],
     problems: Sequence[Entry],
     report_folder: str | Path | None = None,
     prompt: Prompt = format_gsm8k,
-    callback: Callable[[dict], None] | None = None,
+    callback: Callable[[Prediction], None] | None = None,
     chunk: int = 128,
     vote: Callable[[list], str] | None = None,
     canaries: bool = True,
@@ -158,10 +184,10 @@ def evaluate(
 ) -> EvalReport:
     """Ask every problem once and score the answers.
 
-    generate: prompts to completions (plain strings will do), or to lists of samples, of which
-    `vote` makes or picks the one that counts. prompt: entry to (prompt, target), of which
-    only the prompt is used. `chunk` questions are asked at a time. callback: called with
-    each new prediction (question, prompt, completion, gold, answers, verdicts). canaries:
+    generate: any function from prompts to completions (plain strings will do), or to lists of
+    samples, of which `vote` makes or picks the one that counts; a Generator also says in the
+    report what it is. prompt: entry to (prompt, target), of which only the prompt is used.
+    `chunk` questions are asked at a time. callback: called with each new prediction. canaries:
     first check the grader with models whose score is known, in milliseconds.
 
     Several processes take a chunk each, so that questions are asked together just as by one
@@ -172,37 +198,31 @@ def evaluate(
     end. A killed evaluation, called again, keeps the chunks it has and gives the same report
     (but for the clock). Raises, before anything is generated, ValueError for a folder with
     answers of other settings, which `restart` replaces, for no problems, and for a prompt that
-    `generate.check` refuses, where there is one; GoldError for an unparsable gold; CanaryError for
-    a grader or a prompt that can't be trusted.
+    `generate.check` refuses; GoldError for an unparsable gold; CanaryError for a grader or a
+    prompt that can't be trusted.
     """
     if not problems:
         raise ValueError("there are no problems to evaluate on")
+    generate = Generator.of(generate)
     golds = [parse_gold(entry["answer"]) for entry in problems]
     prompts = [prompt(entry)[0] for entry in problems]
     if canaries:
         run_canaries(evaluate, problems, prompt)
-    if hasattr(generate, "check"):  # a question that can't be asked, before the first is
-        generate.check(prompts)
-    info = dict(getattr(generate, "info", {})) | {
+    generate.check(prompts)  # a question that can't be asked is found before the first is
+    info = generate.info | {
         "problems_hash": questions_hash((e["question"], g) for e, g in zip(problems, golds)),
         "prompts_hash": content_hash(prompts),
         "chunk": chunk,
         "vote": vote and getattr(vote, "__name__", str(vote)),
     }
-    done: list[dict] = []
+    folder, done = None, []
     if report_folder is not None:
-        report_folder = Path(report_folder)
         # Hashing a model reads all of it: worth it only where answers are kept.
-        info["weights"] = generate.fingerprint() if hasattr(generate, "fingerprint") else None
-        settings = {name: info.get(name) for name in SETTINGS}
-        for name, value in settings.items():
-            processes.agree(name, value)
-        done = processes.on_first(
-            lambda: _open_folder(report_folder, settings, len(problems), chunk, restart)
-        )
-    writes = report_folder is not None and processes.first()
+        info["weights"] = generate.fingerprint()
+        done = _begin(Path(report_folder), info, len(problems), restart)
+        folder = Path(report_folder) if processes.first() else None  # where to write
 
-    def ask(start: int) -> list[dict]:
+    def ask(start: int) -> list[Prediction]:
         asked = prompts[start : start + chunk]
         began = time.perf_counter()
         completions = generate(asked)
@@ -217,17 +237,18 @@ def evaluate(
     starts = range(len(done), len(problems), chunk)
     for i in range(0, len(starts), processes.world()):
         own = processes.share(starts[i : i + processes.world()])  # one chunk, or none at the end
-        new = sum(processes.gather(ask(own[0]) if own else []), [])
-        if writes:
-            with open(report_folder / "predictions.jsonl", "a", encoding="utf-8") as stream:
-                stream.writelines(map(_line, new))
+        asked = [prediction.row() for prediction in ask(own[0])] if own else []
+        new = [Prediction(**row) for rows in processes.gather(asked) for row in rows]
+        if folder:
+            with open(folder / "predictions.jsonl", "a", encoding="utf-8") as stream:
+                # ASCII: a completion may hold half a surrogate pair, which UTF-8 cannot write.
+                stream.writelines(json.dumps(prediction.row()) + "\n" for prediction in new)
         done += new
-        if callback:
-            for prediction in new:
-                callback(prediction)
+        for prediction in new if callback else ():
+            callback(prediction)
     report = EvalReport.count(done, info)
-    if writes:
-        write_json_atomic(report_folder / "report.json", report.summary())
+    if folder:
+        write_json_atomic(folder / "report.json", report.summary())
     return report
 
 
@@ -238,7 +259,7 @@ def questions_hash(pairs) -> str:
 
 def _score(
     question: str, prompt: str, said: object, gold: Fraction, vote: Callable | None, seconds: float
-) -> dict:
+) -> Prediction:
     samples = said if isinstance(said, list) else [said]
     if isinstance(said, list) and vote is None:
         raise ValueError(
@@ -247,33 +268,38 @@ def _score(
         )
     completion = vote(samples) if vote else samples[0]
     strict, flexible = extract_answer(completion), extract_answer(completion, "flexible")
-    prediction = {
-        "question": question,
-        "prompt": prompt,
-        "completion": str(completion),
-        "gold": str(gold),
-        "strict_answer": None if strict is None else str(strict),
-        "flexible_answer": None if flexible is None else str(flexible),
-        "strict": equals(strict, gold),
-        "flexible": equals(flexible, gold),
-        "tokens": sum(getattr(s, "tokens", 0) for s in samples),
-        "finished": all(getattr(s, "finished", True) for s in samples),
-        "seconds": seconds,
-    }
-    if vote:
-        prediction["samples"] = [str(s) for s in samples]
-        if all(hasattr(s, "score") for s in samples):
-            prediction["scores"] = [s.score for s in samples]
-    return prediction
+    scored = vote and all(hasattr(s, "score") for s in samples)
+    return Prediction(
+        question=question,
+        prompt=prompt,
+        completion=str(completion),
+        gold=str(gold),
+        strict_answer=None if strict is None else str(strict),
+        flexible_answer=None if flexible is None else str(flexible),
+        strict=equals(strict, gold),
+        flexible=equals(flexible, gold),
+        tokens=sum(getattr(s, "tokens", 0) for s in samples),
+        finished=all(getattr(s, "finished", True) for s in samples),
+        seconds=seconds,
+        samples=[str(s) for s in samples] if vote else None,
+        scores=[s.score for s in samples] if scored else None,
+    )
 
 
-def _line(prediction: dict) -> str:
-    # ASCII: a completion may hold half a surrogate pair, which UTF-8 cannot write.
-    return json.dumps(prediction) + "\n"
+def _begin(folder: Path, info: dict, n: int, restart: bool) -> list[Prediction]:
+    """The predictions that the folder holds already of the evaluation with this `info`.
+
+    All processes agree on the settings, then the first opens the folder.
+    """
+    settings = {name: info.get(name) for name in SETTINGS}
+    for name, value in settings.items():
+        processes.agree(name, value)
+    rows = processes.on_first(lambda: _open_folder(folder, settings, n, restart))
+    return [Prediction(**row) for row in rows]
 
 
-def _open_folder(folder: Path, settings: dict, n: int, chunk: int, restart: bool) -> list[dict]:
-    """The predictions that the folder holds of this very evaluation, in whole chunks."""
+def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[dict]:
+    """The rows of predictions.jsonl in whole chunks; settings.json is written, or found equal."""
     own, answers = folder / "settings.json", folder / "predictions.jsonl"
     settings = json.loads(json.dumps(settings))  # tuples to lists, as they are read back
     if restart:
@@ -303,9 +329,8 @@ def _open_folder(folder: Path, settings: dict, n: int, chunk: int, restart: bool
         lines = answers.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
     if len(whole) < n:  # sampling and rounding depend on which questions are asked together
-        whole = whole[: len(whole) // chunk * chunk]
+        whole = whole[: len(whole) // settings["chunk"] * settings["chunk"]]
     if whole != lines:
-        part = answers.with_name(f".{answers.name}.{os.getpid()}")
-        part.write_text("".join(whole), encoding="utf-8")
-        os.replace(part, answers)
-    return read_jsonl(answers) if whole else []
+        with whole_file(answers) as part:
+            part.write_text("".join(whole), encoding="utf-8")
+    return list(map(json.loads, whole))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..train.loss import chunk_for, token_losses
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -43,14 +45,9 @@ def perplexity(model, ids: Tensor | list[int], window: int = 1024) -> Perplexity
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for part in ids.split(window):
-        if len(part) < 2:
-            continue
-        part = part.to(device)
-        logits = model(input_ids=part[None], use_cache=False).logits[0, :-1]  # (window - 1, vocab)
-        for piece, targets in zip(logits.split(256), part[1:].split(256)):  # fp32 copies stay small
-            losses = torch.nn.functional.cross_entropy(piece.float(), targets, reduction="none")
-            total += losses.double().sum().item()
-        count += len(part) - 1
+    chunk = chunk_for(model, torch.float32)  # no autocast
+    for part in ids[None].to(device).split(window, dim=1):  # (1, window)
+        (losses,) = token_losses(model, {"input_ids": part, "labels": part}, chunk)
+        total, count = total + losses.double().sum().item(), count + len(losses)
     model.train(was_training)
     return Perplexity(math.exp(total / count), count, window)

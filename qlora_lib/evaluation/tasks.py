@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..base.statistics import wilson
 from ..data.tokens import Pair
-from ..generation.generate import Decoding, Generate
+from ..generation.generate import Decoding
 
 SPLITS = ("train", "dev", "test")
 SIZES = {"train": 2000, "dev": 200, "test": 500}
@@ -80,7 +80,7 @@ class Score:
                 f"[{100 * low:.1f}, {100 * high:.1f}]")  # fmt: skip
 
 
-def score(generate: Generate, task: Task, pairs: Sequence[Pair]) -> Score:
+def score(generate: Callable, task: Task, pairs: Sequence[Pair]) -> Score:
     """Ask the prompts alone, and hold each completion against its target by the task's rule.
 
     Raises ValueError for no pairs.

@@ -6,23 +6,25 @@ every token of the solution. The model's weights stay frozen: the verifier is a 
 beside the others, and the head.
 """
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..base.files import read_tensors
+from ..base import processes
+from ..base.files import read_tensors, whole_file
 from ..base.hashes import content_hash
-from ..data.tokens import collate, encode_example, pad_id
+from ..data.tokens import Example, batches, collate, encode_example, pad_id
 from ..lora.files import load_adapter, save_adapter
 from ..lora.inject import inject_lora, set_adapter, use_adapter
 from ..lora.layer import adapter_names, lora_layers
 from ..lora.targets import ALL_LINEAR
-from ..train.config import TrainConfig, learning_rate, schedule
+from ..train.config import TrainConfig, schedule
+from ..train.step import Stepper
 
 ADAPTER = "verifier"
 HEAD = "head.safetensors"
@@ -78,10 +80,10 @@ class Verifier:
         """Write folder/adapter in PEFT's layout, and folder/head.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{HEAD}.part"
-        save_file({n: t.detach().cpu() for n, t in self.head.state_dict().items()}, part)
-        save_adapter(self.model, folder / "adapter", ADAPTER)
-        part.replace(folder / HEAD)
+        tensors = {n: t.detach().cpu() for n, t in self.head.state_dict().items()}
+        with whole_file(folder / HEAD) as part:
+            save_file(tensors, part)
+            save_adapter(self.model, folder / "adapter", ADAPTER)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -107,11 +109,9 @@ class Verifier:
     ) -> list[float]:
         """Probability that each solution is right, read after its end token."""
         encoded = self._encode(prompts, completions)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-        results = [math.nan] * len(encoded)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = self._batch([encoded[i] for i in chosen])
+        results = [0.0] * len(encoded)
+        device = self.head.weight.device
+        for chosen, batch in batches(encoded, batch_size, pad_id(self.tokenizer), device):
             for i, p in zip(chosen, self.log_odds(batch).sigmoid().tolist()):
                 results[i] = p
         return results
@@ -124,13 +124,11 @@ class Verifier:
         """Mean binary cross-entropy a solution; right (batch,) of 0.0 and 1.0."""
         return nn.functional.binary_cross_entropy_with_logits(self.log_odds(batch), right)
 
-    def _encode(self, prompts, completions) -> list[tuple[list[int], list[int]]]:
-        room = 2**31  # nothing is cut
-        return [encode_example(self.tokenizer, p, c, room) for p, c in zip(prompts, completions)]
+    def _encode(self, prompts, completions) -> list[Example]:
+        return [encode_example(self.tokenizer, p, c) for p, c in zip(prompts, completions)]
 
-    def _batch(self, examples) -> dict[str, Tensor]:
-        batch = collate(examples, pad_id(self.tokenizer))
-        return {name: t.to(self.head.weight.device) for name, t in batch.items()}
+    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return collate(examples, pad_id(self.tokenizer), self.head.weight.device)
 
 
 def train_verifier(
@@ -154,31 +152,27 @@ def train_verifier(
             "and wrong solutions: sample at a higher temperature, or more problems"
         )
     encoded = verifier._encode(prompts, completions)
-    device = verifier.head.weight.device
-    labels = torch.tensor([float(r) for r in right], device=device)
-    parameters = list(verifier.parameters.values())
-    before = [p.requires_grad for p in parameters]
-    for p in parameters:
+    labels = torch.tensor([float(r) for r in right], device=verifier.head.weight.device)
+    parameters = verifier.parameters
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    for p in parameters.values():
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-    per_epoch = math.ceil(len(encoded) / config.batch_size)
-    total = config.max_steps or config.epochs * per_epoch
-    lengths, steps, began = [len(ids) for ids, _ in encoded], [], time.perf_counter()
+    total = config.max_steps or config.epochs * ceil(len(encoded) / config.batch_size)
+    stepper, steps, began = Stepper(parameters, config, total), [], time.perf_counter()
+    lengths = [len(example.input_ids) for example in encoded]
+
+    def part_of_loss(chosen: list[int]) -> Iterator[Tensor]:
+        """This process's part of the mean loss of the chosen ones."""
+        if own := processes.share(chosen):
+            loss = verifier.loss(verifier._batch([encoded[i] for i in own]), labels[own])
+            yield loss * (len(own) / len(chosen))
+
     for step, _, chosen in schedule(lengths, config.batch_size, config.seed, total):
-        lr = learning_rate(step, total, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
-        loss = verifier.loss(verifier._batch([encoded[i] for i in chosen]), labels[chosen])
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"the verifier's loss is not finite at step {step}; lower lr={lr}")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
+        taken = stepper.take(step, part_of_loss(chosen))
         seconds = time.perf_counter() - began
-        steps.append({"step": step, "loss": loss.item(), "lr": lr, "seconds": seconds})
+        steps.append({"step": step} | taken | {"seconds": seconds})
         if callback:
             callback(steps[-1])
-    for p, was in zip(parameters, before):
-        p.requires_grad_(was)
+    for name, p in parameters.items():
+        p.requires_grad_(before[name])
     return steps

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..base.hashes import content_hash
-from ..data.tokens import IGNORE, collate, encode_example, pad_id
-from ..generation.generate import Completion, Generate
+from ..data.tokens import batches, encode_example, pad_id
+from ..generation.generate import Completion, Generator
+from ..train.loss import chunk_for, token_losses
 from .extraction import extract_answer
 
 # (prompts, completions), equally many, to a number each; higher is better
@@ -79,7 +80,7 @@ def choose(answers: Sequence[object], weights: Sequence[float] | None = None) ->
 
 
 def sample_answers(samples: Sequence[str]) -> list[Fraction | None]:
-    """What each sample answers: strict, or flexible where no sample has the format."""
+    """The answer of each sample: strict, or flexible where no sample has the format."""
     answers = [extract_answer(s) for s in samples]
     if all(answer is None for answer in answers):
         answers = [extract_answer(s, "flexible") for s in samples]
@@ -109,26 +110,33 @@ def _score_of(sample: str) -> float:
     return score
 
 
-def with_scores(generate: Generate, score: Score, name: str) -> Generate:
+def with_scores(generate: Callable, score: Score, name: str) -> Generator:
     """A generator whose samples carry `.score`. `name` says in the report whose it is."""
+    return _Scored(Generator.of(generate), score, name)
 
-    def scored(prompts: Sequence[str]) -> list:
-        answers = generate(prompts)
+
+class _Scored(Generator):
+    def __init__(self, generate: Generator, score: Score, name: str):
+        super().__init__(generate, generate.info | {"score": name})
+        self.score = score
+
+    def __call__(self, prompts: Sequence[str]) -> list:
+        answers = self.ask(prompts)
         groups = [said if isinstance(said, list) else [said] for said in answers]
         flat = [(p, s) for p, group in zip(prompts, groups) for s in group]
-        scores = iter(score([p for p, _ in flat], [s for _, s in flat]))
-        for group in groups:
-            group[:] = [_with_score(sample, next(scores)) for sample in group]
+        scores = iter(self.score([p for p, _ in flat], [s for _, s in flat]))
+        scored = [[_with_score(sample, next(scores)) for sample in group] for group in groups]
         return [group if isinstance(said, list) else group[0]
-                for said, group in zip(answers, groups)]  # fmt: skip
+                for said, group in zip(answers, scored)]  # fmt: skip
 
-    scored.info = dict(getattr(generate, "info", {})) | {"score": name}
-    parts = [f.fingerprint for f in (generate, score) if hasattr(f, "fingerprint")]
-    if parts:
-        scored.fingerprint = lambda: content_hash([part() for part in parts])
-    if hasattr(generate, "check"):
-        scored.check = generate.check
-    return scored
+    def fingerprint(self) -> str | None:
+        """A hash of the weights that answer and of those that score, where there are any."""
+        scorer = getattr(self.score, "fingerprint", lambda: None)  # a plain function has none
+        parts = [part for part in (self.ask.fingerprint(), scorer()) if part is not None]
+        return content_hash(parts) if parts else None
+
+    def check(self, prompts: Sequence[str]) -> None:
+        self.ask.check(prompts)
 
 
 def _with_score(sample: str, score: float) -> Completion:
@@ -144,27 +152,18 @@ def _with_score(sample: str, score: float) -> Completion:
 def log_likelihoods(
     model, tokenizer, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
 ) -> list[tuple[float, int]]:
-    """(sum of log-probabilities, number of tokens) of each completion after its prompt.
+    """(sum of log-probabilities, number of tokens) of each completion, given its prompt.
 
     The end token counts as one of them, so that a solution cut short is judged as one that
     ends there. Temperature 1, natural logarithm, softmax in fp32.
     """
-    room = 2**31  # nothing is cut
-    encoded = [encode_example(tokenizer, p, c, room) for p, c in zip(prompts, completions)]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+    encoded = [encode_example(tokenizer, p, c) for p, c in zip(prompts, completions)]
     results: list = [None] * len(encoded)
     device = model.get_input_embeddings().weight.device
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([encoded[i] for i in chosen], pad_id(tokenizer))
-        batch = {name: t.to(device) for name, t in batch.items()}
-        targets = batch.pop("labels")[:, 1:]  # position t predicts token t + 1
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()  # (batch, seq - 1, vocab)
-        log_p = logits.log_softmax(-1)
-        kept = targets != IGNORE
-        picked = log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) * kept
-        for i, total, count in zip(chosen, picked.sum(1).tolist(), kept.sum(1).tolist()):
-            results[i] = (total, count)
+    chunk = chunk_for(model, torch.float32)  # no autocast
+    for chosen, batch in batches(encoded, batch_size, pad_id(tokenizer), device):
+        for i, losses in zip(chosen, token_losses(model, batch, chunk)):
+            results[i] = (-losses.sum().item(), len(losses))
     return results
 
 
@@ -181,9 +180,6 @@ def likelihood(model, tokenizer, batch_size: int = 64) -> Score:
     return score
 
 
-# --- What k samples give -----------------------------------------------------------------
-
-
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased estimate of the chance that at least one of k samples is right, from n
     samples of which `right` are: 1 - C(n - right, k) / C(n, k).
@@ -197,25 +193,3 @@ def pass_at_k(n: int, right: int, k: int) -> float:
             "1 <= k <= n: draw at least k samples"
         )
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def vote_at_k(
-    answers: Sequence[object],
-    right: Sequence[bool],
-    k: int,
-    pick: Callable[[list[int]], int],
-    draws: int,
-    generator: torch.Generator,
-) -> float:
-    """Estimate, for one question, of the chance that a pick among k samples is right.
-
-    answers, right: of all n samples. pick: from the indices of k of them, in order, to one of
-    these indices. Mean over `draws` subsets without replacement; with k = n it is exact.
-    """
-    n = len(answers)
-    if not 1 <= k <= n or len(right) != n:
-        raise ValueError(f"k={k} of {n} answers with {len(right)} verdicts; expected 1 <= k <= n")
-    if k == n:
-        return float(right[pick(list(range(n)))])
-    subsets = (torch.randperm(n, generator=generator)[:k].tolist() for _ in range(draws))
-    return sum(right[pick(subset)] for subset in subsets) / draws

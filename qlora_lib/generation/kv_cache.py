@@ -47,7 +47,7 @@ class CacheSpec:
             raise ValueError(f"keys={self.keys!r}, values={self.values!r}: expected {AXES}")
 
     def stored_tokens(self, tokens: int) -> int:
-        """Of so many tokens, those stored as codes: whole groups that leave `recent` others."""
+        """How many of these tokens are codes: whole groups, the newest `recent` left out."""
         return max(0, tokens - self.recent) // self.group_size * self.group_size
 
 
@@ -149,9 +149,7 @@ class PackedLayer(DynamicLayer):
         self.old_keys, self.old_values, self.stored = None, None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "a packed cache can't give tokens back; decode without an assistant model"
-        )
+        raise NotImplementedError("a packed cache keeps its tokens; decode without an assistant")
 
     def _choose(self, change) -> None:
         """Apply `change`, along the batch, to all that is stored."""
@@ -189,12 +187,18 @@ class PackedCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
 
+def head_dim(config) -> int:
+    """Numbers that an attention head works on."""
+    explicit = getattr(config, "head_dim", None)
+    return explicit or config.hidden_size // config.num_attention_heads
+
+
 def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int = 1, size: int = 2):
     """Exact bytes of the cache of `batch` sequences of so many tokens, for a Llama-like config.
 
     spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2).
     """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_dim(config)
     heads = batch * config.num_hidden_layers * config.num_key_value_heads
     old = 0 if spec is None else spec.stored_tokens(tokens)
     total = 2 * heads * (tokens - old) * head * size
@@ -211,15 +215,3 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.float().abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale > 0, scale, 1)
     return (x.float() / scale).round_().to(torch.int8), scale
-
-
-def int8_scores(query: Tensor, key: Tensor) -> Tensor:
-    """Attention scores q k^T by integer products, before their division by sqrt(head_dim).
-
-    query (..., new, head_dim), key (..., tokens, head_dim), each rounded to int8 with a scale a
-    token; products summed in int32, exactly; one multiplication a score by both scales.
-    Returns fp32 (..., new, tokens). (As in SageAttention, arXiv 2410.02367, without smoothing.)
-    """
-    (q, q_scale), (k, k_scale) = to_int8(query), to_int8(key)
-    product = q.int() @ k.int().transpose(-1, -2)  # (..., new, tokens), int32
-    return product * q_scale * k_scale.transpose(-1, -2)

@@ -11,7 +11,7 @@ generator and save_adapter: what these check and raise holds here.
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +20,8 @@ from ..base import processes
 from ..base.files import atomic_folder, check_place, open_tensors, write_json_atomic
 from ..base.paths import short_path
 from ..base.stamp import stamp
-from ..data.examples import make_examples
-from ..data.rows import read_rows
-from ..data.tokens import Encoded, Pair
+from ..data.examples import hold_out, read_examples
+from ..data.tokens import Pair
 from ..evaluation.tasks import Score, Task, score
 from ..generation.generate import Decoding, generator
 from ..lora.files import ADAPTER_CONFIG, save_adapter
@@ -39,7 +38,6 @@ from ..train.finetune import History, finetune
 from ..train.snapshots import load_parameters
 from .base import BASE, RECIPE, BasePlan, quantized_base, read_recipe
 from .run_folder import ABOUT, ADAPTER, MODEL, TRAINING, load_run
-from .training_data import DEV
 
 METHODS = ("full", "lora", "qlora")
 Callback = Callable[[dict], None]
@@ -186,10 +184,9 @@ class Finetuner:
         """
         train = read_examples(train, self.tokenizer)
         if dev is None:
-            held = max(1, min(DEV, len(train) // 10))
             if len(train) < 2:
                 raise ValueError(f"{len(train)} example can't be split; give a dev set")
-            train, dev = train[:-held], train[-held:]
+            train, dev = hold_out(train, at_least=1)
         elif dev:
             dev = read_examples(dev, self.tokenizer)
         callbacks = [callback] if callable(callback) else list(callback)
@@ -297,46 +294,5 @@ class Finetuner:
     def score(self, task: Task, pairs: Sequence[Pair]) -> Score:
         """Exact match on pairs of a task, by its rule."""
         return score(generator(self.model, self.tokenizer, task.decoding()), task, pairs)
-
-
-def read_examples(source: str | Path | Iterable, tokenizer) -> list[Pair | Encoded]:
-    """Training examples from a JSONL file or a list.
-
-    A list holds (prompt, completion) pairs, encoded (input_ids, labels) pairs, plain texts, or
-    rows as a file has them (examples.py: text, prompt and completion, chat ...), of one kind.
-    Raises ValueError, naming the row or line, for nothing, other things and mixtures.
-    """
-    if isinstance(source, (str, Path)):
-        return [example.data for example in make_examples(read_rows(Path(source)), tokenizer)[1]]
-    source = list(source)
-    if not source:
-        raise ValueError("there are no examples; give at least one")
-    kinds = [_kind(example) for example in source]
-    for i, kind in enumerate(kinds):
-        if kind is None or kind != kinds[0]:
-            raise ValueError(
-                f"example {i + 1} is {kind or type(source[i]).__name__}, the first "
-                f"{kinds[0] or 'unknown'}; expected all of one kind: texts, rows with fields, "
-                "(prompt, completion) or (input_ids, labels)"
-            )
-    if kinds[0] == "a text":
-        source, kinds = [{"text": text} for text in source], ["a row"]
-    if kinds[0] == "a row":
-        rows = [(f"example {i}", row) for i, row in enumerate(source, 1)]
-        return [example.data for example in make_examples(rows, tokenizer)[1]]
-    return source
-
-
-def _kind(example) -> str | None:
-    if isinstance(example, str):
-        return "a text"
-    if isinstance(example, dict):
-        return "a row"
-    if isinstance(example, (tuple, list)) and len(example) == 2:
-        if all(isinstance(part, str) for part in example):
-            return "a pair of texts"
-        if all(isinstance(part, list) for part in example):
-            return "encoded"
-    return None
 
 

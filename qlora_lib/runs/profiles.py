@@ -13,6 +13,7 @@ from torch import Tensor
 from ..base.devices import default_device, dtype_name, resolve_dtype
 from ..base.paths import BUNDLED, DATA
 from ..data.calibration import calibration_batches
+from ..data.examples import hold_out
 from ..data.gsm8k import format_gsm8k
 from ..data.overlap import NGRAM
 from ..data.rows import read_jsonl
@@ -26,7 +27,6 @@ from ..quant.recipe import GRID, Recipe, Spec
 from ..train.config import TrainConfig
 
 Entry = dict[str, str]
-GSM8K_DEV = 256  # GSM8K has no dev split: the last of its train problems, at most a tenth
 CALIBRATION = 128  # examples that GPTQ sees
 
 
@@ -164,9 +164,8 @@ def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
     own = None if folder is None else Path(folder) / "dev.jsonl"
     if own is not None and own.is_file():
         return load_gsm8k("train", folder) if split == "train" else read_jsonl(own)
-    entries = load_gsm8k("train", folder)
-    kept = len(entries) - min(GSM8K_DEV, len(entries) // 10)
-    return {"train": entries[:kept], "dev": entries[kept:]}[split]
+    train, dev = hold_out(load_gsm8k("train", folder))  # GSM8K has no dev split
+    return {"train": train, "dev": dev}[split]
 
 
 TINY = DATA / "tiny-llama"

@@ -1,25 +1,22 @@
-"""What a run trains on: read, checked against the test set, encoded, counted."""
+"""What a run trains on: read, encoded, checked against the test set, counted."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..base.paths import short_path
-from ..data.examples import MATH, Example, make_examples
+from ..data.examples import MATH, hold_out, make_examples
 from ..data.overlap import Overlap, find_overlap, words
 from ..data.rows import read_rows
 from ..data.sources import TRAINING_SETS, data_file, load_training_set
-from ..data.tokens import IGNORE, Encoded, collate, encode, pad_id
+from ..data.tokens import IGNORE, Example, collate, pad_id
 from ..evaluation.extraction import extract_answer
 from .profiles import Profile
-
-DEV = 256  # examples held out where there is no dev file, at most a tenth
 
 
 @dataclass
 class TokenCount:
-    """What a set of examples amounts to, in tokens."""
+    """How many tokens a set of examples has, and what max_length does to them."""
 
     examples: int
     tokens: int  # after cutting, padding not counted
@@ -39,11 +36,11 @@ class TokenCount:
 
 @dataclass
 class TrainingData:
-    """Encoded examples, not cut, and what was found on the way."""
+    """Examples, not cut, and what was found on the way."""
 
     source: str
-    train: list[Encoded]
-    dev: list[Encoded]
+    train: list[Example]
+    dev: list[Example]
     dev_versions: int  # examples left out of train for a problem that is in dev
     overlap: Overlap
     left_out: int  # of the overlapping ones
@@ -99,8 +96,7 @@ def prepare(
     name, form, train, dev = _read(profile, tokenizer, source, notes)
     versions = 0
     if dev is None:
-        held = len(train) - min(DEV, len(train) // 10)
-        train, dev = train[:held], train[held:]
+        train, dev = hold_out(train)
         problems = {words(example.problem) for example in dev}
         rest = [example for example in train if words(example.problem) not in problems]
         train, versions = rest, len(train) - len(rest)
@@ -113,18 +109,20 @@ def prepare(
     overlap = find_overlap([example.texts for example in train], test, profile.ngram)
     dropped = set() if keep_overlap else overlap.found
     train = [example for i, example in enumerate(train) if i not in dropped]
-    encoded, count = encode_and_count(tokenizer, train, max_length)
-    if not encoded:
+    readable = None
+    if form in MATH:
+        readable = sum(extract_answer(example.texts[1]) is not None for example in train)
+    whole = len(train)
+    train, dev = ([e for e in part if e.teaches(max_length)] for part in (train, dev))
+    count = count_tokens(tokenizer, train, max_length, whole - len(train))
+    if not train:
         raise ValueError(
             f"{name}: no example is left to train on; {len(dropped)} overlap with the test set, "
             f"and of {count.left_out} the prompt fills max_length={max_length}"
         )
-    readable = None
-    if form in MATH:
-        readable = sum(extract_answer(example.texts[1]) is not None for example in train)
     return TrainingData(
-        f"{name} ({form})", encoded, encode_and_count(tokenizer, dev, max_length)[0], versions,
-        overlap, len(dropped), "kept" if notes else "stripped", readable, count,
+        f"{name} ({form})", train, dev, versions, overlap, len(dropped),
+        "kept" if notes else "stripped", readable, count,
     )  # fmt: skip
 
 
@@ -152,27 +150,27 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
     return short_path(path), form, train, dev
 
 
-def encode_and_count(
-    tokenizer, examples: Sequence[Example], max_length: int, batch_size: int = 32
-) -> tuple[list[Encoded], TokenCount]:
-    """The examples encoded, not cut, without those whose prompt fills max_length; and counts of
-    what training will see of them, from batches as it makes them."""
-    whole = [encode(tokenizer, example.data, sys.maxsize) for example in examples]
-    kept = [e for e in whole if any(label != IGNORE for label in e[1][:max_length])]
-    seen = [(ids[:max_length], labels[:max_length]) for ids, labels in kept]
+def count_tokens(
+    tokenizer, examples: Sequence[Example], max_length: int, left_out: int, batch_size: int = 32
+) -> TokenCount:
+    """Counts of what training will see of the examples, from batches as it makes them.
+
+    left_out: how many were left out before, of which the prompt fills max_length.
+    """
+    seen = [example.cut(max_length) for example in examples]
     supervised = padding = 0
     for start in range(0, len(seen), batch_size):
         batch = collate(seen[start : start + batch_size], pad_id(tokenizer))
         labels = batch["labels"] != IGNORE
         supervised += int(labels[:, 1:].sum())  # nothing predicts the first token
         padding += int((labels & (batch["attention_mask"] == 0)).sum())
-    lengths = [len(ids) for ids, _ in kept]
-    return kept, TokenCount(
-        examples=len(kept),
-        tokens=sum(len(ids) for ids, _ in seen),
+    lengths = [len(example.input_ids) for example in examples]
+    return TokenCount(
+        examples=len(examples),
+        tokens=sum(len(example.input_ids) for example in seen),
         longest=max(lengths, default=0),
         cut=sum(length > max_length for length in lengths),
-        left_out=len(whole) - len(kept),
+        left_out=left_out,
         supervised=supervised,
         padding_labels=padding,
     )

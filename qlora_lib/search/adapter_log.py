@@ -23,7 +23,7 @@ class AdapterLog:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def add(self, task: str, adapter: str, correct: int, n: int, split: str = "dev", **more) -> dict:
+    def add(self, task: str, adapter: str, correct: int, n: int, split: str = "dev", **more):
         """Append a measurement and return its row. `more`: what else is to be kept, as JSON.
 
         Raises ValueError for another split than dev and test, for counts that do not fit, and

@@ -1,8 +1,4 @@
-"""One training of a search: what is trained, and how; a model set up for it.
-
-search.py runs trials, stores them and chooses among them.
-
-Searching by training: which rank is enough, where an adapter belongs, which learning rate.
+"""Searching by training: which rank is enough, where an adapter belongs, which learning rate.
 
 A trial trains a copy of the model on train and is scored on dev, never on test. Each finished
 trial is stored at once, and a search that was killed goes on where it stopped.
@@ -19,8 +15,9 @@ Such a rule is a guess: who learns late is stopped with those who never learn. S
 afterwards what it did, or would have done.
 
 One learning rate and alpha = 2 rank for all candidates: under Adam small ranks then take smaller
-steps (see trials.prepare) and learn later. So what is compared is rank and step size together. To
-compare ranks alone, tune the rate or alpha for each, Trial(lr=, alpha=)."""
+steps (see `prepare`) and learn later. So what is compared is rank and step size together. To
+compare ranks alone, tune the rate or alpha for each, Trial(lr=, alpha=).
+"""
 
 import copy
 import json
@@ -35,8 +32,10 @@ from ..base.files import write_json_atomic
 from ..base.hashes import content_hash
 from ..base.paths import short_path
 from ..base.stamp import stamp
-from ..base.statistics import mcnemar, newcombe, wilson
-from ..data.tokens import Pair
+from ..base.statistics import wilson
+from ..data.examples import read_examples
+from ..data.tokens import Example, Pair
+from ..evaluation.comparison import Comparison, compare_verdicts
 from ..evaluation.tasks import Task, score
 from ..generation.generate import generator
 from ..layers.blocks import linears_in_blocks
@@ -48,6 +47,7 @@ from ..train.config import TrainConfig
 from ..train.finetune import finetune, validation_loss
 
 PLACES = ("all", "attention", "mlp", "embeddings")
+LEVEL = 0.05  # of McNemar's test
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Trial:
 
 
 def prepare(model, trial: Trial) -> int:
-    """Set up the model, in place, for a trial; the number of parameters that it trains.
+    """Set up the model, in place, for a trial; returns the number of parameters to train.
 
     LoRA without an alpha has alpha = 2 rank: a scale of 2 at every rank. At one learning rate a
     small rank then takes smaller steps: under Adam each number of B moves by about the rate, and
@@ -134,9 +134,6 @@ def mlp_names(model) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.rpartition(".")[2] for path in rest))
 
 
-LEVEL = 0.05  # of McNemar's test
-
-
 class Search:
     """Trials of one model on one task, stored in `path` (None: kept in memory alone)."""
 
@@ -145,10 +142,11 @@ class Search:
         if not train or not dev:
             raise ValueError(f"got {len(train)} train and {len(dev)} dev pairs; both are needed")
         self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.train, self.dev, self.config = list(train), list(dev), config
+        self.train, self.dev = (read_examples(pairs, tokenizer) for pairs in (train, dev))
+        self.questions, self.config = list(dev), config
         self.path = None if path is None else Path(path)
         self.identity = content_hash([
-            task.name, self.train, self.dev, fingerprint(model),
+            task.name, list(train), list(dev), fingerprint(model),
             {k: str(v) for k, v in asdict(config).items()},
         ])  # fmt: skip
         self.rows: dict[str, dict] = {}
@@ -162,7 +160,7 @@ class Search:
             self.rows = stored["rows"]
 
     def run(self, trial: Trial, ask: bool = True) -> dict:
-        """The row of a trial: trained and measured now, unless it is there.
+        """The row of a trial, which is trained and measured now unless its row is stored.
 
         ask: score dev by generating; else the losses alone are measured. Raises ValueError for a
         trial that wants fewer examples than one, or more than there are.
@@ -172,7 +170,7 @@ class Search:
             model, row = self.train_one(trial)
             if ask:
                 generate = generator(model, self.tokenizer, self.task.decoding())
-                row |= score(generate, self.task, self.dev).row()
+                row |= score(generate, self.task, self.questions).row()
             self.rows[name] = row
             if self.path:
                 write_json_atomic(self.path, {
@@ -184,14 +182,14 @@ class Search:
     def train_one(self, trial: Trial):
         """(a trained copy of the model, the trial's facts: parameters, seconds, dev loss).
 
-        With trial.examples also train_loss: of the pairs trained on, as the dev loss is measured.
+        With trial.examples also train_loss: of these examples, measured as the dev loss is.
         """
-        pairs = self._pairs(trial)
+        examples = self._examples(trial)
         model = copy.deepcopy(self.model)
         parameters = prepare(model, trial)
         config = trial.config(self.config)
         began = time.perf_counter()
-        history = finetune(model, self.tokenizer, pairs, config)
+        history = finetune(model, self.tokenizer, examples, config)
         seconds = time.perf_counter() - began
         row = {
             "trial": asdict(trial),
@@ -202,10 +200,10 @@ class Search:
             "dev_loss": validation_loss(model, self.tokenizer, self.dev, config),
         }
         if trial.examples is not None:
-            row["train_loss"] = validation_loss(model, self.tokenizer, pairs, config)
+            row["train_loss"] = validation_loss(model, self.tokenizer, examples, config)
         return model, row
 
-    def _pairs(self, trial: Trial) -> list[Pair]:
+    def _examples(self, trial: Trial) -> list[Example]:
         """What a trial trains on."""
         n = len(self.train) if trial.examples is None else trial.examples
         if not 1 <= n <= len(self.train):
@@ -248,27 +246,25 @@ class RankSearch:
         lines = [f"{'rank':>5} {'on':<10}{'parameters':>11}{'seconds':>9}   dev accuracy [95%]"
                  "      minus the best [95%], p"]  # fmt: skip
         for c in sorted([*self.candidates, *self.stopped], key=lambda c: c.parameters):
-            on = c.target_modules if isinstance(c.target_modules, str) else "+".join(c.target_modules)
+            on = c.target_modules
+            on = on if isinstance(on, str) else "+".join(on)
             line = f"{c.rank:>5} {on:<10}{c.parameters:>11,}{c.seconds:>9.1f}   "
             if not c.right:
                 lines.append(f"{line}stopped early, dev loss {c.dev_loss:.3f}")
                 continue
             low, high = c.interval
             line += f"{100 * c.accuracy:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"
-            gap, (low, high), p = difference(c, self.best)
-            line += f"   {100 * gap:+5.1f} [{100 * low:+5.1f}, {100 * high:+5.1f}] {p:8.1e}"
+            gap, (low, high) = difference(c, self.best), difference(c, self.best).interval
+            line += f"   {100 * gap.difference:+5.1f} [{100 * low:+5.1f}, {100 * high:+5.1f}]"
+            line += f" {gap.p:8.1e}"
             mark = " best" * (c is self.best) + " optimal" * (c is self.optimal)
             lines.append(line + mark)
         return "\n".join(lines)
 
 
-def difference(a: Candidate, b: Candidate) -> tuple[float, tuple[float, float], float]:
-    """Accuracy of a minus that of b on the same questions: itself, its 95% interval, and p."""
-    pairs = list(zip(a.right, b.right, strict=True))
-    only_a, only_b = pairs.count(("1", "0")), pairs.count(("0", "1"))
-    right_a, right_b, n = a.right.count("1"), b.right.count("1"), len(pairs)
-    interval = newcombe(right_a, n, right_b, n, pairs.count(("1", "1")))
-    return (right_a - right_b) / n, interval, mcnemar(only_a, only_b)
+def difference(a: Candidate, b: Candidate) -> Comparison:
+    """Two candidates compared on the same questions, a minus b."""
+    return compare_verdicts(*([right == "1" for right in c.right] for c in (a, b)))
 
 
 def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, Candidate]:
@@ -280,7 +276,7 @@ def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, Candidate]:
     best = max(order, key=lambda c: c.accuracy)  # of equals the first
 
     def loses(c: Candidate) -> bool:
-        return c.accuracy < best.accuracy and difference(c, best)[2] < LEVEL
+        return c.accuracy < best.accuracy and difference(c, best).p < LEVEL
 
     return best, next(c for c in order if not loses(c))
 
@@ -318,12 +314,12 @@ def read_rank_search(path: str | Path) -> RankSearch:
     """The search that find_optimal_rank has stored in `path`, chosen from its rows again."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {short_path(path)}; find_optimal_rank(path=) makes it")
+        raise FileNotFoundError(f"there is no {short_path(path)}: find_optimal_rank writes it")
     return rank_search(json.loads(path.read_text(encoding="utf-8"))["rows"].values())
 
 
 def rank_search(rows: Iterable[dict]) -> RankSearch:
-    """The choice among rows of LoRA trials; one with a dev loss alone was stopped early."""
+    """Choose among rows of LoRA trials; a setting with dev losses alone was stopped early."""
     settings: dict[tuple, list[dict]] = {}
     for row in rows:
         where = row["trial"]["target_modules"]
@@ -338,7 +334,7 @@ def rank_search(rows: Iterable[dict]) -> RankSearch:
 
 
 def _candidate(rows: Sequence[dict]) -> Candidate:
-    """What the rows of one setting, a seed each, amount to."""
+    """The candidate that the rows of one setting, one for each seed, make together."""
     trial = rows[0]["trial"]
     where = trial["target_modules"]
     return Candidate(

@@ -93,9 +93,8 @@ class AdapterServer:
         self._answer_batch = generator(model, tokenizer, decoding)  # prompts, tasks -> Completions
         self._waiting: deque[_Request] = deque()
         self._counts = dict.fromkeys(
-            ("requests", "refused", "answered", "failed", "timed_out", "cancelled", "batches",
-             "rows", "tokens"), 0
-        )  # fmt: skip
+            "requests refused answered failed timed_out cancelled batches rows tokens".split(), 0
+        )
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
         self._loop_task: asyncio.Task | None = None
 
@@ -135,9 +134,8 @@ class AdapterServer:
         except ValueError:
             self._counts["failed"] += 1
             raise
-        if len(self._waiting) >= self.max_queue:
+        if (waiting := len(self._waiting)) >= self.max_queue:
             self._counts["refused"] += 1
-            waiting = len(self._waiting)
             raise ServerFull(f"{waiting} requests wait already, max_queue={self.max_queue}")
         request = _Request(prompt, task, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
@@ -180,7 +178,7 @@ class AdapterServer:
         }
 
     async def _serve(self) -> None:
-        """Batch after batch, until stopped and nothing waits."""
+        """Answer batch after batch, until the server is stopped and nothing waits."""
         batch: list[_Request] = []
         try:
             while True:
@@ -197,10 +195,11 @@ class AdapterServer:
                     request.answer.set_exception(ServerStopped("the server stopped"))
 
     def _ready(self) -> int:
+        """How many rows the next batch would have now."""
         return min(len(self._waiting), self.decoding.batch_size)
 
     async def _filled(self) -> None:
-        """Until a batch is full, or its oldest request has waited long enough, or stopping."""
+        """Wait until a batch is full, its oldest request has waited enough, or the server stops."""
         while not self._stopping and self._ready() < self.decoding.batch_size:
             left = None
             if self._waiting:
@@ -228,8 +227,8 @@ class AdapterServer:
                 request.answer.set_result(outcome)
 
     def _outcomes(self, asked: list[tuple[str, str | None]]) -> list[Completion | Exception]:
-        """In the worker thread: a completion, or what went wrong, for each. A batch that fails
-        is asked again one by one, so that only the request at fault fails."""
+        """For each request its completion, or the error; runs in the worker thread. A batch that
+        fails is asked again one by one, so that only the request at fault fails."""
         try:
             return self._answer_batch([p for p, _ in asked], [task for _, task in asked])
         except Exception as error:
@@ -239,6 +238,6 @@ class AdapterServer:
 
 
 def _percentile(found: Sequence[float], part: float) -> float | None:
-    """Nearest rank of sorted values; None of none."""
+    """The nearest rank's value among sorted ones; None where there are none."""
     # Less a billionth: 0.95 * n may come out just above the whole number that it is.
     return found[max(0, math.ceil(part * len(found) - 1e-9) - 1)] if found else None

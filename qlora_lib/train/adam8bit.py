@@ -79,11 +79,10 @@ class Adam8bit(torch.optim.Optimizer):
 
 def _new_state(n: int, device) -> dict[str, Tensor]:
     state, packed = {"step": torch.tensor(0.0, dtype=torch.float32)}, n >= SMALLEST
+    kind, blocks = torch.uint8 if packed else torch.float32, math.ceil(n / NESTED_BLOCK)
     for name in MOMENTS:
-        kind = torch.uint8 if packed else torch.float32
         state[name] = torch.zeros(n, dtype=kind, device=device)
         if packed:  # an absmax of 0 makes the first decoded moments 0, whatever the codes
-            blocks = math.ceil(n / NESTED_BLOCK)
             state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=device)
     return state
 
@@ -124,3 +123,6 @@ def _adamw(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, group: dict
     new = p.float()  # p itself, unless p is of 16 bits
     new.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, spread, value=-lr / (1 - beta1**step))
     p.copy_(new)
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}  # by the name in TrainConfig

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-OPTIMIZERS = ("adamw", "adam8bit")
+from .adam8bit import OPTIMIZERS
+
 POOL = 16  # steps whose examples are sorted by length together
 
 
@@ -47,9 +48,7 @@ class TrainConfig:
                 f"max_length must be at least 1, got {self}"
             )
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}"
-            )
+            raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
         if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0):
             raise ValueError(
                 f"lr={self.lr}, warmup_ratio={self.warmup_ratio}, max_grad_norm="
@@ -64,7 +63,7 @@ class TrainConfig:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """lr of step 1..total: up in a line over the warm-up steps, then half a cosine to zero."""
+    """The rate of a step of 1..total: a line up over the warm-up, then half a cosine to zero."""
     warmup = round(config.warmup_ratio * total)
     if step <= warmup:
         return config.lr * step / warmup
@@ -74,7 +73,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
 
 def epoch_order(lengths: Sequence[int], window: int, seed: int, epoch: int) -> list[list[int]]:
-    """The examples of each optimizer step of an epoch, `window` of them (the last: the rest).
+    """Indices of the examples of each step of an epoch, `window` a step (the last has the rest).
 
     Shuffled, then sorted by length among POOL steps' examples so that a step pads little,
     then the steps shuffled.

@@ -25,29 +25,45 @@ def loss_sum(
     chunk: positions whose logits are alive together; None takes the model's own forward
     pass, with the logits of all positions (`chunk_for` says which a model needs).
     """
+    return sum(_losses(model, batch, dtype, chunk, "sum"))
+
+
+@torch.no_grad()
+def token_losses(model, batch: dict[str, Tensor], chunk: int | None) -> list[Tensor]:
+    """-log p of each supervised token, given those before it: fp32 (supervised,) for each row.
+
+    batch and chunk as in loss_sum; logits in the model's own dtype.
+    """
+    counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
+    return list(torch.cat(_losses(model, batch, torch.float32, chunk, "none")).split(counts))
+
+
+def _losses(model, batch, dtype: torch.dtype, chunk: int | None, reduction: str) -> list[Tensor]:
+    """The cross-entropy of the supervised tokens in chunks, row after row."""
     targets = batch["labels"][:, 1:]  # position t predicts token t + 1
     kept = targets != IGNORE
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    with _autocast(batch["input_ids"].device, dtype):
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with _autocast(targets.device, dtype):
         if chunk is None:
             logits = model(**inputs, use_cache=False).logits  # (batch, seq, vocab)
-            return _cross_entropy(logits[:, :-1][kept], targets[kept])
+            return [_cross_entropy(logits[:, :-1][kept], targets[kept], reduction)]
         hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         hidden = hidden[:, :-1][kept]  # (batch, seq, hidden) -> (supervised, hidden)
         parts = list(zip(hidden.split(chunk), targets[kept].split(chunk)))
 
         def part_loss(hidden: Tensor, targets: Tensor) -> Tensor:
-            return _cross_entropy(_logits(model, hidden), targets)
+            return _cross_entropy(_logits(model, hidden), targets, reduction)
 
-        if len(parts) == 1:  # its backward comes next: nothing is gained by computing twice
-            return part_loss(*parts[0])
-        return sum(checkpoint(part_loss, *part, use_reentrant=False) for part in parts)
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return [part_loss(*part) for part in parts]  # its backward comes next, or none
+        return [checkpoint(part_loss, *part, use_reentrant=False) for part in parts]
 
 
 @torch.no_grad()
 def chunk_for(model, dtype: torch.dtype) -> int | None:
-    """CHUNK for a model whose logits are its head's, capped where its config says so; None
-    for one that does more to them (Granite and Cohere scale them). Found by trying."""
+    """CHUNK if applying the output head to the decoder's hidden states, and capping where the
+    config says so, reproduces the model's logits on four tokens; else None (Granite and Cohere
+    scale their logits)."""
     head, device = model.get_output_embeddings(), next(model.parameters()).device
     if head is None or model.get_decoder() is model:
         return None
@@ -75,5 +91,5 @@ def _logits(model, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)  # Gemma 2 and later
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_iter
 from ..base.devices import DTYPES
 from ..lora.inject import trainable_parameters
 from ..models.quantize import quantized_layers
-from .adam8bit import Adam8bit
-from .finetune import training_mode
+from .adam8bit import OPTIMIZERS
 from .loss import loss_sum
+from .mode import training_mode
 
 WORKING = "activations, logits, one layer"  # what lives only within a step
 
@@ -58,22 +58,6 @@ def _tensors(nested) -> list[Tensor]:
     return [x for x in tree_iter(nested) if isinstance(x, Tensor)]
 
 
-def step_memory(model, batch: dict[str, Tensor], steps: int = 2) -> int:
-    """Bytes at the peak of AdamW steps in fp32 beyond the weights: gradients, moments, activations
-    and what is made on the way.
-
-    batch: as data.collate makes it. The second step counts: the first makes the moments. The
-    model is trained by it; copy it before.
-    """
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-5)
-    with training_mode(model, False), AllocationMeter() as meter:
-        for _ in range(steps):
-            optimizer.zero_grad(set_to_none=True)
-            loss_sum(model, batch, torch.float32).backward()
-            optimizer.step()
-    return meter.peak
-
-
 @dataclass(frozen=True)
 class Measurement:
     """Bytes by part, predicted and measured; "peak" is what was alive at once."""
@@ -96,16 +80,14 @@ class Measurement:
         return "\n".join(rows)
 
 
-def measure_step(
-    ledger, model, step: Callable[[], None] | None = None, optimizer=None
-) -> Measurement:
+def measure_step(ledger, model, step: Callable | None = None, optimizer=None) -> Measurement:
     """Run two training steps of `model` and compare with what the ledger predicts.
 
     Two, because the first makes the optimizer's state, and only the second has all at once.
     step: one training step of yours (forward, backward, optimizer.step(), gradients set to
     None), with its `optimizer`. Without it: random tokens of the ledger's batch and
     length, all of them supervised, and the ledger's optimizer with lr=0, which leaves the
-    parameters as they are. Measured by AllocationMeter on a CPU, by the allocator's counters on CUDA.
+    parameters as they are. Measured by AllocationMeter on a CPU, else by CUDA's allocator.
     Raises ValueError when no parameter is trained, and for a step without its optimizer.
     """
     parameters = list(trainable_parameters(model).values())
@@ -114,8 +96,7 @@ def measure_step(
     if (step is None) != (optimizer is None):
         raise ValueError("step and optimizer go together: give both, or none")
     if step is None:
-        kind = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}[ledger.optimizer]
-        optimizer = kind(parameters, lr=0.0, weight_decay=0.0)
+        optimizer = OPTIMIZERS[ledger.optimizer](parameters, lr=0.0, weight_decay=0.0)
         step = random_step(ledger, model, optimizer)
     measured, gradients = _stored(model, parameters), {}
     hooks = [
@@ -156,14 +137,14 @@ def _stored(model, parameters: list[Tensor]) -> dict[str, int]:
 
 
 def _state_bytes(optimizer) -> int:
-    """Of the moments; the step counters, 4 bytes a tensor, lie on the CPU."""
+    """Bytes of the optimizer's moments; its step counters, 4 bytes a tensor, lie on the CPU."""
     states = optimizer.state.values()
     return sum(t.nbytes for s in states for k, t in s.items() if k != "step")
 
 
 def random_step(ledger, model, optimizer) -> Callable[[], None]:
-    """A training step on random tokens, all of them supervised: forward, backward, optimizer;
-    of the ledger's batch, length and compute dtype."""
+    """A training step (forward, backward, optimizer) on random tokens, all of them supervised, of
+    the ledger's batch, length and compute dtype."""
     draw = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (ledger.batch, ledger.seq), generator=draw).to(model.device)
@@ -176,9 +157,6 @@ def random_step(ledger, model, optimizer) -> Callable[[], None]:
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-# --- will it fit? ---------------------------------------------------------------------------
 
 
 class NotEnoughMemory(ValueError, MemoryError):

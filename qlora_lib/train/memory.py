@@ -16,15 +16,14 @@ from functools import cache
 import torch
 
 from ..base.devices import DTYPES
-from ..generation.kv_cache import CacheSpec, cache_bytes
+from ..generation.kv_cache import CacheSpec, cache_bytes, head_dim
 from ..lora.targets import ALL_LINEAR, find_linears
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
-from .measure import AllocationMeter, Measurement, measure_step
+from .adam8bit import OPTIMIZERS, SMALLEST
+from .measure import Measurement, measure_step
 
-__all__ = ["AllocationMeter", "MemoryLedger", "decoding_ledger", "memory_ledger"]
 METHODS = ("full", "lora", "qlora")
-OPTIMIZERS = ("adamw", "adam8bit")
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # blocks whose activations are counted, not estimated
 PARTS = ("weights", "packed weights", "scales", "adapters", "gradients", "optimizer",
          "activations", "logits", "dequantized layer")  # fmt: skip
@@ -62,10 +61,7 @@ class MemoryLedger:
         return self.total - min(self.parts["logits"], in_backward)
 
     def measure(self, model, step=None, optimizer=None) -> Measurement:
-        """Train `model` for two steps, and set what they took beside the prediction.
-
-        The arguments and errors are those of `measure_step`.
-        """
+        """What two training steps of `model` took, beside the prediction; see `measure_step`."""
         return measure_step(self, model, step, optimizer)
 
     @property
@@ -77,13 +73,13 @@ class MemoryLedger:
     def __str__(self) -> str:
         rows = [self.setting]
         rows += [f"  {part:<18}{n / 1e9:9.3f} GB" for part, n in self.parts.items() if n]
-        rows.append(f"  {'total':<18}{self.total / 1e9:9.3f} GB")
-        rows.append(f"  {'at the peak':<18}{self.peak / 1e9:9.3f} GB")
-        rows.append(
+        return "\n".join([
+            *rows,
+            f"  {'total':<18}{self.total / 1e9:9.3f} GB",
+            f"  {'at the peak':<18}{self.peak / 1e9:9.3f} GB",
             f"  base {self.bits_per_parameter:.2f} bits a parameter; "
-            f"{self.trained:,} of {self.parameters:,} parameters trained"
-        )
-        return "\n".join(rows)
+            f"{self.trained:,} of {self.parameters:,} parameters trained",
+        ])  # fmt: skip
 
 
 def memory_ledger(
@@ -110,60 +106,45 @@ def memory_ledger(
     Raises ValueError for another method, dtype, optimizer or kind of decoder, and for
     targets that match nothing.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
-    if compute_dtype not in DTYPES:
-        raise ValueError(f"compute_dtype={compute_dtype!r} must be one of {', '.join(DTYPES)}")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
-    config = config.get_text_config()
-    size = DTYPES[compute_dtype].itemsize
-    counts, shapes = _model_shapes(config.to_json_string(), type(config))
-    parameters = sum(counts)
-    linears = {path: s for path, s in shapes.items() if _last(path) in ALL_LINEAR}
-    parts = dict.fromkeys(PARTS, 0)
-    dense = parameters
+    _check("method", method, METHODS)
+    _check("optimizer", optimizer, OPTIMIZERS)
+    _check("compute_dtype", compute_dtype, DTYPES)
+    config, size = config.get_text_config(), DTYPES[compute_dtype].itemsize
+    counts, linears = _model_shapes(config.to_json_string(), type(config))
+    parts = dict.fromkeys(PARTS, 0) | _base_bytes(counts, linears, spec, size, method == "qlora")
     if method == "qlora":
-        dense -= sum(math.prod(s) for s in linears.values())
-        packed = [packed_bytes(s, spec) for s in linears.values()]
-        parts["packed weights"] = sum(codes for codes, _ in packed)
-        parts["scales"] = sum(scales for _, scales in packed)
-        parts["dequantized layer"] = _decoding(max(map(math.prod, linears.values())), spec, size)
-    parts["weights"] = dense * size
+        largest = max(map(math.prod, linears.values()))
+        parts["dequantized layer"] = _dequantized_bytes(largest, spec, size)
     if method == "full":
         # Mixed precision as in ZeRO (arXiv 1910.02054, section 3.1): gradients in the
         # compute dtype; Adam's two moments in fp32, and an fp32 copy of 16-bit weights.
-        trained, targets = parameters, ALL_LINEAR
-        parts["gradients"] = parameters * size
-        parts["optimizer"] = moments_bytes(counts, optimizer) + 4 * parameters * (size < 4)
+        trained, targets, copies = sum(counts), ALL_LINEAR, 0
+        parts["gradients"] = trained * size
+        parts["optimizer"] = moments_bytes(counts, optimizer) + 4 * trained * (size < 4)
     else:
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        missing = set(targets) - {_last(path) for path in linears}
-        if missing or not targets:
-            raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
-        # A (rank, in) and B (out, rank) a layer, in fp32 whatever the compute dtype.
-        pairs = [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
-        trained = sum(pairs)
-        parts["adapters"] = parts["gradients"] = 4 * trained
-        parts["optimizer"] = moments_bytes(pairs, optimizer)
+        sizes = _adapter_sizes(linears, rank, targets)
+        trained = sum(sizes)
+        parts["adapters"] = parts["gradients"] = 4 * trained  # fp32 whatever the compute dtype
+        parts["optimizer"] = moments_bytes(sizes, optimizer)
+        copies = trained * size if size < 4 else 0  # autocast's, of A and B
     tokens = batch * seq
     block, rest = _activations(config, method, rank, targets, checkpointing, size)
-    copies = trained * size if method != "full" and size < 4 else 0  # autocast's, of A and B
     recomputed = tokens * block + copies if checkpointing else 0
     # Rotary cosines and sines first.
-    parts["activations"] = 2 * seq * _head_dim(config) * size + copies + tokens * (block + rest)
-    parts["logits"] = logits_bytes(min(tokens, logit_tokens or tokens), config.vocab_size, size)
-    setting = f"{method}, batch {batch} x {seq} tokens, {compute_dtype}"
-    setting += ", checkpointing" if checkpointing else ""
-    if method != "full":
-        setting += f", rank {rank}"
-    if method == "qlora":
-        setting += f", {spec}"
-    setting += ", 8-bit Adam" if optimizer == "adam8bit" else ""
-    if config.model_type not in LIKE_LLAMA:
-        setting += f", activations of {config.model_type} estimated"
+    parts["activations"] = 2 * seq * head_dim(config) * size + copies + tokens * (block + rest)
+    # Logits, their fp32 copy, and its gradient.
+    parts["logits"] = min(tokens, logit_tokens or tokens) * config.vocab_size * (size + 4 + 4)
+    words = [
+        f"{method}, batch {batch} x {seq} tokens, {compute_dtype}",
+        "checkpointing" if checkpointing else "",
+        f"rank {rank}" if method != "full" else "",
+        str(spec) if method == "qlora" else "",
+        "8-bit Adam" if optimizer == "adam8bit" else "",
+        f"activations of {config.model_type} estimated" * (config.model_type not in LIKE_LLAMA),
+    ]
     how = (batch, seq, compute_dtype, checkpointing, optimizer, recomputed, logit_tokens)
-    return MemoryLedger(setting, parameters, trained, parts, *how)
+    return MemoryLedger(", ".join(filter(None, words)), sum(counts), trained, parts, *how)
 
 
 def decoding_ledger(
@@ -181,38 +162,48 @@ def decoding_ledger(
     they came. Not counted: the activations of a step, and a layer's cache while it is
     dequantized. Raises ValueError for another dtype or kind of decoder.
     """
-    if compute_dtype not in DTYPES:
-        raise ValueError(f"compute_dtype={compute_dtype!r} must be one of {', '.join(DTYPES)}")
-    config = config.get_text_config()
-    size = DTYPES[compute_dtype].itemsize
-    counts, shapes = _model_shapes(config.to_json_string(), type(config))
-    linears = [s for path, s in shapes.items() if _last(path) in ALL_LINEAR]
-    packed = [packed_bytes(s, spec) for s in linears] if spec else []
-    dense = sum(counts) - (sum(map(math.prod, linears)) if spec else 0)
+    _check("compute_dtype", compute_dtype, DTYPES)
+    config, size = config.get_text_config(), DTYPES[compute_dtype].itemsize
+    counts, linears = _model_shapes(config.to_json_string(), type(config))
+    stored = _base_bytes(counts, linears, spec, size, spec is not None)
+    return stored | {"cache": cache_bytes(config, context, cache, batch, size)}
+
+
+def _check(name: str, value: str, known) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+
+
+def _base_bytes(counts, linears, spec, size: int, packed: bool) -> dict[str, int]:
+    """Bytes of the stored base by part: all dense, or its linears as `spec` says."""
+    shapes = linears.values() if packed else ()
+    stored = [packed_bytes(shape, spec) for shape in shapes]
     return {
-        "weights": dense * size,
-        "packed weights": sum(codes for codes, _ in packed),
-        "scales": sum(scales for _, scales in packed),
-        "cache": cache_bytes(config, context, cache, batch, size),
+        "weights": (sum(counts) - sum(map(math.prod, shapes))) * size,
+        "packed weights": sum(codes for codes, _ in stored),
+        "scales": sum(scales for _, scales in stored),
     }
 
 
-def logits_bytes(tokens: int, vocab_size: int, size: int) -> int:
-    """Logits of so many tokens, `size` bytes a number; their fp32 copy, and its gradient."""
-    return tokens * vocab_size * (size + 4 + 4)
+def _adapter_sizes(linears, rank: int, targets: tuple[str, ...]) -> list[int]:
+    """Parameters of A (rank, in) and of B (out, rank) of each linear that is a target."""
+    missing = set(targets) - set(map(_last, linears))
+    if missing or not targets:
+        raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
+    return [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
 
 
 def moments_bytes(counts: list[int], optimizer: str) -> int:
-    """Adam's two moments of tensors of these sizes, in fp32; with "adam8bit" a byte each and
-    an fp32 absmax a block of 256, but fp32 in tensors below 4096 elements (adam8bit.py)."""
+    """Bytes of Adam's two moments of tensors of these sizes, in fp32; with "adam8bit" a byte each
+    and an fp32 absmax a block, but fp32 in tensors below SMALLEST elements (adam8bit.py)."""
     if optimizer == "adamw":
         return 8 * sum(counts)
-    return sum(8 * n if n < 4096 else 2 * (n + 4 * math.ceil(n / NESTED_BLOCK)) for n in counts)
+    return sum(8 * n if n < SMALLEST else 2 * (n + 4 * math.ceil(n / NESTED_BLOCK)) for n in counts)
 
 
-def _decoding(numbers: int, spec: QuantSpec | NF4Spec, size: int) -> int:
-    """A layer's weight while it is decoded: in fp32, beside the codes one by one (uint8, or
-    int32 for two of NF4), which are gone when fp32 is cast to 16 bits."""
+def _dequantized_bytes(numbers: int, spec: QuantSpec | NF4Spec, size: int) -> int:
+    """Bytes at the peak of dequantizing a layer: its weight in fp32, beside the codes one by one
+    (uint8, or int32 for two of NF4), which are gone when fp32 is cast to 16 bits."""
     codes = 2 if isinstance(spec, NF4Spec) else 1
     return numbers * (4 + max(codes, size if size < 4 else 0))
 
@@ -232,7 +223,7 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
     """Bytes a token that autograd keeps from the forward pass, `size` bytes a number: of one
     block, and of all the rest."""
     h, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    heads, head = config.num_attention_heads, _head_dim(config)
+    heads, head = config.num_attention_heads, head_dim(config)
     q, kv = head * heads, head * config.num_key_value_heads
     full, targets = method == "full", set(targets)
     # RMSNorm: its input in fp32 and 1 / rms; where its own weight is trained, x / rms too.
@@ -254,18 +245,13 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
     return block, (blocks - 1) * block + last - (0 if full else norm)
 
 
-def _head_dim(config) -> int:
-    explicit = getattr(config, "head_dim", None)
-    return explicit or config.hidden_size // config.num_attention_heads
-
-
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
 @cache
 def _model_shapes(config_json: str, kind) -> tuple[list[int], dict[str, tuple[int, int]]]:
-    """Size of each parameter (tied ones once), and the shape of each linear by path."""
+    """Size of each parameter (tied ones once), and the shape of each decoder linear by path."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one safetensors file each, written beside, then renamed.
+"""What a training run keeps: its metrics, and checkpoints of one safetensors file each.
 
 `last.safetensors` holds "parameter/NAME" and AdamW's state as "exp_avg/NAME" and so on,
 with the step, the loss scaler and the run's identity as JSON in the file's metadata.
@@ -6,6 +6,7 @@ One file, because two cannot be renamed at once. No pickle.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..base.files import whole_file
+from .step import Stepper
+
 Parameters = dict[str, nn.Parameter]
 
 
 def save_parameters(path: Path, parameters: Parameters, metadata: dict) -> None:
-    """The trained parameters alone, with `metadata` as JSON."""
+    """Write the trained parameters alone, with `metadata` as JSON."""
     _save(path, {f"parameter/{n}": p for n, p in parameters.items()}, metadata)
 
 
@@ -31,17 +35,32 @@ def load_parameters(path: str | Path, parameters: Parameters) -> dict:
     return metadata
 
 
-def save_last(folder: Path, parameters: Parameters, optimizer, scaler, identity, step) -> None:
-    """Everything that the next step depends on."""
-    tensors: dict[str, Tensor] = {f"parameter/{n}": p for n, p in parameters.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+def start_metrics(folder: Path, steps: Sequence[dict]) -> None:
+    """Write metrics.jsonl with the steps that are kept; those after the checkpoint come again."""
+    if not steps:  # a new run: an older one's checkpoints would be mistaken for its own
+        for name in ("last.safetensors", "best.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+    with whole_file(folder / "metrics.jsonl") as part:
+        part.write_text("".join(json.dumps(s) + "\n" for s in steps), encoding="utf-8")
+
+
+def add_metrics(folder: Path, metrics: dict) -> None:
+    """Append a step's metrics to metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(metrics) + "\n")
+
+
+def save_last(folder: Path, stepper: Stepper, identity: dict, step: int) -> None:
+    """Write everything that the next step depends on."""
+    tensors: dict[str, Tensor] = {f"parameter/{n}": p for n, p in stepper.parameters.items()}
+    for name, parameter in stepper.parameters.items():
+        for key, value in stepper.optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = value
-    state = {"step": step, "scaler": scaler.state_dict(), "identity": identity}
+    state = {"step": step, "scaler": stepper.scaler.state_dict(), "identity": identity}
     _save(folder / "last.safetensors", tensors, state)
 
 
-def load_last(folder: Path, parameters: Parameters, optimizer, scaler, identity) -> list[dict]:
+def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
     """Put parameters, optimizer and scaler back; returns the metrics up to that step.
 
     Returns [] where there is no checkpoint yet. What an older checkpoint does not say counts
@@ -64,28 +83,22 @@ def load_last(folder: Path, parameters: Parameters, optimizer, scaler, identity)
     if len(lines) < state["step"]:
         raise ValueError(f"{folder}/metrics.jsonl lacks steps before {path}; start the run anew")
     steps = [json.loads(line) for line in lines[: state["step"]]]  # later lines come again
-    _copy_parameters(path, tensors, parameters)
-    for name, parameter in parameters.items():
-        saved = {
-            key.partition("/")[0]: value
-            for key, value in tensors.items()
-            if key.partition("/")[2] == name and not key.startswith("parameter/")
-        }
-        # AdamW keeps its step counter on the CPU, the moments beside the parameter.
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device)
-            for key, value in saved.items()
-        }
-    scaler.load_state_dict(state["scaler"])
+    _copy_parameters(path, tensors, stepper.parameters)
+    for key, value in tensors.items():
+        key, _, name = key.partition("/")
+        if key != "parameter":
+            # AdamW keeps its step counter on the CPU, the moments beside the parameter.
+            parameter = stepper.parameters[name]
+            place = value.device if key == "step" else parameter.device
+            stepper.optimizer.state[parameter][key] = value.to(place)
+    stepper.scaler.load_state_dict(state["scaler"])
     return steps
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    save_file(tensors, beside, {"json": json.dumps(metadata)})
-    beside.replace(path)
+    with whole_file(path) as part:
+        save_file(tensors, part, {"json": json.dumps(metadata)})
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -93,9 +106,8 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(
-                file.metadata()["json"]
-            )
+            metadata = json.loads(file.metadata()["json"])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or no checkpoint of this package ({error}); "

@@ -1,12 +1,13 @@
 """Training examples from rows of every format, chats above all."""
 
 import copy
+import json
 
 import pytest
 
-from qlora_lib.data.examples import FORMATS, make_examples, write_chat
+from qlora_lib.data.examples import FORMATS, hold_out, make_examples, read_examples, write_chat
 from qlora_lib.data.gsm8k import PROMPT
-from qlora_lib.data.tokens import IGNORE, encode, encode_prompt
+from qlora_lib.data.tokens import IGNORE, Example, encode_example, encode_prompt
 from qlora_lib.evaluation.extraction import extract_answer
 from tests.support.small_models import small_tokenizer
 
@@ -47,12 +48,11 @@ def examples(*rows, template=CHATML, **kwargs):
 
 
 def supervised(example) -> str:
-    _, labels = encode(tokenizer(), example.data, 10**6)
-    return tokenizer().decode([label for label in labels if label != IGNORE])
+    return tokenizer().decode([label for label in example.labels if label != IGNORE])
 
 
 def whole(example) -> str:
-    return tokenizer().decode(encode(tokenizer(), example.data, 10**6)[0])
+    return tokenizer().decode(example.input_ids)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_each_format_is_told_by_its_fields(row, name, everything, learned):
     assert whole(example) == everything
     assert supervised(example) == (everything[3:] if learned is None else f"{learned}</s>")
     if name in ("GSM8K", "MetaMathQA", "MathInstruct"):
-        assert extract_answer(example.data[1]) == {"GSM8K": 2, "MetaMathQA": 42}.get(name, 7)
+        assert extract_answer(example.texts[1]) == {"GSM8K": 2, "MetaMathQA": 42}.get(name, 7)
 
 
 def test_notes_are_kept_on_demand():
-    assert examples(GSM8K, notes=True)[1][0].data[1] == GSM8K["answer"]
+    assert supervised(examples(GSM8K, notes=True)[1][0]) == GSM8K["answer"] + "</s>"
 
 
 def test_rephrasings_are_of_one_problem():
@@ -88,7 +88,7 @@ def test_rephrasings_are_of_one_problem():
 
 def test_programs_are_left_out():
     program = INSTRUCT | {"source": "data/PoT/gsm_gpt4.json", "output": "print(3 + 4)"}
-    assert [e.data[1] for e in examples(program, INSTRUCT)[1]] == [INSTRUCT["output"]]
+    assert [e.texts[1] for e in examples(program, INSTRUCT)[1]] == [INSTRUCT["output"]]
     with pytest.raises(ValueError, match="no row is left"):
         examples(program)
 
@@ -100,7 +100,7 @@ def test_a_chat_supervises_the_turns_of_the_assistant_and_their_end_tokens():
     assert whole(example) == want and want.count("<s>") == 1  # the template's bos, no other
     assert supervised(example) == "It is 42.</s>\n44.</s>\n"
     assert example.texts == ("What is 12 + 30?", "It is 42.", "And 2 more?", "44.")
-    ids, labels = example.data
+    ids, labels = example
     asked = tokenizer().apply_chat_template(CHAT[:2], add_generation_prompt=True)["input_ids"]
     assert ids[: len(asked)] == asked and labels[: len(asked)] == [IGNORE] * len(asked)
     assert labels[len(asked)] != IGNORE  # as when the model is asked, from the first token on
@@ -115,7 +115,7 @@ def test_a_template_without_an_end_token_gets_one():
 @pytest.mark.parametrize("template", [CHATML, CHATML.replace("{{ bos_token }}", "")])
 def test_a_chat_is_learned_as_it_is_asked(template):
     _, (example,) = examples({"messages": CHAT[:3]}, template=template)
-    ids, labels = example.data
+    ids, labels = example
     asked = encode_prompt(tokenizer(template), write_chat(tokenizer(template), CHAT[:2], ask=True))
     assert ids[: len(asked)] == asked and ids.count(tokenizer().bos_token_id) == 1
     assert labels[: len(asked)] == [IGNORE] * len(asked) and labels[len(asked)] != IGNORE
@@ -155,7 +155,7 @@ def test_bad_rows_are_named(row, message):
 
 def test_an_empty_input_is_none():
     name, (example,) = examples({"instruction": "Say hi", "input": "", "output": "hi"})
-    assert name == "MathInstruct" and example.data[1] == "hi"
+    assert name == "MathInstruct" and example.texts[1] == "hi"
     with pytest.raises(ValueError, match="there are no rows"):
         examples()
 
@@ -175,3 +175,51 @@ def test_templates_that_cannot_write_a_chat():
     ):
         with pytest.raises(ValueError, match=f"line 1: .*{message}"):
             examples(chat, template=template)
+
+
+# --- The door ------------------------------------------------------------------------------
+
+
+def test_examples_of_every_kind(tmp_path):
+    pairs = [("a\n", "b"), ("c\n", "d")]
+    encoded = [encode_example(small_tokenizer(), *pair) for pair in pairs]
+    rows = [{"prompt": p, "completion": c} for p, c in pairs]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lists = [list(example) for example in encoded]
+    for source in (pairs, rows, encoded, lists, file, str(file), iter(pairs)):
+        assert read_examples(source, small_tokenizer()) == encoded
+    assert read_examples(encoded, None)[0] is encoded[0]  # made once
+    assert [whole(e) for e in read_examples(["a", "b"], small_tokenizer())] == [
+        "<s>a</s>", "<s>b</s>"]
+    assert read_examples([([1, 2], [-100, 2])], None) == [Example([1, 2], [-100, 2])]
+
+
+@pytest.mark.parametrize("source, message", [
+    ([], "there are no examples"),
+    ([("a", "b"), "c"], "example 2 is a text, the first a pair of texts"),
+    ([{"text": "a"}, {"prompt": "a", "completion": "b"}], "example 2 has the format"),
+    ([{"text": "a"}, {"txt": "a"}], r"example 2 has the fields \['txt'\]"),
+    ([("a", "b", "c")], "example 1 is tuple, the first unknown"),
+    ([3], "example 1 is int"),
+    ([{"text": " "}], "`text` should be a text that is not empty"),
+])
+def test_wrong_examples_are_named(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_examples(source, small_tokenizer())
+
+
+def test_a_broken_line_is_named(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
+    with pytest.raises(ValueError, match="line 3 is not JSON"):
+        read_examples(file, small_tokenizer())
+    with pytest.raises(FileNotFoundError, match="there is no .*none.jsonl"):
+        read_examples(tmp_path / "none.jsonl", small_tokenizer())
+
+
+@pytest.mark.parametrize("n, at_least, dev", [(9, 0, 0), (9, 1, 1), (10, 1, 1), (99, 0, 9),
+                                              (2570, 0, 256)])
+def test_the_last_tenth_is_held_out_up_to_a_limit(n, at_least, dev):
+    items = list(range(n))
+    assert hold_out(items, at_least) == (items[: n - dev], items[n - dev :])

@@ -31,8 +31,8 @@ def test_format_strips_calculator_notes_unless_told():
         ("#### $2,880,000", 2880000),
     ],
 )
-def test_gold_answer(answer, gold):
-    assert gsm8k.gold_answer({"answer": answer}) == gold
+def test_gold_answers_are_read(answer, gold):
+    assert gsm8k.parse_gold(answer) == gold
 
 
 @pytest.mark.parametrize("answer", ["42", "#### ", "#### many", "#### 3 or 4", "", "#### 1,2"])

@@ -73,12 +73,12 @@ def test_gsm_hard_golds_are_the_floats_to_the_digit(tmp_path, target, gold):
     (tmp_path / "gsmhardv2.jsonl").write_text(json.dumps(row) + "\n")
     (entry,) = sources.load_gsm_hard(tmp_path)
     assert entry == {"question": "How many?", "answer": f"#### {gold}"}
-    assert float(gsm8k.gold_answer(entry)) == target
+    assert float(gsm8k.parse_gold(entry["answer"])) == target
     assert is_correct(entry["answer"], entry["answer"])
     # An integer is compared exactly, any other gold within 1e-6.
-    near = gsm8k.gold_answer(entry) + Fraction(9, 10**7)
-    assert equals(near, gsm8k.gold_answer(entry)) == (target != int(target))
-    assert not equals(near + Fraction(2, 10**7), gsm8k.gold_answer(entry))
+    near = gsm8k.parse_gold(entry["answer"]) + Fraction(9, 10**7)
+    assert equals(near, gsm8k.parse_gold(entry["answer"])) == (target != int(target))
+    assert not equals(near + Fraction(2, 10**7), gsm8k.parse_gold(entry["answer"]))
 
 
 def test_gsm_hard_errors(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_gsm_hard_errors(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not GSM_HARD, reason="GSM_HARD_DIR names no folder with gsmhardv2.jsonl")
 def test_all_of_gsm_hard_is_read():
-    golds = [gsm8k.gold_answer(entry) for entry in sources.load_gsm_hard(GSM_HARD)]
+    golds = [gsm8k.parse_gold(entry["answer"]) for entry in sources.load_gsm_hard(GSM_HARD)]
     assert len(golds) == 1319 and sum(gold < 0 for gold in golds) == 146
     assert sum(gold.denominator != 1 for gold in golds) == 303
 

@@ -66,7 +66,8 @@ def test_tokenizer_without_bos_or_pad():
         eos_token_id=9,
         encode=lambda text, add_special_tokens: [ord(c) for c in text],
     )
-    assert data.encode_example(bare, "ab", "c", 10) == ([97, 98, 99, 9], [-100, -100, 99, 9])
+    ids, labels = data.encode_example(bare, "ab", "c", 10)
+    assert (ids, labels) == ([97, 98, 99, 9], [-100, -100, 99, 9])
     assert data.pad_id(bare) == 9
 
 
@@ -76,13 +77,13 @@ def test_pad_sides():
     assert data.pad([[1]], 0).dtype == torch.int64
 
 
-def test_examples_that_are_encoded_already_are_only_cut():
+def test_an_example_is_cut_as_if_it_had_been_encoded_so():
     pair = PAIRS[3]
-    whole = data.encode(small_tokenizer(), pair, 512)
-    assert whole == data.encode_example(small_tokenizer(), *pair, 512)
-    start = whole[1].count(data.IGNORE)
+    whole = data.encode_example(small_tokenizer(), *pair)
+    start = whole.labels.count(data.IGNORE)
     for length in (start + 1, 512):
-        cut = data.encode(small_tokenizer(), whole, length)
-        assert cut == data.encode(small_tokenizer(), pair, length)
+        assert whole.cut(length) == data.encode_example(small_tokenizer(), *pair, length)
+        assert len(whole.cut(length).labels) == min(length, len(whole.labels))
     with pytest.raises(ValueError, match=f"first {start} tokens .* nothing to learn"):
-        data.encode(small_tokenizer(), whole, start)
+        whole.cut(start)
+    assert whole.teaches(start + 1) and not whole.teaches(start)

@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from qlora_lib.base.hashes import content_hash
 from qlora_lib.base.statistics import mcnemar, newcombe, wilson
 from qlora_lib.evaluation.comparison import compare, drop
-from qlora_lib.evaluation.evaluate import EvalReport
+from qlora_lib.evaluation.evaluate import EvalReport, Prediction
 from tests.support.tensors import PROPERTY
 
 
 def report(strict: str, questions=None, flexible: str | None = None) -> EvalReport:
     """A report of one verdict a question."""
     predictions = [
-        {"question": q, "gold": "1", "strict": s == "1", "flexible": f == "1",
-         "strict_answer": None, "finished": True, "tokens": 0, "seconds": 0.0}
+        Prediction(q, "", "", "1", None, None, s == "1", f == "1", 0, True)
         for q, s, f in zip(questions or map(str, range(len(strict))), strict, flexible or strict)
     ]  # fmt: skip
     return EvalReport.count(predictions, {})

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlora_lib.data.gsm8k import PROMPT
+from qlora_lib.data.gsm8k import PROMPT, parse_gold
 from qlora_lib.data.sources import load_minigsm
 from qlora_lib.evaluation.evaluate import EvalReport, evaluate, few_shot
 from qlora_lib.evaluation.votes import with_scores
-from qlora_lib.generation.generate import Completion, Decoding, generator
+from qlora_lib.generation.generate import Completion, Decoding, Generator, generator
 from qlora_lib.lora.inject import inject_lora
 from qlora_lib.models.fingerprint import fingerprint
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
@@ -52,12 +52,16 @@ def test_report_files_and_table(tmp_path):
     def model(prompts):
         return [Completion("#### 1", 3, finished=i > 0) for i, _ in enumerate(prompts)]
 
-    model.info = {"compute_dtype": "bf16"}
     shown = []
-    report = evaluate(model, PROBLEMS, tmp_path, callback=shown.append, chunk=50)
+    generate = Generator(model, {"compute_dtype": "bf16"})
+    report = evaluate(generate, PROBLEMS, tmp_path, callback=shown.append, chunk=50)
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == shown == report.predictions
-    assert set(shown[0]) >= {"question", "prompt", "completion", "gold", "strict", "flexible"}
+    assert shown == report.predictions == EvalReport.load(tmp_path).predictions
+    assert [json.loads(line) for line in lines] == [prediction.row() for prediction in shown]
+    assert list(json.loads(lines[0])) == [
+        "question", "prompt", "completion", "gold", "strict_answer", "flexible_answer",
+        "strict", "flexible", "tokens", "finished", "seconds"]  # fmt: skip
+    assert shown[0]["gold"] == shown[0].gold == str(parse_gold(PROBLEMS[0]["answer"]))
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["n"] == 200 and saved["strict"] == report.strict and saved["tokens"] == 600
     assert report.truncation_rate == 4 / 200  # the first of each chunk
@@ -65,6 +69,16 @@ def test_report_files_and_table(tmp_path):
     table = str(report)
     assert "200 questions" in table and "bf16" in table
     assert f"[{100 * low:.1f}%, {100 * high:.1f}%]" in table
+
+
+def test_reports_of_before_seconds_and_samples_were_kept_are_read(tmp_path):
+    report = evaluate(answers_in_order(PROBLEMS), PROBLEMS, tmp_path)
+    rows = [p.row() for p in report.predictions]
+    lines = [json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in rows]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
+    loaded = EvalReport.load(tmp_path)
+    assert loaded.strict == 1 and without_clock(loaded).predictions == without_clock(report).predictions
+    assert "samples" not in rows[0] and loaded.predictions[0].samples is None
 
 
 def test_empty_and_unparsable_problems_are_errors():
@@ -99,24 +113,29 @@ def model(kill_after=10**6, seed=0):
     """Right on every third question; `asked` collects its prompts. Killed before it answers
     more than `kill_after` chunks."""
 
-    def generate(prompts):
+    def ask(prompts):
         if len(generate.chunks) == kill_after:
             raise Killed
         generate.chunks.append(list(prompts))
         said = [ANSWERS[p] if len(p) % 3 == seed else "5\ud800" for p in prompts]
         return [Completion(text, 7, True) for text in said]
 
-    generate.chunks = []
-    generate.info = {"model": "m", "compute_dtype": "fp32", "decoding": {"stop": ("Question:",)}}
-    generate.fingerprint = lambda: f"weights {seed}"
+    info = {"model": "m", "compute_dtype": "fp32", "decoding": {"stop": ("Question:",)}}
+    generate = Weighed(ask, info)
+    generate.chunks, generate.weights = [], f"weights {seed}"
     return generate
+
+
+class Weighed(Generator):
+    def fingerprint(self):
+        return self.weights
 
 
 ANSWERS = {PROMPT.format(question=e["question"]): e["answer"] for e in PROBLEMS}
 
 
 def without_clock(report):
-    predictions = [{k: v for k, v in p.items() if k != "seconds"} for p in report.predictions]
+    predictions = [replace(p, seconds=0.0) for p in report.predictions]
     return replace(report, seconds=0.0, predictions=predictions)
 
 
@@ -154,15 +173,10 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_report(tmp_path, left, k
     assert resumed.seconds == sum(p["seconds"] for p in loaded.predictions)
 
 
-def test_a_question_that_is_too_long_is_found_before_the_first_is_asked(tmp_path):
+def test_a_question_that_is_too_long_is_found_before_the_first_is_asked(tmp_path, monkeypatch):
     asked = []
-    generate = generator(small_model(), small_tokenizer(), Decoding(max_new_tokens=2))
-
-    def counted(prompts):
-        asked.append(prompts)
-        return generate(prompts)
-
-    counted.check = generate.check
+    counted = generator(small_model(), small_tokenizer(), Decoding(max_new_tokens=2))
+    monkeypatch.setattr(type(counted), "__call__", lambda self, prompts: asked.append(prompts))
     problems = [{"question": question, "answer": "#### 1"} for question in ("1?", "2 " * 300)]
     scored = with_scores(counted, lambda prompts, said: [1.0] * len(said), "one")
     for ask in (counted, scored):

@@ -21,11 +21,10 @@ from qlora_lib.evaluation.votes import (
     pass_at_k,
     sample_answers,
     token_probabilities,
-    vote_at_k,
     weighted_vote,
     with_scores,
 )
-from qlora_lib.generation.generate import Completion, Decoding, generator
+from qlora_lib.generation.generate import Completion, Decoding, Generator, generator
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 from tests.support.tensors import PROPERTY, normal
 
@@ -122,13 +121,15 @@ def test_with_scores_hands_out_the_scores_in_order():
     def generate(prompts):
         return [[Completion(f"{p}{i}", 5, i == 0) for i in range(3)] for p in prompts]
 
-    generate.info, generate.fingerprint = {"model": "m"}, lambda: "f"
+    generate = Generator(generate, {"model": "m"})
+    generate.fingerprint = lambda: "f"
     new = with_scores(generate, lambda ps, cs: [float(ord(p) * 10 + int(c[1])) for p, c in
                                                 zip(ps, cs)], "test")  # fmt: skip
     rows = new(["a", "b"])
     assert [[s.score for s in row] for row in rows] == [[970, 971, 972], [980, 981, 982]]
     assert [s.finished for s in rows[0]] == [True, False, False] and rows[1][2].tokens == 5
     assert new.info == {"model": "m", "score": "test"} and new.fingerprint() != "f"
+    assert with_scores(print, print, "t").fingerprint() is None
     single = with_scores(lambda prompts: ["x" for _ in prompts], lambda ps, cs: [1.0] * len(ps), "t")
     assert single(["a"]) == ["x"] and single(["a"])[0].score == 1.0
 
@@ -195,20 +196,3 @@ def test_pass_at_k_is_the_mean_over_all_subsets(n, data):
 def test_pass_at_k_refuses(n, right, k):
     with pytest.raises(ValueError, match="draw at least k"):
         pass_at_k(n, right, k)
-
-
-def test_vote_at_k_is_near_the_mean_over_all_subsets_and_exact_for_all():
-    answers, right = [1, 2, 2, 3, 1, 2], [False, True, True, False, False, True]
-
-    def pick(subset):
-        return subset[choose([answers[i] for i in subset])]
-
-    exact = [right[pick(list(s))] for s in combinations(range(6), 3)]
-    draw = torch.Generator().manual_seed(0)
-    # Standard error of 4,000 draws: below 0.008.
-    assert vote_at_k(answers, right, 3, pick, 4000, draw) == pytest.approx(
-        sum(exact) / len(exact), abs=0.06
-    )
-    assert vote_at_k(answers, right, 6, pick, 1, draw) == 1.0
-    with pytest.raises(ValueError, match="expected 1 <= k"):
-        vote_at_k(answers, right, 7, pick, 1, draw)

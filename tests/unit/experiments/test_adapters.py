@@ -17,14 +17,14 @@ from experiments.adapters import (
     main,
     read_epochs,
     searched,
+    step_memory,
     stored,
 )
 from qlora_lib.base.statistics import wilson
-from qlora_lib.data.tokens import collate, encode, pad_id
+from qlora_lib.data.tokens import collate, encode_example, pad_id
 from qlora_lib.lora.inject import adapter_table, inject_lora, trainable_parameters
 from qlora_lib.runs.profiles import load_profile
 from qlora_lib.search.rank_search import Search, Trial, read_rank_search
-from qlora_lib.train.measure import step_memory
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
 
@@ -54,7 +54,7 @@ def test_a_steps_memory_holds_gradients_and_moments_and_more_for_a_larger_batch(
     inject_lora(model, "all", rank=4)
     trained = sum(p.nbytes for p in trainable_parameters(model).values())
     tokenizer = small_tokenizer()
-    encoded = [encode(tokenizer, pair, 128) for pair in PAIRS]
+    encoded = [encode_example(tokenizer, *pair, 128) for pair in PAIRS]
     one, many = (step_memory(model, collate(encoded[:n], pad_id(tokenizer))) for n in (1, 16))
     assert many > 2 * one > 2 * 3 * trained
 

@@ -8,10 +8,10 @@ import torch
 from transformers import LlamaConfig
 
 from experiments import cache as experiments
-from experiments.cache import SCORES, SPECS, int8_attention, read, with_int8_scores
+from experiments.cache import SCORES, SPECS, int8_attention, int8_scores, read, with_int8_scores
 from qlora_lib.base.paths import DATA
 from qlora_lib.evaluation.perplexity import perplexity
-from qlora_lib.generation.kv_cache import CacheSpec, cache_bytes
+from qlora_lib.generation.kv_cache import CacheSpec, cache_bytes, to_int8
 from tests.support.small_models import small_model
 from tests.support.tensors import normal, relative
 
@@ -63,6 +63,17 @@ def test_heads_share_keys_and_the_mask_is_kept():
     want = torch.nn.functional.scaled_dot_product_attention(q, *repeated, is_causal=True)
     assert relative(got, want.transpose(1, 2)) < 0.02
     assert weights.triu(1).abs().max() == 0
+
+
+def test_integer_scores_are_those_of_the_rounded_factors():
+    q, k = normal(2, 3, 5, 64), normal(2, 3, 40, 64, seed=1)
+    (a, sa), (b, sb) = to_int8(q), to_int8(k)
+    assert a.dtype == torch.int8 and (q - a * sa).abs().max() <= sa.max() * 0.5001
+    scores = int8_scores(q, k)
+    want = (a.double() * sa) @ (b.double() * sb).transpose(-1, -2)
+    assert relative(scores.double(), want) < 1e-6  # integers are exact; the scales are fp32
+    assert relative(scores, q @ k.transpose(-1, -2)) < 0.02
+    assert torch.equal(int8_scores(torch.zeros(1, 64), k[0, 0]), torch.zeros(1, 40))
 
 
 def test_the_tiny_part_at_a_small_size_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import pytest
+import torch
 
 from experiments.samples import (
     METHODS,
@@ -12,7 +13,9 @@ from experiments.samples import (
     read_samples,
     right_at,
     verdicts,
+    vote_at_k,
 )
+from qlora_lib.evaluation.votes import choose
 
 ROWS = [
     {
@@ -65,3 +68,20 @@ def test_no_way_to_choose_beats_the_best_of_the_samples(method):
     rows = read_samples()[:200]
     found, best = right_at(rows, method, 8), right_at(rows, "best", 8)
     assert any(found) and not any(got and not could for got, could in zip(found, best))
+
+
+def test_vote_at_k_is_near_the_mean_over_all_subsets_and_exact_for_all():
+    answers, right = [1, 2, 2, 3, 1, 2], [False, True, True, False, False, True]
+
+    def pick(subset):
+        return subset[choose([answers[i] for i in subset])]
+
+    exact = [right[pick(list(s))] for s in combinations(range(6), 3)]
+    draw = torch.Generator().manual_seed(0)
+    # Standard error of 4,000 draws: below 0.008.
+    assert vote_at_k(answers, right, 3, pick, 4000, draw) == pytest.approx(
+        sum(exact) / len(exact), abs=0.06
+    )
+    assert vote_at_k(answers, right, 6, pick, 1, draw) == 1.0
+    with pytest.raises(ValueError, match="expected 1 <= k"):
+        vote_at_k(answers, right, 7, pick, 1, draw)

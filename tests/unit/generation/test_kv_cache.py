@@ -14,8 +14,6 @@ from qlora_lib.generation.kv_cache import (
     PackedCache,
     PackedStates,
     cache_bytes,
-    int8_scores,
-    to_int8,
 )
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.train.memory import decoding_ledger
@@ -237,14 +235,3 @@ def test_the_command_line_takes_cache_bits():
     assert make_decoding(load_profile("tiny"), args).cache_bits == 4
     assert evaluation_name(args) == "eval-cache4bit"
     assert evaluation_name(parser().parse_args(["evaluate"])) == "eval"
-
-
-def test_integer_scores_are_those_of_the_rounded_factors():
-    q, k = normal(2, 3, 5, 64), normal(2, 3, 40, 64, seed=1)
-    (a, sa), (b, sb) = to_int8(q), to_int8(k)
-    assert a.dtype == torch.int8 and (q - a * sa).abs().max() <= sa.max() * 0.5001
-    scores = int8_scores(q, k)
-    want = (a.double() * sa) @ (b.double() * sb).transpose(-1, -2)
-    assert relative(scores.double(), want) < 1e-6  # integers are exact; the scales are fp32
-    assert relative(scores, q @ k.transpose(-1, -2)) < 0.02
-    assert torch.equal(int8_scores(torch.zeros(1, 64), k[0, 0]), torch.zeros(1, 40))

@@ -11,7 +11,7 @@ from qlora_lib.lora.inject import inject_lora, set_adapter, trainable_parameters
 from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
-from qlora_lib.runs.finetuner import Finetuner, read_examples
+from qlora_lib.runs.finetuner import Finetuner
 from qlora_lib.train.config import TrainConfig
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
@@ -222,42 +222,6 @@ def test_a_rank_a_layer_takes_one_alpha():
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message):
         Finetuner(small_model(), small_tokenizer(), **wrong)
-
-
-def test_examples_of_every_kind(tmp_path):
-    tokenizer = small_tokenizer()
-    pairs = [("a\n", "b"), ("c\n", "d")]
-    assert read_examples(pairs, tokenizer) == pairs
-    rows = [{"prompt": p, "completion": c} for p, c in pairs]
-    assert read_examples(rows, tokenizer) == pairs
-    assert read_examples(["a", "b"], tokenizer) == [("", "a"), ("", "b")]
-    assert read_examples([([1, 2], [-100, 2])], tokenizer) == [([1, 2], [-100, 2])]
-    file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_examples(file, tokenizer) == read_examples(str(file), tokenizer) == pairs
-
-
-@pytest.mark.parametrize("examples, message", [
-    ([], "there are no examples"),
-    ([("a", "b"), "c"], "example 2 is a text, the first a pair of texts"),
-    ([{"text": "a"}, {"prompt": "a", "completion": "b"}], "example 2 has the format"),
-    ([{"text": "a"}, {"txt": "a"}], r"example 2 has the fields \['txt'\]"),
-    ([("a", "b", "c")], "example 1 is tuple, the first unknown"),
-    ([3], "example 1 is int"),
-    ([{"text": " "}], "`text` should be a text that is not empty"),
-])
-def test_wrong_examples_are_named(examples, message):
-    with pytest.raises(ValueError, match=message):
-        read_examples(examples, small_tokenizer())
-
-
-def test_a_broken_line_is_named(tmp_path):
-    file = tmp_path / "mine.jsonl"
-    file.write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
-    with pytest.raises(ValueError, match="line 3 is not JSON"):
-        read_examples(file, small_tokenizer())
-    with pytest.raises(FileNotFoundError, match="there is no .*none.jsonl"):
-        read_examples(tmp_path / "none.jsonl", small_tokenizer())
 
 
 def test_one_example_needs_a_dev_set(base):

@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from qlora_lib.data.examples import Example
 from qlora_lib.data.gsm8k import format_gsm8k
-from qlora_lib.data.tokens import IGNORE, encode
+from qlora_lib.data.tokens import IGNORE, Example, encode_example
 from qlora_lib.runs import training_data
 from qlora_lib.runs.profiles import load_profile
-from qlora_lib.runs.training_data import encode_and_count, prepare
+from qlora_lib.runs.training_data import count_tokens, prepare
 from tests.support.small_models import small_tokenizer
 
 TEST = "Ava has 3 red and 4 green apples in a basket and eats 2 of them. How many are left over?"
@@ -40,10 +39,10 @@ def metamath(i: int, query: str | None = None, original: int | None = None) -> d
 
 
 def test_the_profiles_own_problems_in_their_order(profile, monkeypatch):
-    monkeypatch.setattr("qlora_lib.runs.profiles.GSM8K_DEV", 2)
+    monkeypatch.setattr("qlora_lib.data.examples.DEV", 2)
     data = prepare(profile, small_tokenizer())
     pairs = [format_gsm8k(e) for e in profile.examples("train")]
-    assert data.train == [encode(small_tokenizer(), pair, 512) for pair in pairs]
+    assert data.train == [encode_example(small_tokenizer(), *pair) for pair in pairs]
     assert len(data.train) == 28 and len(data.dev) == 2 and data.readable == 28
     text = str(data)
     assert "the problems of profile smollm2 (GSM8K); calculator notes stripped; 2 held out" in text
@@ -120,9 +119,10 @@ def test_minigsm_shares_phrases_by_design():
 def test_counts_are_those_of_the_batches(monkeypatch):
     tokenizer, ids = small_tokenizer(), [[5] * n for n in (4, 9, 12, 6)]
     labels = [[IGNORE] * k + row[k:] for row, k in zip(ids, (1, 2, 8, 0))]
-    examples = [Example(pair, (), "") for pair in zip(ids, labels)]
-    encoded, count = encode_and_count(tokenizer, examples, max_length=8, batch_size=2)
-    assert [len(e[0]) for e in encoded] == [4, 9, 6]  # the third one's prompt fills 8 tokens
+    examples = [Example(*pair) for pair in zip(ids, labels)]
+    assert [e.teaches(8) for e in examples] == [True, True, False, True]  # its prompt fills 8
+    del examples[2]
+    count = count_tokens(tokenizer, examples, 8, left_out=1, batch_size=2)
     assert (count.examples, count.tokens, count.longest) == (3, 4 + 8 + 6, 9)
     assert (count.cut, count.left_out) == (1, 1)
     assert count.supervised == 3 + 6 + 5 and count.padding_labels == 0
@@ -133,5 +133,5 @@ def test_counts_are_those_of_the_batches(monkeypatch):
         return made | {"labels": made["input_ids"]}
 
     monkeypatch.setattr(training_data, "collate", wrong)
-    _, count = encode_and_count(tokenizer, examples, max_length=8, batch_size=2)
+    count = count_tokens(tokenizer, examples, 8, left_out=1, batch_size=2)
     assert count.padding_labels == 8 - 4

@@ -91,8 +91,10 @@ def test_the_smallest_that_does_not_lose_is_optimal():
     lost = candidate(1, "1" * 80 + "0" * 20)  # 15 fewer, none more: p = 2^-14
     larger = candidate(16, "1" * 95 + "0" * 5)  # as good: not smaller
     assert choose([larger, best, close, lost]) == (best, close)
-    gap, (low, high), p = difference(lost, best)
-    assert gap == pytest.approx(-0.15) and low < gap < high < 0 and p == 2 * 0.5**15
+    gap = difference(lost, best)
+    low, high = gap.interval
+    assert gap.difference == pytest.approx(-0.15) and gap.p == 2 * 0.5**15
+    assert low < gap.difference < high < 0
     assert choose([lost]) == (lost, lost)
     with pytest.raises(ValueError, match="no candidates"):
         choose([])

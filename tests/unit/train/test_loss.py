@@ -13,7 +13,7 @@ from transformers import (
 
 from qlora_lib.data.tokens import collate, encode_example
 from qlora_lib.lora.inject import inject_lora, trainable_parameters
-from qlora_lib.train.loss import CHUNK, chunk_for, loss_sum
+from qlora_lib.train.loss import CHUNK, chunk_for, loss_sum, token_losses
 from qlora_lib.train.measure import AllocationMeter
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
@@ -80,6 +80,34 @@ def test_loss_and_gradients_are_those_of_the_whole(name):
             torch.testing.assert_close(
                 found[path], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item()
             )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_token_by_token_are_those_of_the_logits(name):
+    model = MODELS[name]().eval()
+    pairs = [(prompt, target * (i + 1)) for i, (prompt, target) in enumerate(PAIRS[:4])]
+    given = collate([encode_example(small_tokenizer(), *pair) for pair in pairs], 0)
+    with torch.no_grad():
+        logits = model(given["input_ids"], attention_mask=given["attention_mask"]).logits
+    for chunk in (None, 7, CHUNK):
+        rows = token_losses(model, given, chunk)
+        assert len(rows) == len(given["labels"])
+        for row, scores, labels in zip(rows, logits[:, :-1], given["labels"][:, 1:]):
+            log_p = scores.log_softmax(-1)[labels != -100]
+            expected = -log_p.gather(-1, labels[labels != -100].unsqueeze(-1)).squeeze(-1)
+            torch.testing.assert_close(row, expected)
+
+
+def test_scoring_completions_never_holds_all_logits():
+    """Twelve rows of one length, all supervised; beside the fp32 logits of a chunk their
+    log-softmax."""
+    vocab, seq = 8192, 64
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY | {"vocab_size": vocab}))
+    ids = torch.randint(3, vocab, (12, seq + 1))
+    with AllocationMeter() as meter:
+        token_losses(model, {"input_ids": ids, "labels": ids}, 16)
+    assert 4 * 16 * vocab < meter.peak < 4 * ids.numel() * vocab / 8
 
 
 def test_sixteen_bits_under_autocast():

@@ -1,0 +1,69 @@
+"""One optimizer step: learning rate, gradients of all processes, clipping, update.
+
+Fine-tuning and the verifier's training take their steps here; what they differ in is the loss.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..base import processes
+from ..lora.variants import lora_plus_groups
+from .adam8bit import OPTIMIZERS
+from .config import TrainConfig, learning_rate
+
+
+class Stepper:
+    """The optimizer of a run of `total` steps, and its loss scaler (for fp16 alone).
+
+    parameters: those to train, by name. Raises ValueError for a LoRA+ ratio without a B.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig, total: int,
+                 dtype: torch.dtype = torch.float32):  # fmt: skip
+        self.parameters, self.config, self.total = parameters, config, total
+        groups = parameters.values()
+        if config.lora_plus_ratio != 1:
+            groups = lora_plus_groups(parameters, config.lr, config.lora_plus_ratio)
+        kind = OPTIMIZERS[config.optimizer]
+        self.optimizer = kind(groups, lr=config.lr, weight_decay=config.weight_decay)
+        self.device = next(iter(parameters.values())).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+
+    def take(self, step: int, parts: Iterable[Tensor]) -> dict:
+        """Step number `step` of 1..total; its loss, lr and grad_norm (None if fp16 overflowed).
+
+        parts: what the loss of this step is the sum of, over all processes; each is
+        differentiated before the next one is computed. grad_norm: before clipping. Raises
+        ValueError when loss or gradient is not finite; the parameters are then as before.
+        """
+        lr = learning_rate(step, self.total, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for part in parts:
+            loss += part.item()
+            self.scaler.scale(part).backward()
+        # Summed before any check, so that all processes find the same.
+        loss = processes.total(loss, self.device)
+        parameters = list(self.parameters.values())
+        processes.sum_gradients(parameters)
+        self._check("loss", loss, step)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm).item()
+        if not self.scaler.is_enabled():
+            self._check("gradient", norm, step)
+        self.scaler.step(self.optimizer)  # leaves the parameters alone where fp16 overflowed
+        self.scaler.update()
+        return {"loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
+
+    def _check(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the {what} is not finite at step {step} (lr={self.config.lr}, compute_dtype="
+                f"{self.config.compute_dtype}); try a lower lr, a longer warm-up (warmup_ratio), "
+                "or fp32, and look for NaN in the model's weights"
+            )
