@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qlora_lib.lora.inject import use_adapter
 from qlora_lib.lora.merge import active_layers, merge_lora, unmerge_lora
-from qlora_lib.models.calibrate import token_mask
-from qlora_lib.models.merge_hessians import Batch, _forward, _refuse_merged, merge_hessians
+from qlora_lib.models.batches import Batch, batch_logits, token_mask
+from qlora_lib.models.merge_hessians import check_unmerged, merge_hessians
 from qlora_lib.quant.gptq import GPTQOptions
 
 METHODS = ("base", "dense", "rtn", "gptq")
@@ -57,7 +57,7 @@ def merge_report(
         raise ValueError("no batches to compare logits on; pass at least one")
     if "gptq" in methods and not calibration:
         raise ValueError("'gptq' needs calibration batches, others than those compared")
-    _refuse_merged(model)
+    check_unmerged(model)
     active_layers(model)  # raises when there is nothing to merge
     was_training = model.training
     model.eval()
@@ -94,7 +94,7 @@ def _merged(model, method, hessians, options):
 @torch.no_grad()
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """fp32 (tokens, vocab), padding left out."""
-    logits = _forward(model, batch)  # (batch, seq, vocab)
+    logits = batch_logits(model, batch)  # (batch, seq, vocab)
     return logits[token_mask(batch).to(logits.device)].float()
 
 

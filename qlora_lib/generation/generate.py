@@ -18,7 +18,7 @@ from ..layers.linear import decoding_layout
 from ..lora.inject import use_adapter
 from ..lora.layer import check_names
 from ..models.fingerprint import fingerprint
-from ..models.vocabulary import check_tokens
+from ..models.batches import check_tokens
 
 Generate = Callable[..., list]  # prompts (and adapters) to completions, in the same order
 

@@ -16,8 +16,8 @@ from ..quant.gptq import GPTQOptions, gptq_quantize, output_error
 from ..quant.grid import QuantSpec, quantize_rtn
 from ..quant.hessian import Hessian
 from ..quant.nf4 import NF4Spec, quantize_nf4
-from .calibrate import block_settings, first_block_inputs, next_call, quantize_block, token_mask
-from .vocabulary import check_tokens
+from .batches import check_tokens
+from .calibrate import BlockCalls, quantize_block
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -139,22 +139,16 @@ def _quantize_blocks(model, batches, targets, swap, method, options) -> list[Lay
     outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
     if outside:
         raise ValueError(f"{outside} lie outside the decoder blocks; quantize them with 'rtn'")
-    device = next(model.parameters()).device
-    masks = [token_mask(b).to(device) for b in batches]  # (batch, seq)
-    calls, report = first_block_inputs(model, blocks[0], batches), []
-    dense_calls = calls  # the first block gets the same in both models
-    settings = block_settings(model, blocks, batches, calls)
+    calls = BlockCalls(model, blocks, batches)
+    dense_calls = BlockCalls(model, blocks, batches) if options.match_dense else None
+    report = []
     for i, block in enumerate(tqdm(blocks, desc=f"{method}, blocks", disable=None)):
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
-        calls = [(args, kwargs) for (args, _), kwargs in zip(calls, settings[i])]
-        dense = None
-        if options.match_dense:
-            again = [(args, kwargs) for (args, _), kwargs in zip(dense_calls, settings[i])]
-            dense = copy.deepcopy(block), again
-        report += quantize_block(block, layers, calls, masks, swap, dense, options.needs_halves)
-        calls = [next_call(block, call) for call in calls]  # the next block sees quantized outputs
-        if options.match_dense:
-            dense_calls = [next_call(dense[0], call) for call in dense[1]]
+        dense = (copy.deepcopy(block), dense_calls) if dense_calls else None
+        report += quantize_block(i, block, layers, calls, swap, dense, options.needs_halves)
+        calls.advance(i, block)  # the next block sees quantized outputs
+        if dense:
+            dense_calls.advance(i, dense[0])
     return report
 
 

@@ -32,7 +32,7 @@ from ..lora.inject import trainable_parameters
 from ..lora.layer import keep_choice, lora_layers
 from ..lora.variants import lora_plus_groups
 from ..models.fingerprint import _base_hash
-from ..models.vocabulary import check_tokens
+from ..models.batches import check_tokens
 from .adam8bit import Adam8bit
 from .config import TrainConfig, learning_rate, schedule
 from .loss import chunk_for, loss_sum
