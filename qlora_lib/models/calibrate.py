@@ -31,7 +31,7 @@ class BlockCalls:
     hidden states that were changed in between, or with more that depends on earlier blocks.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Batch], hidden=None):
+    def __init__(self, model: nn.Module, blocks, batches: Iterable[Batch], hidden=None):
         device = model.get_input_embeddings().weight.device
         self.hidden = [] if hidden is None else hidden
         self.settings: list[list[tuple]] = [[] for _ in blocks]
@@ -162,7 +162,11 @@ def _stages(i: int, block: nn.Module, layers: dict[str, nn.Module], calls) -> li
     """Return the layers of a block in the order of their calls, those with one input together."""
     stages: dict[str, list[str]] = {}
     shared = SharedInputs()
-    with watch_inputs(layers, lambda path, x: stages.setdefault(shared.first(path, x), []).append(path)):
+
+    def see(path: str, x: Tensor) -> None:
+        stages.setdefault(shared.first(path, x), []).append(path)
+
+    with watch_inputs(layers, see):
         calls.output(i, block, 0)
     return list(stages.values())
 

@@ -30,6 +30,7 @@ from .quantize import quantized_layers
 FORMAT = 1  # raised when the layout changes; older readers then refuse the file
 WEIGHTS, QUANTIZATION = "model.safetensors", "quantization.json"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in shards: which file holds which tensor
+Maker = Callable[[str, dict[str, Tensor], torch.Size], Quantized]  # see put_packed
 DERIVED = "rotary_emb.inv_freq"  # old checkpoints hold it, though it follows from the config
 
 
@@ -181,9 +182,8 @@ def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto")
 
 
 def put_packed(
-    model: nn.Module, paths: Iterable[str], state: dict[str, Tensor],
-    make: Callable[[str, dict[str, Tensor], torch.Size], Quantized],
-) -> None:  # fmt: skip
+    model: nn.Module, paths: Iterable[str], state: dict[str, Tensor], make: Maker
+) -> None:
     """Replace the linears at these paths by packed ones, whose tensors are taken out of `state`.
 
     make(path, tensors, shape) returns the weight (out, in) that a layer's tensors, by what follows
@@ -203,7 +203,7 @@ def put_packed(
         replace_module(model, path, QuantizedLinear(weight, bias))
 
 
-def our_tensor(layers: dict[str, dict]) -> Callable[[str, dict[str, Tensor], torch.Size], Quantized]:
+def our_tensor(layers: dict[str, dict]) -> Maker:
     """Return `put_packed`'s make for our own format; layers: as in quantization.json."""
 
     def make(path: str, tensors: dict[str, Tensor], shape: torch.Size) -> Quantized:
@@ -299,13 +299,18 @@ def is_derived(model, name: str) -> bool:
     return DERIVED in name or any(re.search(pattern, name) for pattern in ignored)
 
 
-def materialize_buffers(model: nn.Module, device="cpu") -> None:
-    """Give storage and values to buffers that no checkpoint holds (rotary frequencies)."""
-    for module in model.modules():
-        empty = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
-        for name, buffer in empty.items():
-            module._buffers[name] = torch.empty_like(buffer, device=device)
-        if empty:
-            for parameter in module.parameters(recurse=False):  # Gemma's embeddings have both
-                parameter._is_hf_initialized = True  # transformers then leaves its values alone
-            model._init_weights(module)
+def materialize_buffers(module: nn.Module, device="cpu", owner=None) -> None:
+    """Give storage and values to buffers that no checkpoint holds (rotary frequencies).
+
+    owner: the model of transformers that the module is a part of, which knows its values.
+    """
+    owner = module if hasattr(module, "_init_weights") else owner
+    empty = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
+    for name, buffer in empty.items():
+        module._buffers[name] = torch.empty_like(buffer, device=device)
+    if empty:
+        for parameter in module.parameters(recurse=False):  # Gemma's embeddings have both
+            parameter._is_hf_initialized = True  # transformers then leaves its values alone
+        owner._init_weights(module)
+    for child in module.children():
+        materialize_buffers(child, device, owner)

@@ -263,7 +263,8 @@ def quantize_checkpoint(
 
             _quantize_blocks(streamed, output, targets, quantize, calibration, spec, options, spill)
         output.finish(streamed.parameters)
-        specs = dict.fromkeys(targets, spec)
+        packed = {row.name for row in output.rows}
+        specs = {path: spec for path in targets if path in packed}
         describe(streamed.model, tokenizer, specs, weight_map(scratch), scratch)
     return output.rows
 
@@ -292,15 +293,17 @@ def _quantize_blocks(
         if i >= output.done:
             dense = (twin, dense_calls) if dense_calls else None
             rows = _quantize_block(streamed, i, paths, quantize, calls, dense, options.needs_halves)
-            tensors = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in paths}
-            for path in paths:
-                packed = streamed.model.get_submodule(path).state_dict()
-                tensors |= {f"{path}.{n}": t for n, t in packed.items()}
+            packed = [row.name for row in rows]  # a layer that nothing calls stays as it is
+            tensors = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
+            for path in packed:
+                state = streamed.model.get_submodule(path).state_dict()
+                tensors |= {f"{path}.{n}": t for n, t in state.items()}
             output.write(i, tensors, rows)
         elif calls:  # of a finished block only what it gives is needed
             state = read_tensors(output.shards[i + 1])
-            layers = dict.fromkeys(paths, spec_as_json(spec))
-            put_packed(streamed.model, paths, state, our_tensor(layers))
+            names = [row.name for row in output.rows if streamed.block_of(row.name) == i]
+            layers = dict.fromkeys(names, spec_as_json(spec))
+            put_packed(streamed.model, layers, state, our_tensor(layers))
             streamed.fill(state)
             block.to(streamed.device)
         if calls and i + 1 < len(streamed.blocks):
@@ -339,8 +342,8 @@ class _Output:
 
     def __init__(self, scratch: Path, made_from: dict, blocks: int):
         self.scratch, self.made_from = scratch, made_from
-        count = blocks + 1
-        self.shards = [scratch / f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
+        names = [f"model-{k + 1:05}-of-{blocks + 1:05}.safetensors" for k in range(blocks + 1)]
+        self.shards = [scratch / name for name in names]
         for part in scratch.glob(".*"):  # files that a kill left half written
             part.unlink()
         if not any(scratch.iterdir()):

@@ -16,6 +16,7 @@ from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.models.stream import REPORT, folder_identity
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
+from tests.support import families
 from tests.support.streamed_models import CALIBRATION, IDS, SPEC, folder, store, stored, stream  # noqa: F401
 
 
@@ -290,7 +291,7 @@ def test_settings_that_do_not_fit_are_named(folder, tmp_path):
 def test_blocks_with_masks_or_inputs_of_their_own_are_streamed_as_in_memory(tmp_path):
     """Gemma 3's blocks differ in mask and angles, Gemma 3n's get an input each."""
     for family in ("gemma3", "gemma3n"):
-        folder, targets = families.store(family, tmp_path / family), ("q_proj", "down_proj")
+        folder, targets = families.store(family, tmp_path / family), ("k_proj", "down_proj")
         model, tokenizer = load_model(folder, "cpu", "fp32")
         rows = quantize_model(model, CALIBRATION, SPEC, target_modules=targets)
         streamed = stream(folder, tmp_path / f"{family} out", target_modules=targets)
