@@ -181,6 +181,14 @@ def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto")
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def tokenizer_of(folder: Path):
+    """Return the tokenizer of a folder that another tool wrote, or None when it has none."""
+    from transformers import AutoTokenizer
+
+    has_one = (folder / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(folder) if has_one else None
+
+
 def put_packed(
     model: nn.Module, paths: Iterable[str], state: dict[str, Tensor], make: Maker
 ) -> None:
@@ -232,7 +240,7 @@ def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **change
 
     changes: entries of the config that are to be others.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     device = torch.device(device or default_device())
     dtype = resolve_dtype(compute_dtype, device)
@@ -241,6 +249,8 @@ def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **change
         del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     linear_from_conv1d(model)
     return model, dtype, device
 

@@ -112,9 +112,12 @@ def quantize_model(
     targets = find_linears(model, target_modules)
     for path, layer in targets.items():
         if not isinstance(layer, nn.Linear):
+            packed = getattr(layer, "spec", None)
+            already = f"the model is quantized already ({packed}): use it as it is, as with method "
+            already = already + "none, or " if packed else ""
             raise ValueError(
-                f"{path} is a {type(layer).__name__}; quantize a dense model without adapters "
-                "(merge_lora or dequantize_model first)"
+                f"{path} is a {type(layer).__name__}; {already}quantize a dense model without "
+                "adapters (merge_lora or dequantize_model first)"
             )
 
     def swap(path: str, hessian: Hessian | None) -> LayerReport:

@@ -214,7 +214,7 @@ def quantize_checkpoint(
     of another shape, and for an unfinished run of other settings or weights (told apart by
     folder_identity); FileNotFoundError for missing files.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     check_method(method, spec, calibration)
     options = options if method == "gptq" else GPTQOptions()
@@ -223,8 +223,6 @@ def quantize_checkpoint(
     if calibration:
         check_tokens(streamed.model, (int(batch["input_ids"].max()) for batch in calibration))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if (folder / "generation_config.json").is_file():
-        streamed.model.generation_config = GenerationConfig.from_pretrained(folder)
     targets = list(find_linears(streamed.model, target_modules))
     outside = [path for path in targets if streamed.block_of(path) < 0]
     if outside:

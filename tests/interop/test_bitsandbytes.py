@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lib.formats.bnb_checkpoint import load_bnb_4bit
+from qlora_lib.models.bnb_checkpoint import load_bnb_4bit
 from qlora_lib.lora.files import load_adapter
 from qlora_lib.lora.targets import ALL_LINEAR, find_linears
 from qlora_lib.models.checkpoint import load_quantized, save_quantized

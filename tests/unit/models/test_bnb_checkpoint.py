@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from qlora_lib.formats.bnb_checkpoint import _nf4_tensor, load_bnb_4bit
+from qlora_lib.models.bnb_checkpoint import _nf4_tensor, load_bnb_4bit
 from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.quant.nf4 import NF4_LEVELS, NF4Spec, NF4Tensor, dynamic_map, quantize_nf4
 from tests.support.lora_models import logits
@@ -105,7 +105,7 @@ def test_what_is_packed_must_be_a_linear_layer(checkpoint):
     weight = quantize_nf4(state.pop(embedding))
     state |= {f"{embedding}{n}": t for n, t in layout(weight).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="model.embed_tokens is quantized, but is Embedding"):
+    with pytest.raises(ValueError, match="embed_tokens is quantized, but the model of config.json has Embedding"):
         load_bnb_4bit(folder, "cpu", "fp32")
     save_file({"a": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="holds no tensor .*nf4; is it a 4-bit checkpoint"):
