@@ -31,7 +31,7 @@ from ..data.tokens import IGNORE, Encoded, Pair, collate, encode, pad_id
 from ..lora.inject import trainable_parameters
 from ..lora.layer import keep_choice, lora_layers
 from ..lora.variants import lora_plus_groups
-from ..models.fingerprint import _base_hash
+from ..models.fingerprint import frozen_hash
 from ..models.batches import check_tokens
 from .adam8bit import Adam8bit
 from .config import TrainConfig, learning_rate, schedule
@@ -152,7 +152,7 @@ def finetune(
     identity = _identity(config, history.compute_dtype, encoded) | _settings(model)
     folder = None if config.folder is None else Path(config.folder)
     if folder:  # hashing a model reads all of it: worth it only where a checkpoint is kept
-        identity["base"] = _base_hash(model, parameters)
+        identity["base"] = frozen_hash(model, parameters)
     if folder and config.resume:
         history.steps = load_last(folder, parameters, optimizer, scaler, identity)
         history.resumed_from = len(history.steps)
