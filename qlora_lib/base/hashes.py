@@ -17,7 +17,7 @@ def content_hash(content: Any) -> str:
 
 
 def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Take names, shapes, dtypes and bytes of these tensors into a hash."""
+    """Update a hash with names, shapes, dtypes and bytes of these tensors."""
     for name, tensor in named:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -9,7 +9,6 @@ import re
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,8 +18,15 @@ from ..layers.linear import QuantizedLinear
 from ..lora.layer import lora_layers
 from ..lora.variants import check_scales_are_frozen
 from ..models.checkpoint import (
-    INDEX, base_state, config_of, empty_model, fill, put_packed, read_weights,
-    save_generation_config, tokenizer_of,
+    INDEX,
+    base_state,
+    config_of,
+    empty_model,
+    fill,
+    put_packed,
+    read_weights,
+    save_generation_config,
+    tokenizer_of,
 )  # fmt: skip
 from ..models.quantize import quantized_layers
 from ..quant.grid import CLIP_NORM, QuantSpec

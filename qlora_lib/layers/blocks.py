@@ -29,7 +29,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list[str]:
-    """Those of the linear layers at `paths` that a word means.
+    """Return those of the linear layers at `paths` that a word means.
 
     "all": every one in a decoder block, so not the head. "attention": of these, the ones inside
     a module that is named for it (self_attn, attn, self_attention ...).

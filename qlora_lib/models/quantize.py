@@ -1,4 +1,4 @@
-"""Whole models: dtypes, quantizing layer by layer."""
+"""Quantizing a whole model in place, layer by layer, and the way back to dense layers."""
 
 import copy
 import time
@@ -21,7 +21,7 @@ from .calibrate import BlockCalls, quantize_block
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Every QuantizedLinear by the path of the layer it stands for."""
+    """Return every QuantizedLinear by the path of the layer that it stands for."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     return {n.removesuffix(".base").removesuffix(".merged"): m for n, m in found.items()}
 

@@ -26,7 +26,12 @@ from tqdm import tqdm
 
 from ..base.devices import dtype_name
 from ..base.files import (
-    atomic_folder, open_tensors, read_json, read_tensors, whole_file, write_json_atomic,
+    atomic_folder,
+    open_tensors,
+    read_json,
+    read_tensors,
+    whole_file,
+    write_json_atomic,
 )  # fmt: skip
 from ..base.hashes import content_hash
 from ..layers.blocks import decoder_blocks
@@ -37,8 +42,19 @@ from ..quant.nf4 import NF4Spec
 from .batches import Batch, check_tokens
 from .calibrate import BlockCalls, quantize_block
 from .checkpoint import (
-    INDEX, QUANTIZATION, describe, empty_model, is_derived, keep_own_weights, materialize_buffers,
-    our_tensor, put_packed, read_weights, spec_as_json, tied_weights, weight_map,
+    INDEX,
+    QUANTIZATION,
+    describe,
+    empty_model,
+    is_derived,
+    keep_own_weights,
+    materialize_buffers,
+    our_tensor,
+    put_packed,
+    read_weights,
+    spec_as_json,
+    tied_weights,
+    weight_map,
 )  # fmt: skip
 from .quantize import LayerReport, check_method, quantize_layer
 
@@ -183,7 +199,7 @@ class SpilledTensors:
         self.mapped[n].copy_(hidden)
 
 
-# --- the road -------------------------------------------------------------------------------------
+# --- one block after the other --------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -227,19 +243,7 @@ def quantize_checkpoint(
     outside = [path for path in targets if streamed.block_of(path) < 0]
     if outside:
         raise ValueError(f"{outside} lie outside the decoder blocks, which alone are quantized")
-    made_from = {
-        "weights": folder_identity(folder),
-        "method": method,
-        "spec": str(spec),
-        "options": str(options) if method == "gptq" else None,
-        "targets": sorted({path.rpartition(".")[2] for path in targets}),
-        "blocks": len(streamed.blocks),
-        "compute_dtype": dtype_name(streamed.dtype),
-        "device": streamed.device.type,
-        "calibration": content_hash([{k: v.tolist() for k, v in b.items()} for b in calibration])
-        if calibration else None,
-    }  # fmt: skip
-
+    made_from = _made_from(streamed, spec, calibration, method, options, targets)
     if (out / REPORT).is_file() and read_json(out / REPORT)["made_from"] == made_from:
         return _rows(read_json(out / REPORT))  # finished before
     with atomic_folder(out, QUANTIZATION, keep=True) as scratch:
@@ -267,11 +271,27 @@ def quantize_checkpoint(
     return output.rows
 
 
+def _made_from(streamed, spec, calibration, method, options, targets) -> dict:
+    """Return all that the result depends on, as report.json holds it."""
+    batches = calibration and [{k: v.tolist() for k, v in batch.items()} for batch in calibration]
+    return {
+        "weights": folder_identity(streamed.folder),
+        "method": method,
+        "spec": str(spec),
+        "options": str(options) if method == "gptq" else None,
+        "targets": sorted({path.rpartition(".")[2] for path in targets}),
+        "blocks": len(streamed.blocks),
+        "compute_dtype": dtype_name(streamed.dtype),
+        "device": streamed.device.type,
+        "calibration": content_hash(batches) if batches else None,
+    }
+
+
 def _quantize_blocks(
     streamed: StreamedModel, output: "_Output", targets: list[str], quantize, calibration, spec,
     options: GPTQOptions, spill,
 ) -> None:  # fmt: skip
-    """Write a shard for each block that has none yet, and free it.
+    """Write a shard for each block that has none yet; free each block when the next is called.
 
     quantize(path, layer, hessian) replaces a layer and returns its row.
     """
@@ -283,32 +303,22 @@ def _quantize_blocks(
         calls = streamed.calls(calibration, new())
         dense_calls = streamed.calls(calibration, new()) if options.match_dense else None
     for i, block in enumerate(streamed.blocks):
-        paths = [path for path in targets if streamed.block_of(path) == i]
         twin = None
         if i >= output.done or dense_calls:
             streamed.fill(stored := streamed.read(i))
             twin = copy.deepcopy(block) if dense_calls else None
         if i >= output.done:
+            paths = [path for path in targets if streamed.block_of(path) == i]
             dense = (twin, dense_calls) if dense_calls else None
             rows = _quantize_block(streamed, i, paths, quantize, calls, dense, options.needs_halves)
-            packed = [row.name for row in rows]  # a layer that nothing calls stays as it is
-            tensors = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
-            for path in packed:
-                state = streamed.model.get_submodule(path).state_dict()
-                tensors |= {f"{path}.{n}": t for n, t in state.items()}
-            output.write(i, tensors, rows)
+            output.write(i, _packed_tensors(streamed.model, stored, rows), rows)
         elif calls:  # of a finished block only what it gives is needed
-            state = read_tensors(output.shards[i + 1])
-            names = [row.name for row in output.rows if streamed.block_of(row.name) == i]
-            layers = dict.fromkeys(names, spec_as_json(spec))
-            put_packed(streamed.model, layers, state, our_tensor(layers))
-            streamed.fill(state)
-            block.to(streamed.device)
+            _read_finished(streamed, output, i, spec)
         if calls and i + 1 < len(streamed.blocks):
             calls.advance(i, block)
             if dense_calls:
                 dense_calls.advance(i, twin)
-        streamed.blocks[i] = nn.Identity()  # freed
+        streamed.blocks[i] = nn.Identity()
 
 
 def _quantize_block(
@@ -323,6 +333,26 @@ def _quantize_block(
     if calls:
         return quantize_block(i, streamed.blocks[i], layers, calls, swap, dense, halves)
     return [swap(path) for path in paths]
+
+
+def _packed_tensors(model, stored: dict[str, Tensor], rows: list[LayerReport]) -> dict[str, Tensor]:
+    """Return a block's tensors: packed ones of the layers in `rows`, all others as stored."""
+    packed = [row.name for row in rows]
+    tensors = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
+    for path in packed:
+        state = model.get_submodule(path).state_dict()
+        tensors |= {f"{path}.{n}": t for n, t in state.items()}
+    return tensors
+
+
+def _read_finished(streamed: StreamedModel, output: "_Output", i: int, spec) -> None:
+    """Fill block i from the shard that an earlier run made of it."""
+    state = read_tensors(output.shards[i + 1])
+    names = [row.name for row in output.rows if streamed.block_of(row.name) == i]
+    layers = dict.fromkeys(names, spec_as_json(spec))
+    put_packed(streamed.model, layers, state, our_tensor(layers))
+    streamed.fill(state)
+    streamed.blocks[i].to(streamed.device)
 
 
 # --- the folder that is written -------------------------------------------------------------------

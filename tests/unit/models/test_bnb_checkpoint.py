@@ -129,7 +129,7 @@ def test_to_quantize_it_again_is_refused_by_what_is_the_case(checkpoint, tmp_pat
     _, _, folder = checkpoint
     profile = load_profile("tiny", model=folder)
     for quantize, method in ((NF4Spec(), None), (QuantSpec(4, 16), "rtn")):
-        message = "q_proj is a QuantizedLinear; the model is quantized already .NF4Spec.*use it as it"
+        message = "q_proj is a QuantizedLinear; the model is quantized already .NF4Spec.*use it"
         with pytest.raises(ValueError, match=message):
             profile.load(quantize, method, device="cpu")
     with pytest.raises(ValueError, match="is quantized already; name the dense model's folder"):
@@ -145,7 +145,7 @@ def test_a_hub_id_is_downloaded_and_stands_for_itself(checkpoint, monkeypatch):
         folder if p == "someone/model-bnb-4bit" else p, **k
     ))  # fmt: skip
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **k: asked.append((name, k)) or str(folder)
+        "huggingface_hub.snapshot_download", lambda name, **k: asked.append((name, k)) or folder
     )
     loaded, _ = load_model("someone/model-bnb-4bit", "cpu", "fp32")
     assert torch.equal(logits(loaded), logits(model))
@@ -166,7 +166,7 @@ def test_its_weights_id_is_of_every_packed_byte(checkpoint):
 def test_a_folder_without_tokenizer_or_of_8_bits_is_refused(checkpoint):
     _, _, folder = checkpoint
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="could not be loaded: there is no tokenizer_config"):
+    with pytest.raises(FileNotFoundError, match="not be loaded: there is no tokenizer_config"):
         load_model(folder, "cpu", "fp32")
     rewrite(folder, "config.json", lambda c: c["quantization_config"].update(load_in_8bit=True))
     with pytest.raises(ValueError, match="LLM.int8 .* is not supported; load the dense model"):
@@ -179,7 +179,7 @@ def test_what_is_packed_must_be_a_linear_layer(checkpoint):
     weight = quantize_nf4(state.pop(embedding))
     state |= {f"{embedding}{n}": t for n, t in layout(weight).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="embed_tokens is quantized, but the model of config.json has Embedding"):
+    with pytest.raises(ValueError, match="embed_tokens is quantized, but .* has Embedding there"):
         load_bnb_4bit(folder, "cpu", "fp32")
     save_file({"a": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="holds no tensor .*nf4; is it a 4-bit checkpoint"):

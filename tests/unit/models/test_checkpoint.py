@@ -205,7 +205,7 @@ def test_codes_of_another_shape_are_named(saved):
 
 
 def own_head():
-    """A model whose config ties its head to the embeddings, though an adapter was merged into it."""
+    """A model whose config ties its head to the embeddings, with an adapter merged into it."""
     model = small_model()
     inject_lora(model, ("lm_head",), rank=4)
     trained(model, std=0.5)
