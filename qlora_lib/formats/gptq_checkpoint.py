@@ -27,7 +27,7 @@ from ..models.checkpoint import (
     read_weights,
     save_generation_config,
     tokenizer_of,
-)  # fmt: skip
+)
 from ..models.quantize import quantized_layers
 from ..quant.grid import CLIP_NORM, QuantSpec
 from ..quant.packing import BITS

@@ -245,6 +245,7 @@ def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **change
     device = torch.device(device or default_device())
     dtype = resolve_dtype(compute_dtype, device)
     config = AutoConfig.from_pretrained(folder, **changes)
+    config.dtype = dtype  # transformers 5.0 leaves it as it was stored
     if hasattr(config, "quantization_config"):  # of the file, not of the model made from it
         del config.quantization_config
     with torch.device("meta"):

@@ -32,7 +32,7 @@ from ..base.files import (
     read_tensors,
     whole_file,
     write_json_atomic,
-)  # fmt: skip
+)
 from ..base.hashes import content_hash
 from ..layers.blocks import decoder_blocks
 from ..lora.targets import find_linears, replace_module
@@ -55,7 +55,7 @@ from .checkpoint import (
     spec_as_json,
     tied_weights,
     weight_map,
-)  # fmt: skip
+)
 from .quantize import LayerReport, check_method, quantize_layer
 
 REPORT = "report.json"  # what OUT was made from, a row a layer, bits a parameter
@@ -108,8 +108,9 @@ class StreamedModel:
         self.model, self.dtype, self.device = empty_model(folder, device, compute_dtype, **only)
         self.model.eval()
         self.path, self.blocks = decoder_blocks(self.model)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.names = self._check_tensors(range(limit or count, count))
+        named = self.model.named_parameters(remove_duplicate=False)
+        self.parameters = sum(p.numel() for n, p in named if n in self.names)
 
     def _check_tensors(self, left_out: range) -> list[str]:
         """Return the names of the tensors that the model needs; left_out: numbers of blocks."""

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora_lib.base.files import atomic_folder
+from qlora_lib.base.files import atomic_folder, read_json
 from qlora_lib.formats.gptq_checkpoint import export_gptq, import_gptq
 from qlora_lib.lora.files import save_adapter
 from qlora_lib.lora.inject import inject_lora
@@ -18,7 +18,7 @@ from qlora_lib.models import checkpoint
 from qlora_lib.models.checkpoint import QUANTIZATION, WEIGHTS, load_quantized, save_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
-from qlora_lib.models.stream import quantize_checkpoint
+from qlora_lib.models.stream import REPORT, quantize_checkpoint
 from qlora_lib.quant.grid import QuantSpec
 from tests.support.lora_models import adapted, base_of, files, logits, rewrite, trained
 from tests.support.small_models import small_model, small_tokenizer
@@ -263,7 +263,10 @@ def test_a_head_of_its_own_is_streamed_as_in_memory(tmp_path):
         again, _ = load_quantized(tmp_path / "out", "cpu", "fp32")
         assert torch.equal(logits(again), logits(whole))
         assert tied(tmp_path / "out") == (name == "equal")
-        state = load_file(folder / WEIGHTS)  # two weights, one value: one weight
+        state = load_file(folder / WEIGHTS)
+        size = sum(t.numel() for n, t in state.items() if name == "own" or "lm_head" not in n)
+        assert read_json(tmp_path / "out" / REPORT)["parameters"] == size
+        # two weights of one value: one weight
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     assert again.lm_head.weight is again.model.embed_tokens.weight
