@@ -30,6 +30,11 @@ from .quantize import quantized_layers
 FORMAT = 1  # raised when the layout changes; older readers then refuse the file
 WEIGHTS, QUANTIZATION = "model.safetensors", "quantization.json"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in shards: which file holds which tensor
+# By what quantization.json calls them: the weight, its spec, the tensors that it may lack
+KINDS = {
+    "grid": (QuantizedTensor, QuantSpec, ("g_idx",)),
+    "nf4": (NF4Tensor, NF4Spec, ("nested_absmax", "offset")),
+}
 Maker = Callable[[str, dict[str, Tensor], torch.Size], Quantized]  # see put_packed
 DERIVED = "rotary_emb.inv_freq"  # old checkpoints hold it, though it follows from the config
 
@@ -120,7 +125,8 @@ def save_generation_config(model, folder: Path) -> None:
 
 def spec_as_json(spec: QuantSpec | NF4Spec) -> dict:
     """Return a spec as quantization.json holds it."""
-    return {"kind": {QuantSpec: "grid", NF4Spec: "nf4"}[type(spec)], **asdict(spec)}
+    kind = next(kind for kind, (_, make, _) in KINDS.items() if type(spec) is make)
+    return {"kind": kind, **asdict(spec)}
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -216,11 +222,7 @@ def our_tensor(layers: dict[str, dict]) -> Maker:
 
     def make(path: str, tensors: dict[str, Tensor], shape: torch.Size) -> Quantized:
         spec = dict(layers[path])
-        kind, kinds = spec.pop("kind"), {
-            "grid": (QuantizedTensor, QuantSpec, ("g_idx",)),
-            "nf4": (NF4Tensor, NF4Spec, ("nested_absmax", "offset")),
-        }
-        make_tensor, make_spec, optional = kinds[kind]
+        make_tensor, make_spec, optional = KINDS[spec.pop("kind")]
         tensors = {**dict.fromkeys(optional), **tensors}
         try:
             quantized = make_tensor(**tensors, shape=shape, spec=make_spec(**spec))
@@ -281,13 +283,13 @@ def fill(model: nn.Module, packed, state: dict[str, Tensor], folder: Path, dtype
 
 
 def tied_weights(model) -> dict[str, str]:
-    """Return the names of weights that are others', by the config, and of those others."""
+    """Return which weights are one by the config: {name: name of the weight that it shares}."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def keep_own_weights(model, stored: dict[str, Tensor], packed: Container[str] = ()) -> None:
-    """Untie, in model and config, what config.json ties though `stored` holds two weights that
-    differ, or though it is packed; transformers reads such a folder so, too."""
+    """Untie, in model and config, weights that config.json ties although `stored` holds two that
+    differ or the layer is `packed`. Transformers reads such a folder so, too."""
     for name, source in list(tied_weights(model).items()):
         differ = name.rpartition(".")[0] in packed
         if name in stored and source in stored:

@@ -112,12 +112,12 @@ def quantize_model(
     targets = find_linears(model, target_modules)
     for path, layer in targets.items():
         if not isinstance(layer, nn.Linear):
-            packed = getattr(layer, "spec", None)
-            already = f"the model is quantized already ({packed}): use it as it is, as with method "
-            already = already + "none, or " if packed else ""
+            found = f"{path} is a {type(layer).__name__}; "
+            if isinstance(layer, QuantizedLinear):
+                found += f"the model is quantized already ({layer.spec}): use it so (method none), or "
             raise ValueError(
-                f"{path} is a {type(layer).__name__}; {already}quantize a dense model without "
-                "adapters (merge_lora or dequantize_model first)"
+                f"{found}quantize a dense model without adapters (merge_lora or dequantize_model "
+                "first)"
             )
 
     def swap(path: str, hessian: Hessian | None) -> LayerReport:
