@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lib.models.bnb_checkpoint import load_bnb_4bit
+from qlora_lib.models.load import load_model
 from qlora_lib.lora.files import load_adapter
 from qlora_lib.lora.targets import ALL_LINEAR, find_linears
 from qlora_lib.models.checkpoint import load_quantized, save_quantized
@@ -205,6 +206,8 @@ def test_a_loaded_checkpoint_is_one_of_ours(saved, tmp_path):
     save_quantized(model, small_tokenizer(), tmp_path / "ours")
     again, _ = load_quantized(tmp_path / "ours", "cpu", "fp32")
     assert torch.equal(logits(again), logits(model))
+    small_tokenizer().save_pretrained(saved)  # load_model wants one
+    assert torch.equal(logits(load_model(saved, "cpu", "fp32")[0]), logits(model))
     for path, layer in quantized_layers(small_quantized()).items():
         theirs_layer = quantized_layers(model)[path]
         assert torch.equal(layer.codes, theirs_layer.codes)
