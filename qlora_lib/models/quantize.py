@@ -114,7 +114,7 @@ def quantize_model(
         if not isinstance(layer, nn.Linear):
             found = f"{path} is a {type(layer).__name__}; "
             if isinstance(layer, QuantizedLinear):
-                found += f"the model is quantized already ({layer.spec}): use it so (method none), or "
+                found += f"the model is quantized already ({layer.spec}): use it (method none), or "
             raise ValueError(
                 f"{found}quantize a dense model without adapters (merge_lora or dequantize_model "
                 "first)"

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lib.models.bnb_checkpoint import load_bnb_4bit
-from qlora_lib.models.load import load_model
 from qlora_lib.lora.files import load_adapter
 from qlora_lib.lora.targets import ALL_LINEAR, find_linears
+from qlora_lib.models.bnb_checkpoint import load_bnb_4bit
 from qlora_lib.models.checkpoint import load_quantized, save_quantized
+from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.quant.nf4 import NESTED_BLOCK, NF4_LEVELS, NF4Spec, dynamic_map, quantize_nf4
 from tests.support.small_models import small_model, small_tokenizer
