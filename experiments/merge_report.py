@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from qlora_lib.lora.inject import use_adapter
 from qlora_lib.lora.merge import active_layers, merge_lora, unmerge_lora
-from qlora_lib.models.calibrate import token_mask
-from qlora_lib.models.merge_hessians import merge_hessians
+from qlora_lib.models.batches import Batch, batch_logits, token_mask
+from qlora_lib.models.merge_hessians import check_unmerged, merge_hessians
 from qlora_lib.quant.gptq import GPTQOptions
 
-Batch = dict[str, Tensor]
 METHODS = ("base", "dense", "rtn", "gptq")
 
 
@@ -58,8 +57,8 @@ def merge_report(
         raise ValueError("no batches to compare logits on; pass at least one")
     if "gptq" in methods and not calibration:
         raise ValueError("'gptq' needs calibration batches, others than those compared")
-    if any(layer.merged is not None for layer in active_layers(model).values()):
-        raise ValueError("the model is merged; call unmerge_lora first")
+    check_unmerged(model)
+    active_layers(model)  # raises when there is nothing to merge
     was_training = model.training
     model.eval()
     try:
@@ -95,9 +94,8 @@ def merged(model, method: str, hessians, options: GPTQOptions):
 @torch.no_grad()
 def real_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The logits of a batch's real tokens, fp32 (tokens, vocab); padding is left out."""
-    device = next(model.parameters()).device
-    logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
-    return logits[token_mask(batch).to(device)].float()  # (batch, seq, vocab) -> (tokens, vocab)
+    logits = batch_logits(model, batch)  # (batch, seq, vocab)
+    return logits[token_mask(batch).to(logits.device)].float()
 
 
 def compare_logits(

@@ -6,12 +6,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+    """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_dtype(compute_dtype: str, device: torch.device | str | None = None) -> torch.dtype:
-    """The dtype to compute in.
+    """Return the dtype to compute in.
 
     "auto" is bf16 where the device has it natively (emulated bf16 is slower than fp32),
     else fp16 on a GPU, else fp32. Raises ValueError for any other name.
@@ -29,5 +29,5 @@ def resolve_dtype(compute_dtype: str, device: torch.device | str | None = None) 
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """bf16, fp16 or fp32."""
+    """Return "bf16", "fp16" or "fp32" for the dtype of that name."""
     return next(name for name, d in DTYPES.items() if d == dtype)

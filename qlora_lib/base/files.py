@@ -17,33 +17,51 @@ from torch import Tensor
 
 
 def check_place(folder: Path | str, marker: str) -> None:
-    """Raises what writing a checkpoint to `folder` would raise: ValueError when it holds files
+    """Raise what writing a checkpoint to `folder` would raise: ValueError when it holds files
     but not `marker`, the file that each checkpoint of the kind has, as to replace it would delete
-    what is there; OSError when nothing can be written beside it.
+    what is there, and when it is a mount point; OSError when nothing can be written beside it.
     """
-    folder = Path(folder)
+    given, folder = folder, Path(folder).resolve()  # a link may lead to another disk
     if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds other files; give a folder of its own")
+        raise ValueError(f"{given} holds other files; give a folder of its own")
+    if folder.is_mount():
+        raise ValueError(f"{given} is a mount point, which can't be renamed; give a folder in it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder.parent):
         pass
 
 
 @contextmanager
-def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
-    """A scratch folder beside `folder` that takes its place when the block succeeds.
+def _system_errors(path: Path):
+    """Raise OSError for a full disk and the like, where safetensors and tokenizers, which are
+    written in Rust, raise kinds of their own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if "(os error " not in str(error):
+            raise
+        raise OSError(f"{path} could not be written: {error}") from error
 
-    keep: a block that fails leaves its scratch folder, and the next one finds it.
+
+@contextmanager
+def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
+    """Yield a scratch folder beside `folder` that takes its place when the block succeeds.
+
+    keep: a block that fails leaves its scratch folder, and the next one finds it. Where `folder`
+    is a link, the folder that it leads to is replaced, and the link stays.
     Raises what check_place raises.
     """
-    folder = Path(folder)
     check_place(folder, marker)
+    folder = Path(folder).resolve()
     scratch = folder.with_name(folder.name + (".unfinished" if keep else ".part"))
     if not keep:
         shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=keep)
     try:
-        yield scratch
+        with _system_errors(folder):
+            yield scratch
     except BaseException:
         if not keep:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -65,7 +83,7 @@ def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
 
 @contextmanager
 def open_tensors(path: Path):
-    """A safetensors file to read from; ValueError when it is truncated or corrupt."""
+    """Yield an open safetensors file; ValueError when it is truncated or corrupt."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is this the right folder?")
     try:
@@ -76,13 +94,13 @@ def open_tensors(path: Path):
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; errors as those of open_tensors."""
+    """Return all tensors of a safetensors file by name; errors as those of open_tensors."""
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file; ValueError, with its name, when it is not valid JSON."""
+    """Return what a JSON file holds; ValueError, with its name, when it is not valid JSON."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is this the right folder?")
     try:
@@ -93,15 +111,17 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def whole_file(path: Path | str):
-    """A scratch path beside `path`, to be written within the block; then it takes its place.
+    """Yield a scratch path beside `path`; when the block succeeds, the file takes its place.
 
-    A reader, or a kill at any moment, meets the old file or the new one, never half of one.
+    A reader, or a kill at any moment, meets the old file or the new one, never half of one. Where
+    `path` is a link, the file that it leads to is written, and the link stays.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield part
+        with _system_errors(path):
+            yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def content_hash(content: Any) -> str:
-    """SHA-256 of what JSON writes for `content`, keys in order."""
+    """Return the SHA-256 of what JSON writes for `content`, keys in order."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Take names, shapes, dtypes and bytes of these tensors into a hash."""
+    """Update a hash with names, shapes, dtypes and bytes of these tensors."""
     for name, tensor in named:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -25,7 +25,7 @@ def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def weights_id(model: str) -> str:
-    """A hash of a local folder's or file's weights; a hub id stands for itself."""
+    """Return a hash of a local folder's or file's weights; a hub id stands for itself."""
     path = Path(model)
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
     files = [path] if path.is_file() else files

@@ -10,7 +10,7 @@ BUNDLED = "comes with the course's repository, not with the package alone: work 
 
 
 def short_path(path: Path) -> str:
-    """The path as seen from the working directory or, for what is not below it, from the
+    """Return the path as seen from the working directory or, if it is not below that, from the
     repository's root; a path outside both stays whole."""
     for folder in (Path.cwd(), ROOT):
         if path.is_relative_to(folder):

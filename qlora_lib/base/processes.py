@@ -24,12 +24,12 @@ SPOKEN = (ValueError, FileNotFoundError, OSError, ImportError)  # errors that sa
 
 
 def launched() -> int:
-    """How many processes the launcher started, by its environment; 1 without a launcher."""
+    """Return how many processes the launcher started, by its environment; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(device: str | None = None) -> str | None:
-    """Join the others, if any; returns the device of this process, its own GPU of several.
+    """Join the other processes, if any; returns the device of this process, its own GPU of several.
 
     Raises ValueError for one GPU asked for by several processes, fewer GPUs than
     processes, and an environment that names only a part of what is needed.
@@ -52,33 +52,34 @@ def start(device: str | None = None) -> str | None:
 
 
 def stop() -> None:
-    """Leave the others, if there are any."""
+    """Leave the other processes, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def world() -> int:
-    """How many processes share the work."""
+    """Return how many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def first() -> bool:
-    """Whether this is the process that writes files and prints."""
+    """Return whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def share(items: Sequence) -> Sequence:
-    """This process's part: every `world`-th item, so that neighbours (of like length) part."""
+    """Return this process's items, every `world`-th, so that neighbours, which are of like length,
+    go to different processes."""
     return items[rank() :: world()]
 
 
 def gather(value) -> list:
-    """The `value` of each process, by rank, on all of them. It must be as JSON holds it."""
+    """Return, on all processes, the `value` of each by rank. It must be as JSON holds it."""
     if world() == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
@@ -91,9 +92,9 @@ def gather(value) -> list:
 
 
 def on_first(work: Callable):
-    """work() in the first process alone, while the others wait; what it gives, on all.
+    """Run work() in the first process while the others wait; returns its value on all.
 
-    The value must be as JSON holds it. Of SPOKEN, an error is raised by all.
+    The value must be as JSON holds it. If `work` raises one of SPOKEN, every process raises it.
     """
     value = error = None
     if first():
@@ -109,7 +110,7 @@ def on_first(work: Callable):
 
 
 def agree(what: str, value) -> None:
-    """Raises ValueError, on all processes, unless they have the same `value`."""
+    """Raise ValueError, on all processes, unless they have the same `value`."""
     values = gather(value)
     odd = next((n for n, other in enumerate(values) if other != values[0]), None)
     if odd is not None:
@@ -127,7 +128,7 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
 
 
 def total(value: float, device) -> float:
-    """The sum over the processes, in float64."""
+    """Return the sum of `value` over the processes, taken in float64."""
     if world() == 1:
         return value
     values = torch.tensor(value, dtype=torch.float64, device=device)
@@ -138,8 +139,8 @@ def total(value: float, device) -> float:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over the processes.
 
-    A process that had no example for a parameter counts as 0; one that has a gradient on
-    no process keeps None, as it would in a single one.
+    Where a process has no gradient for a parameter, it counts as 0; a parameter without one on
+    all processes keeps None, as it would in a single process.
     """
     if world() == 1:
         return

@@ -16,7 +16,7 @@ def _installed(package: str) -> str | None:
 
 
 def stamp(seed: int | None = None, **extra: Any) -> dict[str, Any]:
-    """What a result needs beside it to be made again; `extra` adds to it, or replaces parts."""
+    """Return what a result needs beside it to be made again; `extra` adds to it or replaces."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

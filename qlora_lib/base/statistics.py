@@ -4,7 +4,7 @@ import math
 
 
 def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval (1927) for a proportion; the default z gives 95%.
+    """Return Wilson's score interval (1927) for a proportion; the default z gives 95%.
 
     Returns (low, high) as fractions in [0, 1]. Unlike p +- z sqrt(p(1-p)/n) it stays inside
     [0, 1] and has a width at 0 of n and n of n, where it begins at exactly 0 and ends at 1.
@@ -21,7 +21,7 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """McNemar's exact test (1947): the two-sided p of two models on the same questions.
+    """Return the two-sided p of McNemar's exact test (1947) for two models on the same questions.
 
     only_a, only_b: questions that only one of them has right. If neither is better, each of
     these falls to either side like a fair coin: p = 2 P(X <= min), X binomial(b + c, 1/2),
@@ -38,7 +38,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def newcombe(
     right_a: int, n_a: int, right_b: int, n_b: int, both: int | None = None
 ) -> tuple[float, float]:
-    """95% interval for the difference of two proportions, a - b, from their Wilson intervals.
+    """Return the 95% interval for a difference of two proportions, a - b, from Wilson's of each.
 
     Unpaired (both=None): Newcombe's hybrid score interval, method 10 of Statistics in
     Medicine 17 (1998) 873-890. Paired, with `both` right in a and in b and n_a = n_b: method

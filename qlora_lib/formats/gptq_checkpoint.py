@@ -5,22 +5,29 @@ read the weights; safetensors with the quantized layers in the layout of gptq_la
 all other tensors under their own names; tokenizer and generation settings.
 """
 
-import copy
-import json
 import re
+from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..base.files import atomic_folder, read_json
+from ..base.files import atomic_folder, read_json, write_json_atomic
 from ..layers.blocks import decoder_blocks
 from ..layers.linear import QuantizedLinear
 from ..lora.layer import lora_layers
-from ..lora.targets import replace_module
 from ..lora.variants import check_scales_are_frozen
-from ..models.checkpoint import INDEX, base_state, empty_model, fill, read_weights
+from ..models.checkpoint import (
+    INDEX,
+    base_state,
+    config_of,
+    empty_model,
+    fill,
+    put_packed,
+    read_weights,
+    save_generation_config,
+    tokenizer_of,
+)
 from ..models.quantize import quantized_layers
 from ..quant.grid import CLIP_NORM, QuantSpec
 from ..quant.packing import BITS
@@ -59,22 +66,21 @@ def export_gptq(
             tensors["bias"] = layer.bias.cpu()
         state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
 
-    config = copy.deepcopy(model.config)
+    config = config_of(model, state)
     config.architectures = [type(model).__name__]
     config.dtype = next(model.parameters()).dtype
     config.quantization_config = _describe(model, layers, checkpoint_format)
     with atomic_folder(folder, MARKER) as scratch:
         _save_shards(state, scratch, max_shard_size)
         config.save_pretrained(scratch)
-        model.generation_config.save_pretrained(scratch)
+        save_generation_config(model, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        text = json.dumps(config.quantization_config, indent=1)
-        (scratch / MARKER).write_text(text + "\n", encoding="utf-8")
+        write_json_atomic(scratch / MARKER, config.quantization_config)
 
 
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The quantized layers by path; ValueError for what the format can't hold."""
+    """Return the quantized layers by path; ValueError for what the format can't hold."""
     adapted = next(iter(lora_layers(model)), None)
     if adapted:
         raise ValueError(
@@ -103,7 +109,7 @@ def _grid(spec: QuantSpec) -> tuple:
 
 
 def _describe(model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_format: str) -> dict:
-    """The quantization_config; ValueError when it can't say which layers are quantized."""
+    """Return the quantization_config; ValueError when it can't say which layers are quantized."""
     from .. import __version__
 
     spec = next(iter(layers.values())).spec
@@ -149,19 +155,18 @@ def _save_shards(state: dict[str, Tensor], folder: Path, max_shard_size: int | s
         save_file({n: state[n] for n in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        write_json_atomic(folder / INDEX, index)
 
 
 def import_gptq(folder: Path | str, device=None, compute_dtype: str = "auto"):
     """Read a GPTQ checkpoint, v1 or v2, one file or sharded, into QuantizedLinear layers.
 
+    Old ones, with settings in quantize_config.json alone and weights of any name, are read too.
     Returns (model in eval mode, tokenizer, or None when the folder has none). The dense
     model never exists. Raises FileNotFoundError for missing files and ValueError, naming
     the file or tensor, for corrupt or incomplete ones, formats and bits that are not
     supported, and v1 zero-points that overflowed.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     spec, v1 = _read_config(folder)
     state = read_weights(folder)
@@ -169,25 +174,18 @@ def import_gptq(folder: Path | str, device=None, compute_dtype: str = "auto"):
     paths = [n.removesuffix(".qweight") for n in state if n.endswith(".qweight")]
     if not paths:
         raise ValueError(f"{folder} holds no qweight; is it a GPTQ checkpoint?")
-    for path in paths:
-        tensors = {n.removeprefix(f"{path}."): n for n in state if n.startswith(f"{path}.")}
-        tensors = {short: state.pop(full) for short, full in tensors.items()}
-        try:
-            linear = model.get_submodule(path)
-        except AttributeError:
-            raise ValueError(f"{path}.qweight: the model of config.json has no {path}") from None
-        shape = torch.Size((linear.out_features, linear.in_features))
-        quantized = from_gptq(path, tensors, shape, spec, v1)
-        replace_module(model, path, QuantizedLinear(quantized, tensors.get("bias")))
+    put_packed(model, paths, state, partial(from_gptq, spec=spec, v1=v1))
     model = fill(model, paths, state, folder, dtype, device)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    return model, tokenizer_of(folder)
 
 
 def _read_config(folder: Path) -> tuple[QuantSpec, bool]:
-    """The spec, and whether zero-points are stored minus 1."""
+    """Return the spec, and whether zero-points are stored minus 1."""
     file = folder / "config.json"
     described = read_json(file).get("quantization_config")
+    if described is None and (folder / MARKER).is_file():  # AutoGPTQ wrote no other
+        file = folder / MARKER
+        described = {"quant_method": "gptq"} | read_json(file)
     if not isinstance(described, dict) or described.get("quant_method") != "gptq":
         found = described.get("quant_method") if isinstance(described, dict) else described
         raise ValueError(f"{file}: quantization_config is {found!r}, not 'gptq'")

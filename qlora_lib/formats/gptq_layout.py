@@ -23,7 +23,7 @@ FORMATS = ("gptq_v2", "gptq")
 
 
 def check_shape(path: str, in_features: int, out_features: int) -> None:
-    """ValueError, naming the layer, unless both are multiples of 32."""
+    """Raise ValueError, naming the layer, unless both are multiples of 32."""
     if in_features % 32 or out_features % 32:
         raise ValueError(
             f"{path} has {in_features} inputs and {out_features} outputs; the GPTQ format packs "
@@ -32,13 +32,13 @@ def check_shape(path: str, in_features: int, out_features: int) -> None:
 
 
 def groups_in_order(in_features: int, spec: QuantSpec) -> Tensor:
-    """int32 (in,): the group of each input where groups are neighbours."""
+    """Return the group of each input, int32 (in,), where groups are neighbours."""
     size = in_features // spec.groups(in_features)
     return torch.arange(in_features, dtype=torch.int32) // size
 
 
 def to_gptq(path: str, quantized: QuantizedTensor, v1: bool) -> dict[str, Tensor]:
-    """qweight, qzeros, scales and g_idx of a layer, contiguous, on the CPU.
+    """Return qweight, qzeros, scales and g_idx of a layer, contiguous, on the CPU.
 
     They decode to the very weights of `quantized`. Raises ValueError, naming the layer, for
     shapes that are no multiples of 32 and for zero-points that v1 can't store.
@@ -61,7 +61,7 @@ def to_gptq(path: str, quantized: QuantizedTensor, v1: bool) -> dict[str, Tensor
 
 
 def _without_zero(path: str, quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """Packed codes and zero-points (out, groups) >= 1 that decode to the same weights.
+    """Return packed codes and zero-points (out, groups) >= 1 that decode to the same weights.
 
     scale * (q - 0) = scale * ((q + 1) - 1): where a group has the zero-point 0 and leaves the
     largest code unused, both move up by one. Where it uses that code too there is no v1 file
@@ -89,7 +89,7 @@ def _without_zero(path: str, quantized: QuantizedTensor) -> tuple[Tensor, Tensor
 def from_gptq(
     path: str, tensors: dict[str, Tensor], shape: torch.Size, spec: QuantSpec, v1: bool
 ) -> QuantizedTensor:
-    """Inverse of `to_gptq`, for a weight of `shape` (out, in).
+    """Return the weight of `shape` (out, in) that a layer's tensors hold: the inverse of `to_gptq`.
 
     Raises ValueError, naming the tensor, when one is missing, of another shape or dtype,
     or holds values that mean nothing.
@@ -130,7 +130,7 @@ def from_gptq(
 
 
 def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bool) -> Tensor:
-    """Zero-points, uint8 (out, groups)."""
+    """Return the zero-points as uint8 (out, groups)."""
     zero = unpack(as_bytes(qzeros), spec.bits, shape)  # (groups, out)
     if v1:
         overflowed = int((zero == spec.max_code).sum())

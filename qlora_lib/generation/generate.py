@@ -17,8 +17,8 @@ from ..data.tokens import by_length, encode_prompt, pad, pad_id
 from ..layers.linear import decoding_layout
 from ..lora.inject import use_adapter
 from ..lora.layer import check_names
+from ..models.batches import check_tokens
 from ..models.fingerprint import fingerprint
-from ..models.vocabulary import check_tokens
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,24 @@ WORDS = ("all", "attention")
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder blocks; raises ValueError when there is no such list."""
+    """Return path and list of the blocks of a model's text decoder.
+
+    A vision or audio tower may have as many blocks, so only the part that transformers calls the
+    decoder is searched. Raises ValueError when that has no list of the config's length.
+    """
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config that counts its decoder blocks")
     count = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = set(decoder.modules())
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside:
             return path, module
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks")
 
 
 def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list[str]:
-    """Those of the linear layers at `paths` that a word means.
+    """Return those of the linear layers at `paths` that a word means.
 
     "all": every one in a decoder block, so not the head. "attention": of these, the ones inside
     a module that is named for it (self_attn, attn, self_attention ...).

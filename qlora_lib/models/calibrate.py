@@ -1,57 +1,130 @@
 """A model block by block: what each decoder block and each of its layers is called with.
 
-A call is (args, kwargs) of a block's forward, hidden states first. Nothing runs twice for a
-whole model: the outputs of one block are the calls of the next.
+Nothing runs twice for a whole model: what one block gives for the hidden states is what the next
+one gets. All else that a block is called with (mask, rotary angles, in Gemma 3n and 4 an input of
+its own) follows from the tokens alone, and is written down before any block runs.
 """
 
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
 from ..quant.hessian import Hessian
-
-
-def token_mask(batch: dict[str, Tensor]) -> Tensor:
-    """bool (batch, seq), False for padding; a batch without attention_mask has none.
-
-    Raises ValueError for a batch without input_ids, or with a mask of another shape.
-    """
-    if "input_ids" not in batch:
-        raise ValueError(f"a batch holds {sorted(batch)}, but needs input_ids (batch, seq)")
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}")
-    return mask.bool()
+from .batches import Batch, real_tokens, token_mask
 
 
 class _Stop(Exception):
-    """Ends a forward pass at the layer that was waited for."""
+    """Ends a forward pass as soon as what was waited for has been seen."""
 
 
-def first_block_inputs(model: nn.Module, block: nn.Module, batches) -> list[tuple[tuple, dict]]:
-    """What a block, mostly the first, is called with, for each batch: (args, kwargs)."""
-    calls = []
+class BlockCalls:
+    """What the decoder blocks are called with, for each calibration batch.
 
-    def catch(module, args, kwargs):
-        calls.append((args, kwargs))
-        raise _Stop
+    hidden    what the next block gets, (batch, seq, hidden) for each batch: at first the embedded
+              tokens; `advance` replaces them by what a block gives. A list, or what acts like one
+    settings  settings[block][batch]: the other arguments, (args, kwargs)
+    masks     bool (batch, seq) for each batch, False for padding
 
-    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
-    device = next(model.parameters()).device
-    try:
+    Raises ValueError for a model whose blocks are not a chain: called in another order, with
+    hidden states that were changed in between, or with more that depends on earlier blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks, batches: Iterable[Batch], hidden=None):
+        device = model.get_input_embeddings().weight.device
+        self.hidden = [] if hidden is None else hidden
+        self.settings: list[list[tuple]] = [[] for _ in blocks]
+        self.masks = []
         for batch in batches:
-            with suppress(_Stop):
-                model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False)
+            self.masks.append(token_mask(batch).to(device))
+            batch = {k: v.to(device) for k, v in batch.items()}
+            first, settings = _record(model, blocks, batch)
+            if not self.settings[0]:
+                _check_settings(model, settings, _record(model, blocks, batch, torch.zeros_like)[1])
+            self.hidden.append(first)
+            for all_batches, own in zip(self.settings, settings):
+                all_batches.append(own)
+
+    def output(self, i: int, block: nn.Module, n: int) -> Tensor:
+        """Return the hidden states that `block`, in the place of block i, gives for batch n."""
+        args, kwargs = self.settings[i][n]
+        out = block(self.hidden[n], *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, i: int, block: nn.Module) -> None:
+        """Go on to block i + 1: its hidden states are what `block` gives."""
+        for n in range(len(self.hidden)):
+            self.hidden[n] = self.output(i, block, n)
+
+
+def _record(model, blocks, batch: Batch, answer: Callable = lambda hidden: hidden):
+    """Return what the first block gets, and for each block the (args, kwargs) beside it, in a
+    forward pass in which no block runs: answer(hidden) stands for its output."""
+    for wrap in (lambda out: out, lambda out: (out,)):  # some blocks return a tuple
+        calls, given = [], None
+
+        def stand_in(i: int, *args, **kwargs):
+            nonlocal given
+            hidden, *args = args or (kwargs.pop("hidden_states"),)
+            if i != len(calls) or i and hidden is not given:
+                raise _Stop
+            calls.append((hidden, (tuple(args), kwargs)))
+            if len(calls) == len(blocks):
+                raise _Stop
+            given = answer(hidden)
+            return wrap(given)
+
+        with _forwards(blocks, stand_in), suppress(_Stop):
+            model(**batch, use_cache=False)
+        if len(calls) == len(blocks):
+            return calls[0][0], [settings for _, settings in calls]
+    raise ValueError(
+        f"{type(model).__name__} does more between its {len(blocks)} blocks than to hand on their "
+        "hidden states, so they can't be calibrated one by one; quantize without calibration "
+        "('rtn', 'nf4')"
+    )
+
+
+@contextmanager
+def _forwards(blocks, stand_in):
+    """Within it, stand_in(i, ...) runs instead of the forward of block i."""
+    before = [vars(block).get("forward") for block in blocks]
+    for i, block in enumerate(blocks):
+        block.forward = lambda *args, i=i, **kwargs: stand_in(i, *args, **kwargs)
+    try:
+        yield
     finally:
-        handle.remove()
-    return calls
+        for block, forward in zip(blocks, before):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def _check_settings(model, settings, others) -> None:
+    """Raise ValueError if what blocks get beside the hidden states depends on these."""
+    for i, (own, other) in enumerate(zip(settings, others)):
+        pairs = zip(_tensors(own), _tensors(other), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise ValueError(
+                f"block {i} of {type(model).__name__} is called with more that depends on the "
+                "blocks before it than the hidden states, so it can't be calibrated by itself; "
+                "quantize without calibration ('rtn', 'nf4')"
+            )
+
+
+def _tensors(held) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(held, Tensor):
+        return [held]
+    items = held.values() if isinstance(held, dict) else held
+    return [t for x in items for t in _tensors(x)] if isinstance(held, (dict, tuple, list)) else []
 
 
 @contextmanager
 def watch_inputs(layers: dict[str, nn.Module], see):
-    """Call see(path, input) whenever one of the layers runs."""
+    """Within it, see(path, input) is called whenever one of the layers runs."""
     handles = [
         layer.register_forward_pre_hook(lambda module, args, path=path: see(path, args[0]))
         for path, layer in layers.items()
@@ -63,26 +136,43 @@ def watch_inputs(layers: dict[str, nn.Module], see):
             handle.remove()
 
 
-def _shared_inputs(block: nn.Module, layers: dict[str, nn.Module], call) -> list[list[str]]:
-    """The layers of a block in the order of their calls, those with one input together."""
-    stages: list[list[str]] = []
-    last = None
+class SharedInputs:
+    """Tells layers that are called one after the other with the same numbers, as q, k and v are.
 
-    def see(path, x):
-        nonlocal last
-        if x is last:
-            stages[-1].append(path)
-        else:
-            stages.append([path])
-        last = x
+    The same means: at the same place in memory, and not written to since. The last input is held,
+    so that its place can't be taken by another tensor.
+    """
+
+    def __init__(self):
+        self.last, self.path = None, None
+
+    def first(self, path: str, x: Tensor) -> str:
+        """Return the path of the first layer in a row that was called with x; maybe `path`."""
+        if self.last is None or _place(x) != _place(self.last[0]) or x._version != self.last[1]:
+            self.path = path
+        self.last = x, x._version
+        return self.path
+
+
+def _place(x: Tensor) -> tuple:
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
+def _stages(i: int, block: nn.Module, layers: dict[str, nn.Module], calls) -> list[list[str]]:
+    """Return the layers of a block in the order of their calls, those with one input together."""
+    stages: dict[str, list[str]] = {}
+    shared = SharedInputs()
+
+    def see(path: str, x: Tensor) -> None:
+        stages.setdefault(shared.first(path, x), []).append(path)
 
     with watch_inputs(layers, see):
-        block(*call[0], **call[1])
-    return stages
+        calls.output(i, block, 0)
+    return list(stages.values())
 
 
-def input_of(layer: nn.Module, block: nn.Module, call: tuple[tuple, dict]) -> Tensor:
-    """What a layer of the block gets (batch, seq, in) when the block is called so."""
+def _input_of(layer: nn.Module, i: int, block: nn.Module, calls: BlockCalls, n: int) -> Tensor:
+    """Return what a layer of the block gets (..., in) for batch n."""
     caught = []
 
     def see(_, x):
@@ -90,51 +180,32 @@ def input_of(layer: nn.Module, block: nn.Module, call: tuple[tuple, dict]) -> Te
         raise _Stop  # what comes after this layer is not needed
 
     with watch_inputs({"": layer}, see), suppress(_Stop):
-        block(*call[0], **call[1])
+        calls.output(i, block, n)
     return caught[0]
 
 
 def quantize_block(
-    block: nn.Module, layers: dict[str, nn.Module], calls, masks, swap, dense=None, halves=False
-) -> list:
-    """What swap(path, hessian) returns for each layer of a block, in the order of their calls.
+    i: int, block: nn.Module, layers: dict[str, nn.Module], calls: BlockCalls, swap,
+    dense: tuple[nn.Module, BlockCalls] | None = None, halves: bool = False,
+) -> list:  # fmt: skip
+    """Build the Hessian of each layer of block i, and replace the layer through `swap`.
 
-    calls: (args, kwargs) of the block for each batch; masks: bool (batch, seq), real tokens.
-    dense: the block as it was and its calls in the dense model, where Hessians shall know them.
-    halves: as for a Hessian.
+    layers: by path. swap(path, hessian) quantizes a layer and puts it in its place. dense: the
+    block as it was and its calls in the dense model, where Hessians shall know them. halves: as
+    for a Hessian. Returns what swap returned, in the order in which the layers are called. Raises
+    ValueError, naming the layer, for inputs that do not hold a row for each token.
     """
     report, names = [], {module: name for name, module in block.named_modules()}
     names = {path: names[layer] for path, layer in layers.items()}
-    for stage in _shared_inputs(block, layers, calls[0]) if layers else []:
-        first = layers[stage[0]]
-        # one for the whole stage
-        hessian = Hessian(first.in_features, first.weight.device, halves=halves)
-        for n, (call, mask) in enumerate(zip(calls, masks)):
+    for stage in _stages(i, block, layers, calls) if layers else []:
+        path, layer = stage[0], layers[stage[0]]
+        hessian = Hessian(layer.in_features, layer.weight.device, halves=halves)  # of all of them
+        for n, mask in enumerate(calls.masks):
             before = None
             if dense is not None:
-                twin = dense[0].get_submodule(names[stage[0]])
-                before = input_of(twin, dense[0], dense[1][n])[mask]
-            hessian.update(input_of(first, block, call)[mask], before)
+                twin, dense_calls = dense
+                own = twin.get_submodule(names[path])
+                before = real_tokens(_input_of(own, i, twin, dense_calls, n), mask, path)
+            hessian.update(real_tokens(_input_of(layer, i, block, calls, n), mask, path), before)
         report += [swap(path, hessian) for path in stage]
     return report
-
-
-def next_call(block: nn.Module, call: tuple[tuple, dict]) -> tuple[tuple, dict]:
-    """What the next block is called with, once this one has run."""
-    args, kwargs = call
-    out = block(*args, **kwargs)
-    return (out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs
-
-
-def block_settings(model: nn.Module, blocks, batches, calls) -> list[list[dict]]:
-    """The keyword arguments of each block, for each batch; `calls` are those of the first.
-
-    All blocks get the same ones, but in models with several kinds of layers (Gemma 3: a
-    sliding window or all of the context), whose masks and rotary angles differ.
-    """
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(blocks)
-    settings = {kinds[0]: [kwargs for _, kwargs in calls]}
-    for block, kind in zip(blocks, kinds):
-        if kind not in settings:
-            settings[kind] = [kw for _, kw in first_block_inputs(model, block, batches)]
-    return [settings[kind] for kind in kinds]

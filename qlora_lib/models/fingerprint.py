@@ -7,8 +7,12 @@ from ..lora.layer import lora_layers
 
 
 def fingerprint(model) -> str:
-    """SHA-256 of what a model computes with, whatever it is called and wherever it lies: its
-    modules as printed, its LoRA settings, and the bytes of all parameters and buffers."""
+    """Return a SHA-256 of what a model computes with, whatever it is called and wherever it lies:
+    its modules as printed, its LoRA settings, and the bytes of all parameters and buffers.
+
+    Modules as printed say what stands in no tensor: kinds of layers, specs, dropout. Reports and
+    searches on disk hold this hash, so it stays as it is.
+    """
     digest = hashlib.sha256(str(model).encode())
     for name, layer in lora_layers(model).items():
         digest.update(f"{name} {layer.active} {layer.configs}".encode())
@@ -16,8 +20,8 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def _base_hash(model, trained: dict) -> str:
-    """SHA-256 of the tensors that the model's checkpoint would hold and that are not trained."""
+def frozen_hash(model, trained: dict) -> str:
+    """Return a SHA-256 of what the model's state_dict holds besides the `trained` parameters."""
     digest = hashlib.sha256()
     add_tensors(digest, ((n, t) for n, t in model.state_dict().items() if n not in trained))
     return digest.hexdigest()

@@ -13,7 +13,7 @@ NEEDED = ("gguf", "accelerate")
 
 
 def gguf_file(path: Path | str) -> Path | None:
-    """The GGUF file that `path` names, or that is the only one in the folder `path`.
+    """Return the GGUF file that `path` names, or that is the only one in the folder `path`.
 
     None where there is none, or where the folder holds safetensors. Raises FileNotFoundError
     for a file that is not there, ValueError for a folder with several.
@@ -33,7 +33,7 @@ def gguf_file(path: Path | str) -> Path | None:
 
 
 def load_gguf(path: Path, dtype: torch.dtype):
-    """(model, tokenizer) from a GGUF file, on the CPU.
+    """Load a GGUF file: (model, tokenizer), on the CPU.
 
     Raises ImportError, naming the packages to install, ValueError for a damaged file and
     architectures that transformers does not read.
@@ -58,8 +58,8 @@ def load_gguf(path: Path, dtype: torch.dtype):
             "architecture that transformers does not read from GGUF?"
         ) from error
     if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
-        raise ValueError(f"{path} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
+        lost = sorted(found["missing_keys"])
+        raise ValueError(f"{path} lacks {len(lost)} of the model's tensors, such as {lost[0]}")
     # transformers takes it for quantized, and would neither save nor move it.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):

@@ -1,4 +1,7 @@
-"""Loading a dense model: from the hub, a folder of safetensors or a GGUF file, never pickle."""
+"""Loading a model from the hub, a folder of safetensors or a GGUF file, never from pickle.
+
+It comes out dense, but for a 4-bit checkpoint of bitsandbytes, whose layers stay packed.
+"""
 
 import shlex
 from pathlib import Path
@@ -6,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..base.devices import default_device, resolve_dtype
+from ..base.devices import default_device, dtype_name, resolve_dtype
 from ..base.paths import short_path
+from .bnb_checkpoint import load_bnb_4bit
 from .conv1d import linear_from_conv1d
 from .gguf_files import gguf_file, load_gguf
 
@@ -25,13 +29,14 @@ REASONS = {
 
 
 def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
-    """A causal language model and its tokenizer: (model in eval mode, tokenizer).
+    """Load a causal language model and its tokenizer: (model in eval mode, tokenizer).
 
     path: a hub id, a folder with config.json, tokenizer and safetensors, a GGUF file or a
     folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear.
-    Raises FileNotFoundError, saying what to do, where there are no weights, they are gated or
-    the hub can't be reached; ValueError for pickled, truncated, incomplete or quantized weights
-    and for a tokenizer without an end token.
+    A 4-bit checkpoint of bitsandbytes gives a model with NF4 layers (load_bnb_4bit): a base for
+    QLoRA at a third of the download. Raises FileNotFoundError, saying what to do, where there are
+    no weights, they are gated or the hub can't be reached; ValueError for weights that are
+    pickled, truncated, incomplete or quantized otherwise, and for a tokenizer without an end token.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -40,14 +45,17 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     dtype = resolve_dtype(compute_dtype, device)
     gguf = gguf_file(path)
     _refuse_pickle(Path(path))
-    model, tokenizer = load_gguf(gguf, dtype) if gguf else _from_safetensors(str(path), dtype)
+    if gguf:
+        model, tokenizer = load_gguf(gguf, dtype)
+    else:
+        model, tokenizer = _from_safetensors(str(path), dtype, device)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} names no end token: set eos_token in its config")
     linear_from_conv1d(model)
     return model.to(device).eval(), tokenizer
 
 
-def _from_safetensors(path: str, dtype: torch.dtype):
+def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     local = Path(path)
@@ -59,8 +67,14 @@ def _from_safetensors(path: str, dtype: torch.dtype):
         )
     try:
         config = AutoConfig.from_pretrained(path)
-        quantized = getattr(config, "quantization_config", None)
-        if quantized is None:
+        method = _quant_method(config)
+        if method == "bitsandbytes":
+            model, tokenizer = load_bnb_4bit(_local_folder(path), device, dtype_name(dtype))
+            model.config._name_or_path = path
+            if tokenizer is None:
+                raise FileNotFoundError("there is no tokenizer_config.json")
+            return model, tokenizer
+        if method is None:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model, found = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -83,11 +97,10 @@ def _from_safetensors(path: str, dtype: torch.dtype):
             f"{path} could not be loaded: {reason}. A local folder or a GGUF file does instead: "
             "MODEL=, --model"
         ) from error
-    if quantized is not None:
-        method = dict(quantized if isinstance(quantized, dict) else vars(quantized))
+    if method is not None:
         raise ValueError(
-            f"{path} is quantized already ({method.get('quant_method')}); name the dense model, "
-            "or read this one with import_gptq or load_bnb_4bit"
+            f"{path} is quantized already ({method}); name the dense model, or read this one with "
+            "import_gptq if it is GPTQ"
         )
     if found["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(found["missing_keys"])
@@ -98,8 +111,27 @@ def _from_safetensors(path: str, dtype: torch.dtype):
     return model, tokenizer
 
 
+def _quant_method(config) -> str | None:
+    """Return what the weights were quantized with, or None for dense ones."""
+    described = getattr(config, "quantization_config", None)
+    if described is None:
+        return None
+    described = described if isinstance(described, dict) else vars(described)
+    return str(described.get("quant_method", "in a way that its config.json does not name"))
+
+
+def _local_folder(path: str) -> Path:
+    """Return a model's folder; that of a hub id lies in the hub's cache, downloaded if need be."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    return Path(snapshot_download(path, allow_patterns=wanted))
+
+
 def _refuse_pickle(path: Path) -> None:
-    """ValueError, with the command that converts them, for weights that are only pickled."""
+    """Raise ValueError, with the command that converts them, for weights that are only pickled."""
     if path.is_file():
         pickled = [path] if any(path.match(pattern) for pattern in (*PICKLED, "*.bin")) else []
     elif path.is_dir() and not any([*path.glob("*.safetensors"), *path.glob("*.gguf")]):

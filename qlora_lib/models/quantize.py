@@ -17,12 +17,12 @@ from ..quant.grid import QuantSpec
 from ..quant.hessian import Hessian
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
-from .calibrate import block_settings, first_block_inputs, next_call, quantize_block, token_mask
-from .vocabulary import check_tokens
+from .batches import check_tokens
+from .calibrate import BlockCalls, quantize_block
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Every QuantizedLinear by the path of the layer it stands for."""
+    """Return every QuantizedLinear by the path of the layer that it stands for."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     return {n.removesuffix(".base").removesuffix(".merged"): m for n, m in found.items()}
 
@@ -100,9 +100,12 @@ def apply_recipe(
     targets = find_linears(model, recipe.targets)
     for path, layer in targets.items():
         if not isinstance(layer, nn.Linear):
+            found = f"{path} is a {type(layer).__name__}; "
+            if isinstance(layer, QuantizedLinear):
+                found += f"the model is quantized already ({layer.spec}): use it (method none), or "
             raise ValueError(
-                f"{path} is a {type(layer).__name__}; quantize a dense model without adapters "
-                "(merge_lora or dequantize_model first)"
+                f"{found}quantize a dense model without adapters (merge_lora or dequantize_model "
+                "first)"
             )
 
     def swap(path: str, hessian: Hessian | None) -> LayerReport:
@@ -127,22 +130,16 @@ def _quantize_blocks(model, batches, targets, swap, recipe: Recipe) -> list[Laye
     outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
     if outside:
         raise ValueError(f"{outside} lie outside the decoder blocks; quantize them with 'rtn'")
-    device = next(model.parameters()).device
-    masks = [token_mask(b).to(device) for b in batches]  # (batch, seq)
-    calls, report = first_block_inputs(model, blocks[0], batches), []
-    dense_calls = calls  # the first block gets the same in both models
-    settings = block_settings(model, blocks, batches, calls)
+    calls = BlockCalls(model, blocks, batches)
+    dense_calls = BlockCalls(model, blocks, batches) if recipe.matches_dense else None
+    report = []
     for i, block in enumerate(tqdm(blocks, desc=f"{recipe.method}, blocks", disable=None)):
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
-        calls = [(args, kwargs) for (args, _), kwargs in zip(calls, settings[i])]
-        dense = None
-        if recipe.matches_dense:
-            again = [(args, kwargs) for (args, _), kwargs in zip(dense_calls, settings[i])]
-            dense = copy.deepcopy(block), again
-        report += quantize_block(block, layers, calls, masks, swap, dense, recipe.needs_halves)
-        calls = [next_call(block, call) for call in calls]  # the next block sees quantized outputs
-        if recipe.matches_dense:
-            dense_calls = [next_call(dense[0], call) for call in dense[1]]
+        dense = (copy.deepcopy(block), dense_calls) if dense_calls else None
+        report += quantize_block(i, block, layers, calls, swap, dense, recipe.needs_halves)
+        calls.advance(i, block)  # the next block sees quantized outputs
+        if dense:
+            dense_calls.advance(i, dense[0])
     return report
 
 

@@ -27,8 +27,8 @@ from ..data.examples import read_examples
 from ..data.tokens import IGNORE, Example, Pair, batches, pad_id
 from ..lora.inject import trainable_parameters
 from ..lora.layer import lora_layers
-from ..models.fingerprint import _base_hash
-from ..models.vocabulary import check_tokens
+from ..models.batches import check_tokens
+from ..models.fingerprint import frozen_hash
 from .config import TrainConfig, schedule
 from .loss import chunk_for, loss_sum
 from .mode import training_mode
@@ -226,7 +226,7 @@ def _identity(model, parameters, examples, config: TrainConfig, compute_dtype: s
         "examples": hashlib.sha256(content.encode()).hexdigest(),
     } | _settings(model)  # fmt: skip
     if config.folder is not None:  # reads the whole model: worth it only for a checkpoint
-        identity["base"] = _base_hash(model, parameters)
+        identity["base"] = frozen_hash(model, parameters)
     return identity
 
 

@@ -200,8 +200,25 @@ def test_older_names_of_the_version_are_read(saved):
         assert "overflowed" in str(error)
 
 
+def test_old_checkpoints_are_read(saved):
+    """As AutoGPTQ wrote them: settings in a file of their own, weights of another name, and rotary
+    frequencies, which follow from the config."""
+    want = logits(base_of("grid4"))
+    rewrite(saved, "config.json", lambda config: config.pop("quantization_config"))
+    rewrite(saved, MARKER, lambda described: described.pop("quant_method"))
+    change_weights(saved, lambda s: s.update({
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)
+    }))  # fmt: skip
+    (saved / WEIGHTS).rename(saved / "gptq_model-4bit-16g.safetensors")
+    assert torch.equal(logits(import_gptq(saved, "cpu", "fp32")[0]), want)
+    (saved / "gptq_model-8bit-16g.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="holds 2 files of weights .*gptq_model-4bit-16g"):
+        import_gptq(saved, "cpu", "fp32")
+
+
 def test_a_dense_model_is_no_gptq_checkpoint(saved):
     rewrite(saved, "config.json", lambda config: config.pop("quantization_config"))
+    (saved / MARKER).unlink()
     with pytest.raises(ValueError, match="config.json: quantization_config is None, not 'gptq'"):
         import_gptq(saved)
 
@@ -221,7 +238,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
         (lambda s: s.pop(f"{Q_PROJ}.g_idx"), rf"{Q_PROJ}\.g_idx is missing"),
         (lambda s: s.pop("model.norm.weight"), r"missing \['model.norm.weight'\]"),
         (lambda s: s.update(extra=torch.ones(1)), r"not expected \['extra'\]"),
-        (lambda s: s.update({"a.qweight": torch.ones(1)}), r"a\.qweight: the model .* has no a"),
+        (lambda s: s.update({"a.qweight": torch.ones(1)}), "a is quantized, but .* has no a$"),
         (
             lambda s: [s.pop(n) for n in list(s) if n.endswith("qweight")],
             "holds no qweight; is it a GPTQ checkpoint",

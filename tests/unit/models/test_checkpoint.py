@@ -1,5 +1,7 @@
 """Checkpoints: to the bit, nothing half written, every damage named."""
 
+import copy
+import json
 import os
 
 import pytest
@@ -7,14 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora_lib.base.files import atomic_folder
+from qlora_lib.base.files import atomic_folder, read_json
+from qlora_lib.formats.gptq_checkpoint import export_gptq, import_gptq
 from qlora_lib.lora.files import save_adapter
+from qlora_lib.lora.inject import inject_lora
 from qlora_lib.lora.merge import merge_lora, unmerge_lora
 from qlora_lib.models import checkpoint
 from qlora_lib.models.checkpoint import QUANTIZATION, WEIGHTS, load_quantized, save_quantized
+from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.models.stream import REPORT, quantize_checkpoint
 from qlora_lib.quant.grid import QuantSpec
-from tests.support.lora_models import adapted, base_of, files, logits, rewrite
+from tests.support.lora_models import adapted, base_of, files, logits, rewrite, trained
 from tests.support.small_models import small_model, small_tokenizer
 from tests.support.tensors import normal
 
@@ -195,6 +201,86 @@ def test_codes_of_another_shape_are_named(saved):
         load_quantized(saved, "cpu", "fp32")
 
 
+# --- heads of their own -----------------------------------------------------------------------
+
+
+def own_head():
+    """A model whose config ties its head to the embeddings, with an adapter merged into it."""
+    model = small_model()
+    inject_lora(model, ("lm_head",), rank=4)
+    trained(model, std=0.5)
+    merge_lora(model, unload=True)
+    assert model.config.tie_word_embeddings
+    return model
+
+
+def tied(folder) -> bool:
+    return json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+
+
+def write_ours(model, folder):
+    save_quantized(model, small_tokenizer(), folder)
+
+
+def write_gptq(model, folder):
+    export_gptq(model, folder, tokenizer=small_tokenizer())
+
+
+@pytest.mark.parametrize("write, read", [(write_ours, load_quantized), (write_gptq, import_gptq)])
+def test_a_head_of_its_own_comes_back_though_the_model_says_tied(write, read, tmp_path):
+    model = own_head()
+    quantize_model(model, None, QuantSpec(8, 16), "rtn")
+    want = logits(model)
+    assert not torch.equal(want, logits(read_tied(model)))
+    write(model, tmp_path / "m")
+    assert not tied(tmp_path / "m")  # for readers that go by the config alone
+    again, _ = read(tmp_path / "m", "cpu", "fp32")
+    assert torch.equal(logits(again), want) and not again.config.tie_word_embeddings
+    rewrite(tmp_path / "m", "config.json", lambda c: c.update(tie_word_embeddings=True))
+    again, _ = read(tmp_path / "m", "cpu", "fp32")  # as older versions wrote it
+    assert torch.equal(logits(again), want)
+    write(again, tmp_path / "again")
+    assert not tied(tmp_path / "again")
+    assert torch.equal(logits(read(tmp_path / "again", "cpu", "fp32")[0]), want)
+
+
+def read_tied(model):
+    again = copy.deepcopy(model)
+    again.lm_head.weight = again.model.embed_tokens.weight
+    return again
+
+
+def test_a_head_of_its_own_is_streamed_as_in_memory(tmp_path):
+    model, folder, spec = own_head(), tmp_path / "m", QuantSpec(8, 16)
+    model.save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    rewrite(folder, "config.json", lambda c: c.update(tie_word_embeddings=True))
+    assert "lm_head.weight" in load_file(folder / WEIGHTS)
+    for name in ("own", "equal"):
+        whole, _ = load_model(folder, "cpu", "fp32")
+        quantize_model(whole, None, spec, "rtn")
+        quantize_checkpoint(folder, tmp_path / "out", spec, None, "rtn", device="cpu")
+        again, _ = load_quantized(tmp_path / "out", "cpu", "fp32")
+        assert torch.equal(logits(again), logits(whole))
+        assert tied(tmp_path / "out") == (name == "equal")
+        state = load_file(folder / WEIGHTS)
+        size = sum(t.numel() for n, t in state.items() if name == "own" or "lm_head" not in n)
+        assert read_json(tmp_path / "out" / REPORT)["parameters"] == size
+        # two weights of one value: one weight
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_a_quantized_head_is_tied_to_nothing(tmp_path):
+    model = small_model()
+    quantize_model(model, None, QuantSpec(8, 16), "rtn", target_modules=("lm_head", "q_proj"))
+    save_quantized(model, small_tokenizer(), tmp_path / "m")
+    again, _ = load_quantized(tmp_path / "m", "cpu", "fp32")
+    assert torch.equal(logits(again), logits(model)) and not tied(tmp_path / "m")
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
 # --- saving -----------------------------------------------------------------------------------
 
 
@@ -266,3 +352,39 @@ def test_leftovers_of_a_killed_save_do_not_matter(tmp_path):
         (scratch / "done").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     assert files(tmp_path / "m") == {"done": b""}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.9, "top_p": 0.6}, {"num_beams": 1, "early_stopping": True}]
+)
+def test_generation_settings_are_written_as_they_are(settings, tmp_path):
+    """Many published models hold some that transformers' save_pretrained refuses."""
+    model = base_of("grid4")
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError):
+        model.generation_config.save_pretrained(tmp_path / "refused")
+    small_model().save_pretrained(tmp_path / "dense")
+    small_tokenizer().save_pretrained(tmp_path / "dense")
+    rewrite(tmp_path / "dense", "generation_config.json", lambda c: c.update(settings))
+    save_quantized(model, small_tokenizer(), tmp_path / "ours")
+    export_gptq(model, tmp_path / "gptq")
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "streamed", QuantSpec(4, 16), None, "rtn")
+    for name in ("ours", "gptq", "streamed"):
+        read = import_gptq if name == "gptq" else load_quantized
+        again = read(tmp_path / name, "cpu")[0].generation_config.to_dict()
+        assert settings.items() <= again.items()
+        described = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert settings.items() <= described.items() and "eos_token_id" in described
+
+
+def test_generation_settings_in_the_config_stop_nothing(tmp_path):
+    """Where older models have them."""
+    small_model().save_pretrained(tmp_path / "dense")
+    small_tokenizer().save_pretrained(tmp_path / "dense")
+    rewrite(tmp_path / "dense", "config.json", lambda c: c.update(temperature=0.9, max_length=64))
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "streamed", QuantSpec(4, 16), None, "rtn")
+    model, tokenizer = load_model(tmp_path / "dense", "cpu", "fp32")
+    quantize_model(model, None, QuantSpec(4, 16), "rtn")
+    save_quantized(model, tokenizer, tmp_path / "ours")
+    export_gptq(load_quantized(tmp_path / "streamed", "cpu")[0], tmp_path / "gptq")

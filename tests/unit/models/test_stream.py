@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lib.lora.targets import ATTENTION
-from qlora_lib.models import stream as shards_of
 from qlora_lib.models import stream as streaming
 from qlora_lib.models.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
-from qlora_lib.models.stream import REPORT, Shards
+from qlora_lib.models.stream import REPORT, folder_identity
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
+from tests.support import families
 from tests.support.streamed_models import CALIBRATION, IDS, SPEC, folder, store, stored, stream  # noqa: F401
 
 
@@ -205,7 +205,7 @@ def test_an_unfinished_run_of_another_kind_is_refused_by_name(what, folder, tmp_
 
 def test_a_change_of_any_tensor_is_another_model(folder):
     def identity():
-        return Shards(folder).identity()
+        return folder_identity(folder)
 
     first, state = identity(), load_file(folder / WEIGHTS)
     assert identity() == first
@@ -288,19 +288,16 @@ def test_settings_that_do_not_fit_are_named(folder, tmp_path):
         stream(folder, tmp_path / "out")
 
 
-def test_calibration_with_several_kinds_of_masks_is_refused(folder, tmp_path, monkeypatch):
-    real = shards_of.empty_model
-
-    def mixed(*args, **given):
-        model, dtype, device = real(*args, **given)
-        model.config.layer_types = ["full_attention", "sliding_attention"]
-        return model, dtype, device
-
-    monkeypatch.setattr(shards_of, "empty_model", mixed)
-    message = r"kinds \['full_attention', 'sliding_attention'\].*quantize_model"
-    with pytest.raises(ValueError, match=message):
-        stream(folder, tmp_path / "out")
-    assert stream(folder, tmp_path / "out", calibration=None, method="rtn")
+def test_blocks_with_masks_or_inputs_of_their_own_are_streamed_as_in_memory(tmp_path):
+    """Gemma 3's blocks differ in mask and angles, Gemma 3n's get an input each."""
+    for family in ("gemma3", "gemma3n"):
+        folder, targets = families.store(family, tmp_path / family), ("k_proj", "down_proj")
+        model, tokenizer = load_model(folder, "cpu", "fp32")
+        rows = quantize_model(model, CALIBRATION, SPEC, target_modules=targets)
+        streamed = stream(folder, tmp_path / f"{family} out", target_modules=targets)
+        assert without_seconds(streamed) == without_seconds(rows)
+        ours, _ = load_quantized(tmp_path / f"{family} out", "cpu", "fp32")
+        assert torch.equal(ours(IDS).logits, model(IDS).logits)
 
 
 def test_what_old_checkpoints_hold_besides_is_left_out(folder, tmp_path):

@@ -9,9 +9,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from qlora_lib.layers.blocks import decoder_blocks
 from qlora_lib.lora.files import load_adapter, save_adapter
 from qlora_lib.lora.inject import inject_lora, trainable_parameters, use_adapter
 from qlora_lib.lora.targets import find_linears
+from qlora_lib.models.quantize import quantize_model
+from qlora_lib.quant.grid import QuantSpec
 
 IMAGE = 60
 IDS = torch.tensor([[1] + 4 * [IMAGE] + [5, 6, 7]])  # a place for each of the four patches
@@ -58,11 +61,28 @@ def test_adapters_sit_in_tower_projector_and_language_model_and_learn(targets, p
         optimizer.zero_grad()
         model(input_ids=IDS, pixel_values=PICTURE, labels=IDS).loss.backward()
         optimizer.step()
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in trainable_parameters(model).values())
+    grads = [p.grad for p in trainable_parameters(model).values()]
+    assert all(grad.isfinite().all() and grad.any() for grad in grads)
     after = logits(model)
     assert not same(after, before)
     with use_adapter(model, None):
         assert same(logits(model), before)
+
+
+@pytest.mark.parametrize("word", ["all", "attention"])
+def test_the_words_mean_the_language_model_though_the_tower_has_as_many_blocks(word):
+    model = small_llava()
+    before, vision = logits(model), model.model.vision_tower.state_dict()
+    path, blocks = decoder_blocks(model)
+    assert blocks is model.get_decoder().layers and model.get_submodule(path) is blocks
+    paths = find_linears(model, word)
+    assert len(paths) == 2 * (7 if word == "all" else 4)
+    assert all("language_model" in p for p in paths)
+    batch = {"input_ids": torch.randint(1, 50, (2, 9)), "attention_mask": torch.ones(2, 9).long()}
+    rows = quantize_model(model, [batch], QuantSpec(3, 8), target_modules=word)
+    assert {row.name for row in rows} == set(paths)
+    assert not same(logits(model), before)
+    assert all(torch.equal(t, vision[n]) for n, t in model.model.vision_tower.state_dict().items())
 
 
 def test_its_adapter_is_saved_and_loaded(tmp_path):

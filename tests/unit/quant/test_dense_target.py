@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_lib.layers.linear import QuantizedLinear
-from qlora_lib.models.calibrate import token_mask
+from qlora_lib.models.batches import token_mask
 from qlora_lib.models.checkpoint import load_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model

@@ -13,13 +13,11 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.files import read_json
-from ..layers.linear import QuantizedLinear
-from ..lora.targets import replace_module
-from ..models.checkpoint import empty_model, fill, read_weights
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec, NF4Tensor, dynamic_map, nf4_levels
+from .checkpoint import empty_model, fill, put_packed, read_weights, tokenizer_of
 
 CONFIG_KEYS = {
     "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit",
@@ -44,38 +42,25 @@ def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
     for fp4, LLM.int8 and anything else that is not NF4, unknown settings, a missing
     quant_state, and tensors that do not fit each other or the model.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     _check_config(folder / "config.json")
     state = read_weights(folder)
     paths = _quantized_paths(folder, state)
     model, dtype, device = empty_model(folder, device, compute_dtype)
-    modules = dict(model.named_modules())
-    for path in paths:
-        linear = modules.get(path)
-        if not isinstance(linear, nn.Linear):
-            found = "nothing" if linear is None else type(linear).__name__
-            raise ValueError(f"{folder}: {path} is quantized, but is {found} in the model")
-        prefix = f"{path}.weight"
-        tensors = {n.removeprefix(prefix): n for n in state if n.startswith(prefix)}
-        tensors = {short: state.pop(full) for short, full in tensors.items()}
-        shape = torch.Size((linear.out_features, linear.in_features))
+
+    def make(path: str, tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
         try:
-            quantized = _nf4_tensor(tensors, shape)
+            return _nf4_tensor({n.removeprefix("weight"): t for n, t in tensors.items()}, shape)
         except ValueError as error:
-            raise ValueError(f"{folder}: {prefix}{error}") from None
-        replace_module(model, path, QuantizedLinear(quantized, state.pop(f"{path}.bias", None)))
-    try:
-        model = fill(model, paths, state, folder, dtype, device)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: {error}; weights and config.json do not fit") from None
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+            raise ValueError(f"{folder}: {path}.weight{error}") from None
+
+    put_packed(model, paths, state, make)
+    model = fill(model, paths, state, folder, dtype, device)
+    return model, tokenizer_of(folder)
 
 
 def _check_config(path: Path) -> None:
-    """ValueError, by name, for whatever is not a 4-bit NF4 checkpoint of bitsandbytes."""
+    """Raise ValueError, by name, for whatever is not a 4-bit NF4 checkpoint of bitsandbytes."""
     config = read_json(path).get("quantization_config") or {}
     if config.get("quant_method") != "bitsandbytes":
         raise ValueError(
@@ -93,7 +78,7 @@ def _check_config(path: Path) -> None:
 
 
 def _quantized_paths(folder: Path, state: dict[str, Tensor]) -> list[str]:
-    """Paths of the quantized layers; ValueError for those that lack their quant_state."""
+    """Return the paths of the quantized layers; ValueError for those without a quant_state."""
     mark = ".weight.quant_state.bitsandbytes__"
     paths = []
     for name in state:
@@ -117,7 +102,7 @@ def _quantized_paths(folder: Path, state: dict[str, Tensor]) -> list[str]:
 
 
 def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
-    """One weight from its tensors, by what follows ".weight"; messages go on from that name."""
+    """Return a weight from its tensors, by what follows ".weight"; errors go on from that name."""
     state = _quant_state(tensors.pop(".quant_state.bitsandbytes__nf4"))
     nested = NESTED_KEYS <= state.keys()
     known = STATE_KEYS | NESTED_KEYS if nested else STATE_KEYS
@@ -169,7 +154,7 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
 
 
 def _quant_state(packed: Tensor) -> dict:
-    """The JSON whose bytes a quant_state tensor holds."""
+    """Return the JSON object whose bytes a quant_state tensor holds."""
     try:
         state = json.loads(bytes(packed.flatten().tolist()).decode())
         if not isinstance(state, dict):

@@ -1,0 +1,55 @@
+"""Batches that a model is called with: token ids, their mask, and what they lead to."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]  # input_ids and attention_mask, each (batch, seq)
+
+
+def check_tokens(model, ids: Iterable[int]) -> None:
+    """Raise ValueError for a token id that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (largest := max(ids, default=0)) >= rows:
+        raise ValueError(
+            f"token id {largest}, but the model has embeddings of {rows} tokens: the tokenizer is "
+            "another model's, or tokens were added to it (model.resize_token_embeddings)"
+        )
+
+
+def token_mask(batch: Batch) -> Tensor:
+    """Return a bool mask (batch, seq), False for padding; without attention_mask all is True.
+
+    Raises ValueError for a batch without input_ids, or with a mask of another shape.
+    """
+    if "input_ids" not in batch:
+        raise ValueError(f"a batch holds {sorted(batch)}, but needs input_ids (batch, seq)")
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}")
+    return mask.bool()
+
+
+def real_tokens(x: Tensor, mask: Tensor, path: str) -> Tensor:
+    """Return the rows of a layer's input that belong to real tokens: (tokens, in).
+
+    x: (batch, seq, in), or what a model makes of it: (batch * seq, in) in OPT, (batch, 1, seq, in)
+    in DeepSeek's latent attention. mask: bool (batch, seq). Raises ValueError, naming the layer,
+    where the axes of x are others, so that nothing tells which row is which token.
+    """
+    axes = [n for n in x.shape[:-1] if n != 1]
+    if axes not in ([n for n in mask.shape if n != 1], [n for n in [mask.numel()] if n != 1]):
+        raise ValueError(
+            f"{path}: its input {tuple(x.shape)} does not hold a row for each of the "
+            f"{tuple(mask.shape)} tokens (batch, seq), so it can't be calibrated; leave it out of "
+            "target_modules, or quantize it without calibration ('rtn', 'nf4')"
+        )
+    return x.reshape(-1, x.shape[-1])[mask.flatten().to(x.device)]
+
+
+def batch_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits (batch, seq, vocab) that a model gives for a batch."""
+    device = next(model.parameters()).device
+    return model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
