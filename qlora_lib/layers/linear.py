@@ -95,11 +95,7 @@ class QuantizedLinear(nn.Module):
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A frozen nn.Linear that holds the dequantized weight."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
-        return linear
+        return frozen_linear(self.dequantize(dtype), self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +138,23 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen nn.Linear that holds this weight (out, in), and a copy of the bias in its dtype."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        bias = bias.detach().to(weight.dtype, copy=True)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def dense_weight(layer: nn.Linear | QuantizedLinear) -> Tensor:
+    """The dense fp32 weight (out, in) of a linear layer; of a dense fp32 one a view."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantize()
+    return layer.weight.detach().float()
 
 
 def dense_pieces(layer: nn.Linear | QuantizedLinear) -> Iterator[tuple[slice, Tensor]]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..base.files import atomic_folder, read_json, read_tensors
 from ..base.paths import ROOT
-from .init import residual_fingerprint
-from .inject import add_adapters, base_fingerprint
+from .fingerprint import base_fingerprint, residual_fingerprint
+from .inject import add_adapters
 from .layer import LoRAConfig, LoRALinear, lora_layers
 from .peft_config import describe, read_config
 
@@ -42,7 +42,8 @@ def save_adapter(
     layers = {n: m for n, m in lora_layers(model).items() if adapter in m.configs}
     if not layers:
         raise ValueError(f"the model has no adapter {adapter!r} to save")
-    if dtype != torch.float32 and any(_learned_is_a_difference(m, adapter) for m in layers.values()):
+    difference = any(_learned_is_a_difference(layer, adapter) for layer in layers.values())
+    if difference and dtype != torch.float32:
         raise ValueError(
             f"dtype={dtype}: what PiSSA learned is a small difference of two large products, "
             "which 16 bits would lose; save it as float32"

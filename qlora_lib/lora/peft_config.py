@@ -24,7 +24,7 @@ HARMLESS = {
     "inference_mode", "runtime_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
-# They make the adapter more, or other, than what lora_layer.py computes on linear layers.
+# They make the adapter more, or other, than what layer.py computes on linear layers.
 REFUSED = {
     "bias": "the base's biases were trained too; only 'none' is read",
     "lora_bias": "B has a bias",

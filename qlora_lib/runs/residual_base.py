@@ -14,7 +14,7 @@ def residual_base(profile, args, targets: str | tuple[str, ...], lora: dict):
     from ..base.files import check_place, write_json_atomic
     from ..base.hashes import weights_id
     from ..base.paths import short_path
-    from ..lora.init import residual_fingerprint
+    from ..lora.fingerprint import residual_fingerprint
     from ..lora.inject import inject_lora
     from ..lora.layer import lora_layers
     from ..lora.targets import find_linears

@@ -28,8 +28,9 @@ from tqdm import tqdm
 from ..base import processes
 from ..base.devices import dtype_name, resolve_dtype
 from ..data.tokens import IGNORE, Encoded, Pair, collate, encode, pad_id
+from ..lora.choice import keep_choice
 from ..lora.inject import trainable_parameters
-from ..lora.layer import keep_choice, lora_layers
+from ..lora.layer import lora_layers
 from ..lora.variants import lora_plus_groups
 from ..models.fingerprint import _base_hash
 from ..models.vocabulary import check_tokens
