@@ -49,10 +49,6 @@ class Int4Tiles(QuantizedTensor):
         codes = self.unpacked(slice(0, self.shape[0]))
         return QuantizedTensor(**{**own, "codes": pack(codes, 4)})
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + self.op_grids.nbytes
-
 
 @lru_cache
 def tile_rows() -> int | None:

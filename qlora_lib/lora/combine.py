@@ -6,7 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .layer import LoRAConfig, LoRALinear, adapter_names, check_adapter, check_names, lora_layers
+from .layer import (
+    LoRAConfig, LoRALinear, adapter_names, check_adapter, check_names, lora_layers, named,
+)  # fmt: skip
 from .low_rank import balanced, product_svd
 from .targets import replace_module
 
@@ -55,13 +57,11 @@ def combine_adapters(
     made = {}
     for path, layer in layers.items():
         parts = {n: w for n, w in weights.items() if n in layer.configs}
-        try:
+        with named(path):
             _check_plain(layer, parts)
             most = max(layer.configs[n].rank for n in parts) if rank is None else rank
             made[path] = b, a = _combined(layer, parts, how, most)
             check_adapter(layer, into, LoRAConfig(a.shape[0], alpha=a.shape[0]))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     for path, (b, a) in made.items():
         _put(layers[path], into, LoRAConfig(a.shape[0], alpha=a.shape[0]), b, a)
     return list(made)
@@ -91,7 +91,7 @@ def prune_adapter(
         raise ValueError(f"rank names {strange[:2] or 'no layers'}, where {name!r} is not")
     target, made, kept = into or name, {}, {}
     for path, layer in layers.items():
-        try:
+        with named(path):
             _check_plain(layer, [name])
             if layer.residual_of == name:
                 raise ValueError(f"adapter {name!r} holds a part of the weight itself; merge it")
@@ -103,8 +103,6 @@ def prune_adapter(
             made[path], kept[path] = _pruned(layer, name, ranks[path])
             if into is not None:
                 check_adapter(layer, into, made[path][0])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     for path, layer in layers.items():
         if path in made:
             _put(layer, target, *made[path])

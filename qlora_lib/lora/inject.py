@@ -15,14 +15,9 @@ from ..quant.nf4 import NF4Spec
 from .choice import Rows, choose, keep_choice
 from .init import RESIDUAL_INITS
 from .layer import (
-    LoRAConfig,
-    LoRALinear,
-    adapter_names,
-    check_adapter,
-    check_dense,
-    check_names,
-    lora_layers,
-)
+    LoRAConfig, LoRALinear, adapter_names, check_adapter, check_dense, check_names, lora_layers,
+    named,
+)  # fmt: skip
 from .targets import ATTENTION, find_linears, linear_layers, replace_module
 
 
@@ -125,10 +120,8 @@ def add_adapters(
     first layer is changed.
     """
     for path, config in configs.items():
-        try:
+        with named(path):
             check_adapter(model.get_submodule(path), adapter, config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     have = lora_layers(model).values()
     default = next((m.active for m in have if m.active), None) if have else adapter
     for path, config in configs.items():

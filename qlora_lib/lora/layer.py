@@ -7,6 +7,7 @@ PEERS
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,15 @@ class LoRAConfig:
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@contextmanager
+def named(path: str):
+    """Within the block, a ValueError begins with the path of the layer that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
@@ -97,12 +107,10 @@ def check_dense(
             f"{path} {tuple(base.weight.shape)}: on a dense base init='pissa' is saved as LoRA of "
             f"rank 2 r = {2 * rank}, which exceeds this layer's; choose a smaller rank"
         )
-    try:
+    with named(path):
         check_weight(base.weight.detach())
         if isinstance(spec, QuantSpec):
             spec.groups(base.in_features)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 class LoRALinear(nn.Module):

@@ -16,7 +16,7 @@ from ..quant.hessian import Hessian
 from ..quant.nearest import quantize_nearest
 from ..quant.nf4 import NF4Spec
 from .fingerprint import base_fingerprint
-from .layer import LoRALinear, dense_update, lora_layers
+from .layer import LoRALinear, dense_update, lora_layers, named
 from .targets import replace_module
 
 
@@ -61,10 +61,8 @@ def merge_lora(
             _check_requantize(path, layer.base, into, hessians or {})
     dtype, done = next(model.parameters()).dtype, {}
     for path, layer in layers.items():
-        try:
+        with named(path):
             done[path] = _merge_layer(path, layer, into, dtype, hessians or {}, options)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     for path, (merged, _) in done.items():  # all or none
         layers[path].merged = merged
         if unload:

@@ -127,13 +127,7 @@ def gptq_quantize(
     shapes, no tokens, or a Hessian that damping does not mend.
     """
     check_weight(weight)
-    h = hessian.matrix if isinstance(hessian, Hessian) else hessian
-    n = weight.shape[1]
-    if h.shape != (n, n):
-        raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
-    if (options.match_dense or options.needs_halves) and not isinstance(hessian, Hessian):
-        what = "match_dense" if options.match_dense else "damp_percent=None"
-        raise ValueError(f"{what} needs a Hessian, not its matrix alone")
+    h, n = _matrix(hessian, weight.shape[1], options), weight.shape[1]
     with torch.autocast(weight.device.type, enabled=False):
         w, damping = as_float(weight), options.damp_percent
         h = h.to(w)
@@ -163,6 +157,18 @@ def gptq_quantize(
         g_idx = None if static or not options.desc_act else place // spec.group_size
         quantized = assemble(codes, scale.t().contiguous(), zero.t().contiguous(), g_idx, spec)
         return refit_scales(w, quantized, h, damping) if options.refit_scales else quantized
+
+
+def _matrix(hessian: Hessian | Tensor, n: int, options: GPTQOptions) -> Tensor:
+    """The Hessian's matrix (n, n); ValueError for another shape, and for a bare matrix where the
+    options need more."""
+    h = hessian.matrix if isinstance(hessian, Hessian) else hessian
+    if h.shape != (n, n):
+        raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
+    if (options.match_dense or options.needs_halves) and not isinstance(hessian, Hessian):
+        what = "match_dense" if options.match_dense else "damp_percent=None"
+        raise ValueError(f"{what} needs a Hessian, not its matrix alone")
+    return h
 
 
 def _static_grids(w: Tensor, order: Tensor, spec: QuantSpec, cost: Tensor | None):
