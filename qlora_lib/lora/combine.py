@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from .layer import (
-    LoRAConfig, LoRALinear, adapter_names, check_adapter, check_names, lora_layers, named,
+    LoRAConfig,
+    LoRALinear,
+    adapter_names,
+    check_adapter,
+    check_names,
+    lora_layers,
+    named,
 )  # fmt: skip
 from .low_rank import balanced, product_svd
 from .targets import replace_module

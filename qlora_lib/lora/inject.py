@@ -15,7 +15,13 @@ from ..quant.nf4 import NF4Spec
 from .choice import Rows, choose, keep_choice
 from .init import RESIDUAL_INITS
 from .layer import (
-    LoRAConfig, LoRALinear, adapter_names, check_adapter, check_dense, check_names, lora_layers,
+    LoRAConfig,
+    LoRALinear,
+    adapter_names,
+    check_adapter,
+    check_dense,
+    check_names,
+    lora_layers,
     named,
 )  # fmt: skip
 from .targets import ATTENTION, find_linears, linear_layers, replace_module
@@ -25,13 +31,12 @@ from .targets import ATTENTION, find_linears, linear_layers, replace_module
 def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
     """Within the block, calls use this adapter (None: the base alone), or one a row.
 
-    A list of names gives each row of the batch an adapter of its own; rows may share one, and
-    None is the base. The base's product is computed once for all rows, then each adapter's
-    on its rows. A row gets what it gets alone but for the last bits: a matrix product of
-    another number of rows may add in another order. The first axis of what the layers see
-    must be the batch, one row a name; else the call raises ValueError. Where generate() repeats
-    rows (num_return_sequences=k), repeat each name k times. Not handled: models that regroup
-    rows between layers, as mixtures of experts do.
+    A list gives each row of the batch an adapter by name, or None. The base's product is
+    computed once for all rows, then each adapter's on its rows; a row gets what it gets alone but
+    for the last bits. The first axis of what the layers see must be the batch, one row a name;
+    else the call raises ValueError. Where generate() repeats rows (num_return_sequences=k),
+    repeat each name k times. Not handled: models that regroup rows between layers, as mixtures
+    of experts do.
 
     The choice belongs to the block: other threads and asyncio tasks keep theirs. A block of
     the model under gradient checkpointing is recomputed with the adapter of its forward pass,

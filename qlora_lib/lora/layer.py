@@ -3,7 +3,12 @@
 Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
 with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
 
-PEERS
+Beside PEFT 0.21.2 (tuners/lora/layer.py, dora.py and bnb.py, 3,644 lines; here this file,
+choice.py and init.py, 471): adapter files go there and back to the bit, logits and gradients
+agree to 1e-5 (tests/interop/test_peft.py), DoRA's and PiSSA's to 1e-4 (test_peft_variants.py,
+test_peft_init.py); not to the bit, for here the scaling is a part of one product. An adapter is
+chosen for a call, not set on the model. Left out: embeddings, convolutions and bare parameters,
+a bias beside B, other quantizers' layers, other initializations.
 """
 
 import math

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..layers.kernels import Int4Tiles, product, product_back
+from ..layers.kernels import product, product_back
 from ..layers.linear import Quantized, QuantizedLinear
 from ..quant.grid import SCALE_DTYPE, QuantizedTensor, row_slices
 from ..quant.nf4 import NF4Spec
@@ -56,7 +56,7 @@ class PEQALinear(QuantizedLinear):
 
     def multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if torch.is_grad_enabled() and self.scale.requires_grad:
-            return _ScaledMatmul.apply(x, self.scale, self.held, dtype)
+            return _ScaledMatmul.apply(x, self.scale, self.quantized, dtype)
         return super().multiply(x, dtype)
 
 
@@ -82,15 +82,12 @@ def scale_grad(x: Tensor, grad: Tensor, weight: QuantizedTensor) -> Tensor:
     With w = s (q - z), dL/ds is the sum over a group of dL/dw (q - z). x: (..., in). Computed
     some rows at a time, so that no dense gradient of the weight's size is made.
     """
-    weight = weight.in_order() if isinstance(weight, Int4Tiles) else weight
     flat = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
     down = grad.reshape(-1, grad.shape[-1]).float()  # (tokens, out)
-    zero, g_idx = weight.zero_point.float(), weight.g_idx
-    total = torch.zeros(weight.scale.shape, dtype=torch.float32, device=x.device)
-    if g_idx is None:
-        size = weight.shape[1] // zero.shape[1]
-        g_idx = torch.arange(weight.shape[1], device=x.device) // size
-    g_idx = g_idx.long()
+    zero, total = weight.zero_point.float(), torch.zeros_like(weight.scale, dtype=torch.float32)
+    in_order = torch.arange(zero.shape[1], device=x.device)  # each group's features side by side
+    in_order = in_order.repeat_interleave(weight.shape[1] // zero.shape[1])
+    g_idx = in_order if weight.g_idx is None else weight.g_idx.long()
     with torch.autocast(x.device.type, enabled=False):
         for rows in row_slices(weight.shape, x.device):
             steps = weight.unpacked(rows).float() - zero[rows][:, g_idx]  # q - z, (rows, in)

@@ -16,15 +16,15 @@ and no later column can change it. Rounding this target is what the updates abov
 a triangular system solved from its first unknown to the last, each rounded as it is found
 (the "nearest plane" of lattices: Chen et al. 2025, arXiv 2507.18553).
 
-Beside GPTQModel 7.6.0 (quantization/gptq.py and quantizer.py, 2,479 lines; here gptq.py,
-hessian.py and the fitting in grid.py, LINES): the same loss, damping, act-order, static and
-dynamic groups and clip search, and the same checkpoints: what either quantized gives the same
-logits in the other, symmetric or not (tests/interop/test_gptq_checkpoint.py). Codes are not the
-same bits: scales are rounded to fp16 before codes here, after them there. Here they equal three
-slow derivations to 1e-10 (tests/unit/quant/test_gptq.py). Left out: group-aware act-order,
-embeddings and convolutions, a fallback without calibration, several devices, damping raised
-until the factorization succeeds. Beyond the paper, in steps around the loop: `choose_damping`,
-`dense_target`, weighed columns, `refit_scales`.
+Beside GPTQModel 7.6.0 (quantization/gptq.py and quantizer.py, 2,479 lines; here this file,
+hessian.py and grid.py, 680): the same loss, damping, act-order, groups and clip search, and
+checkpoints that give the same logits in both, whoever quantized (tests/interop/
+test_gptq_checkpoint.py). The codes are those of three slow derivations, to 1e-10
+(tests/unit/quant/test_gptq.py), not GPTQModel's to the bit: scales are rounded to fp16 before
+codes are computed. Left out: its group-aware act-order, convolutions and embeddings, several
+devices, more damping where the factorization fails, rounding to nearest without calibration.
+Beyond the paper, in steps around the loop: `choose_damping`, `dense_target`, weighed columns,
+`refit_scales`.
 """
 
 import math
@@ -99,13 +99,13 @@ def backsolve(W: Tensor, R: Tensor, grid, max_code: int, B: int, b: int) -> Tens
         # The errors of all columns before the block reach it at once, in one matrix product,
         T = torch.addmm(W[i:end], R[:i, i:end].t(), E[:i])  # (block, out)
         for j in range(i, end):
-            first = j - (j - i) % b  # of the sub-block
+            t, first = T[j - i], j - (j - i) % b  # (out,), and the first column of the sub-block
             if j > first:  # those of its own sub-block column by column,
-                T[j - i].addmv_(E[first:j].t(), R[first:j, j])
+                t.addmv_(E[first:j].t(), R[first:j, j])
             elif j > i:  # and those of one sub-block reach the rest of the block at once.
                 T[j - i :].addmm_(R[j - b : j, j:end].t(), E[j - b : j])
             scale, zero = grid(j, T[j - i :])
-            codes[j] = q = encode(T[j - i], scale, zero, max_code)  # (out,)
+            codes[j] = q = encode(t, scale, zero, max_code)  # (out,)
             E[j] -= q.sub_(zero).mul_(scale)  # W - Q
     return codes
 

@@ -3,7 +3,7 @@
 Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3.
 
 Beside bitsandbytes 0.50.2 (functional.py and backends/default/ops.py, 2,442 lines without the
-kernels in C++; here NF4LINES): levels, packed bytes, absmax, nested absmax and decoded values are
+kernels in C++; here 184): levels, packed bytes, absmax, nested absmax and decoded values are
 the same to the bit (tests/interop/test_bitsandbytes.py). The 8-bit codes of double quantization
 are the nearest here, where its search on a CPU may miss by 3e-5 of the range. Left out: FP4,
 storage in other dtypes than uint8, kernels of its own: a layer is decoded and multiplied.
