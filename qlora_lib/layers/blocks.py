@@ -4,6 +4,7 @@ Families name their layers each in their own way (q_proj, c_attn, query_key_valu
 words go by where a layer is, not by its name.
 """
 
+import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -49,11 +50,8 @@ def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list
                 "these as they are"
             )
     else:
-        inside = [path for path in inside if any(map(_is_attention, path.split(".")[:-1]))]
+        parents = {path: path.rpartition(".")[0] for path in inside}
+        inside = [path for path in inside if re.search("attn|attention", parents[path])]
     if not inside:
         raise ValueError(f"{word!r} matches no linear layer of {type(model).__name__}")
     return inside
-
-
-def _is_attention(name: str) -> bool:
-    return "attn" in name or "attention" in name

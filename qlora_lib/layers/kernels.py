@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..quant.grid import QuantizedTensor, row_slices
+from ..quant.grid import QuantizedTensor
 from ..quant.nf4 import NF4Tensor
 from ..quant.packing import pack, unpack
 
@@ -48,10 +48,6 @@ class Int4Tiles(QuantizedTensor):
         own = {f.name: getattr(self, f.name) for f in fields(QuantizedTensor)}
         codes = self.unpacked(slice(0, self.shape[0]))
         return QuantizedTensor(**{**own, "codes": pack(codes, 4)})
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + self.op_grids.nbytes
 
 
 @lru_cache
@@ -124,33 +120,12 @@ def dense_matmul_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tens
     return total.view(*grad.shape[:-1], weight.shape[1]).to(grad.dtype)
 
 
-def scale_grad(x: Tensor, grad: Tensor, weight: QuantizedTensor) -> Tensor:
-    """Gradient of the scales, fp32 (out, groups), from x (..., in) and grad (..., out) of
-    y = x W^T: with w = s (q - z), dL/ds sums dL/dw (q - z) over a group. Some rows at a time,
-    so that no dense gradient of the weight's size is made."""
-    weight = weight.in_order() if isinstance(weight, Int4Tiles) else weight
-    flat = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
-    down = grad.reshape(-1, grad.shape[-1]).float()  # (tokens, out)
-    zero, g_idx = weight.zero_point.float(), weight.g_idx
-    total = torch.zeros(weight.scale.shape, dtype=torch.float32, device=x.device)
-    if g_idx is None:
-        size = weight.shape[1] // zero.shape[1]
-        g_idx = torch.arange(weight.shape[1], device=x.device) // size
-    g_idx = g_idx.long()
-    with torch.autocast(x.device.type, enabled=False):
-        for rows in row_slices(weight.shape, x.device):
-            steps = weight.unpacked(rows).float() - zero[rows][:, g_idx]  # q - z, (rows, in)
-            steps *= down[:, rows].t() @ flat  # dL/dw (q - z)
-            total[rows] = total[rows].index_add(1, g_idx, steps)
-    return total
-
-
 @lru_cache
 def fused_kernels(device: torch.device):
     """The module of Triton kernels on a GPU where Triton is installed, else None."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
-    from ..layers import triton_kernels
+    from . import triton_kernels
 
     return triton_kernels
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..quant.grid import QuantizedTensor, QuantSpec, row_slices
 from ..quant.nf4 import NF4Spec, NF4Tensor
-from .kernels import Int4Tiles, int4_tiles, matmul, product, product_back, scale_grad
+from .kernels import Int4Tiles, int4_tiles, matmul, product, product_back
 
 Quantized = QuantizedTensor | NF4Tensor
 
@@ -19,24 +19,17 @@ class _DequantizedMatmul(torch.autograd.Function):
     F.linear would save the dense W for backward: one full-precision weight a layer, alive
     from the forward pass to the backward pass, and the memory saving is gone. Here
     autograd saves nothing but the packed tensor that the layer holds anyway.
-    scale: None, or the scales (out, groups) where these are trained (variants.train_scales).
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor | None, weight: Quantized, dtype) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Quantized, dtype) -> Tensor:
         ctx.weight, ctx.x_dtype = weight, x.dtype
-        ctx.save_for_backward(*([] if scale is None else [x]))
         return product(x, weight, dtype)  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         # dL/dx = dL/dy W; the weight is frozen and gets no gradient.
-        grad_x = grad_scale = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product_back(grad, ctx.weight).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_scale = scale_grad(ctx.saved_tensors[0], grad, ctx.weight)
-        return grad_x, grad_scale, None, None
+        return product_back(grad, ctx.weight).to(ctx.x_dtype), None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -76,8 +69,6 @@ class QuantizedLinear(nn.Module):
     def held(self) -> Quantized:
         """The packed weight as this layer's buffers hold it; a view on them, no copy."""
         known = {name: getattr(self, name) for name in self._tensor_names()}
-        if isinstance(known.get("scale"), nn.Parameter):
-            known["scale"] = known["scale"].detach()
         known |= {"shape": torch.Size((self.out_features, self.in_features)), "spec": self.spec}
         if known["codes"].dim() == 3:  # the codes tell their own layout: 3 axes are tiles
             return Int4Tiles(**known, op_grids=self.op_grids)
@@ -104,11 +95,7 @@ class QuantizedLinear(nn.Module):
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A frozen nn.Linear that holds the dequantized weight."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
-        return linear
+        return frozen_linear(self.dequantize(dtype), self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -120,13 +107,14 @@ class QuantizedLinear(nn.Module):
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        scale = getattr(self, "scale", None)
-        scale = scale if isinstance(scale, nn.Parameter) and scale.requires_grad else None
-        if torch.is_grad_enabled() and (x.requires_grad or scale is not None):
-            y = _DequantizedMatmul.apply(x, scale, self.held, dtype)
-        else:
-            y = matmul(x, self.held, dtype)
+        y = self.multiply(x, dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (..., in_features) @ W^T -> (..., out_features), computed in `dtype`."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _DequantizedMatmul.apply(x, self.held, dtype)
+        return matmul(x, self.held, dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -138,21 +126,35 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.hold_tiles(False)  # tiles are for a CPU
-        # .half() and .to(dtype) cast every floating-point buffer, but the scales were
+        # .half() and .to(dtype) cast all floating-point tensors of a module, but the scales were
         # rounded to their dtype before the codes were computed: move them, never cast.
-        kept = {name: getattr(self, name) for name in self._tensor_names()}
-        kept = {name: t.detach() for name, t in kept.items() if t is not None}
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype and isinstance(new, nn.Parameter):
-                new.data = old.to(new.device)
-            elif new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
-        return self
+        packed = {id(getattr(self, name)) for name in self._tensor_names()}
+
+        def move(t: Tensor) -> Tensor:
+            new = fn(t)
+            return t.to(new.device) if id(t) in packed and new.dtype != t.dtype else new
+
+        return super()._apply(move, recurse)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen nn.Linear that holds this weight (out, in), and a copy of the bias in its dtype."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        bias = bias.detach().to(weight.dtype, copy=True)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def dense_weight(layer: nn.Linear | QuantizedLinear) -> Tensor:
+    """The dense fp32 weight (out, in) of a linear layer; of a dense fp32 one a view."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantize()
+    return layer.weight.detach().float()
 
 
 def dense_pieces(layer: nn.Linear | QuantizedLinear) -> Iterator[tuple[slice, Tensor]]:

@@ -1,8 +1,4 @@
-"""Adapters made of trained adapters: combined, cut to a lower rank, ranks shared out.
-
-An update scaling * B A has at most rank r, so its singular values come from two thin QR
-decompositions and an (r, r) core; no dense (out, in) product is formed.
-"""
+"""Adapters made of trained adapters: combined, cut to a lower rank, ranks shared out."""
 
 import math
 from dataclasses import replace
@@ -10,7 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .layer import LoRAConfig, LoRALinear, adapter_names, check_adapter, check_names, lora_layers
+from .layer import (
+    LoRAConfig,
+    LoRALinear,
+    adapter_names,
+    check_adapter,
+    check_names,
+    lora_layers,
+    named,
+)  # fmt: skip
+from .low_rank import balanced, product_svd
 from .targets import replace_module
 
 HOW = ("linear", "cat", "svd")
@@ -58,13 +63,11 @@ def combine_adapters(
     made = {}
     for path, layer in layers.items():
         parts = {n: w for n, w in weights.items() if n in layer.configs}
-        try:
+        with named(path):
             _check_plain(layer, parts)
             most = max(layer.configs[n].rank for n in parts) if rank is None else rank
             made[path] = b, a = _combined(layer, parts, how, most)
             check_adapter(layer, into, LoRAConfig(a.shape[0], alpha=a.shape[0]))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     for path, (b, a) in made.items():
         _put(layers[path], into, LoRAConfig(a.shape[0], alpha=a.shape[0]), b, a)
     return list(made)
@@ -94,7 +97,7 @@ def prune_adapter(
         raise ValueError(f"rank names {strange[:2] or 'no layers'}, where {name!r} is not")
     target, made, kept = into or name, {}, {}
     for path, layer in layers.items():
-        try:
+        with named(path):
             _check_plain(layer, [name])
             if layer.residual_of == name:
                 raise ValueError(f"adapter {name!r} holds a part of the weight itself; merge it")
@@ -106,8 +109,6 @@ def prune_adapter(
             made[path], kept[path] = _pruned(layer, name, ranks[path])
             if into is not None:
                 check_adapter(layer, into, made[path][0])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     for path, layer in layers.items():
         if path in made:
             _put(layer, target, *made[path])
@@ -119,9 +120,7 @@ def prune_adapter(
 
 
 @torch.no_grad()
-def allocate_ranks(
-    model: nn.Module, adapter: str, budget: int, by: str = "singular values"
-) -> dict[str, int]:
+def allocate_ranks(model: nn.Module, adapter: str, budget: int) -> dict[str, int]:
     """Share a budget of parameters out among the layers of a trained adapter: {path: rank}.
 
     A layer's next rank costs in + out parameters and keeps the square of the update's next
@@ -130,17 +129,15 @@ def allocate_ranks(
     starts a new adapter of these ranks, `prune_adapter(model, adapter, ranks)` cuts this
     one. (AdaLoRA, arXiv 2303.10512, prunes by singular values during training; this is the
     one-shot version after a short training at a higher rank.) Raises ValueError for an
-    unknown adapter or `by`, DoRA, and a budget that pays for no rank at all.
+    unknown adapter, DoRA, and a budget that pays for no rank at all.
     """
     check_names(model, adapter)
-    if by != "singular values":
-        raise ValueError(f"by={by!r} must be 'singular values'")
     layers = {p: m for p, m in lora_layers(model).items() if adapter in m.configs}
     offers = []
     for path, layer in layers.items():
         _check_plain(layer, [adapter])
         cost = layer.in_features + layer.out_features
-        values = _svd(layer.lora_B[adapter], layer.lora_A[adapter])[1]
+        values = product_svd(layer.lora_B[adapter], layer.lora_A[adapter])[1]
         values = values * layer.configs[adapter].scaling
         offers += [(-(s * s) / cost, path, cost) for s in values.tolist() if s > 0]
     ranks, left = dict.fromkeys(layers, 0), budget
@@ -172,15 +169,6 @@ def _check_plain(layer: LoRALinear, names) -> None:
         )
 
 
-def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,), V^T (k, in) of B A, from thin factors alone; k = min(rank, out, in)."""
-    with torch.autocast(b.device.type, enabled=False):
-        qb, rb = torch.linalg.qr(b.float())  # (out, k), (k, rank)
-        qa, ra = torch.linalg.qr(a.float().t())  # (in, k'), (k', rank)
-        u, s, vh = torch.linalg.svd(rb @ ra.t(), full_matrices=False)  # of the small core
-        return qb @ u, s, vh @ qa.t()
-
-
 def _combined(layer: LoRALinear, weights: dict[str, float], how: str, rank: int):
     """B (out, r) and A (r, in) with scaling 1."""
     factors = []
@@ -204,7 +192,7 @@ def _combined(layer: LoRALinear, weights: dict[str, float], how: str, rank: int)
     if rank > min(layer.out_features, layer.in_features):
         shape = (layer.out_features, layer.in_features)
         raise ValueError(f"rank={rank} exceeds the rank of a layer {shape}")
-    return _balanced(*_svd(b, a), rank)
+    return balanced(*product_svd(b, a), rank)
 
 
 def _pruned(layer: LoRALinear, name: str, rank: int):
@@ -212,19 +200,13 @@ def _pruned(layer: LoRALinear, name: str, rank: int):
     config = layer.configs[name]
     if not 1 <= rank <= config.rank:
         raise ValueError(f"rank={rank} must be 1 to {config.rank}, the rank of adapter {name!r}")
-    u, s, vh = _svd(layer.lora_B[name], layer.lora_A[name])
-    b, a = _balanced(u, s, vh, rank)
+    u, s, vh = product_svd(layer.lora_B[name], layer.lora_A[name])
+    b, a = balanced(u, s, vh, rank)
     part = rank / config.rank  # alpha so that the scaling stays
     alpha = config.alpha * (math.sqrt(part) if config.use_rslora else part)
     energy = s.square().sum()
     kept = float(s[:rank].square().sum() / energy) if energy > 0 else 1.0
     return (replace(config, rank=rank, alpha=alpha), b, a), kept
-
-
-def _balanced(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B = U sqrt(S), A = sqrt(S) V^T of the largest singular values."""
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root.unsqueeze(1) * vh[:rank]
 
 
 def _put(layer: LoRALinear, name: str, config: LoRAConfig, b: Tensor, a: Tensor) -> None:

@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..base.files import atomic_folder, read_json, read_tensors
+from ..base.files import atomic_folder, open_tensors, read_json
 from ..base.paths import ROOT
-from .init import residual_fingerprint
-from .inject import add_adapters, base_fingerprint
+from .fingerprint import base_fingerprint, residual_fingerprint
+from .inject import add_adapters
 from .layer import LoRAConfig, LoRALinear, lora_layers
 from .peft_config import describe, read_config
 
@@ -42,7 +41,8 @@ def save_adapter(
     layers = {n: m for n, m in lora_layers(model).items() if adapter in m.configs}
     if not layers:
         raise ValueError(f"the model has no adapter {adapter!r} to save")
-    if dtype != torch.float32 and any(_learned_is_a_difference(m, adapter) for m in layers.values()):
+    difference = any(_learned_is_a_difference(layer, adapter) for layer in layers.values())
+    if difference and dtype != torch.float32:
         raise ValueError(
             f"dtype={dtype}: what PiSSA learned is a small difference of two large products, "
             "which 16 bits would lose; save it as float32"
@@ -97,13 +97,6 @@ def _portable(name: str) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else name
 
 
-def _metadata(folder: Path) -> dict[str, str]:
-    """"base": fingerprint of the base that an adapter was trained on, where it names one;
-    "init" and "residual base": where it fits one quantized base alone."""
-    with safe_open(folder / ADAPTER, "pt") as file:
-        return file.metadata() or {}
-
-
 def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
     """The first of the folders with an adapter that was trained on this model's base.
 
@@ -112,8 +105,9 @@ def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
     wanted, found = base_fingerprint(model), []
     for folder in map(Path, folders):
         try:
-            base = _metadata(folder).get("base")
-        except (OSError, SafetensorError):
+            with open_tensors(folder / ADAPTER) as file:
+                base = (file.metadata() or {}).get("base")
+        except (OSError, ValueError):
             base = "no readable adapter"
         if base == wanted:
             return folder
@@ -136,9 +130,13 @@ def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default")
     not have (peft_config.py).
     """
     folder = Path(folder)
-    described, state = read_json(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER)
-    marks, own = _metadata(folder), base_fingerprint(model)
-    base = marks.get("base")
+    described = read_json(folder / ADAPTER_CONFIG)
+    with open_tensors(folder / ADAPTER) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+        # "base": the fingerprint of the base that it was trained on, where it names one; "init"
+        # and "residual base": where it fits one quantized base alone.
+        marks = file.metadata() or {}
+    base, own = marks.get("base"), base_fingerprint(model)
     if base is not None and base != own:
         raise ValueError(
             f"load the model that was trained ({base}; this one is {own}), or train an adapter "

@@ -1,30 +1,29 @@
 """Adapters on a model: which layers get them, which one a call uses, what they take.
 
-lora_layer.py has the layer and its equation, choosing.py the choice of a call."""
+layer.py has the layer and its equation, choice.py the choice of a call.
+"""
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..layers.linear import QuantizedLinear
 from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
-from .init import RESIDUAL_INITS, check_dense, start_from_base
+from .choice import Rows, choose, keep_choice
+from .init import RESIDUAL_INITS
 from .layer import (
     LoRAConfig,
     LoRALinear,
-    Rows,
     adapter_names,
     check_adapter,
+    check_dense,
     check_names,
-    choose,
-    keep_choice,
     lora_layers,
-)
+    named,
+)  # fmt: skip
 from .targets import ATTENTION, find_linears, linear_layers, replace_module
 
 
@@ -32,13 +31,12 @@ from .targets import ATTENTION, find_linears, linear_layers, replace_module
 def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
     """Within the block, calls use this adapter (None: the base alone), or one a row.
 
-    A list of names gives each row of the batch an adapter of its own; rows may share one, and
-    None is the base. The base's product is computed once for all rows, then each adapter's
-    on its rows. A row gets what it gets alone but for the last bits: a matrix product of
-    another number of rows may add in another order. The first axis of what the layers see
-    must be the batch, one row a name; else the call raises ValueError. Where generate() repeats
-    rows (num_return_sequences=k), repeat each name k times. Not handled: models that regroup
-    rows between layers, as mixtures of experts do.
+    A list gives each row of the batch an adapter by name, or None. The base's product is
+    computed once for all rows, then each adapter's on its rows; a row gets what it gets alone but
+    for the last bits. The first axis of what the layers see must be the batch, one row a name;
+    else the call raises ValueError. Where generate() repeats rows (num_return_sequences=k),
+    repeat each name k times. Not handled: models that regroup rows between layers, as mixtures
+    of experts do.
 
     The choice belongs to the block: other threads and asyncio tasks keep theirs. A block of
     the model under gradient checkpointing is recomputed with the adapter of its forward pass,
@@ -76,11 +74,11 @@ def inject_lora(
     target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). rank: one for all, or
     {path: rank} with a rank a layer (as `allocate_ranks` returns): targets that it leaves out
     get no adapter; alpha is one, so that their scaling alpha / rank differs, as with PEFT's
-    rank_pattern. use_dora: train each row's length apart (lora_layer.weight_norm), at the price
+    rank_pattern. use_dora: train each row's length apart (layer.weight_norm), at the price
     of about one more dequantization of the weight a call.
     init: with "kaiming" and "gaussian" the outputs do not change. "loftq" and "pissa" take dense
     layers, and replace their bases by residuals, quantized as `spec` says ("pissa" alone does
-    without: a dense residual); outputs change by what rounding leaves (lora_init.py). Calling
+    without: a dense residual); outputs change by what rounding leaves (init.py). Calling
     it again with the same configuration changes nothing; with other targets it adds those to the
     adapter, which is trained in all its layers (settings may differ by layer). The model's first
     adapter becomes the default of calls; later ones leave the default as it is (`set_adapter`,
@@ -109,7 +107,7 @@ def inject_lora(
         raise ValueError(f"spec={spec} goes with {RESIDUAL_INITS}; quantize_model quantizes first")
     layers = add_adapters(model, configs, adapter)
     for path in new if init in RESIDUAL_INITS else ():
-        start_from_base(layers[path], adapter, spec)
+        layers[path].take_apart(adapter, spec)
     model.requires_grad_(False)  # embeddings, norms and head too
     for layer in lora_layers(model).values():  # those of earlier calls too
         for p in layer.parameters_of(adapter):
@@ -127,10 +125,8 @@ def add_adapters(
     first layer is changed.
     """
     for path, config in configs.items():
-        try:
+        with named(path):
             check_adapter(model.get_submodule(path), adapter, config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     have = lora_layers(model).values()
     default = next((m.active for m in have if m.active), None) if have else adapter
     for path, config in configs.items():
@@ -228,19 +224,3 @@ def adapter_table(model: nn.Module) -> list[AdapterRow]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that get a gradient, by name."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the base's parameters outside of linear layers: embeddings and norms.
-
-    It names the model whatever its linears are stored in, so that an adapter trained on
-    a 4-bit base is recognised on the dense one. Values are hashed as what bf16 and fp16
-    can both hold, so that weights published in either are recognised in every dtype.
-    """
-    digest, linears = hashlib.sha256(), tuple(f"{path}." for path in linear_layers(model))
-    for name, p in sorted(model.named_parameters()):
-        if not name.startswith(linears):
-            digest.update(f"{name}{tuple(p.shape)}".encode())
-            bits = p.detach().cpu().bfloat16().half().contiguous().view(torch.int16)
-            digest.update(bits.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,108 +1,28 @@
-"""Which adapter a call uses: chosen for a block of code, kept for what backward recomputes.
-
-The choice is a context variable, by layer: threads and asyncio tasks do not see each other's,
-and a second model in the same block keeps its own.
-
-One adapted layer: a frozen weight plus a trained product of two thin matrices.
+"""One adapted layer: a frozen weight plus a trained product of two thin matrices.
 
 Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
-with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0."""
+with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
+
+Beside PEFT 0.21.2 (tuners/lora/layer.py, dora.py and bnb.py, 3,644 lines; here this file,
+choice.py and init.py, 471): adapter files go there and back to the bit, logits and gradients
+agree to 1e-5 (tests/interop/test_peft.py), DoRA's and PiSSA's to 1e-4 (test_peft_variants.py,
+test_peft_init.py); not to the bit, for here the scaling is a part of one product. An adapter is
+chosen for a call, not set on the model. Left out: embeddings, convolutions and bare parameters,
+a bias beside B, other quantizers' layers, other initializations.
+"""
 
 import math
-from collections.abc import Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.linear import QuantizedLinear, dense_pieces
-from .init import RESIDUAL_INITS
-
-DEFAULT = object()  # no choice: the layer's own
-_chosen: ContextVar[dict] = ContextVar("chosen adapters", default={})
-
-
-class Rows:
-    """An adapter a row of the batch: `names[i]` for row i (None: the base alone).
-
-    groups  (name, its rows) by name: a slice where they lie together, else indices
-    back    for each row of the batch, where it lies once the groups are joined; None: in order
-    """
-
-    def __init__(self, names: Sequence[str | None], device: torch.device):
-        self.count, found = len(names), {}
-        for row, name in enumerate(names):
-            found.setdefault(name, []).append(row)
-        joined = [row for rows in found.values() for row in rows]
-        self.groups = [(name, _rows(rows, device)) for name, rows in found.items()]
-        self.back = None
-        if joined != sorted(joined):
-            self.back = torch.tensor(joined, device=device).argsort()
-
-    def check(self, x: Tensor) -> None:
-        """Raises ValueError when the batch has not one row a name."""
-        if x.dim() < 2 or x.shape[0] != self.count:
-            raise ValueError(
-                f"use_adapter was given {self.count} names, one a row, and the batch has "
-                f"{x.shape[0]} rows; where generate(num_return_sequences=k) repeats each row, "
-                "repeat each name k times: [n for n in names for _ in range(k)]"
-            )
-
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """The groups' rows, one batch again."""
-        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return joined if self.back is None else joined[self.back.to(joined.device)]
-
-
-def _rows(rows: list[int], device: torch.device) -> slice | Tensor:
-    """Rows that lie together as a slice, which is a view: no copy of the activations."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows, device=device)
-
-
-def chosen(layer):
-    """The choice that this call makes for a layer: a name, None, Rows, or DEFAULT."""
-    return _chosen.get().get(layer, DEFAULT)
-
-
-@contextmanager
-def choose(layers, choice: str | None | Rows):
-    """Within the block, calls of these layers use this choice."""
-    token = _chosen.set({**_chosen.get(), **dict.fromkeys(layers, choice)})
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def keep_choice(checkpoint):
-    """A checkpoint function like the given one, recomputing with the adapter of the forward pass.
-
-    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's
-    own (CUDA), which inherits no context variable: the block would run with the default
-    adapter, and the gradients would be those of another model.
-    """
-    if getattr(checkpoint, "keeps_choice", False):
-        return checkpoint
-
-    def checkpointed(function, *args, **kwargs):
-        kept = _chosen.get()  # at the forward pass
-
-        def run(*args, **kwargs):
-            token = _chosen.set(kept)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _chosen.reset(token)
-
-        return checkpoint(run, *args, **kwargs)
-
-    checkpointed.keeps_choice = True
-    return checkpointed
-
+from ..layers.linear import QuantizedLinear, dense_pieces, dense_weight
+from ..quant.grid import QuantSpec, check_weight
+from ..quant.nf4 import NF4Spec
+from .choice import DEFAULT, Rows, chosen
+from .init import RESIDUAL_INITS, loftq, pissa
 
 INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
 TINY = torch.finfo(torch.float32).tiny
@@ -137,12 +57,23 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
+@contextmanager
+def named(path: str):
+    """Within the block, a ValueError begins with the path of the layer that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
     """Raises ValueError when a linear layer can't take this adapter."""
     if not name or "." in name:  # names of parameters can't hold a dot
         raise ValueError(f"adapter={name!r} must be a name without dots")
     if hasattr(nn.ParameterDict, name):  # a parameter of that name would hide it
-        raise ValueError(f"adapter={name!r} is the name of a method of torch's modules; take another")
+        raise ValueError(
+            f"adapter={name!r} is the name of a method of torch's modules; take another"
+        )
     taken = layer.configs.get(name, config) if isinstance(layer, LoRALinear) else config
     if taken != config:
         raise ValueError(f"adapter {name!r} exists with {taken}, not {config}")
@@ -156,6 +87,37 @@ def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
         raise ValueError(f"rank={config.rank} exceeds the rank of a layer {shape}")
 
 
+def check_dense(
+    path: str, layer: nn.Module, config: LoRAConfig, spec: QuantSpec | NF4Spec | None
+) -> None:
+    """Raises ValueError when a layer can't be taken apart as a LoRAConfig says."""
+    init, rank = config.init, config.rank
+    if config.scaling <= 0:
+        raise ValueError(f"alpha={config.alpha} with init={init!r}: scaling * B A needs alpha > 0")
+    if init == "loftq" and spec is None:
+        raise ValueError("init='loftq' needs spec=, how to quantize the base: NF4Spec(), QuantSpec")
+    if getattr(layer, "configs", None):
+        raise ValueError(
+            f"{path} has adapters {list(layer.configs)}, and init={init!r} would take their base "
+            "away; merge_lora(unload=True) first, or start from a fresh model"
+        )
+    base = getattr(layer, "base", layer)
+    if not isinstance(base, nn.Linear):
+        raise ValueError(
+            f"{path} is quantized, and init={init!r} starts from the dense weight: load the model "
+            "without quantizing it, and pass the spec here: inject_lora(..., spec=spec)"
+        )
+    if spec is None and 2 * rank > min(base.weight.shape):
+        raise ValueError(
+            f"{path} {tuple(base.weight.shape)}: on a dense base init='pissa' is saved as LoRA of "
+            f"rank 2 r = {2 * rank}, which exceeds this layer's; choose a smaller rank"
+        )
+    with named(path):
+        check_weight(base.weight.detach())
+        if isinstance(spec, QuantSpec):
+            spec.groups(base.in_features)
+
+
 class LoRALinear(nn.Module):
     """A linear layer (dense or quantized) with named adapters beside it.
 
@@ -164,7 +126,7 @@ class LoRALinear(nn.Module):
     lora_B    {name: (out_features, rank)}, fp32
     magnitude {name: (out_features,)}, fp32, of the adapters with use_dora
     merged    None, or the layer that stands for base and adapter together
-    residual_of  None, or the adapter whose initialization made the base (lora_init.py)
+    residual_of  None, or the adapter that `take_apart` made together with the base
     start     None, or B and A at step 0 of that adapter, beside a dense base
     """
 
@@ -202,6 +164,27 @@ class LoRALinear(nn.Module):
         self.active = self.active if self.configs else name
         self.put(name, config, a, torch.zeros(self.out_features, config.rank, **fp32))
 
+    @torch.no_grad()
+    def take_apart(self, name: str, spec: QuantSpec | NF4Spec | None) -> None:
+        """Split the dense base into a residual, quantized as `spec` says, and adapter `name`.
+
+        The adapter's configuration says how, "loftq" or "pissa"; `check_dense` is for before.
+        """
+        config, linear = self.configs[name], self.base
+        split = loftq if config.init == "loftq" else pissa
+        base, b, a = split(linear.weight.detach(), config.rank, spec)
+        # The layer computes scaling * B A: half of 1 / scaling goes into each factor.
+        root = config.scaling**-0.5
+        self.lora_A[name].copy_(a * root)
+        self.lora_B[name].copy_(b * root)
+        if spec is None:
+            linear.weight = nn.Parameter(base.to(linear.weight.dtype), requires_grad=False)
+            # To say later what was learned, as an update of W: beside the model, not on its device.
+            self.start = (b * root).cpu(), (a * root).cpu()
+        else:
+            self.base = QuantizedLinear.from_linear(linear, base)
+        self.residual_of = name
+
     def put(self, name: str, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
         """Store an adapter's factors as new parameters, over any that have its name."""
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
@@ -222,11 +205,11 @@ class LoRALinear(nn.Module):
         return [held[name] for held in (self.lora_A, self.lora_B, self.magnitude) if name in held]
 
     def delta(self, name: str, weight: Tensor | None = None) -> Tensor:
-        """The adapter as a dense update of this layer's base, fp32 (out, in): scaling * B A.
+        """What the adapter adds to the weight of this layer's base: scaling * B A, fp32 (out, in).
 
-        PiSSA's and LoftQ's is one of the residual that they left as the base, not of the weight
-        that they took apart: `residual_of` and `start` tell.
-        With use_dora it depends on what it is added to, `weight` (out, in; None: the base's):
+        With PiSSA and LoftQ the base is the residual that they left, so this is the update of the
+        residual, not of the original weight. With use_dora the update depends on the weight that
+        it is added to, `weight` (out, in; None: the base's):
             W' - W,   W' = m (W + scaling * B A) / ||W + scaling * B A||
         """
         config = self.configs[name]
@@ -234,7 +217,7 @@ class LoRALinear(nn.Module):
         if not config.use_dora:
             return update
         if weight is None:
-            weight = torch.cat([w for _, w in dense_pieces(self.base)])
+            weight = dense_weight(self.base)
         weight = weight.detach().float().to(update.device)
         moved = weight + update
         length = moved.norm(dim=1).clamp(min=TINY)

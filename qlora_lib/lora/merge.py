@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers.linear import QuantizedLinear
+from ..layers.linear import QuantizedLinear, dense_weight, frozen_linear
 from ..quant.gptq import GPTQOptions, gptq_quantize
-from ..quant.grid import quantize_rtn
 from ..quant.hessian import Hessian
-from ..quant.nf4 import NF4Spec, quantize_nf4
-from .inject import base_fingerprint
-from .layer import LoRALinear, dense_update, lora_layers
+from ..quant.nearest import quantize_nearest
+from ..quant.nf4 import NF4Spec
+from .fingerprint import base_fingerprint
+from .layer import LoRALinear, dense_update, lora_layers, named
 from .targets import replace_module
 
 
@@ -61,10 +61,8 @@ def merge_lora(
             _check_requantize(path, layer.base, into, hessians or {})
     dtype, done = next(model.parameters()).dtype, {}
     for path, layer in layers.items():
-        try:
+        with named(path):
             done[path] = _merge_layer(path, layer, into, dtype, hessians or {}, options)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     for path, (merged, _) in done.items():  # all or none
         layers[path].merged = merged
         if unload:
@@ -148,14 +146,9 @@ def _check_requantize(path: str, base: nn.Module, into: str, hessians: dict) -> 
         raise ValueError(f"into='gptq' needs the Hessian of {path}; pass hessians={{path: H}}")
 
 
-def _dense_weight(base: nn.Module) -> Tensor:
-    """fp32 (out, in) of a layer, dense or quantized."""
-    return base.dequantize() if isinstance(base, QuantizedLinear) else base.weight.detach().float()
-
-
 def _learned(layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What training added to the original weight, and the weight beside which it did: (out, in)."""
-    update, base = layer.delta(layer.active, weight), _dense_weight(layer.base)
+    update, base = layer.delta(layer.active, weight), dense_weight(layer.base)
     if layer.residual_of == layer.active:  # PiSSA: W = residual + scaling * B0 A0
         b0, a0 = (t.to(update.device) for t in layer.start)
         first = dense_update(b0, a0, layer.configs[layer.active].scaling)
@@ -165,25 +158,18 @@ def _learned(layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module, MergeRow]:
     base, update = layer.base, layer.delta(layer.active)
-    dense = _dense_weight(base)  # (out, in)
+    dense = dense_weight(base)  # (out, in)
     target = dense + update
     if into == "dense":
         if not isinstance(base, QuantizedLinear):
             dtype = base.weight.dtype
-        merged = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        merged.weight = nn.Parameter(target.to(dtype), requires_grad=False)
-        if base.bias is not None:
-            bias = base.bias.detach().to(merged.weight.dtype, copy=True)
-            merged.bias = nn.Parameter(bias, requires_grad=False)
-    elif isinstance(base.spec, NF4Spec):
-        new = quantize_nf4(target, base.spec.block_size, base.spec.double_quant)
-        merged = QuantizedLinear(new, base.bias)
-    elif into == "rtn":
-        merged = QuantizedLinear(quantize_rtn(target, base.spec), base.bias)
-    else:
+        merged = frozen_linear(target.to(dtype), base.bias)
+    elif into == "gptq":
         new = gptq_quantize(target, hessians[path], base.spec, options)
         merged = QuantizedLinear(new, base.bias)
-    return merged, _row(path, update, dense, target - _dense_weight(merged))
+    else:
+        merged = QuantizedLinear(quantize_nearest(target, base.spec), base.bias)
+    return merged, _row(path, update, dense, target - dense_weight(merged))
 
 
 def _size(update: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ HARMLESS = {
     "inference_mode", "runtime_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
-# They make the adapter more, or other, than what lora_layer.py computes on linear layers.
+# They make the adapter more, or other, than what layer.py computes on linear layers.
 REFUSED = {
     "bias": "the base's biases were trained too; only 'none' is read",
     "lora_bias": "B has a bias",
@@ -46,17 +46,12 @@ REFUSED = {
 # Initializations that leave the base alone; the others move a part of it into the adapter.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 KINDS = {
-    "target_modules": (str, list),
-    "exclude_modules": (str, list),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
+    **dict.fromkeys(("use_rslora", "use_dora"), (bool,)),
     "layers_to_transform": (int, list),
-    "layers_pattern": (str, list),
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
     "r": (int,),
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "use_rslora": (bool,),
-    "use_dora": (bool,),
 }
 INSTEAD = "merge it with PEFT (merge_and_unload) and load the merged model, or train without it"
 

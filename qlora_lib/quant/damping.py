@@ -22,11 +22,11 @@ DAMPINGS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5  # from the usual one upwards
 def expected_loss(
     seen: Tensor, unseen: Tensor, damp_percent: float, order: Tensor | None = None
 ) -> float:
-    """Loss on `unseen` inputs of GPTQ that knows `seen`, in units of out s^2 / 12.
+    """The loss to be expected on `unseen` inputs of a weight that GPTQ rounded for `seen` ones.
 
-    seen, unseen: (in, in), matrices of Hessians; order: (in,), that of the loop. Rounding to
-    nearest has unseen's trace. Raises ValueError where damping leaves `seen` not positive
-    definite.
+    In units of out s^2 / 12, in which rounding to nearest has the trace of `unseen`. seen, unseen:
+    (in, in), matrices of Hessians; order: (in,), that of the loop. Raises ValueError where
+    damping leaves `seen` not positive definite.
     """
     r = hessian_factor(seen, damp_percent, order)
     r = r / r.diagonal()
@@ -39,12 +39,12 @@ def expected_loss(
 
 
 def choose_damping(hessian: Hessian, desc_act: bool = True) -> float:
-    """The damp_percent of DAMPINGS that serves unseen tokens best.
+    """The damp_percent of DAMPINGS with the least expected loss on tokens that GPTQ has not seen.
 
-    Each half of the tokens stands in once for those that GPTQ has seen. The sum of both losses
+    Each half of the tokens is once the seen one, once the unseen one. The sum of both losses
     falls with damping and then rises, so the first rise ends the search. desc_act: as in
-    GPTQOptions. Raises ValueError for a Hessian without halves. What was chosen is kept until
-    the next token: q, k and v share a Hessian.
+    GPTQOptions. The Hessian keeps the choice until its next update: q, k and v share one.
+    Raises ValueError for a Hessian without halves.
     """
     if desc_act not in hessian.chosen:
         first, second = hessian.halves

@@ -7,15 +7,16 @@ from .hessian import Hessian
 
 
 def dense_target(weight: Tensor, hessian: Hessian, damp_percent: float) -> Tensor:
-    """The weight (out, in) that serves best on the layer's own inputs for what W did before.
+    """The weight W' (out, in) whose outputs on the quantized model's inputs come closest to the
+    outputs of W on the dense model's inputs.
 
-    Earlier layers are quantized, so this one gets x where the dense model has x~. Its outputs
-    there were x~ W^T, and least squares gives the weight that comes closest to them from x,
+    Earlier layers are quantized, so the layer gets x where the dense model has x~. Least squares
+    on |x~ W^T - x W'^T|^2 gives
         W' = W C H^-1,   H = sum x^T x,   C = sum x~^T x,
-    here with damping towards W: W' = W + W (C - H) (H + damping)^-1. What is left of
-    |x~ W^T - x Q^T|^2 beside |x (W' - Q)^T|^2 no Q can change: rounding W' is all that remains
-    for GPTQ. Asymmetric calibration (GPTAQ, Li et al. 2025, arXiv 2504.02692) has the same
-    objective and solves it within the loop. Raises ValueError for a Hessian without `dense`.
+    here with damping, which pulls towards W: W' = W + W (C - H) (H + damping)^-1. For any Q,
+    |x~ W^T - x Q^T|^2 is |x (W' - Q)^T|^2 plus a constant, so GPTQ has only to round W'.
+    Asymmetric calibration (GPTAQ, Li et al. 2025, arXiv 2504.02692) has the same objective and
+    solves it within the loop. Raises ValueError for a Hessian without `dense`.
     """
     if hessian.cross is None:
         raise ValueError("this Hessian has seen no inputs of the dense model: update(x, dense)")

@@ -9,12 +9,23 @@ take over its error (eq. 2; Optimal Brain Surgeon, Hassibi & Stork 1993):
 Row j of the Cholesky factor U holds what column j needs of the inverse Hessian of the
 columns from j on, so that H^-1 is never updated (section 3.3, step 3).
 
-The loop below does the same with R = U^-1, which takes no inverse. H = R R^T makes the loss
+`backsolve` does the same with R = U^-1, which takes no inverse. H = R R^T makes the loss
 |E R|^2 with E = W - Q; column j of E R is E[:, j] R[j, j] + sum_{i<j} E[:, i] R[i, j], zero at
     Q[:, j] = W[:, j] + sum_{i<j} E[:, i] R[i, j] / R[j, j],
 and no later column can change it. Rounding this target is what the updates above amount to:
 a triangular system solved from its first unknown to the last, each rounded as it is found
-(the "nearest plane" of lattices: Chen et al. 2025, arXiv 2507.18553)."""
+(the "nearest plane" of lattices: Chen et al. 2025, arXiv 2507.18553).
+
+Beside GPTQModel 7.6.0 (quantization/gptq.py and quantizer.py, 2,479 lines; here this file,
+hessian.py and grid.py, 680): the same loss, damping, act-order, groups and clip search, and
+checkpoints that give the same logits in both, whoever quantized (tests/interop/
+test_gptq_checkpoint.py). The codes are those of three slow derivations, to 1e-10
+(tests/unit/quant/test_gptq.py), not GPTQModel's to the bit: scales are rounded to fp16 before
+codes are computed. Left out: its group-aware act-order, convolutions and embeddings, several
+devices, more damping where the factorization fails, rounding to nearest without calibration.
+Beyond the paper, in steps around the loop: `choose_damping`, `dense_target`, weighed columns,
+`refit_scales`.
+"""
 
 import math
 from dataclasses import dataclass
@@ -70,13 +81,43 @@ class GPTQOptions:
         return {name: value for name, value in vars(self).items() if value != usual[name]}
 
 
+def backsolve(W: Tensor, R: Tensor, grid, max_code: int, B: int, b: int) -> Tensor:
+    """The loop of Algorithm 1: the codes of each column of the weight, uint8 (in, out).
+
+    W         (in, out): a column of the weight as a row, which is contiguous, in the order in
+              which they are rounded; overwritten by the errors W - Q
+    R         (in, in): the factor of H with each column divided by its R[j, j]
+    grid      grid(j, T) returns scale and zero-point (out,) of column j; T (from j to the end of
+              the block, out) are the columns as they would end if nothing else were rounded
+    max_code  the largest code, 2**bits - 1
+    B, b      columns between two updates of the whole rest, and of the rest of the block
+    """
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    E = W  # the same memory: row j is column j until it is rounded, and its error from then on
+    for i in range(0, len(W), B):
+        end = min(i + B, len(W))
+        # The errors of all columns before the block reach it at once, in one matrix product,
+        T = torch.addmm(W[i:end], R[:i, i:end].t(), E[:i])  # (block, out)
+        for j in range(i, end):
+            t, first = T[j - i], j - (j - i) % b  # (out,), and the first column of the sub-block
+            if j > first:  # those of its own sub-block column by column,
+                t.addmv_(E[first:j].t(), R[first:j, j])
+            elif j > i:  # and those of one sub-block reach the rest of the block at once.
+                T[j - i :].addmm_(R[j - b : j, j:end].t(), E[j - b : j])
+            scale, zero = grid(j, T[j - i :])
+            codes[j] = q = encode(t, scale, zero, max_code)  # (out,)
+            E[j] -= q.sub_(zero).mul_(scale)  # W - Q
+    return codes
+
+
+@torch.no_grad()
 def gptq_quantize(
     weight: Tensor,
     hessian: Hessian | Tensor,
     spec: QuantSpec,
     options: GPTQOptions = GPTQOptions(),
 ) -> QuantizedTensor:
-    """Quantize one layer with GPTQ (Algorithm 1 of the paper).
+    """The layer's weight quantized with GPTQ (Algorithm 1 of the paper).
 
     weight: floating point (out_features, in_features); hessian: a Hessian or its matrix
     (in, in). Works in fp32, or in fp64 when the weight is fp64. Without options.damp_percent
@@ -86,82 +127,79 @@ def gptq_quantize(
     shapes, no tokens, or a Hessian that damping does not mend.
     """
     check_weight(weight)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        return _quantize(as_float(weight), hessian, spec, options)
+    h, n = _matrix(hessian, weight.shape[1], options), weight.shape[1]
+    with torch.autocast(weight.device.type, enabled=False):
+        w, damping = as_float(weight), options.damp_percent
+        h = h.to(w)
+        if options.needs_halves:
+            damping = choose_damping(hessian, options.desc_act)
+        if options.match_dense:
+            w = dense_target(w, hessian, damping)
+        order = act_order(h) if options.desc_act else torch.arange(n, device=w.device)
+        place = order.argsort()  # of each column in the loop
+        R = hessian_factor(h, damping, order)
+        # The loss is the sum over columns of R[j, j]^2 (target - Q)^2: what an error counts.
+        cost = R.diagonal().square() if options.weigh_columns else None  # (in,)
+        # Divided by a view of itself, a column that two threads share would be divided by 1
+        # where the other one was there first.
+        R /= R.diagonal().clone()
+        W = w.t()[order].contiguous()  # (in, out), a copy
+        # One grid a row must be fitted before the loop: later, half the row is rounded.
+        static = options.static_groups or spec.group_size is None
+        if static:
+            scale, zero, grid = _static_grids(w, order, spec, None if cost is None else cost[place])
+            B, b = options.block_size, SUB_BLOCK
+        else:
+            scale, zero, grid = _dynamic_grids(W, R, spec, cost)
+            size = spec.group_size  # a grid needs current targets: blocks begin where groups begin
+            B, b = size * max(1, options.block_size // size), math.gcd(size, SUB_BLOCK)
+        codes = backsolve(W, R, grid, spec.max_code, B, b)[place].t().contiguous()  # (out, in)
+        g_idx = None if static or not options.desc_act else place // spec.group_size
+        quantized = assemble(codes, scale.t().contiguous(), zero.t().contiguous(), g_idx, spec)
+        return refit_scales(w, quantized, h, damping) if options.refit_scales else quantized
 
 
-def _quantize(w: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, options: GPTQOptions):
-    """What `gptq_quantize` does, for w in fp32 or fp64."""
+def _matrix(hessian: Hessian | Tensor, n: int, options: GPTQOptions) -> Tensor:
+    """The Hessian's matrix (n, n); ValueError for another shape, and for a bare matrix where the
+    options need more."""
     h = hessian.matrix if isinstance(hessian, Hessian) else hessian
-    out, n = w.shape
     if h.shape != (n, n):
         raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
-    h, damping = h.to(w), options.damp_percent
-    if (options.match_dense or damping is None) and not isinstance(hessian, Hessian):
+    if (options.match_dense or options.needs_halves) and not isinstance(hessian, Hessian):
         what = "match_dense" if options.match_dense else "damp_percent=None"
         raise ValueError(f"{what} needs a Hessian, not its matrix alone")
-    if damping is None:
-        damping = choose_damping(hessian, options.desc_act)
-    if options.match_dense:
-        w = dense_target(w, hessian, damping)
-    groups, size = spec.groups(n), spec.group_size or n
-    # One grid a row must be fitted before the loop: later, half the row is rounded.
-    static = options.static_groups or spec.group_size is None
-    order = act_order(h) if options.desc_act else torch.arange(n, device=w.device)
-    back = order.argsort()
-    r = hessian_factor(h, damping, order)
-    # The loss is the sum over columns of R[j, j]^2 (target - Q)^2: what a grid is to be good at.
-    cost = r.diagonal().square() if options.weigh_columns else None  # (in,), in the loop's order
-    # Columns with 1 on the diagonal, R[i, j] / R[j, j]. Divided by a view of itself, a column
-    # that two threads share would be divided by 1 where the other one was there first.
-    r /= r.diagonal().clone()
-    if static:
-        weights = None if cost is None else cost[back].view(groups, size)
-        grids = fit_grid(w.unflatten(1, (groups, size)), spec, weights)  # (out, groups)
-        scale, zero = (grid.t().contiguous() for grid in grids)
-    else:
-        scale, zero = w.new_empty(groups, out), w.new_empty(groups, out)
-    # Group of each position in the loop. Static groups belong to the column, others are
-    # made of the columns as the loop meets them: those need g_idx in the result.
-    group_of = (order if static else torch.arange(n, device=w.device)) // size
-    group_at = group_of.tolist()  # plain ints: no device synchronisation in the loop
-    step, sub = options.block_size, SUB_BLOCK
-    if not static:  # a grid is fitted on current targets: let blocks begin where groups begin
-        step, sub = size * max(1, step // size), math.gcd(size, SUB_BLOCK)
+    return h
 
-    # A column of W is strided, a row of W^T is contiguous: the loop runs over rows of W^T.
-    # Row j holds column j until it is rounded, and its error from then on.
-    wt = w.t()[order].contiguous()  # (in, out), a copy
-    codes = torch.empty(n, out, dtype=torch.uint8, device=w.device)
-    for start in range(0, n, step):
-        end = min(start + step, n)
-        # The errors of all columns before the block reach it at once, in one matrix product,
-        target = torch.addmm(wt[start:end], r[:start, start:end].t(), wt[:start])  # (block, out)
-        for j in range(start, end):
-            first = j - (j - start) % sub  # of the sub-block
-            t = target[j - start]  # (out,)
-            if j > first:  # those of its own sub-block column by column,
-                t.addmv_(wt[first:j].t(), r[first:j, j])
-            elif j > start:  # and those of one sub-block reach the rest of the block at once.
-                target[j - start :].addmm_(r[j - sub : j, j:end].t(), wt[j - sub : j])
-            g = group_at[j]
-            if not static and j % size == 0:
-                # The group's columns as they would end if none of them were rounded.
-                group = slice(j, j + size)
-                pull = target[j - start : j - start + size] - wt[group]  # (size, out)
-                free = wt[group] + torch.linalg.solve_triangular(
-                    r[group, group].t(), pull, upper=False, unitriangular=True
-                )
-                scale[g], zero[g] = fit_grid(free.t(), spec, None if cost is None else cost[group])
-            codes[j] = q = encode(t, scale[g], zero[g], spec.max_code)  # (out,)
-            wt[j] -= q.sub_(zero[g]).mul_(scale[g])  # W - Q
 
-    g_idx = None if static or not options.desc_act else group_of[back]
-    scale, zero = scale.t().contiguous(), zero.t().contiguous()
-    quantized = assemble(codes[back].t().contiguous(), scale, zero, g_idx, spec)
-    if options.refit_scales:
-        quantized = refit_scales(w, quantized, h, damping)
-    return quantized
+def _static_grids(w: Tensor, order: Tensor, spec: QuantSpec, cost: Tensor | None):
+    """Grids of the weight w (out, in) as it is: scale and zero-point (groups, out), and the
+    function of column j that `backsolve` takes. order, cost: (in,)."""
+    groups, size = spec.groups(w.shape[1]), spec.group_size or w.shape[1]
+    importance = None if cost is None else cost.view(groups, size)
+    grids = fit_grid(w.unflatten(1, (groups, size)), spec, importance)  # (out, groups)
+    scale, zero = (grid.t().contiguous() for grid in grids)
+    group_at = (order // size).tolist()  # plain ints: no device synchronisation in the loop
+    return scale, zero, lambda j, T: (scale[group_at[j]], zero[group_at[j]])
+
+
+def _dynamic_grids(W: Tensor, R: Tensor, spec: QuantSpec, cost: Tensor | None):
+    """The same as `_static_grids` for groups of columns as the loop meets them, each grid fitted
+    when the loop gets there, on what the columns before have made of the group."""
+    groups, size = spec.groups(len(W)), spec.group_size
+    scale, zero = W.new_empty(groups, W.shape[1]), W.new_empty(groups, W.shape[1])
+
+    def grid(j: int, T: Tensor) -> tuple[Tensor, Tensor]:
+        g = j // size
+        if j % size == 0:
+            group = slice(j, j + size)
+            # The group's columns as they would end if none of them were rounded.
+            free = W[group] + torch.linalg.solve_triangular(
+                R[group, group].t(), T[:size] - W[group], upper=False, unitriangular=True
+            )  # (size, out)
+            scale[g], zero[g] = fit_grid(free.t(), spec, None if cost is None else cost[group])
+        return scale[g], zero[g]
+
+    return scale, zero, grid
 
 
 def output_error(weight: Tensor, approx: Tensor, hessian: Hessian | Tensor) -> float:

@@ -52,8 +52,31 @@ class QuantSpec:
         return in_features // size
 
 
+class PackedWeight:
+    """What the kinds of packed weights (dataclasses with `pieces`) share."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dense weights (out, in) in `dtype`."""
+        dense = None
+        for rows, w in self.pieces(dtype):
+            if len(w) == self.shape[0]:
+                return w
+            dense = w.new_empty(self.shape) if dense is None else dense
+            dense[rows] = w
+        return dense
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together: codes, scales and whatever else decodes them."""
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.shape.numel()
+
+
 @dataclass
-class QuantizedTensor:
+class QuantizedTensor(PackedWeight):
     """A weight matrix on integer grids, packed.
 
     codes       uint8 (out, ceil(in * bits / 8)), packed along the input features
@@ -76,7 +99,7 @@ class QuantizedTensor:
         return unpack(codes, self.spec.bits, (codes.shape[0], self.shape[1]))
 
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The dense weight in `dtype`, some rows at a time: which, and their values (rows, in)."""
+        """Slices of rows in order, each with its dense weights (rows, in) in `dtype`."""
         # Half precision has no fast arithmetic on a CPU, and q - z is exact in fp32.
         work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         scale, zero = self.scale.to(work), self.zero_point.to(work)  # (out, groups)
@@ -90,41 +113,17 @@ class QuantizedTensor:
                 grouped.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1))  # in w's own memory
                 yield rows, w.to(dtype)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dense weights (out, in) in `dtype`."""
-        return joined(self.pieces(dtype), self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales, zero-points and group index together."""
-        parts = [self.codes, self.scale, self.zero_point, self.g_idx]
-        return sum(t.nbytes for t in parts if t is not None)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.shape.numel()
-
 
 def row_slices(shape: torch.Size, device: torch.device, unit: int = 1) -> list[slice]:
-    """Rows that are made dense at a time, a multiple of `unit` and of 64 (no tile of the int4
-    operator is cut): on a CPU about PIECE weights; elsewhere all."""
+    """The rows cut into slices that are made dense one after the other: of about PIECE weights on
+    a CPU, one slice of all rows elsewhere. Each but the last has a multiple of `unit` rows and of
+    64, so that no tile of the int4 operator is cut."""
     out, in_features = shape
     if device.type != "cpu":
         return [slice(0, out)]
     unit = math.lcm(unit, 64)
     count = -(-max(1, PIECE // max(1, in_features)) // unit) * unit
     return [slice(i, min(i + count, out)) for i in range(0, max(1, out), count)]
-
-
-def joined(pieces: Iterator[tuple[slice, Tensor]], shape: torch.Size) -> Tensor:
-    """The dense weight that the pieces make up."""
-    dense = None
-    for rows, w in pieces:
-        if len(w) == shape[0]:
-            return w
-        dense = w.new_empty(shape) if dense is None else dense
-        dense[rows] = w
-    return dense
 
 
 def check_weight(weight: Tensor) -> None:
@@ -171,10 +170,9 @@ def _grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
 def fit_grid(
     w: Tensor, spec: QuantSpec, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The grid of each group.
+    """Scale and zero-point of each group, (...) in the dtype of w, the scale rounded to fp16.
 
-    w: (..., group_size), one group in the last axis. Returns scale and zero_point,
-    each (...) in the dtype of w, the scale already rounded to fp16.
+    w: (..., group_size), one group in the last axis.
     The range always includes 0. With `clip_search`, the range is shrunk step by step
     and the grid with the least sum of importance * |error|**2.4 is kept (Frantar's and
     GPTQModel's `mse` option, where every weight counts alike).
@@ -201,7 +199,8 @@ def fit_grid(
 
 
 def _search(w: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The best grid of each row of w (groups, group_size), among all CLIP_RATIOS."""
+    """Scale and zero-point (groups,) of the best grid of each row of w (groups, group_size), among
+    those of all CLIP_RATIOS. importance: as w."""
     (least, first), (most, last) = w.min(-1), w.max(-1)  # (groups,)
     # What an error at either end of a group counts at least.
     ends = torch.minimum(*(importance.gather(1, i.unsqueeze(1)) for i in (first, last))).squeeze(1)
@@ -211,23 +210,38 @@ def _search(w: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
     open_ = torch.arange(len(w), device=w.device)  # groups whose search goes on
     for ratio in CLIP_RATIOS.tolist():
         s, z = _grid_of_range(low * ratio, high * ratio, spec)
-        # A grid spans max_code steps. What it leaves uncovered of a group's range, its two
-        # ends bear, at least as |cut / 2|**2.4 each, and ever more as the range shrinks: once
-        # that alone is no less than the best error, the group is done.
-        cut = (most - least - spec.max_code * s).clamp_(min=0)
-        hope = 2 * ends * (cut / 2).pow_(CLIP_NORM) < best[open_]
+        hope = _error_of_the_ends(most - least, ends, s, spec) < best[open_]
         if not hope.all():
             if not hope.any():
                 break
             kept = (least, most, ends, low, high, s, z, w, importance, open_)
             least, most, ends, low, high, s, z, w, importance, open_ = (t[hope] for t in kept)
-        q = encode(w, s.unsqueeze(-1), z.unsqueeze(-1), spec.max_code)
-        error = q.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(w).abs_().pow_(CLIP_NORM)
-        error = error.mul_(importance).sum(-1)  # (groups,)
+        error = _clip_error(w, importance, s, z, spec)
         better = error < best[open_]
         won = open_[better]
         best[won], scale[won], zero[won] = error[better], s[better], z[better]
     return scale, zero
+
+
+def _error_of_the_ends(span: Tensor, ends: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The least error (groups,) that a group's two ends have on a grid of this scale.
+
+    A grid spans max_code steps. What it leaves uncovered of a group's range, `span`, its two ends
+    bear, at least as |cut / 2|**2.4 each, and ever more as the range shrinks: once that alone is
+    no less than the best error, the group's search is done.
+    """
+    cut = (span - spec.max_code * scale).clamp_(min=0)
+    return 2 * ends * (cut / 2).pow_(CLIP_NORM)
+
+
+def _clip_error(
+    w: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec
+) -> Tensor:
+    """The sum of importance * |error|**2.4 over each group (groups,), rounded on its grid."""
+    scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    q = encode(w, scale, zero, spec.max_code)
+    error = q.sub_(zero).mul_(scale).sub_(w).abs_().pow_(CLIP_NORM)
+    return error.mul_(importance).sum(-1)
 
 
 def assemble(q: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor | None, spec: QuantSpec):

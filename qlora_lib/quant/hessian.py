@@ -9,8 +9,8 @@ class Hessian:
 
     Feed it the layer's own inputs, without padding. The mean (not the paper's sum of
     2 x x^T) makes layers and token counts comparable; the loop is indifferent to it.
-    halves: keep also what the first half of each update's tokens says alone, for
-    `choose_damping`; a second matrix.
+    halves: keep a second matrix, of the first half of each update's tokens, for
+    `choose_damping`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Hessian:
         Inf, and for `dense` of another shape or given only sometimes; nothing is added then.
         """
         if (dense is not None) != (self._cross is not None) and self.tokens:
-            raise ValueError("give the dense model's inputs with every update of a Hessian, or never")
+            raise ValueError("give a Hessian the dense model's inputs at every update, or never")
         if dense is not None and dense.shape != x.shape:
             raise ValueError(
                 f"the dense model's inputs are {tuple(dense.shape)}, not {tuple(x.shape)}"
@@ -92,18 +92,19 @@ class Hessian:
 
 
 def act_order(h: Tensor) -> Tensor:
-    """(in,): the columns of the largest inputs first; those of one size as they come."""
+    """The columns (in,) sorted by the size of their inputs, largest first; equal ones as they
+    stand."""
     return h.diagonal().argsort(descending=True, stable=True)
 
 
 def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
-    """Upper triangular R (in, in) with R R^T = H + damping: the U of eq. above is R^-1.
+    """The upper triangular R (in, in) with R R^T = H + damping; R^-1 is the U of Algorithm 1.
 
     order: (in,), the order in which the columns are gone through; R is of H[order][:, order].
-    Cholesky gives a lower factor, H = L L^T. Of H with its rows and columns reversed it gives
-    one that, reversed again, is upper: J H J = L L^T, so H = (J L J) (J L J)^T. And R R^T = H
-    means R^-T R^-1 = H^-1: as Cholesky factors are unique, U = R^-1. The paper's three steps
-    (factor H, invert, factor the inverse) take four times the operations and more memory.
+    Cholesky gives a lower factor L. With J H J for H, its rows and columns reversed, J L J is
+    upper, and H = (J L J) (J L J)^T: that is R. From R R^T = H follows R^-T R^-1 = H^-1, and as
+    Cholesky factors are unique, R^-1 is the U with U^T U = H^-1. The paper's three steps (factor
+    H, invert, factor the inverse) take four times the operations and more memory.
     Columns that no input ever excites ("dead": H[j, j] = 0) get the mean diagonal, so
     they are simply rounded to nearest. Raises ValueError, naming the column, when the
     damped H is not positive definite.
@@ -128,9 +129,9 @@ def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) 
 
 
 def inverse_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
-    """Upper triangular U (in, in) with U^T U = (H + damping)^-1, as Algorithm 1 reads it.
+    """The U of Algorithm 1, upper triangular (in, in) with U^T U = (H + damping)^-1.
 
-    Arguments and errors as for `hessian_factor`, whose inverse it is.
+    It is the inverse of `hessian_factor`, whose arguments and errors it has.
     """
     r = hessian_factor(h, damp_percent, order)
     eye = torch.eye(len(r), dtype=r.dtype, device=r.device)

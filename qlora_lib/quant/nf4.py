@@ -1,7 +1,12 @@
 """NF4: 4-bit codes whose 16 values follow a normal distribution, and double quantization.
 
-Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3. Layout and bytes are those
-of bitsandbytes, so that its checkpoints and ours are the same bits.
+Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3.
+
+Beside bitsandbytes 0.50.2 (functional.py and backends/default/ops.py, 2,442 lines without the
+kernels in C++; here 184): levels, packed bytes, absmax, nested absmax and decoded values are
+the same to the bit (tests/interop/test_bitsandbytes.py). The 8-bit codes of double quantization
+are the nearest here, where its search on a CPU may miss by 3e-5 of the range. Left out: FP4,
+storage in other dtypes than uint8, kernels of its own: a layer is decoded and multiplied.
 """
 
 import math
@@ -12,10 +17,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .grid import check_weight, joined, row_slices
+from .grid import PackedWeight, check_weight, row_slices
 from .packing import pack, unpack
 
-# The published values, to the bit; `nf4_formula` derives them to 2e-7.
+# The published values, to the bit: quantiles of N(0, 1) over the largest, which tests derive.
 # fmt: off
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -41,21 +46,6 @@ class NF4Spec:
             raise ValueError(f"block_size={self.block_size} must be positive")
 
 
-def nf4_formula() -> Tensor:
-    """The 16 levels from quantiles of N(0, 1); fp64 (16,), ascending.
-
-    Eight quantiles for the positive half, seven for the negative one and an exact 0,
-    divided by the largest. `offset`, the outermost probability, is the mean of 1 - 1/30
-    and 1 - 1/32: half a bin away from 1 for 15 and for 16 bins.
-    """
-    offset = 1 - (1 / 30 + 1 / 32) / 2  # 0.9677083
-    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
-    positive = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
-    negative = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
-    levels = torch.cat([positive, negative, torch.zeros(1, dtype=torch.float64)]).sort().values
-    return levels / levels.max()
-
-
 def nf4_levels(device: torch.device | None = None) -> Tensor:
     """The 16 published levels; fp32 (16,), ascending, whatever torch's default dtype is."""
     return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
@@ -79,29 +69,34 @@ def dynamic_map(signed: bool = True) -> Tensor:
 
 
 def quantize_8bit(flat: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 (n,) -> uint8 codes (n,) of the 256 levels, and fp32 absmax (ceil(n / 256),).
-
-    Each block of 256 is divided by its absmax; the nearest level is taken."""
-    blocks = _blocks(flat, NESTED_BLOCK)  # (blocks, 256)
-    absmax = blocks.abs().amax(1)  # (blocks,)
-    # A block of zeros has absmax 0; dividing by 1 sends it to the level 0, exactly.
-    unit = blocks / torch.where(absmax > 0, absmax, 1).unsqueeze(1)
-    return _nearest(unit, levels).flatten()[: flat.numel()].to(torch.uint8), absmax
+    """uint8 codes (n,) of the nearest of 256 levels, and the fp32 absmax (ceil(n / 256),) of each
+    block of 256 values, by which it was divided. flat: fp32 (n,)."""
+    codes, absmax = _encode(flat, NESTED_BLOCK, levels)
+    return codes[: flat.numel()].to(torch.uint8), absmax
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
-    """What `quantize_8bit` made, as fp32 (n,)."""
+    """The fp32 values (n,) that the codes of `quantize_8bit` stand for."""
     values = _blocks(levels[codes.int()], NESTED_BLOCK) * absmax.unsqueeze(1)  # (blocks, 256)
     return values.flatten()[: codes.numel()]
 
 
-def _nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest of the ascending levels: which midpoints lie below x."""
-    return torch.bucketize(x, (levels[:-1] + levels[1:]) / 2)
+def _encode(flat: Tensor, size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the level nearest to each value over its block's absmax, and the absmax (blocks,).
+
+    flat (n,); levels ascending. The indices run on to the end of the last block.
+    """
+    blocks = _blocks(flat, size)  # (blocks, size)
+    absmax = blocks.abs().amax(1)  # (blocks,)
+    # A block of zeros has absmax 0; dividing by 1 sends it to the level 0, exactly.
+    unit = blocks / torch.where(absmax > 0, absmax, 1).unsqueeze(1)
+    # The number of midpoints between levels that lie below a value.
+    return torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2).flatten(), absmax
 
 
 def _blocks(flat: Tensor, size: int) -> Tensor:
-    """(n,) -> (ceil(n / size), size), the last block filled with zeros; a view where it fits."""
+    """The values (n,) as blocks (ceil(n / size), size), the last one filled up with zeros; a view
+    where nothing is to be filled."""
     missing = -flat.numel() % size
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, size)
 
@@ -121,7 +116,7 @@ def _level_pairs(device: torch.device) -> Tensor:
 
 
 @dataclass
-class NF4Tensor:
+class NF4Tensor(PackedWeight):
     """A weight matrix in NF4, packed.
 
     codes          uint8 (ceil(out * in / 2),), row-major, the first weight in the high nibble
@@ -146,7 +141,7 @@ class NF4Tensor:
         return dequantize_8bit(self.absmax, self.nested_absmax, levels) + self.offset
 
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The dense weight in `dtype`, some rows at a time: which, and their values (rows, in)."""
+        """Slices of rows in order, each with its dense weights (rows, in) in `dtype`."""
         n, block, device = self.shape[1], self.spec.block_size, self.codes.device
         pairs, scales = _level_pairs(device), self.block_scales()
         # Rows that begin where a block and a byte begin.
@@ -160,23 +155,9 @@ class NF4Tensor:
             w = _blocks(values, block).mul_(part.unsqueeze(1))
             yield rows, w.flatten()[:count].view(-1, n).to(dtype)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dense weights (out, in) in `dtype`."""
-        return joined(self.pieces(dtype), self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, absmax values and their own scales together."""
-        parts = [self.codes, self.absmax, self.nested_absmax, self.offset]
-        return sum(t.nbytes for t in parts if t is not None)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.shape.numel()
-
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
-    """Blockwise NF4: divide each block by its absmax, take the nearest level.
+    """The weight in NF4: each block divided by its absmax, each value at the nearest level.
 
     weight: floating point (out_features, in_features). Blocks run over the flattened
     matrix, across rows where block_size does not divide in_features. Raises ValueError
@@ -184,11 +165,8 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     """
     spec = NF4Spec(block_size, double_quant)
     check_weight(weight)
-    blocks = _blocks(weight.detach().float().flatten(), block_size)  # (blocks, block_size)
-    absmax = blocks.abs().amax(1)  # (blocks,)
-    # A block of zeros has absmax 0; dividing by 1 sends it to the level 0, exactly.
-    unit = blocks / torch.where(absmax > 0, absmax, 1).unsqueeze(1)
-    codes = _nearest(unit, nf4_levels(weight.device)).flatten()
+    flat, levels = weight.detach().float().flatten(), nf4_levels(weight.device)
+    codes, absmax = _encode(flat, block_size, levels)
     codes = torch.nn.functional.pad(codes[: weight.numel()], (0, weight.numel() % 2), value=7)
     packed = pack(codes.view(-1, 2).flip(1).flatten(), 4)  # flip: high nibble first
     if not double_quant:

@@ -83,7 +83,7 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
 
 
 def as_words(packed: Tensor) -> Tensor:
-    """The byte stream (..., 4 * n) read as 32-bit words: int32 (..., n), without a copy.
+    """The bytes (..., 4 * n) as 32-bit words, int32 (..., n), without a copy.
 
     Raises ValueError for bytes that do not fill whole words.
     """

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch.utils.checkpoint import checkpoint
 
-from ..lora.layer import keep_choice
+from ..lora.choice import keep_choice
 
 
 @contextmanager

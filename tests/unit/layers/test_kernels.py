@@ -12,7 +12,7 @@ from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.hessian import Hessian
 from qlora_lib.quant.nf4 import quantize_nf4
-from tests.support.tensors import default_dtype, normal, relative
+from tests.support.tensors import normal, relative
 
 BF16 = 2**-8  # one rounding to bf16, relative
 needs_operator = pytest.mark.skipif(
@@ -193,12 +193,3 @@ def test_another_width_is_refused():
     layer = QuantizedLinear(weight(64))
     with decoding_layout(layer), pytest.raises(ValueError, match="x has 32 features, the weight"):
         layer(normal(4, 32).bfloat16())
-
-
-def test_the_gradient_of_scales_is_fp32_whatever_the_default_dtype():
-    for q in (weight(64), shuffled(64)):
-        x, grad = normal(5, 64), normal(5, 64, seed=1)
-        want = kernels.scale_grad(x, grad, q)
-        with default_dtype(torch.bfloat16):
-            got = kernels.scale_grad(x, grad, q)
-        assert got.dtype == torch.float32 and torch.equal(got, want)

@@ -275,7 +275,6 @@ def test_the_ranks_are_those_that_inject_and_prune_take(tmp_path):
     [
         (dict(adapter="z"), "no adapter 'z'"),
         (dict(budget=50), "budget=50 parameters pays for no rank of adapter 'a'; one costs 96"),
-        (dict(by="size"), "by='size' must be 'singular values'"),
     ],
 )
 def test_bad_budgets_are_named(given, message):

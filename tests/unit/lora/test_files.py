@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qlora_lib.lora.files import ADAPTER, ADAPTER_CONFIG, load_adapter, save_adapter
-from qlora_lib.lora.inject import add_adapters, base_fingerprint, inject_lora, use_adapter
+from qlora_lib.lora.fingerprint import base_fingerprint
+from qlora_lib.lora.inject import add_adapters, inject_lora, use_adapter
 from qlora_lib.lora.layer import LoRAConfig, lora_layers
 from qlora_lib.lora.peft_config import describe, read_config
 from qlora_lib.lora.targets import linear_layers

@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from qlora_lib.lora.choice import Rows, keep_choice
 from qlora_lib.lora.inject import inject_lora, set_adapter, trainable_parameters, use_adapter
-from qlora_lib.lora.layer import (
-    LoRAConfig,
-    LoRALinear,
-    Rows,
-    adapter_names,
-    keep_choice,
-    lora_layers,
-)
+from qlora_lib.lora.layer import LoRAConfig, LoRALinear, adapter_names, lora_layers
 from tests.support.lora_models import IDS, base_of, logits, trained
 from tests.support.small_models import small_model
 

@@ -16,6 +16,7 @@ from qlora_lib.lora.inject import trainable_parameters, use_adapter
 from qlora_lib.lora.layer import LoRAConfig, LoRALinear, lora_layers
 from qlora_lib.lora.merge import merge_into_original, merge_lora, unmerge_lora
 from qlora_lib.lora.targets import ALL_LINEAR
+from qlora_lib.lora.variants import scale_grad
 from qlora_lib.models.checkpoint import load_quantized, save_quantized
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
@@ -23,7 +24,7 @@ from qlora_lib.quant.hessian import Hessian
 from qlora_lib.train.config import TrainConfig
 from tests.support.lora_models import IDS, base_of, files, logits, trained
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
-from tests.support.tensors import LiveMemory, normal, relative
+from tests.support.tensors import LiveMemory, default_dtype, normal, relative
 
 # --- DoRA ------------------------------------------------------------------------------------
 
@@ -248,6 +249,15 @@ def test_the_gradient_of_the_scales_is_that_of_float64_autograd(kind):
     x.requires_grad_()
     layer(x).backward(g)
     assert relative(x.grad, g @ q.dequantize()) < 1e-5
+
+
+def test_the_gradient_of_scales_is_fp32_whatever_the_default_dtype():
+    for q in (packed("4").quantized, packed("g_idx").quantized):
+        x, grad = normal(5, 64), normal(5, 96, seed=1)
+        want = scale_grad(x, grad, q)
+        with default_dtype(torch.bfloat16):
+            got = scale_grad(x, grad, q)
+        assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 def test_scales_learn_while_codes_stay_and_go_back_to_fp16(tmp_path):

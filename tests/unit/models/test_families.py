@@ -32,7 +32,7 @@ from qlora_lib import (
 )
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.layers.blocks import decoder_blocks
-from qlora_lib.lora.inject import base_fingerprint
+from qlora_lib.lora.fingerprint import base_fingerprint
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION, find_linears
 from qlora_lib.models.conv1d import linear_from_conv1d
 from qlora_lib.models.quantize import quantized_layers

@@ -12,12 +12,26 @@ from qlora_lib.quant.nf4 import (
     NF4Spec,
     dynamic_map,
     nf4_codes,
-    nf4_formula,
     quantize_nf4,
 )
 from tests.support.tensors import PROPERTY, default_dtype, normal, relative
 
 LEVELS = torch.tensor(NF4_LEVELS)
+
+
+def nf4_formula() -> torch.Tensor:
+    """The 16 levels from quantiles of N(0, 1); fp64 (16,), ascending.
+
+    Eight quantiles for the positive half, seven for the negative one and an exact 0,
+    divided by the largest. `offset`, the outermost probability, is the mean of 1 - 1/30
+    and 1 - 1/32: half a bin away from 1 for 15 and for 16 bins.
+    """
+    offset = 1 - (1 / 30 + 1 / 32) / 2  # 0.9677083
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    positive = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
+    negative = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([positive, negative, torch.zeros(1, dtype=torch.float64)]).sort().values
+    return levels / levels.max()
 
 
 def test_the_formula_gives_the_published_table():

@@ -1,0 +1,95 @@
+"""Which adapter a call uses: chosen for a block of code, kept for what backward recomputes.
+
+The choice is a context variable, by layer: threads and asyncio tasks do not see each other's,
+and a second model in the same block keeps its own.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+DEFAULT = object()  # no choice: the layer's own
+_chosen: ContextVar[dict] = ContextVar("chosen adapters", default={})
+
+
+class Rows:
+    """An adapter a row of the batch: `names[i]` for row i (None: the base alone).
+
+    groups  (name, its rows) by name: a slice where they lie together, else indices
+    back    for each row of the batch, where it lies once the groups are joined; None: in order
+    """
+
+    def __init__(self, names: Sequence[str | None], device: torch.device):
+        self.count, found = len(names), {}
+        for row, name in enumerate(names):
+            found.setdefault(name, []).append(row)
+        joined = [row for rows in found.values() for row in rows]
+        self.groups = [(name, _rows(rows, device)) for name, rows in found.items()]
+        self.back = None
+        if joined != sorted(joined):
+            self.back = torch.tensor(joined, device=device).argsort()
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError when the batch has not one row a name."""
+        if x.dim() < 2 or x.shape[0] != self.count:
+            raise ValueError(
+                f"use_adapter was given {self.count} names, one a row, and the batch has "
+                f"{x.shape[0]} rows; where generate(num_return_sequences=k) repeats each row, "
+                "repeat each name k times: [n for n in names for _ in range(k)]"
+            )
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The groups' rows, one batch again."""
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return joined if self.back is None else joined[self.back.to(joined.device)]
+
+
+def _rows(rows: list[int], device: torch.device) -> slice | Tensor:
+    """Rows that lie together as a slice, which is a view: no copy of the activations."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
+
+
+def chosen(layer):
+    """The choice that this call makes for a layer: a name, None, Rows, or DEFAULT."""
+    return _chosen.get().get(layer, DEFAULT)
+
+
+@contextmanager
+def choose(layers, choice: str | None | Rows):
+    """Within the block, calls of these layers use this choice."""
+    token = _chosen.set({**_chosen.get(), **dict.fromkeys(layers, choice)})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def keep_choice(checkpoint):
+    """A checkpoint function like the given one, recomputing with the adapter of the forward pass.
+
+    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's
+    own (CUDA), which inherits no context variable: the block would run with the default
+    adapter, and the gradients would be those of another model.
+    """
+    if getattr(checkpoint, "keeps_choice", False):
+        return checkpoint
+
+    def checkpointed(function, *args, **kwargs):
+        kept = _chosen.get()  # at the forward pass
+
+        def run(*args, **kwargs):
+            token = _chosen.set(kept)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _chosen.reset(token)
+
+        return checkpoint(run, *args, **kwargs)
+
+    checkpointed.keeps_choice = True
+    return checkpointed
