@@ -43,8 +43,8 @@ HALF = Fraction(1, 2)
         (r"\boxed{\text{about {5} m}}", None, 5),
         (r"\boxed{3}. The answer is 4", None, 3),  # two answers: no strict one
         (r"The answer is \boxed{4}.", 4, 4),
-        (r"5, so \boxed{12", None, 12),  # cut short: only the last number is left
-        (r"5, so \boxed{x}", None, 5),
+        (r"5, so \boxed{12", None, None),  # cut short: the number may be, too
+        (r"5, so \boxed{x}", None, None),  # the answer is x, not 5
         # 3. the last "answer is" or "answer:" with a number
         ("The answer is 5.", 5, 5),
         ("The answer is: $70,000. Check: 1+1=2", 70000, 70000),
@@ -55,9 +55,9 @@ HALF = Fraction(1, 2)
         ("**Answer:** 42 of 50", None, 42),
         ("Answer:\n42 of 50", None, 42),
         # 4. the last number
-        ("so 10-3", None, 3),
+        ("so 10-3", None, None),
         ("Ava has 12 apples and 5.5 pears.", None, Fraction(11, 2)),
-        ("1,2345", None, 2345),
+        ("1,2345", None, None),
         ("nothing", None, None),
         ("", None, None),
         # right of the last "=", and one number
@@ -118,7 +118,7 @@ def test_spellings_of_a_number(numeral, number):
 @pytest.mark.parametrize(
     "text",
     ["12/25/2020", "1.2.3", "5/0", "0^-1", "x_1", "m^2", "1e999999999", "10^999", "10^x",
-     "9" * 61, "9" * 60 + ".1", "1/2/3", "2^3.5", "1e5.5", "inf", "NaN", "\u0665"],
+     "9" * 61, "9" * 60 + ".1", "1/2/3", "2^3.5", "1e5.5", "inf", "NaN"],
 )  # fmt: skip
 def test_what_is_no_number_has_no_answer(text):
     assert extract_answer(f"#### {text}") is None
@@ -279,7 +279,7 @@ def test_long_numerals_and_large_exponents_are_refused_before_they_are_computed(
     def never(numeral):
         raise AssertionError(f"computed {len(numeral)} digits")
 
-    monkeypatch.setattr(extraction, "_fraction", never)
+    monkeypatch.setattr(extraction, "Fraction", never)
     for text in ("9" * 61, "1" * 5000 + "/3", "1e999999999", "10^61", "2 x 10^-61"):
         assert value(QUANTITY.search(text)) is None
 
