@@ -118,7 +118,8 @@ _SPELLINGS = [
         (rf"(?:{_CODES}) ?(?=-?[0-9])", "$"),
         (r"\b(?i:minus|negative) +(?=\$?[0-9])", "-"),
         (r"\b(?i:between) (\S{1,30}) and (?=\$?[0-9])", r"\1 to "),
-        (r"\b(approx|ca|Nr|No|Mr|Mrs|Ms|Dr|St)\.(?= )", r"\1"),  # no end of a sentence
+        # No end of a sentence
+        (r"\b(approx|ca|Nr|No|ft|hrs?|min|lbs?|oz)\.(?= \$?[0-9])", r"\1"),
         (r"\b(?i:step|part|case|option|equation|problem|question|example) *\#?[0-9]++(?![0-9])",
          "label"),
         (r"[0-9]++(?:[.,_' ][0-9]++)*+", lambda m: _ungrouped(m[0])),
@@ -158,7 +159,7 @@ QUANTITY = re.compile(
     rf"""
     (?<![\^_√a-zA-Zà-ÿ])(?<![\^√][{{(])(?<![a-zA-Z]-)    # m^2, x_1 and COVID-19 hold no number
     (?P<sign>(?<![\w)\]}}])(?<![0-9)\]}}][ ])-\$?|\$-?)?          # 10-3 holds no -3
-    (?<![0-9^])(?<![0-9][./:,_'])                       # not within 1.2.3, 1/2/2020, 3:30
+    (?<![0-9^])(?<![0-9][./:,_'(])                      # not within 1.2.3, 1/2/2020, 3:30
     (?<![0-9][eE])(?<![0-9][eE][-+])                    # nor 1e2.5
     (?:
         (?P<whole>[0-9]++)[ ](?P<part>[0-9]++/[0-9]++)           # 1 1/2
@@ -169,7 +170,7 @@ QUANTITY = re.compile(
           | [ ]?[x*][ ]?10\^\{{?(?P<ten>-?[0-9]++)\}}?           # 2 x 10^3
         )?
     )
-    (?![0-9^])(?![.,_'][0-9])(?![ ]?/[ ]?[0-9])(?![eE][-+]?[0-9])    # all of it was read
+    (?![0-9^])(?![.,_'(][0-9])(?![ ]?/[ ]?[0-9])(?![eE][-+]?[0-9])    # all of it was read
     (?![ ]?[:：])(?!(?:st|nd|rd|th)\b)(?![ ]?\\?(?:π|pi\b))         # a label, 3:30, 3rd, 5π
     (?P<scale>[kK](?!\w)|[万亿]|(?(sign)[ ]?(?:M|m|B|bn)(?!\w)|(?!))
       |(?:[ ](?i:hundred|thousand|(?:m|b|tr)illion|lakh|crore)s?(?!\w)){{1,2}})?
@@ -218,7 +219,8 @@ _SAID = re.compile(r"\bthe answer is\b(?!\s+not\b)", re.IGNORECASE)
 _SAID_ANYHOW = re.compile(
     rf"(?<![a-zA-Zà-ÿ/])(?:{_ANSWER})(?:[\"'*_` ]{{0,4}}[:：=>]|[은는は是为為]"
     r"|(?: [^\W\d]{1,20}){0,4}? (?:is|are|equals|est|ist|lautet|es|é|è|är|равен|है|هو|هي|为|是)"
-    r"(?!\w)(?!\s+not\b))",
+    r"(?!\w)(?!\s+not\b))"
+    r"(?:[^\w\n]*+\n\W*?(?=-?\$?[0-9]))?",  # on to the next line, if that begins with a number
     re.IGNORECASE,
 )
 _ITEM = re.compile(r"^([ \t>#*_-]*+)([0-9]{1,3})[.)](?=[ \t*]+\S)", re.MULTILINE)
@@ -226,9 +228,12 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][*_\"')])\s+|(?<=[.!?]\*\*)\s+|(
                        r"|\n")  # fmt: skip
 _NEXT_KEY = re.compile(r",\s*\"")  # of JSON
 _CLAUSE = re.compile(r"[;(]|,\s|\b(?:because|since|as|denn|car|porque)\b")
-_SUM = re.compile(r"[0-9)][ ]?[-+*x][ ]?\$?[0-9(](?!0\^)")
+_SUM = re.compile(r"[0-9)][ ]?[-+*x÷][ ]?\$?[0-9(](?!0\^)")
 _FILLER = re.compile(r"\\[a-zA-Z]+|\b(?:about|approx(?:imately)?|around|exactly|only|just|x)\b")
-_OPERATOR = re.compile(r"|[-+*/x&~,]|to|times")
+_OPERATOR = re.compile(  # or a unit, of which a smaller one follows: 3 hours 20 minutes
+    r"|[-+*/x÷&~,]|to|times|(?:hours?|hrs?|h|minutes?|min|days?|weeks?|years?|feet|foot|ft|pounds?"
+    r"|lbs?|dollars?)\.?"
+)
 _OR = re.compile(r"\bor\b", re.IGNORECASE)
 _AND = re.compile(r"\b(?:or|and|to|times|oder|und|ou|et|o|y|e)\b", re.IGNORECASE)
 _REMARK = re.compile(r"(?:^|(?<=\s))\([^()\n]*+\)", re.MULTILINE)
@@ -248,7 +253,7 @@ def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
         raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
     text = _unnumbered(plain(_read_part(completion)))
     marks = _after(_MARK, text)
-    said = _after(_SAID_ANYHOW, text, next_line=True)[::-1]
+    said = _after(_SAID_ANYHOW, text)[::-1]
     flexible, rest = _stated(text, [*marks, *_boxed(text), *said])
     if flexible is _NOTHING:
         flexible = _last_number(_REMARK.sub(" ", rest), rest)
@@ -285,22 +290,13 @@ def _unnumbered(text: str) -> str:
     return _ITEM.sub(drop, text)
 
 
-def _after(marker: re.Pattern, text: str, next_line: bool = False) -> list[tuple[int, int]]:
-    """(start, end) of what follows each marker up to the next one or the end of the line.
-
-    next_line: where that is empty, the next line that isn't, if it begins with a number.
-    """
-    found = list(marker.finditer(text))
+def _after(marker: re.Pattern, text: str) -> list[tuple[int, int]]:
+    """(start, end) of what follows each marker up to the next one or the end of the line."""
+    found = [*marker.finditer(text)]
     spans = []
-    for match, following in zip(found, [*found[1:], None]):
-        start, end = match.end(), following.start() if following else len(text)
-        line = text.find("\n", start, end) % (end + 1)  # -1, not found: end
-        if next_line and not re.search(r"\w", text[start:line]):
-            word = re.compile(r"\w").search(text, line, end)
-            if word and word[0].isdigit():
-                start = max(text.rfind("\n", start, word.start()) + 1, start)
-                line = text.find("\n", start, end) % (end + 1)
-        spans.append((start, line))
+    for match, end in zip(found, [*(m.start() for m in found[1:]), len(text)]):
+        line = text.find("\n", match.end(), end)
+        spans.append((match.end(), end if line < 0 else line))
     return spans
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_lib.base.paths import DATA
 from qlora_lib.data.gsm8k import GoldError
+from qlora_lib.data.rows import read_jsonl
 from qlora_lib.data.sources import load_gsm8k, load_minigsm
 from qlora_lib.evaluation import extraction
 from qlora_lib.evaluation.extraction import (
@@ -130,6 +131,35 @@ def test_nothing_is_evaluated_and_no_unit_converted():
     assert extract_answer("#### 50% of it") == 50 and extract_answer("#### 2 dozen") == 2
 
 
+# --- A careful grader's verdicts ----------------------------------------------------------
+
+COMPLETIONS = read_jsonl(DATA / "completions.jsonl")
+MISSED = {  # verdicts that the code does not reach, all flexible
+    "She makes $18.\n\nStudent: why 5?\nTeacher: because 6.",
+    "She makes $18.\n\n(Question 2) Tom has 5.",
+    "$18\n\nComment: 5 stars for this question!",
+    "def solution():\n    eggs = 16\n    return eggs * 2",
+    "18,19",
+}
+
+
+@pytest.mark.parametrize("mode", ["strict", "flexible"])
+def test_the_verdicts_of_a_careful_grader(mode):
+    wrong = set()
+    for row in COMPLETIONS:
+        answer = row[mode] and Fraction(row[mode])
+        if extract_answer(row["completion"], mode) != answer:
+            wrong.add(row["completion"])
+    assert wrong == (MISSED if mode == "flexible" else set())
+
+
+def test_the_completions_are_many_and_twenty_are_to_be_shown():
+    texts = [row["completion"] for row in COMPLETIONS]
+    assert len(texts) == len(set(texts)) >= 300
+    assert sum(row.get("show", False) for row in COMPLETIONS) == 20
+    assert all(row["strict"] in (None, row["flexible"]) for row in COMPLETIONS)
+
+
 def test_unknown_mode_is_an_error():
     with pytest.raises(ValueError, match="strict"):
         extract_answer("5", "lenient")
@@ -189,8 +219,15 @@ PARTS = ["####", "The answer is", "9" * 30, ",", "1,000", "-", "$", "=", ".", "\
 TEXTS = st.text(ALPHABET) | st.text() | st.lists(st.sampled_from(PARTS)).map("".join)
 
 
+WILD = TEXTS | st.lists(st.sampled_from([
+    *PARTS, "<think>", "</think>", "<|a|>", "<|channel|>final", "```python\n", "~~", "<<", ">>", "**",
+    "(", "?", "How many", "Answer:", "Problem 2:\n", "### Response:", "step 2", "Day 3:", "- ", "3. a",
+    "\u0663", "1 234", "1,5", "3:30", "Rs.", "minus ", "between 1 and ", "\\sqrt{",
+])).map("".join)  # fmt: skip
+
+
 @PROPERTY
-@given(TEXTS)
+@given(WILD)
 def test_no_text_crashes_and_a_strict_answer_is_the_flexible_one(text):
     strict, flexible = extract_answer(text), extract_answer(text, "flexible")
     assert strict is None or strict == flexible
@@ -200,8 +237,55 @@ def test_no_text_crashes_and_a_strict_answer_is_the_flexible_one(text):
 @PROPERTY
 @given(TEXTS, TEXTS, st.sampled_from(["Question:", "\nQ:", "</s>", "<|im_end|>", "<|eot_id|>"]))
 def test_what_comes_after_the_stop_changes_nothing(text, more, stop):
+    text = "So " + text  # only what says something can end
     for mode in ("strict", "flexible"):
         assert extract_answer(text + stop + more, mode) == extract_answer(text + stop, mode)
+
+
+@PROPERTY
+@given(st.integers(-(10**9), 10**9), WILD)
+def test_what_comes_after_the_line_of_the_mark_changes_nothing(number, more):
+    more = more.replace("</think>", "").replace("<|channel|>final", "")
+    for mode in ("strict", "flexible"):
+        assert extract_answer(f"#### {number}\n{more}", mode) == number
+
+
+@PROPERTY
+@given(WILD, TEXTS)
+def test_thinking_is_not_read_and_thinking_that_is_cut_has_no_answer(thought, said):
+    thought = re.sub("</?think>|<[|]channel[|]>final", "", thought)
+    for opened in ("<think>", "<thinking>", "[THINK]", "<|channel|>analysis<|message|>"):
+        for mode in ("strict", "flexible"):
+            assert extract_answer(opened + thought, mode) is None
+    for opened in ("", "<think>", "<think>a<think>#### 5</think>"):
+        for mode in ("strict", "flexible"):
+            if opened or "<|" not in thought and "</s" not in thought:
+                answer = extract_answer(f"{opened}{thought}</think>{said}", mode)
+                assert answer == extract_answer(said, mode)
+
+
+def grouped(digits: str, separator: str) -> str:
+    return f"{int(digits):,}".replace(",", separator)
+
+
+@PROPERTY
+@given(st.integers(0, 10**12), st.sampled_from(["", ",", " ", "_", "'", "\u2019", "\u202f", "\u00a0"]),
+       st.sampled_from(["", ".5", ".25", ",5", ",75"]),
+       st.sampled_from(["", "-", "\u2212", "\u2011", "\u2013", "\uff0d"]),
+       st.sampled_from(["", "$", "\u20ac", "Rs. ", "R$ ", "USD ", "\u00a3"]),
+       st.sampled_from(["0123456789", "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19",
+                        "\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669"]),
+       st.sampled_from(["", ".", " apples", "%", " \u20ac", "**", "\n", " (9 of them)"]))  # fmt: skip
+def test_every_spelling_reads_back(number, separator, decimals, sign, currency, digits, after):
+    if separator == "," and decimals.startswith(","):
+        separator = "."
+    if separator == "." and number < 1000:
+        separator = ""
+    numeral = grouped(str(number), separator) + decimals
+    numeral = numeral.translate(str.maketrans("0123456789", digits))
+    expected = number + Fraction("0" + decimals.replace(",", "."))
+    text = f"#### {sign}{currency}{numeral}{after}"
+    assert extract_answer(text) == (-expected if sign else expected)
 
 
 @PROPERTY
@@ -247,7 +331,9 @@ def test_variants_of_the_same_number_are_correct(number, variant, comma, currenc
 
 ATTACKS = ["1e999999999", "9" * 10**6, "-" * 10**6, "answer" + " " * 10**6] + [
     part * 10**5 for part in ("####", r"\boxed{", "1,", "1,111", "1,111,", r"\frac{", "1/", "10^",
-                              "the answer is", "\u00bd", "</s", "1 ")]  # fmt: skip
+                              "the answer is", "\u00bd", "</s", "1 ", "<think>", "</s>", "```python\n",
+                              "1. a\n", "Question:\n", "answer: ", "1 234 ", "minus ", "(", "1? ",
+                              "**1", "~~", "1 or ")]  # fmt: skip
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a[:12])
