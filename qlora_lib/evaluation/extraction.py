@@ -35,9 +35,9 @@ _UNREAD = re.compile(
 )
 _TURN = re.compile(  # the label of a new question or of another speaker
     r"Question:|(?<!\w)Q:"
-    r"|^[ \t>#*_]*+(?i:(?:question|problem|exercise|example|task|input|instruction|frage|aufgabe"
+    r"|^[ \t>#*_]*+(?i:(?:next )?(?:question|problem|exercise|example|task|input|instruction|frage|aufgabe"
     r"|pregunta|pergunta|domanda|вопрос|задача|问题|問題)[ ]?\#?[0-9]*|human|user)"
-    r"[*_ ]*+(?:[:：]|$)"
+    r"(?:(?<=[0-9])[.]|[*_ ]*+(?:[:：]|$))"
     r"|^[ ]*+\#+[ ]*+(?i:response|instruction|input)\b",
     re.MULTILINE,
 )
@@ -229,7 +229,9 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][*_\"')])\s+|(?<=[.!?]\*\*)\s+|(
 _NEXT_KEY = re.compile(r",\s*\"")  # of JSON
 _CLAUSE = re.compile(r"[;(]|,\s|\b(?:because|since|as|denn|car|porque)\b")
 _SUM = re.compile(r"[0-9)][ ]?[-+*x÷][ ]?\$?[0-9(](?!0\^)")
-_FILLER = re.compile(r"\\[a-zA-Z]+|\b(?:about|approx(?:imately)?|around|exactly|only|just|x)\b")
+_FILLER = re.compile(
+    r"\\[a-zA-Z]+|\b(?:about|approx(?:imately)?|around|exactly|only|just|x|indeed|simply|therefore|thus)\b"
+)
 _OPERATOR = re.compile(  # or a unit, of which a smaller one follows: 3 hours 20 minutes
     r"|[-+*/x÷&~,]|to|times|(?:hours?|hrs?|h|minutes?|min|days?|weeks?|years?|feet|foot|ft|pounds?"
     r"|lbs?|dollars?)\.?"

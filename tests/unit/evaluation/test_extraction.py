@@ -134,7 +134,9 @@ def test_nothing_is_evaluated_and_no_unit_converted():
 # --- A careful grader's verdicts ----------------------------------------------------------
 
 COMPLETIONS = read_jsonl(DATA / "completions.jsonl")
-MISSED = {  # verdicts that the code does not reach, all flexible
+READ_WRONG = "The answer is $\\frac{1}{2}$ of 36, which is 18."  # as 1/2, by both modes
+MISSED = {  # verdicts that the flexible reading does not reach
+    READ_WRONG,
     "She makes $18.\n\nStudent: why 5?\nTeacher: because 6.",
     "She makes $18.\n\n(Question 2) Tom has 5.",
     "$18\n\nComment: 5 stars for this question!",
@@ -150,7 +152,7 @@ def test_the_verdicts_of_a_careful_grader(mode):
         answer = row[mode] and Fraction(row[mode])
         if extract_answer(row["completion"], mode) != answer:
             wrong.add(row["completion"])
-    assert wrong == (MISSED if mode == "flexible" else set())
+    assert wrong == (MISSED if mode == "flexible" else {READ_WRONG})
 
 
 def test_the_completions_are_many_and_twenty_are_to_be_shown():
