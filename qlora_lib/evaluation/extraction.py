@@ -18,9 +18,9 @@ TOLERANCE = Fraction(1, 10**6)  # absolute, for golds that are no integers
 
 # --- 1. What is read ---------------------------------------------------------------------
 
-_TOKEN = re.compile(
+_TOKEN = re.compile(  # of thinking, and between turns
     r"""
-    (?P<final><\|channel\|?>final(?:<\|message\|>)?)
+    (?P<final><\|channel\|?>final(?:<\|message\|>)?|assistantfinal)
   | [<\[◁]\|?(?P<close>/|end_of_)?[\w:]{0,20}(?:think|thought|reason)\w{0,10}\|?[>\]▷]
   | (?P<channel><\|channel\|?>(?:analysis|commentary|thought))
   | (?P<end></?s>|<[be]os>|<(?:start|end)_of_turn>(?:model\b)?|\[/?INST\]
@@ -35,8 +35,8 @@ _UNREAD = re.compile(
 )
 _TURN = re.compile(  # the label of a new question or of another speaker
     r"Question:|(?<!\w)Q:"
-    r"|^[ \t>#*_]*+(?i:(?:next )?(?:question|problem|exercise|example|task|input|instruction|frage|aufgabe"
-    r"|pregunta|pergunta|domanda|вопрос|задача|问题|問題)[ ]?\#?[0-9]*|human|user)"
+    r"|^[ \t>#*_]*+(?i:(?:next )?(?:question|problem|exercise|example|task|input|instruction"
+    r"|frage|aufgabe|pregunta|pergunta|domanda|вопрос|задача|问题|問題)[ ]?\#?[0-9]*|human|user)"
     r"(?:(?<=[0-9])[.]|[*_ ]*+(?:[:：]|$))"
     r"|^[ ]*+\#+[ ]*+(?i:response|instruction|input)\b",
     re.MULTILINE,
@@ -48,6 +48,7 @@ _ANSWER = (
 _REPLY = re.compile(
     rf"(?<!\w)(?:{_ANSWER}|solution|response|assistant|A)[*_ ]*+[:：]", re.IGNORECASE
 )
+_PARAGRAPH = re.compile(r"\n[ \t]*+\n")
 
 
 def _read_part(completion: str) -> str:
@@ -60,7 +61,7 @@ def _read_part(completion: str) -> str:
     if turn is None or text[: turn.start()].strip():
         return text[: turn.start()] if turn else text
     # It repeats its question. Of two questions nobody can say which one was asked.
-    reply = _REPLY.search(text, turn.start()) or re.compile(r"\n[ \t]*+\n").search(text, turn.end())
+    reply = _REPLY.search(text, turn.start()) or _PARAGRAPH.search(text, turn.end())
     if reply is None or _TURN.search(text, reply.end()):
         return ""
     return text[reply.start() :]
@@ -212,7 +213,7 @@ def numbers(text: str) -> list[Fraction]:
 
 # --- 3. Which span states the answer ------------------------------------------------------
 
-_NOTHING = object()  # of a span that states no number; None: it does, and can't be read
+_NOTHING = object()  # a span holds no number; None: its number can't be told
 _MARK = re.compile(r"(?<!#)####(?!#)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _SAID = re.compile(r"\bthe answer is\b(?!\s+not\b)", re.IGNORECASE)
@@ -224,61 +225,27 @@ _SAID_ANYHOW = re.compile(
     re.IGNORECASE,
 )
 _ITEM = re.compile(r"^([ \t>#*_-]*+)([0-9]{1,3})[.)](?=[ \t*]+\S)", re.MULTILINE)
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][*_\"')])\s+|(?<=[.!?]\*\*)\s+|(?<=[。！？])"
-                       r"|\n")  # fmt: skip
-_NEXT_KEY = re.compile(r",\s*\"")  # of JSON
-_CLAUSE = re.compile(r"[;(]|,\s|\b(?:because|since|as|denn|car|porque)\b")
-_SUM = re.compile(r"[0-9)][ ]?[-+*x÷][ ]?\$?[0-9(](?!0\^)")
-_FILLER = re.compile(
-    r"\\[a-zA-Z]+|\b(?:about|approx(?:imately)?|around|exactly|only|just|x|indeed|simply|therefore|thus)\b"
+_REMARK = re.compile(r"(?:^|(?<=\s))\([^()\n]*+\)", re.MULTILINE)
+_BOLD = re.compile(r"\*\*([^*\n]++)\*\*")
+_SENTENCE = re.compile(  # what lies between two
+    r"(?<=[.!?])\s+|(?<=[.!?][*_\"')])\s+|(?<=[.!?]\*\*)\s+|(?<=[。！？])|\n"
 )
-_OPERATOR = re.compile(  # or a unit, of which a smaller one follows: 3 hours 20 minutes
+_NEXT_KEY = re.compile(r",\s*\"")  # of JSON
+_CLAUSE = re.compile(r"[;(]|,\s|\b(?:because|since|as|denn|car|porque)\b")  # where one ends
+_ASKS = re.compile(r"\b(?:how many|how much|what)\b", re.IGNORECASE)
+_LETTER = re.compile(r"[^\W\d_]")
+_FILLER = re.compile(  # words that may stand before the number
+    r"\\[a-zA-Z]+|\b(?:about|approx(?:imately)?|around|exactly|only|just|indeed|simply|therefore"
+    r"|thus|x)\b"
+)
+_SUM = re.compile(r"[0-9)][ ]?[-+*x÷][ ]?\$?[0-9(](?!0\^)")
+# What joins two numbers into a sum, a range, a list; or a unit before a smaller one: 5 feet 10
+_JOINT = re.compile(
     r"|[-+*/x÷&~,]|to|times|(?:hours?|hrs?|h|minutes?|min|days?|weeks?|years?|feet|foot|ft|pounds?"
     r"|lbs?|dollars?)\.?"
 )
 _OR = re.compile(r"\bor\b", re.IGNORECASE)
 _AND = re.compile(r"\b(?:or|and|to|times|oder|und|ou|et|o|y|e)\b", re.IGNORECASE)
-_REMARK = re.compile(r"(?:^|(?<=\s))\([^()\n]*+\)", re.MULTILINE)
-_BOLD = re.compile(r"\*\*([^*\n]++)\*\*")
-_ASKS = re.compile(r"\b(?:how many|how much|what)\b", re.IGNORECASE)
-
-
-def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
-    r"""The number that a completion gives as its answer, or None.
-
-    flexible: the first `#### ...` line with a number, else the last `\boxed{...}`, else the last
-    "answer is ..." or "answer: ...", else the last number. strict: only `#### N` and "The
-    answer is N", where that is the flexible answer too. Raises ValueError for another mode,
-    never for a text.
-    """
-    if mode not in ("strict", "flexible"):
-        raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
-    text = _unnumbered(plain(_read_part(completion)))
-    marks = _after(_MARK, text)
-    said = _after(_SAID_ANYHOW, text)[::-1]
-    flexible, rest = _stated(text, [*marks, *_boxed(text), *said])
-    if flexible is _NOTHING:
-        flexible = _last_number(_REMARK.sub(" ", rest), rest)
-    if mode == "flexible":
-        return flexible
-    strict, _ = _stated(text, [*marks, *_after(_SAID, text)[::-1]])
-    return strict if strict == flexible else None
-
-
-def is_correct(completion: str, gold: object, mode: str = "strict") -> bool:
-    """Whether the extracted answer equals `gold` (an answer text, a numeral or a number).
-
-    Integers must be equal, other golds within 1e-6. No answer is never correct. Raises
-    GoldError (a ValueError) for an unparsable gold.
-    """
-    return equals(extract_answer(completion, mode), parse_gold(gold))
-
-
-def equals(answer: Fraction | None, gold: Fraction) -> bool:
-    """Whether an extracted answer is the gold one; None never is."""
-    if answer is None:
-        return False
-    return answer == gold or gold.denominator != 1 and abs(answer - gold) <= TOLERANCE
 
 
 def _unnumbered(text: str) -> str:
@@ -333,13 +300,14 @@ def _stated(text: str, spans: list[tuple[int, int]]) -> tuple[Fraction | None | 
         answer = _one_number(sentence, last < end)
         if answer is not _NOTHING:
             return answer, ""
-        if re.search(r"[^\W\d_]", sentence) and not QUANTITY.search(sentence):
+        if _LETTER.search(sentence) and not QUANTITY.search(sentence):
             follows = max(follows, end)
     return _NOTHING, text[follows:]
 
 
 def _one_number(sentence: str, is_last: bool) -> Fraction | None | object:
     """The number that a sentence states; is_last: the text has none after it."""
+    # A spaced minus is a sign where nothing stands before it.
     sentence = re.sub(r"(^[\s*:]*|=\s*)-\s+(?=\$?[0-9])", r"\1-", sentence)
     first = QUANTITY.search(sentence)
     if first is None:
@@ -348,12 +316,12 @@ def _one_number(sentence: str, is_last: bool) -> Fraction | None | object:
     end = clause.start() if clause else len(sentence)
     sides = sentence[:end].split("=")
     right = next((s for s in sides[::-1] if QUANTITY.search(s) and not _SUM.search(s)), sides[-1])
-    if right is sides[-1]:
+    if right is sides[-1]:  # a list may go on behind the clause: 5, 6 or 7
         right += sentence[end:]
     found = [*QUANTITY.finditer(right)]
     if not found or len(found) > 1 and _joined(right, *found[:2], _AND):
         return None
-    if len(sides) > 1 or not re.search(r"[^\W\d_]", _FILLER.sub("", right[: found[0].start()])):
+    if len(sides) > 1 or not _LETTER.search(_FILLER.sub("", right[: found[0].start()])):
         return value(found[0])
     if is_last:
         return value(found[0]) if len({*map(value, found)}) == 1 else None
@@ -364,7 +332,7 @@ def _joined(text: str, a: re.Match, b: re.Match, words: re.Pattern) -> bool:
     """Whether two quantities of different value are parts of a sum, a range or a choice."""
     between = text[a.end() : b.start()]
     core = between.replace("**", "").strip(" \t$_`").lower()
-    return value(a) != value(b) and bool(_OPERATOR.fullmatch(core) or words.search(between))
+    return value(a) != value(b) and bool(_JOINT.fullmatch(core) or words.search(between))
 
 
 def _last_number(*texts: str) -> Fraction | None:
@@ -381,3 +349,44 @@ def _last_number(*texts: str) -> Fraction | None:
                 joined = len(found) > 1 and _joined(part, *found[-2:], _OR)
                 return None if joined else value(found[-1])
     return None
+
+
+# --- 4. Strict and flexible --------------------------------------------------------------
+
+
+def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
+    r"""The number that a completion gives as its answer, or None.
+
+    flexible: the first `#### ...` line with a number, else the last `\boxed{...}`, else the last
+    "answer is ..." or "answer: ...", else the last number. strict: only `#### N` and "The
+    answer is N", where that is the flexible answer too. Raises ValueError for another mode,
+    never for a text.
+    """
+    if mode not in ("strict", "flexible"):
+        raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
+    text = _unnumbered(plain(_read_part(completion)))
+    marks = _after(_MARK, text)
+    said = _after(_SAID_ANYHOW, text)[::-1]
+    flexible, rest = _stated(text, [*marks, *_boxed(text), *said])
+    if flexible is _NOTHING:
+        flexible = _last_number(_REMARK.sub(" ", rest), rest)
+    if mode == "flexible":
+        return flexible
+    strict, _ = _stated(text, [*marks, *_after(_SAID, text)[::-1]])
+    return strict if strict == flexible else None
+
+
+def is_correct(completion: str, gold: object, mode: str = "strict") -> bool:
+    """Whether the extracted answer equals `gold` (an answer text, a numeral or a number).
+
+    Integers must be equal, other golds within 1e-6. No answer is never correct. Raises
+    GoldError (a ValueError) for an unparsable gold.
+    """
+    return equals(extract_answer(completion, mode), parse_gold(gold))
+
+
+def equals(answer: Fraction | None, gold: Fraction) -> bool:
+    """Whether an extracted answer is the gold one; None never is."""
+    if answer is None:
+        return False
+    return answer == gold or gold.denominator != 1 and abs(answer - gold) <= TOLERANCE

@@ -222,9 +222,9 @@ TEXTS = st.text(ALPHABET) | st.text() | st.lists(st.sampled_from(PARTS)).map("".
 
 
 WILD = TEXTS | st.lists(st.sampled_from([
-    *PARTS, "<think>", "</think>", "<|a|>", "<|channel|>final", "```python\n", "~~", "<<", ">>", "**",
-    "(", "?", "How many", "Answer:", "Problem 2:\n", "### Response:", "step 2", "Day 3:", "- ", "3. a",
-    "\u0663", "1 234", "1,5", "3:30", "Rs.", "minus ", "between 1 and ", "\\sqrt{",
+    *PARTS, "<think>", "</think>", "<|a|>", "<|channel|>final", "```python\n", "~~", "<<", ">>",
+    "**", "(", "?", "How many", "Answer:", "Problem 2:\n", "### Response:", "step 2", "Day 3:",
+    "- ", "3. a", "\u0663", "1 234", "1,5", "3:30", "Rs.", "minus ", "between 1 and ", "\\sqrt{",
 ])).map("".join)  # fmt: skip
 
 
@@ -270,21 +270,24 @@ def grouped(digits: str, separator: str) -> str:
     return f"{int(digits):,}".replace(",", separator)
 
 
+SEPARATORS = ["", ",", " ", "_", "'", "\u2019", "\u202f", "\u00a0"]
+DECIMALS = ["", ".5", ".25", ",5", ",75"]
+SIGNS = ["", "-", "\u2212", "\u2011", "\u2013", "\uff0d"]
+CURRENCIES = ["", "$", "\u20ac", "Rs. ", "R$ ", "USD ", "\u00a3"]
+ZEROS = ["0", "\uff10", "\u0660", "\u0966"]  # of Latin, full-width, Arabic, Devanagari digits
+AFTER = ["", ".", " apples", "%", " \u20ac", "**", "\n", " (9 of them)", ", not 5"]
+
+
 @PROPERTY
-@given(st.integers(0, 10**12), st.sampled_from(["", ",", " ", "_", "'", "\u2019", "\u202f", "\u00a0"]),
-       st.sampled_from(["", ".5", ".25", ",5", ",75"]),
-       st.sampled_from(["", "-", "\u2212", "\u2011", "\u2013", "\uff0d"]),
-       st.sampled_from(["", "$", "\u20ac", "Rs. ", "R$ ", "USD ", "\u00a3"]),
-       st.sampled_from(["0123456789", "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19",
-                        "\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669"]),
-       st.sampled_from(["", ".", " apples", "%", " \u20ac", "**", "\n", " (9 of them)"]))  # fmt: skip
-def test_every_spelling_reads_back(number, separator, decimals, sign, currency, digits, after):
+@given(st.integers(0, 10**12), *map(st.sampled_from, (SEPARATORS, DECIMALS, SIGNS, CURRENCIES,
+                                                      ZEROS, AFTER)))  # fmt: skip
+def test_every_spelling_reads_back(number, separator, decimals, sign, currency, zero, after):
     if separator == "," and decimals.startswith(","):
         separator = "."
     if separator == "." and number < 1000:
         separator = ""
     numeral = grouped(str(number), separator) + decimals
-    numeral = numeral.translate(str.maketrans("0123456789", digits))
+    numeral = numeral.translate({ord("0") + i: ord(zero) + i for i in range(10)})
     expected = number + Fraction("0" + decimals.replace(",", "."))
     text = f"#### {sign}{currency}{numeral}{after}"
     assert extract_answer(text) == (-expected if sign else expected)
@@ -333,9 +336,9 @@ def test_variants_of_the_same_number_are_correct(number, variant, comma, currenc
 
 ATTACKS = ["1e999999999", "9" * 10**6, "-" * 10**6, "answer" + " " * 10**6] + [
     part * 10**5 for part in ("####", r"\boxed{", "1,", "1,111", "1,111,", r"\frac{", "1/", "10^",
-                              "the answer is", "\u00bd", "</s", "1 ", "<think>", "</s>", "```python\n",
-                              "1. a\n", "Question:\n", "answer: ", "1 234 ", "minus ", "(", "1? ",
-                              "**1", "~~", "1 or ")]  # fmt: skip
+                              "the answer is", "\u00bd", "</s", "1 ", "<think>", "</s>",
+                              "```python\n", "1. a\n", "Question:\n", "answer: ", "1 234 ",
+                              "minus ", "(", "1? ", "**1", "~~", "1 or ")]  # fmt: skip
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a[:12])
