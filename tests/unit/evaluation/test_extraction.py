@@ -59,6 +59,10 @@ HALF = Fraction(1, 2)
         ("so 10-3", None, None),
         ("Ava has 12 apples and 5.5 pears.", None, Fraction(11, 2)),
         ("1,2345", None, None),
+        # numbers of lists
+        ("#### 18. That is all", 18, 18),
+        ("1. Eggs left", None, None),
+        ("2. Eggs left\n3. Money", None, None),
         ("nothing", None, None),
         ("", None, None),
         # right of the last "=", and one number
@@ -221,6 +225,8 @@ PARTS = ["####", "The answer is", "9" * 30, ",", "1,000", "-", "$", "=", ".", "\
 TEXTS = st.text(ALPHABET) | st.text() | st.lists(st.sampled_from(PARTS)).map("".join)
 
 
+ANSWERS = ["#### 5", "\n#### Day 3: 5", "The answer is 5.", r"\boxed{5}", "Answer: 5", "5 ", "</s>",
+           "Question: 5?\n", "\n\n", "<think>5", "Wait. ", "1. a", "2. b"]  # fmt: skip
 WILD = TEXTS | st.lists(st.sampled_from([
     *PARTS, "<think>", "</think>", "<|a|>", "<|channel|>final", "```python\n", "~~", "<<", ">>",
     "**", "(", "?", "How many", "Answer:", "Problem 2:\n", "### Response:", "step 2", "Day 3:",
@@ -245,7 +251,7 @@ def test_what_comes_after_the_stop_changes_nothing(text, more, stop):
 
 
 @PROPERTY
-@given(st.integers(-(10**9), 10**9), WILD)
+@given(st.integers(-(10**9), 10**9), WILD | st.lists(st.sampled_from(ANSWERS)).map("".join))
 def test_what_comes_after_the_line_of_the_mark_changes_nothing(number, more):
     more = more.replace("</think>", "").replace("<|channel|>final", "")
     for mode in ("strict", "flexible"):
