@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layers.linear import Quantized
 from ..quant.grid import QuantSpec
-from ..quant.nearest import quantize_nearest
+from ..quant.recipe import Recipe
 from ..quant.nf4 import NF4Spec
 from .low_rank import low_rank
 
@@ -32,7 +32,7 @@ def pissa(
     b, a = low_rank(weight.detach(), rank)
     with torch.autocast(weight.device.type, enabled=False):
         residual = weight.detach().float() - b @ a
-    return residual if spec is None else quantize_nearest(residual, spec), b, a
+    return residual if spec is None else Recipe(spec).quantize(residual), b, a
 
 
 def loftq(
@@ -46,7 +46,7 @@ def loftq(
     w, product = weight.detach().float(), 0
     with torch.autocast(w.device.type, enabled=False):
         for _ in range(steps):
-            base = quantize_nearest(w - product, spec)
+            base = Recipe(spec).quantize(w - product)
             b, a = low_rank(w - base.dequantize(), rank)
             product = b @ a
     return base, b, a

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..layers.linear import QuantizedLinear, dense_weight, frozen_linear
 from ..quant.gptq import GPTQOptions, gptq_quantize
 from ..quant.hessian import Hessian
-from ..quant.nearest import quantize_nearest
+from ..quant.recipe import Recipe
 from ..quant.nf4 import NF4Spec
 from .fingerprint import base_fingerprint
 from .layer import LoRALinear, dense_update, lora_layers, named
@@ -168,7 +168,7 @@ def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module
         new = gptq_quantize(target, hessians[path], base.spec, options)
         merged = QuantizedLinear(new, base.bias)
     else:
-        merged = QuantizedLinear(quantize_nearest(target, base.spec), base.bias)
+        merged = QuantizedLinear(Recipe(base.spec).quantize(target), base.bias)
     return merged, _row(path, update, dense, target - dense_weight(merged))
 
 

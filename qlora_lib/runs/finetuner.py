@@ -25,7 +25,8 @@ from ..data.tokens import Pair
 from ..evaluation.tasks import Score, Task, score
 from ..generation.generate import Decoding, generator
 from ..lora.files import ADAPTER_CONFIG, save_adapter
-from ..lora.init import RESIDUAL_INITS, residual_fingerprint
+from ..lora.fingerprint import residual_fingerprint
+from ..lora.init import RESIDUAL_INITS
 from ..lora.inject import inject_lora, set_adapter, trainable_parameters
 from ..lora.layer import lora_layers
 from ..lora.targets import find_linears

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_lib.base.paths import DATA
 from qlora_lib.data.gsm8k import GoldError
+from qlora_lib.data.rows import read_jsonl
 from qlora_lib.data.sources import load_gsm8k, load_minigsm
 from qlora_lib.evaluation import extraction
 from qlora_lib.evaluation.extraction import (
@@ -43,8 +44,8 @@ HALF = Fraction(1, 2)
         (r"\boxed{\text{about {5} m}}", None, 5),
         (r"\boxed{3}. The answer is 4", None, 3),  # two answers: no strict one
         (r"The answer is \boxed{4}.", 4, 4),
-        (r"5, so \boxed{12", None, 12),  # cut short: only the last number is left
-        (r"5, so \boxed{x}", None, 5),
+        (r"5, so \boxed{12", None, None),  # cut short: the number may be, too
+        (r"5, so \boxed{x}", None, None),  # the answer is x, not 5
         # 3. the last "answer is" or "answer:" with a number
         ("The answer is 5.", 5, 5),
         ("The answer is: $70,000. Check: 1+1=2", 70000, 70000),
@@ -55,9 +56,13 @@ HALF = Fraction(1, 2)
         ("**Answer:** 42 of 50", None, 42),
         ("Answer:\n42 of 50", None, 42),
         # 4. the last number
-        ("so 10-3", None, 3),
+        ("so 10-3", None, None),
         ("Ava has 12 apples and 5.5 pears.", None, Fraction(11, 2)),
-        ("1,2345", None, 2345),
+        ("1,2345", None, None),
+        # numbers of lists
+        ("#### 18. That is all", 18, 18),
+        ("1. Eggs left", None, None),
+        ("2. Eggs left\n3. Money", None, None),
         ("nothing", None, None),
         ("", None, None),
         # right of the last "=", and one number
@@ -118,7 +123,7 @@ def test_spellings_of_a_number(numeral, number):
 @pytest.mark.parametrize(
     "text",
     ["12/25/2020", "1.2.3", "5/0", "0^-1", "x_1", "m^2", "1e999999999", "10^999", "10^x",
-     "9" * 61, "9" * 60 + ".1", "1/2/3", "2^3.5", "1e5.5", "inf", "NaN", "\u0665"],
+     "9" * 61, "9" * 60 + ".1", "1/2/3", "2^3.5", "1e5.5", "inf", "NaN"],
 )  # fmt: skip
 def test_what_is_no_number_has_no_answer(text):
     assert extract_answer(f"#### {text}") is None
@@ -128,6 +133,37 @@ def test_what_is_no_number_has_no_answer(text):
 def test_nothing_is_evaluated_and_no_unit_converted():
     assert extract_answer("#### 3 x 4") is None and extract_answer("#### 3+4") is None
     assert extract_answer("#### 50% of it") == 50 and extract_answer("#### 2 dozen") == 2
+
+
+# --- A careful grader's verdicts ----------------------------------------------------------
+
+COMPLETIONS = read_jsonl(DATA / "completions.jsonl")
+READ_WRONG = "The answer is $\\frac{1}{2}$ of 36, which is 18."  # as 1/2, by both modes
+MISSED = {  # verdicts that the flexible reading does not reach
+    READ_WRONG,
+    "She makes $18.\n\nStudent: why 5?\nTeacher: because 6.",
+    "She makes $18.\n\n(Question 2) Tom has 5.",
+    "$18\n\nComment: 5 stars for this question!",
+    "def solution():\n    eggs = 16\n    return eggs * 2",
+    "18,19",
+}
+
+
+@pytest.mark.parametrize("mode", ["strict", "flexible"])
+def test_the_verdicts_of_a_careful_grader(mode):
+    wrong = set()
+    for row in COMPLETIONS:
+        answer = row[mode] and Fraction(row[mode])
+        if extract_answer(row["completion"], mode) != answer:
+            wrong.add(row["completion"])
+    assert wrong == (MISSED if mode == "flexible" else {READ_WRONG})
+
+
+def test_the_completions_are_many_and_twenty_are_to_be_shown():
+    texts = [row["completion"] for row in COMPLETIONS]
+    assert len(texts) == len(set(texts)) >= 300
+    assert sum(row.get("show", False) for row in COMPLETIONS) == 20
+    assert all(row["strict"] in (None, row["flexible"]) for row in COMPLETIONS)
 
 
 def test_unknown_mode_is_an_error():
@@ -189,8 +225,17 @@ PARTS = ["####", "The answer is", "9" * 30, ",", "1,000", "-", "$", "=", ".", "\
 TEXTS = st.text(ALPHABET) | st.text() | st.lists(st.sampled_from(PARTS)).map("".join)
 
 
+ANSWERS = ["#### 5", "\n#### Day 3: 5", "The answer is 5.", r"\boxed{5}", "Answer: 5", "5 ", "</s>",
+           "Question: 5?\n", "\n\n", "<think>5", "Wait. ", "1. a", "2. b"]  # fmt: skip
+WILD = TEXTS | st.lists(st.sampled_from([
+    *PARTS, "<think>", "</think>", "<|a|>", "<|channel|>final", "```python\n", "~~", "<<", ">>",
+    "**", "(", "?", "How many", "Answer:", "Problem 2:\n", "### Response:", "step 2", "Day 3:",
+    "- ", "3. a", "\u0663", "1 234", "1,5", "3:30", "Rs.", "minus ", "between 1 and ", "\\sqrt{",
+])).map("".join)  # fmt: skip
+
+
 @PROPERTY
-@given(TEXTS)
+@given(WILD)
 def test_no_text_crashes_and_a_strict_answer_is_the_flexible_one(text):
     strict, flexible = extract_answer(text), extract_answer(text, "flexible")
     assert strict is None or strict == flexible
@@ -200,8 +245,58 @@ def test_no_text_crashes_and_a_strict_answer_is_the_flexible_one(text):
 @PROPERTY
 @given(TEXTS, TEXTS, st.sampled_from(["Question:", "\nQ:", "</s>", "<|im_end|>", "<|eot_id|>"]))
 def test_what_comes_after_the_stop_changes_nothing(text, more, stop):
+    text = "So " + text  # only what says something can end
     for mode in ("strict", "flexible"):
         assert extract_answer(text + stop + more, mode) == extract_answer(text + stop, mode)
+
+
+@PROPERTY
+@given(st.integers(-(10**9), 10**9), WILD | st.lists(st.sampled_from(ANSWERS)).map("".join))
+def test_what_comes_after_the_line_of_the_mark_changes_nothing(number, more):
+    more = more.replace("</think>", "").replace("<|channel|>final", "")
+    for mode in ("strict", "flexible"):
+        assert extract_answer(f"#### {number}\n{more}", mode) == number
+
+
+@PROPERTY
+@given(WILD, TEXTS)
+def test_thinking_is_not_read_and_thinking_that_is_cut_has_no_answer(thought, said):
+    thought = re.sub("</?think>|<[|]channel[|]>final", "", thought)
+    for opened in ("<think>", "<thinking>", "[THINK]", "<|channel|>analysis<|message|>"):
+        for mode in ("strict", "flexible"):
+            assert extract_answer(opened + thought, mode) is None
+    for opened in ("", "<think>", "<think>a<think>#### 5</think>"):
+        for mode in ("strict", "flexible"):
+            if opened or "<|" not in thought and "</s" not in thought:
+                answer = extract_answer(f"{opened}{thought}</think>{said}", mode)
+                assert answer == extract_answer(said, mode)
+
+
+def grouped(digits: str, separator: str) -> str:
+    return f"{int(digits):,}".replace(",", separator)
+
+
+SEPARATORS = ["", ",", " ", "_", "'", "\u2019", "\u202f", "\u00a0"]
+DECIMALS = ["", ".5", ".25", ",5", ",75"]
+SIGNS = ["", "-", "\u2212", "\u2011", "\u2013", "\uff0d"]
+CURRENCIES = ["", "$", "\u20ac", "Rs. ", "R$ ", "USD ", "\u00a3"]
+ZEROS = ["0", "\uff10", "\u0660", "\u0966"]  # of Latin, full-width, Arabic, Devanagari digits
+AFTER = ["", ".", " apples", "%", " \u20ac", "**", "\n", " (9 of them)", ", not 5"]
+
+
+@PROPERTY
+@given(st.integers(0, 10**12), *map(st.sampled_from, (SEPARATORS, DECIMALS, SIGNS, CURRENCIES,
+                                                      ZEROS, AFTER)))  # fmt: skip
+def test_every_spelling_reads_back(number, separator, decimals, sign, currency, zero, after):
+    if separator == "," and decimals.startswith(","):
+        separator = "."
+    if separator == "." and number < 1000:
+        separator = ""
+    numeral = grouped(str(number), separator) + decimals
+    numeral = numeral.translate({ord("0") + i: ord(zero) + i for i in range(10)})
+    expected = number + Fraction("0" + decimals.replace(",", "."))
+    text = f"#### {sign}{currency}{numeral}{after}"
+    assert extract_answer(text) == (-expected if sign else expected)
 
 
 @PROPERTY
@@ -247,7 +342,9 @@ def test_variants_of_the_same_number_are_correct(number, variant, comma, currenc
 
 ATTACKS = ["1e999999999", "9" * 10**6, "-" * 10**6, "answer" + " " * 10**6] + [
     part * 10**5 for part in ("####", r"\boxed{", "1,", "1,111", "1,111,", r"\frac{", "1/", "10^",
-                              "the answer is", "\u00bd", "</s", "1 ")]  # fmt: skip
+                              "the answer is", "\u00bd", "</s", "1 ", "<think>", "</s>",
+                              "```python\n", "1. a\n", "Question:\n", "answer: ", "1 234 ",
+                              "minus ", "(", "1? ", "**1", "~~", "1 or ")]  # fmt: skip
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a[:12])
@@ -279,7 +376,7 @@ def test_long_numerals_and_large_exponents_are_refused_before_they_are_computed(
     def never(numeral):
         raise AssertionError(f"computed {len(numeral)} digits")
 
-    monkeypatch.setattr(extraction, "_fraction", never)
+    monkeypatch.setattr(extraction, "Fraction", never)
     for text in ("9" * 61, "1" * 5000 + "/3", "1e999999999", "10^61", "2 x 10^-61"):
         assert value(QUANTITY.search(text)) is None
 
