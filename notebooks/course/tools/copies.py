@@ -55,7 +55,8 @@ def fingerprint(path: Path, root: Path = ROOT) -> str:
     SOURCES, the installed packages and this Python."""
     found = hashlib.sha256(sys.version.encode())
     cells = [(c.cell_type, c.source, c.metadata.get("tags")) for c in read(path).cells]
-    installed = sorted(f"{d.name}=={d.version}" for d in distributions())
+    # A set: an editable install may be found twice, depending on where Python was started.
+    installed = sorted({f"{d.name}=={d.version}" for d in distributions()})
     found.update(json.dumps([cells, installed]).encode())
     for folder in SOURCES:
         for file in sorted((root / folder).rglob("*")):

@@ -228,10 +228,10 @@ def test_decoding_takes_8_or_4_bits_and_evaluations_tell_them_apart(tmp_path):
 
 def test_the_command_line_takes_cache_bits():
     from qlora_lib.__main__ import parser
+    from qlora_lib.cli.common import open_options
     from qlora_lib.cli.evaluate import evaluation_name, make_decoding
-    from qlora_lib.runs.profiles import load_profile
 
     args = parser().parse_args(["evaluate", "--cache-bits", "4"])
-    assert make_decoding(load_profile("tiny"), args).cache_bits == 4
+    assert make_decoding(open_options(args), args).cache_bits == 4
     assert evaluation_name(args) == "eval-cache4bit"
     assert evaluation_name(parser().parse_args(["evaluate"])) == "eval"

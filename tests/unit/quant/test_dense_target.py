@@ -133,7 +133,7 @@ def test_it_refuses_what_it_cannot_use():
     x, dense = inputs(16)
     h = Hessian(16)
     h.update(x.float())
-    with pytest.raises(ValueError, match="with every update"):
+    with pytest.raises(ValueError, match="at every update"):
         h.update(x.float(), dense.float())
     with pytest.raises(ValueError, match="no inputs of the dense model"):
         gptq_quantize(normal(4, 16), h, SPEC, MATCH)

@@ -73,3 +73,10 @@ def test_it_quantizes_by_its_method():
         (Recipe(NF4Spec(32, False)), quantize_nf4(w, 32, False)),
     ):
         assert torch.equal(recipe.quantize(w, hessian).dequantize(), wanted.dequantize())
+
+
+def test_halves_are_kept_only_for_a_damping_that_is_chosen():
+    assert Recipe.of(QuantSpec(), "gptq", GPTQOptions.best()).needs_halves
+    for recipe in (Recipe.of(), Recipe(), Recipe(NF4Spec())):
+        assert not recipe.needs_halves and not recipe.matches_dense
+    assert Recipe.of(QuantSpec(), "gptq", GPTQOptions(match_dense=True)).matches_dense
