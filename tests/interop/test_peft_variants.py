@@ -7,13 +7,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
-from qlora_lib import combine_adapters, inject_lora, lora_plus_groups, save_adapter, use_adapter
+from qlora_lib import combine_adapters, inject_lora, save_adapter, use_adapter
 from qlora_lib.base.files import read_tensors
 from qlora_lib.lora.files import ADAPTER, ADAPTER_CONFIG, load_adapter
 from qlora_lib.lora.inject import trainable_parameters
 from qlora_lib.lora.layer import lora_layers
 from qlora_lib.lora.merge import merge_lora
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
+from qlora_lib.lora.variants import lora_plus_groups
 from tests.support.small_models import small_model
 from tests.support.tensors import normal, relative
 

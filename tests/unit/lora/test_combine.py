@@ -4,7 +4,8 @@ combine_adapters with PEFT."""
 import pytest
 import torch
 
-from qlora_lib import allocate_ranks, combine_adapters, inject_lora, prune_adapter
+from qlora_lib import combine_adapters, inject_lora
+from qlora_lib.lora.combine import allocate_ranks, prune_adapter
 from qlora_lib.lora.files import load_adapter, save_adapter
 from qlora_lib.lora.inject import delete_adapter
 from qlora_lib.lora.layer import adapter_names, lora_layers

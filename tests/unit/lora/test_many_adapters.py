@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qlora_lib import inject_lora, prune_adapter, use_adapter
+from qlora_lib import inject_lora, use_adapter
+from qlora_lib.lora.combine import prune_adapter
 from qlora_lib.lora.files import load_adapter, save_adapter
 from qlora_lib.lora.inject import adapter_table, delete_adapter, set_adapter
 from qlora_lib.lora.layer import adapter_names, lora_layers

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lib import finetune, freeze_scales, inject_lora, lora_plus_groups, train_scales
+from qlora_lib import finetune, inject_lora
 from qlora_lib.formats.gptq_checkpoint import export_gptq
 from qlora_lib.layers.linear import QuantizedLinear, decoding_layout
 from qlora_lib.lora.combine import allocate_ranks, combine_adapters, prune_adapter
@@ -16,7 +16,7 @@ from qlora_lib.lora.inject import trainable_parameters, use_adapter
 from qlora_lib.lora.layer import LoRAConfig, LoRALinear, lora_layers
 from qlora_lib.lora.merge import merge_into_original, merge_lora, unmerge_lora
 from qlora_lib.lora.targets import ALL_LINEAR
-from qlora_lib.lora.variants import scale_grad
+from qlora_lib.lora.variants import freeze_scales, lora_plus_groups, scale_grad, train_scales
 from qlora_lib.models.checkpoint import load_quantized, save_quantized
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn

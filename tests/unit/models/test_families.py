@@ -24,7 +24,6 @@ from qlora_lib import (
     finetune,
     generator,
     inject_lora,
-    load_model,
     load_quantized,
     merge_lora,
     quantize_model,
@@ -35,6 +34,7 @@ from qlora_lib.layers.blocks import decoder_blocks
 from qlora_lib.lora.fingerprint import base_fingerprint
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION, find_linears
 from qlora_lib.models.conv1d import linear_from_conv1d
+from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantized_layers
 from qlora_lib.quant.gptq import gptq_quantize
 from qlora_lib.quant.hessian import Hessian
