@@ -21,7 +21,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all rehearsal test unit interop nbval ui pictures store normal solved html \
+.PHONY: help setup run-all rehearsal test unit long interop nbval ui pictures store normal solved html \
         student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
@@ -56,7 +56,7 @@ endef
 
 setup: $(READY) ## install into .venv, once ## python3 -m venv .venv; python -m pip install -r requirements.txt; python -m pip install --no-deps -e .
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt pyproject.toml setup.py
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, %s is %s: make setup PY=python3.12" % (sys.executable, sys.version.split()[0]))'
 	@$(PY) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PY) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt-get install python3-venv), then make setup" >&2; exit 1; }
 	@echo "Setting up $(VENV), once. To be downloaded: about 400 MB of packages, and torch, which is"
@@ -108,8 +108,9 @@ rehearsal: $(READY) ## 04 and 05 as they run LLaMA-2-7B, on a small random model
 	$(TOOLS) run --profile llama2-7b --parameters \
 	    "weights_from=build/random-llama data_from=data/minigsm steps=6 live_problems=8"
 
-test: ## unit tests, then nbval (after make run-all GRID=1, of what that has executed)
+test: ## unit tests, long tests, then nbval (after make run-all GRID=1, of what that has executed)
 	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory long
 	$(MAKE) --no-print-directory nbval EXECUTED=1
 
 # Side by side with one thread each: threads of two processes would wait for each other.
@@ -121,6 +122,9 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(or $(JOBS),auto)
 unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) --dist loadfile -p xdist \
 	    --no-loadscope-reorder tests/unit
+
+long: $(READY) ## tests that take long: kernels that are started and killed, a recorded point measured again ## python -m pytest -q tests/long
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/long
 
 interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop
 	$(PEERS)/bin/python -m pytest -q tests/interop

@@ -11,11 +11,6 @@ import pytest
 sys.modules.setdefault("rfc3987_syntax", None)
 
 
-def pytest_collection_modifyitems(items):
-    """The file that takes longest first: a worker that began it last would end it alone."""
-    items.sort(key=lambda item: item.path.name != "test_sampling.py")
-
-
 @pytest.fixture
 def short_answers(monkeypatch):
     """The experiments' answers end after 16 tokens: a random model knows no end."""

@@ -24,9 +24,10 @@ import torch
 
 import qlora_lib
 from qlora_lib import (
-    QuantizedLinear, QuantSpec, TrainConfig, finetune, inject_lora, load_adapter, load_model,
-    load_profile, load_quantized, quantize_model, quantized_layers, save_adapter, save_quantized,
+    QuantizedLinear, QuantSpec, TrainConfig, finetune, inject_lora, load_adapter, load_profile,
+    load_quantized, quantize_model, quantized_layers, save_adapter, save_quantized,
 )
+from qlora_lib.models.load import load_model
 
 assert Path(qlora_lib.__file__).is_relative_to(sys.prefix), qlora_lib.__file__
 assert not any(importlib.util.find_spec(name) for name in ("course", "experiments"))
