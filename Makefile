@@ -123,7 +123,7 @@ unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) --dist loadfile -p xdist \
 	    --no-loadscope-reorder tests/unit
 
-long: $(READY) ## tests that take long: kernels that are started and killed, a recorded point measured again ## python -m pytest -q tests/long
+long: $(READY) ## tests that take long: processes and kernels that are started and killed, a wheel, a record ## python -m pytest -q tests/long
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/long
 
 interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop

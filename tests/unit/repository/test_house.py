@@ -1,6 +1,7 @@
 """The house: a folder a subject, imports that go down only, what torch alone can run, lazy names."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -182,6 +183,14 @@ def test_each_name_lives_where_the_package_looks_for_it(module):
         assert callable(getattr(qlora_lib, name)) and name in qlora_lib.__all__
         assert getattr(import_module(f"qlora_lib.{module}"), name) is getattr(qlora_lib, name)
         assert name not in ORDER, f"{name} would be hidden by the folder {name}/"
+
+
+@pytest.mark.parametrize("name", qlora_lib.__all__)
+def test_a_public_name_has_a_use(name):
+    """In a notebook, a document, a command, or the road that the commands take."""
+    places = [*ROOT.glob("notebooks/*.ipynb"), ROOT / "README.md", *ROOT.glob("docs/*.md"),
+              *PACKAGE.glob("cli/*.py"), *PACKAGE.glob("runs/*.py"), *PACKAGE.glob("models/load.py")]
+    assert any(re.search(rf"\b{name}\b", p.read_text(encoding="utf-8")) for p in places)
 
 
 def test_unknown_names_are_attribute_errors():
