@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..layers.linear import Quantized
 from ..quant.grid import QuantSpec
-from ..quant.recipe import Recipe
 from ..quant.nf4 import NF4Spec
+from ..quant.recipe import Recipe
 from .low_rank import low_rank
 
 RESIDUAL_INITS = ("loftq", "pissa")

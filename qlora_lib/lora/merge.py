@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..layers.linear import QuantizedLinear, dense_weight, frozen_linear
 from ..quant.gptq import GPTQOptions, gptq_quantize
 from ..quant.hessian import Hessian
-from ..quant.recipe import Recipe
 from ..quant.nf4 import NF4Spec
+from ..quant.recipe import Recipe
 from .fingerprint import base_fingerprint
 from .layer import LoRALinear, dense_update, lora_layers, named
 from .targets import replace_module

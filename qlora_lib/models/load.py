@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 
 from ..base.devices import default_device, dtype_name, resolve_dtype
 from ..base.paths import short_path
-from .bnb_checkpoint import load_bnb_4bit
 from .conv1d import linear_from_conv1d
 from .gguf_files import gguf_file, load_gguf
 
@@ -69,6 +68,8 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
         config = AutoConfig.from_pretrained(path)
         method = _quant_method(config)
         if method == "bitsandbytes":
+            from .bnb_checkpoint import load_bnb_4bit  # which most models do without
+
             model, tokenizer = load_bnb_4bit(_local_folder(path), device, dtype_name(dtype))
             model.config._name_or_path = path
             if tokenizer is None:
@@ -109,6 +110,16 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
             "checkpoint was expected (load_quantized reads what save_quantized wrote)"
         )
     return model, tokenizer
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a folder or hub id holds a 4-bit checkpoint of bitsandbytes, by its config.json."""
+    from transformers import AutoConfig
+
+    try:
+        return _quant_method(AutoConfig.from_pretrained(name)) == "bitsandbytes"
+    except (OSError, ValueError):  # what is wrong with it, loading says better
+        return False
 
 
 def _quant_method(config) -> str | None:

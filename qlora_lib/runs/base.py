@@ -1,7 +1,8 @@
 """The quantized base of a run: made once by its plan, and taken from the run's folder afterwards.
 
 `FOLDER/base` holds the packed model and recipe.json, which says what made it. The base is made
-anew when anything in there is another one: weights, recipe, dtype, calibration examples.
+anew when anything in there is another one: weights, recipe, dtype, calibration examples. Weights
+that are 4-bit already (a checkpoint of bitsandbytes) are taken as they are, as an NF4 base.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from ..base.paths import short_path
 from ..data.calibration import calibration_hash
 from ..data.sources import TRAINING_SETS
 from ..models.checkpoint import QUANTIZATION, load_quantized, save_quantized
-from ..models.load import REASONS, load_model
-from ..models.quantize import LayerReport, apply_recipe
+from ..models.load import REASONS, is_quantized, load_model
+from ..models.quantize import LayerReport, apply_recipe, quantized_layers
 from ..models.stream import REPORT, quantize_checkpoint
 from ..quant.recipe import Recipe
 
@@ -40,7 +41,8 @@ class BasePlan:
     device: str | None = None
     stream: bool = False  # one decoder block in memory at a time
     spill: Path | None = None  # with stream: a folder to keep activations in
-    load: Callable | None = None  # gives (model, tokenizer), dense; None: load_model
+    load: Callable | None = None  # gives (model, tokenizer); None: load_model
+    any_base: bool = False  # weights that are NF4 already will do, whatever the recipe
 
     def record(self) -> dict:
         """What recipe.json says of a base that this plan makes, but for the calibration's hash."""
@@ -53,7 +55,7 @@ class BasePlan:
         return said
 
     def dense(self):
-        """(model, tokenizer) before anything is quantized."""
+        """(model, tokenizer) as its weights come, before anything is quantized here."""
         if self.load is not None:
             return self.load()
         return load_model(self.model, self.device, self.compute_dtype)
@@ -97,7 +99,7 @@ def make_base(plan: BasePlan, folder: Path):
         check_place(base, QUANTIZATION)
         print(f"base: {'streaming' if plan.stream else 'quantizing'} {short_path(Path(plan.model))} "
               f"with {plan.recipe.method}")  # fmt: skip
-        if plan.stream:
+        if plan.stream and not is_quantized(plan.model):
             tokenizer = _stream(plan, base)
         else:
             made.append(_quantize(plan, base))
@@ -138,14 +140,24 @@ def _is_made_so(base: Path, plan: BasePlan) -> bool:
 def _quantize(plan: BasePlan, base: Path | None = None):
     """(model, tokenizer), quantized in memory, and saved to `base` if there is one."""
     model, tokenizer = plan.dense()
-    report = apply_recipe(model, plan.recipe, plan.batches(tokenizer))
+    layers, report = quantized_layers(model), []
+    if layers and (plan.any_base or plan.recipe.method == "nf4"):
+        specs = ", ".join(sorted({str(layer.spec) for layer in layers.values()}))
+        print(f"  its weights are quantized already, {specs}: taken as they are")
+    elif layers:
+        raise ValueError(
+            f"{short_path(Path(plan.model))} holds NF4 weights, which {plan.recipe.method} can't "
+            "quantize again; give --method nf4 to take them as they are, or dense weights"
+        )
+    else:
+        report = apply_recipe(model, plan.recipe, plan.batches(tokenizer))
     if base is not None:
         for row in report:
             _show(row)
         save_quantized(model, tokenizer, base)
-        before, after = (sum(getattr(r, f"bytes_{when}") for r in report)
-                         for when in ("before", "after"))  # fmt: skip
-        print(f"  {before:,} -> {after:,} bytes, saved to {short_path(base)}")
+        before = sum(row.bytes_before for row in report)
+        after = sum(layer.quantized.nbytes for layer in quantized_layers(model).values())
+        print(f"  {f'{before:,} -> ' if report else ''}{after:,} bytes, saved to {short_path(base)}")
     return model, tokenizer
 
 

@@ -71,11 +71,11 @@ class Finetuner:
         self.method, self.adapter, self.seed = method, adapter, seed
         self.folder = None if folder is None else Path(folder)
         self.history: History | None = None
+        nearest = Recipe.of(spec, "nf4" if isinstance(spec, NF4Spec) else "rtn")
         if isinstance(model, (str, Path)):
             # A folder's whole path, so that the result is read from any working directory.
             name = str(Path(model).resolve()) if Path(model).exists() else str(model)
-            model = BasePlan(name, Recipe.of(spec, "nf4" if isinstance(spec, NF4Spec) else "rtn"),
-                             compute_dtype=compute_dtype, device=device)  # fmt: skip
+            model = BasePlan(name, nearest, compute_dtype=compute_dtype, device=device)
         self.plan = model if isinstance(model, BasePlan) else None
         self.recipe: Recipe | None = None  # of a module that is quantized here
         self.lora = self._with_defaults(lora) if method != "full" else {}
@@ -83,7 +83,7 @@ class Finetuner:
         if self.plan is None:
             if tokenizer is None:
                 raise ValueError("a model that is handed over needs its tokenizer too")
-            self._take(model, Recipe.of(spec, "nf4" if isinstance(spec, NF4Spec) else "rtn"))
+            self._take(model, nearest)
         elif method == "qlora" and not self._residual:
             model, own = quantized_base(self.plan, self.folder)
             tokenizer = tokenizer or own
@@ -144,9 +144,10 @@ class Finetuner:
         """A module that was handed over: quantized here if it is to be and is not."""
         if self.method != "qlora":
             self._refuse_quantized(model)
-        elif not quantized_layers(model) and not self._residual:
+        elif not quantized_layers(model):
             self.recipe = recipe
-            apply_recipe(model, recipe)
+            if not self._residual:
+                apply_recipe(model, recipe)
 
     def _inject(self) -> None:
         """Add the adapter; where it starts from the weights, the base becomes what it leaves."""
@@ -154,7 +155,7 @@ class Finetuner:
         if not self._residual or self.method == "lora":
             self.layers = inject_lora(self.model, adapter=self.adapter, **lora)
             return
-        recipe = self.plan.recipe if self.plan else Recipe(NF4Spec())
+        recipe = self.plan.recipe if self.plan else self.recipe
         if self.plan:
             print(f"base: {short_path(Path(self.plan.model))} taken apart by {lora['init']}, "
                   f"quantized with {recipe.method}")  # fmt: skip

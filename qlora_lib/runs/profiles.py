@@ -4,7 +4,7 @@ Everything is a parameter; nothing is read from the environment here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -116,10 +116,14 @@ class Profile:
     def quantized_base(
         self, folder: Path, spec: Spec = GRID, method: str | None = None, stream: bool = False
     ):
-        """(model, tokenizer) of the base in `folder`/base, quantized there first if it is not."""
+        """(model, tokenizer) of the base in `folder`/base, made there first if it is not there.
+
+        Weights that are NF4 already are taken as they are, unless a `method` is named.
+        """
         from .base import quantized_base
 
-        return quantized_base(self.plan(Recipe.of(spec, method), stream=stream), folder)
+        plan = self.plan(Recipe.of(spec, method), stream=stream)
+        return quantized_base(replace(plan, any_base=method is None), folder)
 
     def check_memory(
         self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from qlora_lib.__main__ import parser
+from qlora_lib.models.checkpoint import load_quantized
+from tests.support.bnb_folder import save_bnb
 from tests.support.cli_place import COMMON, FAST, SHORT, place, run  # noqa: F401
 from tests.support.small_models import small_model
 
@@ -221,6 +224,24 @@ def test_one_folder_for_the_command_line_and_for_python(place, capsys):
     assert run("evaluate", *COMMON, *SHORT, "--folder", "mine") == 0
     out = capsys.readouterr().out
     assert "all 14 linear layers are quantized, NF4Spec" in out and "adapter on 14 layers" in out
+
+
+def test_weights_that_are_nf4_already_are_the_base(place, capsys):
+    (place / "bnb").mkdir()
+    model, _ = save_bnb(place / "bnb")
+    argv = ["--model", "bnb", *FAST[2:]]
+    assert run("finetune", *argv) == 2  # gptq, the default, can't
+    assert "give --method nf4 to take them as they are" in capsys.readouterr().err
+    for stream in ([], ["--stream", "--folder", "streamed"]):
+        assert run("finetune", *argv, "--method", "nf4", *stream) == 0
+        assert "quantized already, NF4Spec" in capsys.readouterr().out
+    base, _ = load_quantized("checkpoints/tiny/base", "cpu", "fp32")
+    ids = torch.tensor([[1, 5, 9]])
+    assert torch.equal(base(ids).logits, model(ids).logits)
+    assert run("evaluate", *argv[:4], *SHORT) == 0
+    assert "adapter on 14 layers" in capsys.readouterr().out
+    assert run("quantize", *argv[:4], "--method", "nf4") == 0
+    assert "is there, with these settings" in capsys.readouterr().out
 
 
 def test_smaller_batches_keep_the_size_of_a_step(place, capsys):

@@ -7,38 +7,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import nn
 
 from qlora_lib.base.hashes import weights_id
 from qlora_lib.lora.inject import inject_lora
 from qlora_lib.models.bnb_checkpoint import _nf4_tensor, load_bnb_4bit
 from qlora_lib.models.load import load_model
-from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.models.quantize import quantized_layers
 from qlora_lib.models.stream import quantize_checkpoint
 from qlora_lib.quant.grid import QuantSpec
-from qlora_lib.quant.nf4 import NF4_LEVELS, NF4Spec, NF4Tensor, dynamic_map, quantize_nf4
+from qlora_lib.quant.nf4 import NF4Spec, quantize_nf4
 from qlora_lib.runs.profiles import load_profile
 from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import finetune
+from tests.support.bnb_folder import layout, save_bnb
 from tests.support.lora_models import logits, rewrite
-from tests.support.small_models import PAIRS, small_model, small_tokenizer
+from tests.support.small_models import PAIRS, small_tokenizer
 from tests.support.tensors import PROPERTY, normal
-
-
-def as_bytes(described: dict) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
-
-
-def layout(q: NF4Tensor) -> dict[str, torch.Tensor]:
-    """The tensors of one weight, by what follows ".weight"."""
-    described = {"quant_type": "nf4", "blocksize": q.spec.block_size, "dtype": "bfloat16",
-                 "shape": list(q.shape)}  # fmt: skip
-    tensors = {"": q.codes.view(-1, 1), ".absmax": q.absmax, ".quant_map": torch.tensor(NF4_LEVELS)}
-    if q.spec.double_quant:
-        described |= {"nested_blocksize": 256, "nested_dtype": "float32",
-                      "nested_offset": q.offset.item()}  # fmt: skip
-        tensors |= {".nested_absmax": q.nested_absmax, ".nested_quant_map": dynamic_map()}
-    return tensors | {".quant_state.bitsandbytes__nf4": as_bytes(described)}
 
 
 @PROPERTY
@@ -58,28 +42,8 @@ def test_any_weight_is_read_to_the_bit(out, features, block, double_quant):
 
 @pytest.fixture(params=[True, False], ids=["double", "single"])
 def checkpoint(request, tmp_path):
-    """A model with biases, its folder in bitsandbytes' layout, tokenizer and all."""
-    model = small_model()
-    model.config.attention_bias = model.config.mlp_bias = True
-    for i, layer in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
-        if layer is not model.lm_head:
-            layer.bias = nn.Parameter(normal(layer.out_features, seed=i))
-    quantize_model(model, None, NF4Spec(double_quant=request.param), "nf4")
-    layers = quantized_layers(model)
-    packed = tuple(f"{path}." for path in layers)
-    state = {n: t for n, t in model.state_dict().items() if not n.startswith(packed)}
-    state.pop("lm_head.weight")  # tied
-    for path, layer in layers.items():
-        state |= {f"{path}.weight{n}": t.clone() for n, t in layout(layer.quantized).items()}
-        state[f"{path}.bias"] = layer.bias
-    model.config.save_pretrained(tmp_path)
-    small_tokenizer().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True,
-                                     "bnb_4bit_quant_type": "nf4"}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    return model, state, tmp_path
+    """A model with biases, its state and its folder in bitsandbytes' layout, tokenizer and all."""
+    return *save_bnb(tmp_path, request.param), tmp_path
 
 
 def test_a_folder_gives_the_model_and_its_tokenizer(checkpoint):

@@ -183,6 +183,18 @@ def test_a_result_of_the_layout_before_is_read(tmp_path):
         assert torch.equal(model(ids).logits, mine.model.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("spec", [NF4Spec(), QuantSpec(2, 32)])
+def test_loftq_takes_a_module_apart_with_the_spec_that_is_given(tmp_path, spec):
+    mine = Finetuner(small_model(), small_tokenizer(), "qlora", tmp_path, spec, rank=2,
+                     init="loftq")  # fmt: skip
+    assert {layer.spec for layer in quantized_layers(mine.model).values()} == {spec}
+    mine.save()
+    model, _ = Finetuner.load(tmp_path)
+    ids = torch.tensor([small_tokenizer().encode(PAIRS[3][0])])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, mine.model.eval()(ids).logits)
+
+
 def test_an_adapter_is_loaded_on_its_own_base_only(base, tmp_path):
     tuner(base, "qlora", tmp_path / "run").save()
     tuner(base, "qlora", tmp_path / "run", spec=QuantSpec(8, 32))  # makes the base anew

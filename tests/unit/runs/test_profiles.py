@@ -9,6 +9,7 @@ from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
 from qlora_lib.runs import profiles
 from qlora_lib.runs.profiles import load_profile
+from tests.support.bnb_folder import save_bnb
 from tests.support.small_models import small_model, small_tokenizer
 
 
@@ -111,3 +112,13 @@ def test_harder_test_sets(tmp_path):
         load_profile("llama2-7b", data=tmp_path).examples("test_changed")
     with pytest.raises(ValueError, match="mini-GSM has the splits"):
         tiny.examples("gsm_hard")
+
+
+def test_a_profile_takes_nf4_weights_as_its_base_unless_a_method_is_named(tmp_path):
+    (tmp_path / "bnb").mkdir()
+    save_bnb(tmp_path / "bnb")
+    profile = load_profile("tiny", tmp_path / "bnb")
+    model, _ = profile.quantized_base(tmp_path / "run", QuantSpec(4, 32), stream=True)
+    assert {type(layer.spec) for layer in quantized_layers(model).values()} == {NF4Spec}
+    with pytest.raises(ValueError, match="holds NF4 weights, which gptq can't quantize again"):
+        profile.quantized_base(tmp_path / "other", QuantSpec(4, 32), "gptq")
