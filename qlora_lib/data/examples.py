@@ -24,7 +24,7 @@ from pathlib import Path
 
 from .gsm8k import PROMPT, format_gsm8k
 from .rows import check_text, read_rows
-from .tokens import IGNORE, Example, encode_example, encode_prompt
+from .tokens import IGNORE, Example, encode_after, encode_example, encode_prompt
 
 FORMATS = {
     "text": ("text",),
@@ -175,12 +175,11 @@ def chat_example(messages, tokenizer) -> Example:
                 f"the chat template writes the first {i + 1} messages otherwise once others "
                 "follow; give each answer a chat of its own"
             )
-        # Apart, as when the model is asked: from bos on, which most templates write.
+        # What is asked begins with bos, which most templates write.
+        given = encode_prompt(tokenizer, asked)
         if done:
-            given = tokenizer.encode(asked[len(done) :], add_special_tokens=False)
-        else:
-            given = encode_prompt(tokenizer, asked)
-        learned = tokenizer.encode(answered[len(asked) :], add_special_tokens=False)
+            given = encode_after(tokenizer, done, asked[len(done) :])
+        learned = encode_after(tokenizer, asked, answered[len(asked) :])
         ids += given + learned
         labels += [IGNORE] * len(given) + learned
         done = answered

@@ -37,8 +37,8 @@ class GoldError(ValueError):
 def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
     """(prompt, target) of an entry; the target's calculator notes go unless `notes`.
 
-    The prompt ends in a newline, where byte-level and SentencePiece tokenizers both
-    split, so that encoding prompt and target apart equals encoding them together.
+    The prompt ends in a newline, where tokenizers split: its tokens are the same whether a
+    target follows or not (those of the target are not: see tokens.encode_after).
     Raises ValueError for an entry without a question or with an unparsable answer.
     """
     answer = _field(entry, "answer")

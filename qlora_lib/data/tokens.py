@@ -1,7 +1,7 @@
 """From texts to token ids and labels, and from those to padded batches.
 
-Training, calibration and evaluation all encode with `encode_prompt`, so a model is asked exactly
-as it was taught.
+Training, calibration and evaluation all encode a prompt with `encode_prompt` and what follows it
+with `encode_after`, so a model is asked exactly as it was taught.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,15 +59,35 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return ids if ids[:1] == bos else bos + ids
 
 
+def encode_after(tokenizer, before: str, text: str) -> list[int]:
+    """The ids of `text` as it stands after `before`, whose own ids stay as they are alone.
+
+    Encoded by itself, a text would begin as a text does: SentencePiece writes a space before its
+    first word. So both are encoded together, and the ids of `before` cut off. Where a token lies
+    across the border (two newlines, say), `before` is kept, as the model is asked with it alone,
+    and a newline stands in for it.
+    """
+    for prefix in (before, "\n"):
+        given = tokenizer.encode(prefix, add_special_tokens=False)
+        whole = tokenizer.encode(prefix + text, add_special_tokens=False)
+        if whole[: len(given)] == given:
+            return whole[len(given) :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def encode_example(tokenizer, prompt: str, target: str, max_length: int | None = None) -> Example:
     """[bos] + prompt + target + [eos] as an Example, cut to `max_length` tokens if that is given.
 
     Labels are -100 on the prompt and the ids themselves on target and eos: the model must learn
-    to stop, so the one real eos is supervised; a cut example has none. Raises ValueError when the
-    prompt leaves no room for a single target token.
+    to stop, so the one real eos is supervised; a cut example has none. A bos or eos that the text
+    itself writes is not doubled. Raises ValueError when the prompt leaves no room for a single
+    target token.
     """
-    start = encode_prompt(tokenizer, prompt)
-    end = tokenizer.encode(target, add_special_tokens=False) + [tokenizer.eos_token_id]
+    start, end = encode_prompt(tokenizer, prompt), encode_after(tokenizer, prompt, target)
+    if not prompt and end[:1] == start:  # the text writes its bos
+        end = end[1:]
+    if end[-1:] != [tokenizer.eos_token_id]:
+        end = end + [tokenizer.eos_token_id]
     example = Example(start + end, [IGNORE] * len(start) + end, (prompt, target))
     return example if max_length is None else example.cut(max_length)
 

@@ -1,13 +1,21 @@
 """Texts to ids, labels and batches."""
 
+import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_lib.data import tokens as data
+from qlora_lib.data.examples import chat_example, read_examples
 from qlora_lib.data.gsm8k import format_gsm8k
+from qlora_lib.evaluation.evaluate import few_shot
+from tests.support.sentencepiece_like import sentencepiece
 from tests.support.small_models import PAIRS, small_tokenizer
+from tests.support.tensors import PROPERTY
 
 ENTRY = {
     "question": "Ava has 1,000 apples and sells half.",
@@ -87,3 +95,89 @@ def test_an_example_is_cut_as_if_it_had_been_encoded_so():
     with pytest.raises(ValueError, match=f"first {start} tokens .* nothing to learn"):
         whole.cut(start)
     assert whole.teaches(start + 1) and not whole.teaches(start)
+
+
+KINDS = {
+    "byte-level": small_tokenizer,
+    **{kind: partial(sentencepiece, kind) for kind in ("llama2", "metaspace", "bare")},
+}  # fmt: skip
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@each_kind
+def test_a_target_has_the_tokens_that_it_has_in_the_whole_text(kind):
+    """Encoded by itself, a text gets a space in front of it from SentencePiece."""
+    tokenizer, (prompt, target) = KINDS[kind](), format_gsm8k(ENTRY)
+    ids, labels = data.encode_example(tokenizer, prompt, target)
+    whole = tokenizer.encode(prompt + target, add_special_tokens=False)
+    assert ids == [tokenizer.bos_token_id, *whole, tokenizer.eos_token_id]
+    asked = data.encode_prompt(tokenizer, prompt)
+    assert ids[: len(asked)] == asked and labels[: len(asked)] == [data.IGNORE] * len(asked)
+    apart = tokenizer.encode(target, add_special_tokens=False)
+    assert (apart == ids[len(asked) : -1]) == (kind in ("byte-level", "bare"))
+
+
+TEXTS = st.text(alphabet="Aa b3+=.,:\n", max_size=12)
+
+
+@each_kind
+@PROPERTY
+@given(prompt=TEXTS, target=TEXTS)
+def test_training_sees_a_prompt_as_it_is_asked_and_loses_no_letter(kind, prompt, target):
+    tokenizer = KINDS[kind]()
+    ids, labels = data.encode_example(tokenizer, prompt, target)
+    asked = data.encode_prompt(tokenizer, prompt)
+    assert ids[: len(asked)] == asked and labels[len(asked) :] == ids[len(asked) :]
+    assert labels.count(tokenizer.eos_token_id) == 1 and ids.count(tokenizer.bos_token_id) == 1
+    letters = tokenizer.decode(ids, skip_special_tokens=True)
+    assert letters.replace(" ", "") == (prompt + target).replace(" ", "")
+
+
+@each_kind
+def test_solved_problems_before_a_question_have_the_tokens_of_training(kind):
+    tokenizer = KINDS[kind]()
+    (shown, _), (prompt, target) = few_shot([ENTRY], 1)(ENTRY), format_gsm8k(ENTRY)
+    trained = data.encode_example(tokenizer, prompt, target).input_ids[:-1]
+    assert data.encode_prompt(tokenizer, shown)[: len(trained)] == trained
+
+
+def test_a_border_within_a_token_leaves_the_prompt_as_it_is_asked():
+    """`llama2` writes "wer:" and a newline as one token."""
+    tokenizer = sentencepiece("llama2")
+    together = tokenizer.encode("Answer:\nShe", add_special_tokens=False)
+    ids, labels = data.encode_example(tokenizer, "Answer:", "\nShe")
+    asked = data.encode_prompt(tokenizer, "Answer:")
+    assert together[: len(asked) - 1] != asked[1:]
+    assert ids[: len(asked)] == asked
+    learned = tokenizer.convert_ids_to_tokens(ids[len(asked) : -1])
+    assert "".join(learned) == "\nShe"
+
+
+@each_kind
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_chat_has_the_tokens_of_its_text(kind, turns):
+    tokenizer = copy.deepcopy(KINDS[kind]())
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role + '\n' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    messages = [{"role": role, "content": f"{role[0]}{i} has {i} eggs"}
+                for i in range(turns) for role in ("user", "assistant")]  # fmt: skip
+    example = chat_example(messages, tokenizer)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert example.input_ids[:-1] == tokenizer.encode(text, add_special_tokens=False)
+    learned = [i for i, label in zip(*example) if label != data.IGNORE]
+    assert learned.count(tokenizer.eos_token_id) == 1
+    said = tokenizer.decode(learned, skip_special_tokens=True).replace(" ", "")
+    assert said == "".join(f"a{i}has{i}eggs\n" for i in range(turns))
+
+
+@each_kind
+def test_a_bos_or_eos_that_a_text_writes_is_not_doubled(kind):
+    tokenizer = KINDS[kind]()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plain, written = read_examples(["hi Ava", "<s>hi Ava</s>"], tokenizer)
+    for example in (plain, written, read_examples([("hi\n", "Ava</s>")], tokenizer)[0]):
+        assert example.input_ids.count(bos) == example.input_ids.count(eos) == 1
+        assert example.input_ids[0] == bos and example.labels[0] == data.IGNORE
+        assert example.labels[-1] == eos

@@ -1,0 +1,36 @@
+"""Tokenizers of SentencePiece's kind, with a space before the first word or without: LLaMA-2's and
+newer ones."""
+
+from functools import cache
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEXT = [
+    "Question: Ava has 3 eggs and buys 12 more. How many has she?\nAnswer:\nShe has 3+12=15 eggs.",
+    "Question: Tom sells 4 of 9 hats.\nAnswer:\nTom keeps 9-4=5 hats.\n#### 5", "user assistant hi",
+] * 4  # fmt: skip
+
+
+@cache
+def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+    """kind: "llama2" (a space is put before any text), "metaspace" (before its first word) or
+    "bare" (nowhere). bos is 1, eos 2; there is no pad."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if kind == "llama2":
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+    else:
+        scheme = {"metaspace": "first", "bare": "never"}[kind]
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n", "\u2581"],
+        max_token_length=8,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
