@@ -104,7 +104,7 @@ run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ##
 	    $(if $(JOBS),--jobs $(JOBS)) $(if $(GRID),--grid) $(NB)
 
 rehearsal: $(READY) ## 04 and 05 as they run LLaMA-2-7B, on a small random model in its folder layout
-	$(PYTHON) tests/support/random_llama.py build/random-llama
+	$(PYTHON) -m tests.support.random_llama build/random-llama
 	$(TOOLS) run --profile llama2-7b --parameters \
 	    "weights_from=build/random-llama data_from=data/minigsm steps=6 live_problems=8"
 

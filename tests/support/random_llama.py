@@ -1,13 +1,14 @@
-"""A small LLaMA with random weights in the folder layout of the real one: a rehearsal of the
-7B path. `python tests/random_llama.py FOLDER`; config.json says that the weights are random."""
+"""A small LLaMA with random weights in the folder layout of the real one, with a tokenizer of its
+kind (SentencePiece, no pad): a rehearsal of the 7B path. `python -m tests.support.random_llama
+FOLDER`; config.json says that the weights are random."""
 
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lib.runs.profiles import TINY
+from tests.support.sentencepiece_like import sentencepiece
 
 
 def make(folder: Path) -> None:
@@ -20,7 +21,7 @@ def make(folder: Path) -> None:
     # What LLaMA-2's own generation_config.json says: sample.
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
     model.save_pretrained(folder, max_shard_size="150KB")
-    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    sentencepiece("llama2").save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
         initial_alphabet=[chr(i) for i in range(32, 127)] + ["\n", "\u2581"],
         max_token_length=8,
     )  # fmt: skip
-    tokenizer.train_from_iterator(TEXT, trainer)
+    # Line by line: a newline is a token of its own, as in LLaMA-2.
+    tokenizer.train_from_iterator([line for text in TEXT for line in text.split("\n")], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )

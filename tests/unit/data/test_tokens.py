@@ -141,16 +141,20 @@ def test_solved_problems_before_a_question_have_the_tokens_of_training(kind):
     assert data.encode_prompt(tokenizer, shown)[: len(trained)] == trained
 
 
-def test_a_border_within_a_token_leaves_the_prompt_as_it_is_asked():
-    """`llama2` writes "wer:" and a newline as one token."""
-    tokenizer = sentencepiece("llama2")
-    together = tokenizer.encode("Answer:\nShe", add_special_tokens=False)
-    ids, labels = data.encode_example(tokenizer, "Answer:", "\nShe")
-    asked = data.encode_prompt(tokenizer, "Answer:")
-    assert together[: len(asked) - 1] != asked[1:]
-    assert ids[: len(asked)] == asked
-    learned = tokenizer.convert_ids_to_tokens(ids[len(asked) : -1])
-    assert "".join(learned) == "\nShe"
+@each_kind
+def test_a_border_within_a_token_leaves_the_prompt_as_it_is_asked(kind):
+    """A text is cut after each letter: where that tears a token, prompt and target keep theirs."""
+    tokenizer, torn = KINDS[kind](), 0
+    text = "Question: Ava has 3 eggs and buys 12 more"
+    together = tokenizer.encode(text, add_special_tokens=False)
+    for cut in range(1, len(text)):
+        ids, _ = data.encode_example(tokenizer, text[:cut], text[cut:])
+        asked = data.encode_prompt(tokenizer, text[:cut])
+        assert ids[: len(asked)] == asked
+        torn += ids[1:-1] != together
+        said = "".join(tokenizer.convert_ids_to_tokens(ids[len(asked) : -1]))
+        assert said.replace("\u2581", " ").replace("\u0120", " ") == text[cut:]
+    assert torn > 5
 
 
 @each_kind
