@@ -139,6 +139,11 @@ HANGS = ("import os\nwith open('began', 'w') as file: file.write(str(os.getpid()
          "import threading\nthreading.Event().wait()")
 
 
+def _hear_ctrl_c():
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("kill, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130),
                                         (signal.SIGKILL, -9)])
 def test_a_killed_run_ends_all_kernels_and_leaves_no_half_file(outputs, tmp_path, kill, code):
@@ -150,7 +155,7 @@ def test_a_killed_run_ends_all_kernels_and_leaves_no_half_file(outputs, tmp_path
         os.mkfifo(began[-1])
     run = subprocess.Popen([sys.executable, "-m", "course.tools", "run", *paths, "--jobs", "2"],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                           start_new_session=True)
+                           start_new_session=True, preexec_fn=_hear_ctrl_c)
     kernels = [psutil.Process(int(path.read_text())) for path in began]  # when the cells ran
     run.send_signal(kill) if kill != signal.SIGINT else os.killpg(run.pid, kill)  # as Ctrl-C does
     said, problems = run.communicate(timeout=120)
