@@ -288,7 +288,7 @@ class Finetuner:
     def generate(self, prompts: Sequence[str], **decoding) -> list:
         """Completions of the prompts; keywords are those of Decoding.
 
-        They end before "Question:", as answers to data.PROMPT should; for chats and prompts of
+        They end before "Question:", as answers to gsm8k.PROMPT should; for chats and prompts of
         your own give stop=().
         """
         return generator(self.model, self.tokenizer, Decoding(**decoding))(prompts)
