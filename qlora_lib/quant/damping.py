@@ -1,14 +1,12 @@
 """How much damping: chosen from the calibration tokens, before anything is rounded.
 
-GPTQ fits its rounding errors to the tokens it has seen, and with few of them it overfits.
-Damping holds it back; how much is right depends on the layer. The loop leaves errors E with
-E V^-1 = Z, where V^-1 is R with 1 on its diagonal and Z are the errors of rounding, spread
-evenly over a step s of the grid: mean square s^2 / 12, none of them knowing the others. On
-inputs with second moments H' the loss to be expected is therefore
+GPTQ fits its rounding errors to the tokens it has seen; damping keeps it from overfitting few of
+them. The loop leaves errors E with E V^-1 = Z, where V^-1 is R with 1 on its diagonal and Z are
+the errors of rounding, spread evenly over a step s of the grid: mean square s^2 / 12, none of
+them knowing the others. On inputs with second moments H' the loss to be expected is therefore
     tr(E H' E^T) = out s^2 / 12 tr(V H' V^T).
 With the H' that R was made from, this is the sum over columns of R[j, j]^2, which only falls
-with less damping. With R from one half of the tokens and H' from the other it has a minimum:
-cross-validation, without a weight and without a bit.
+with less damping. With R from one half of the tokens and H' from the other it has a minimum.
 """
 
 import torch
@@ -49,12 +47,11 @@ def choose_damping(hessian: Hessian, desc_act: bool = True) -> float:
     if desc_act not in hessian.chosen:
         first, second = hessian.halves
         order = act_order(hessian.matrix) if desc_act else None
-        best = None
+        least = float("inf")
         for damping in DAMPINGS:
             loss = expected_loss(first, second, damping, order)
             loss += expected_loss(second, first, damping, order)
-            if best is not None and loss >= best[0]:
+            if loss >= least:
                 break
-            best = loss, damping
-        hessian.chosen[desc_act] = best[1]
+            least, hessian.chosen[desc_act] = loss, damping
     return hessian.chosen[desc_act]

@@ -7,22 +7,23 @@ from .hessian import Hessian
 
 
 def dense_target(weight: Tensor, hessian: Hessian, damp_percent: float) -> Tensor:
-    """The weight W' (out, in) whose outputs on the quantized model's inputs come closest to the
-    outputs of W on the dense model's inputs.
+    """The weight W' (out, in) whose outputs on the quantized model's inputs x come closest to the
+    outputs of W on the dense model's inputs x~.
 
-    Earlier layers are quantized, so the layer gets x where the dense model has x~. Least squares
-    on |x~ W^T - x W'^T|^2 gives
+    Least squares on |x~ W^T - x W'^T|^2 gives
         W' = W C H^-1,   H = sum x^T x,   C = sum x~^T x,
     here with damping, which pulls towards W: W' = W + W (C - H) (H + damping)^-1. For any Q,
     |x~ W^T - x Q^T|^2 is |x (W' - Q)^T|^2 plus a constant, so GPTQ has only to round W'.
-    Asymmetric calibration (GPTAQ, Li et al. 2025, arXiv 2504.02692) has the same objective and
-    solves it within the loop. Raises ValueError for a Hessian without `dense`.
+    GPTAQ (Li et al. 2025, arXiv 2504.02692) solves the same objective within the loop.
+    Raises ValueError for a Hessian without `dense`.
     """
     if hessian.cross is None:
         raise ValueError("this Hessian has seen no inputs of the dense model: update(x, dense)")
     h, w = hessian.matrix.to(weight), weight
     difference = w @ (hessian.cross.to(weight) - h)  # (out, in)
-    h.diagonal().add_(damp_percent * h.diagonal().mean())
+    diagonal = h.diagonal()
+    diagonal += damp_percent * diagonal.mean()
+    diagonal += diagonal == 0  # for columns that no input excites: they stay as they are
     lower, failed = torch.linalg.cholesky_ex(h)
     if failed:
         raise ValueError("the Hessian is not positive definite; raise damp_percent (0.05, 0.1)")

@@ -16,15 +16,11 @@ and no later column can change it. Rounding this target is what the updates abov
 a triangular system solved from its first unknown to the last, each rounded as it is found
 (the "nearest plane" of lattices: Chen et al. 2025, arXiv 2507.18553).
 
-Beside GPTQModel 7.6.0 (quantization/gptq.py and quantizer.py, 2,479 lines; here this file,
-hessian.py and grid.py, 680): the same loss, damping, act-order, groups and clip search, and
-checkpoints that give the same logits in both, whoever quantized (tests/interop/
-test_gptq_checkpoint.py). The codes are those of three slow derivations, to 1e-10
-(tests/unit/quant/test_gptq.py), not GPTQModel's to the bit: scales are rounded to fp16 before
-codes are computed. Left out: its group-aware act-order, convolutions and embeddings, several
-devices, more damping where the factorization fails, rounding to nearest without calibration.
-Beyond the paper, in steps around the loop: `choose_damping`, `dense_target`, weighed columns,
-`refit_scales`.
+Beside GPTQModel 7.6.0 (gptq.py and quantizer.py, 2,479 lines; here this file, hessian.py and
+grid.py, 614): the same loss, damping, act-order, groups and clip search, and checkpoints that
+give the same logits in both. The codes are not GPTQModel's to the bit: scales are rounded to
+fp16 before codes are computed. Left out: group-aware act-order, convolutions and embeddings,
+several devices, more damping where the factorization fails.
 """
 
 import math
@@ -62,12 +58,8 @@ class GPTQOptions:
 
     @classmethod
     def best(cls, **changes) -> "GPTQOptions":
-        """The options that measured best on tokens they had not seen, with `changes`.
-
-        Damping is chosen from the calibration tokens (`damping.choose_damping`), so GPTQ must
-        get a Hessian with halves. The defaults are the paper's, with act-order. For a whole
-        model add match_dense=True. Figures: data/results/gptq-quality.json.
-        """
+        """The options that measured best on tokens they had not seen, with `changes`; GPTQ must
+        get a Hessian with halves. For a whole model add match_dense=True."""
         return cls(**dict(damp_percent=None, weigh_columns=True, refit_scales=True) | changes)
 
     @property
@@ -120,14 +112,17 @@ def gptq_quantize(
     """The layer's weight quantized with GPTQ (Algorithm 1 of the paper).
 
     weight: floating point (out_features, in_features); hessian: a Hessian or its matrix
-    (in, in). Works in fp32, or in fp64 when the weight is fp64. Without options.damp_percent
-    the Hessian must have kept halves (`damping.choose_damping`). With options.match_dense
-    the columns are those of `dense_target`; with options.refit_scales the codes get the scales
-    of `refit.refit_scales`. Raises ValueError for NaN or Inf, mismatched
-    shapes, no tokens, or a Hessian that damping does not mend.
+    (in, in), which is not enough for match_dense and damp_percent=None. Works in fp32, or in
+    fp64 when the weight is fp64. Raises ValueError for NaN or Inf, mismatched shapes, no tokens,
+    or a Hessian that damping does not mend.
     """
     check_weight(weight)
-    h, n = _matrix(hessian, weight.shape[1], options), weight.shape[1]
+    h, n = _matrix_of(hessian), weight.shape[1]
+    if h.shape != (n, n):
+        raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
+    if (options.match_dense or options.needs_halves) and not isinstance(hessian, Hessian):
+        what = "match_dense" if options.match_dense else "damp_percent=None"
+        raise ValueError(f"{what} needs a Hessian, not its matrix alone")
     with torch.autocast(weight.device.type, enabled=False):
         w, damping = as_float(weight), options.damp_percent
         h = h.to(w)
@@ -159,16 +154,8 @@ def gptq_quantize(
         return refit_scales(w, quantized, h, damping) if options.refit_scales else quantized
 
 
-def _matrix(hessian: Hessian | Tensor, n: int, options: GPTQOptions) -> Tensor:
-    """The Hessian's matrix (n, n); ValueError for another shape, and for a bare matrix where the
-    options need more."""
-    h = hessian.matrix if isinstance(hessian, Hessian) else hessian
-    if h.shape != (n, n):
-        raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
-    if (options.match_dense or options.needs_halves) and not isinstance(hessian, Hessian):
-        what = "match_dense" if options.match_dense else "damp_percent=None"
-        raise ValueError(f"{what} needs a Hessian, not its matrix alone")
-    return h
+def _matrix_of(hessian: Hessian | Tensor) -> Tensor:
+    return hessian.matrix if isinstance(hessian, Hessian) else hessian
 
 
 def _static_grids(w: Tensor, order: Tensor, spec: QuantSpec, cost: Tensor | None):
@@ -183,8 +170,8 @@ def _static_grids(w: Tensor, order: Tensor, spec: QuantSpec, cost: Tensor | None
 
 
 def _dynamic_grids(W: Tensor, R: Tensor, spec: QuantSpec, cost: Tensor | None):
-    """The same as `_static_grids` for groups of columns as the loop meets them, each grid fitted
-    when the loop gets there, on what the columns before have made of the group."""
+    """The same, where each group's grid is fitted when the loop gets there, on what the columns
+    before have made of the group."""
     groups, size = spec.groups(len(W)), spec.group_size
     scale, zero = W.new_empty(groups, W.shape[1]), W.new_empty(groups, W.shape[1])
 
@@ -207,8 +194,7 @@ def output_error(weight: Tensor, approx: Tensor, hessian: Hessian | Tensor) -> f
 
     weight, approx: (out, in). Computed from H alone: sqrt(tr(D H D^T) / tr(W H W^T)).
     """
-    h = hessian.matrix if isinstance(hessian, Hessian) else hessian
     w, q = as_float(weight), as_float(approx)
-    h, d = h.to(w), w - q.to(w)
+    h, d = _matrix_of(hessian).to(w), w - q.to(w)
     energy = ((w @ h) * w).sum()
     return float((((d @ h) * d).sum().clamp(min=0) / energy).sqrt()) if energy > 0 else 0.0

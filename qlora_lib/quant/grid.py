@@ -3,8 +3,7 @@
 A group of weights shares one grid of 2**bits evenly spaced values,
     w  ~  scale * (q - zero_point),     q in {0, ..., 2**bits - 1},
 with an integer zero_point, so that 0.0 is always on the grid and decodes exactly.
-(Jacob et al. 2018, arXiv 1712.05877, eq. 1; grouped as in Frantar et al. 2023,
-arXiv 2210.17323.)
+(Jacob et al. 2018, arXiv 1712.05877, eq. 1.)
 """
 
 import math
@@ -45,10 +44,8 @@ class QuantSpec:
         """Number of groups in a row. Raises ValueError when group_size does not divide it."""
         size = self.group_size or in_features
         if in_features % size:
-            raise ValueError(
-                f"group_size={size} does not divide in_features={in_features}; "
-                "choose a divisor, or None for one group a row"
-            )
+            raise ValueError(f"group_size={size} does not divide in_features={in_features}; "
+                             "choose a divisor, or None for one group a row")  # fmt: skip
         return in_features // size
 
 
@@ -107,17 +104,17 @@ class QuantizedTensor(PackedWeight):
         for rows in row_slices(self.shape, self.scale.device):
             w, s, z = self.unpacked(rows).to(work), scale[rows], zero[rows]
             if g_idx is not None:
-                yield rows, w.sub_(z[:, g_idx]).mul_(s[:, g_idx]).to(dtype)
+                w.sub_(z[:, g_idx]).mul_(s[:, g_idx])
             else:
                 grouped = w.unflatten(1, (scale.shape[1], -1))  # (rows, groups, group_size)
                 grouped.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1))  # in w's own memory
-                yield rows, w.to(dtype)
+            yield rows, w.to(dtype)
 
 
 def row_slices(shape: torch.Size, device: torch.device, unit: int = 1) -> list[slice]:
-    """The rows cut into slices that are made dense one after the other: of about PIECE weights on
-    a CPU, one slice of all rows elsewhere. Each but the last has a multiple of `unit` rows and of
-    64, so that no tile of the int4 operator is cut."""
+    """Slices of rows that are made dense one after the other: of about PIECE weights on a CPU,
+    all rows at once elsewhere. Each but the last has a multiple of `unit` rows and of 64, so
+    that no tile of the int4 operator is cut."""
     out, in_features = shape
     if device.type != "cpu":
         return [slice(0, out)]
@@ -129,12 +126,9 @@ def row_slices(shape: torch.Size, device: torch.device, unit: int = 1) -> list[s
 def check_weight(weight: Tensor) -> None:
     """Raises ValueError unless `weight` is a finite floating-point matrix."""
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            "a weight must be a floating-point matrix (out_features, in_features), "
-            f"got {weight.dtype} {tuple(weight.shape)}"
-        )
-    if not torch.isfinite(weight).all():
-        bad = (~torch.isfinite(weight)).sum().item()
+        raise ValueError("a weight must be a floating-point matrix (out_features, in_features), "
+                         f"got {weight.dtype} {tuple(weight.shape)}")  # fmt: skip
+    if bad := int((~torch.isfinite(weight)).sum()):
         raise ValueError(f"the weight holds {bad} NaN or Inf; mend the checkpoint first")
 
 
@@ -144,10 +138,7 @@ def as_float(x: Tensor) -> Tensor:
 
 
 def encode(w: Tensor, scale: Tensor, zero_point: Tensor, max_code: int) -> Tensor:
-    """Nearest codes, still in the dtype of `w`. Scale and zero-point broadcast over it.
-
-    Ties go to the even integer, as torch.round does.
-    """
+    """Nearest codes, ties to even, in the dtype of `w`. Scale and zero-point broadcast over it."""
     return (w / scale).add_(zero_point).round_().clamp_(0, max_code)
 
 
@@ -167,33 +158,28 @@ def _grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     return scale, (-low / scale).round().clamp(0, spec.max_code)
 
 
-def fit_grid(
-    w: Tensor, spec: QuantSpec, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def fit_grid(w: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero-point of each group, (...) in the dtype of w, the scale rounded to fp16.
 
-    w: (..., group_size), one group in the last axis.
-    The range always includes 0. With `clip_search`, the range is shrunk step by step
-    and the grid with the least sum of importance * |error|**2.4 is kept (Frantar's and
-    GPTQModel's `mse` option, where every weight counts alike).
+    w: (..., group_size), one group in the last axis. The range always includes 0. With
+    `clip_search` it is shrunk step by step, and the grid with the least sum of importance *
+    |error|**2.4 is kept (GPTQModel's `mse` option, where every weight counts alike).
     importance: as the last axes of w, (group_size,) or (groups, group_size); None: all ones.
+    Raises ValueError for a range that no fp16 scale can span.
     """
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)  # (...)
     span = 2 * torch.maximum(high, -low) if spec.symmetric else high - low
     if span.numel() and span.max() > spec.max_code * torch.finfo(SCALE_DTYPE).max:
-        raise ValueError(
-            f"weights span {float(span.max()):.3g}, more than an fp16 scale can hold in "
-            f"{spec.max_code} steps; rescale the layer"
-        )
+        raise ValueError(f"weights span {float(span.max()):.3g}, more than an fp16 scale can hold "
+                         f"in {spec.max_code} steps; rescale the layer")  # fmt: skip
     if not spec.clip_search:
         return _grid_of_range(low, high, spec)
     size = w.shape[-1]
     importance = w.new_ones(1, size) if importance is None else importance.reshape(-1, size)
-    piece, cycle = SEARCH_AT_ONCE[w.device.type != "cpu"], len(importance)
-    count = max(1, piece // (cycle * size))  # times that a piece goes through `importance`
-    weights = importance.repeat(count, 1)  # (count * cycle, size)
-    groups = w.reshape(-1, size).split(len(weights))
-    found = [_search(part, weights[: len(part)], spec) for part in groups]
+    count = max(1, SEARCH_AT_ONCE[w.device.type != "cpu"] // importance.numel())
+    importance = importance.repeat(count, 1)  # (groups searched at once, size)
+    groups = w.reshape(-1, size).split(len(importance))
+    found = [_search(part, importance[: len(part)], spec) for part in groups]
     scale, zero = (torch.cat(parts).view(low.shape) for parts in zip(*found))
     return scale, zero
 
@@ -203,45 +189,30 @@ def _search(w: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
     those of all CLIP_RATIOS. importance: as w."""
     (least, first), (most, last) = w.min(-1), w.max(-1)  # (groups,)
     # What an error at either end of a group counts at least.
-    ends = torch.minimum(*(importance.gather(1, i.unsqueeze(1)) for i in (first, last))).squeeze(1)
+    ends = importance.gather(1, torch.stack([first, last], 1)).amin(1)  # (groups,)
     low, high = least.clamp(max=0), most.clamp(min=0)
     scale, zero = torch.empty_like(low), torch.empty_like(low)
     best = torch.full_like(low, torch.inf)
     open_ = torch.arange(len(w), device=w.device)  # groups whose search goes on
     for ratio in CLIP_RATIOS.tolist():
         s, z = _grid_of_range(low * ratio, high * ratio, spec)
-        hope = _error_of_the_ends(most - least, ends, s, spec) < best[open_]
+        # What a grid of max_code steps leaves uncovered of a group's range its two ends bear, at
+        # least as |cut / 2|**2.4 each, and ever more as the range shrinks: once that alone is no
+        # less than the best error, the group's search is done.
+        cut = (most - least - spec.max_code * s).clamp_(min=0)
+        hope = 2 * ends * (cut / 2).pow_(CLIP_NORM) < best[open_]
         if not hope.all():
             if not hope.any():
                 break
             kept = (least, most, ends, low, high, s, z, w, importance, open_)
             least, most, ends, low, high, s, z, w, importance, open_ = (t[hope] for t in kept)
-        error = _clip_error(w, importance, s, z, spec)
+        q = encode(w, s.unsqueeze(-1), z.unsqueeze(-1), spec.max_code)
+        error = q.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(w).abs_().pow_(CLIP_NORM)
+        error = error.mul_(importance).sum(-1)  # (groups,)
         better = error < best[open_]
         won = open_[better]
         best[won], scale[won], zero[won] = error[better], s[better], z[better]
     return scale, zero
-
-
-def _error_of_the_ends(span: Tensor, ends: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The least error (groups,) that a group's two ends have on a grid of this scale.
-
-    A grid spans max_code steps. What it leaves uncovered of a group's range, `span`, its two ends
-    bear, at least as |cut / 2|**2.4 each, and ever more as the range shrinks: once that alone is
-    no less than the best error, the group's search is done.
-    """
-    cut = (span - spec.max_code * scale).clamp_(min=0)
-    return 2 * ends * (cut / 2).pow_(CLIP_NORM)
-
-
-def _clip_error(
-    w: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec
-) -> Tensor:
-    """The sum of importance * |error|**2.4 over each group (groups,), rounded on its grid."""
-    scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
-    q = encode(w, scale, zero, spec.max_code)
-    error = q.sub_(zero).mul_(scale).sub_(w).abs_().pow_(CLIP_NORM)
-    return error.mul_(importance).sum(-1)
 
 
 def assemble(q: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor | None, spec: QuantSpec):
@@ -257,10 +228,8 @@ def assemble(q: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor | None, spec:
 
 
 def by_group(g_idx: Tensor, groups: int) -> Tensor:
-    """(in,): the input features in an order that puts each group's side by side.
-
-    g_idx: (in,), the group of each. Raises ValueError unless all groups are of one size.
-    """
+    """The input features (in,) in an order that puts each group's side by side, where g_idx (in,)
+    is the group of each. Raises ValueError unless all groups are of one size."""
     order = g_idx.argsort(stable=True)
     size = len(g_idx) // groups
     if not torch.equal(g_idx[order].long(), torch.arange(len(g_idx), device=g_idx.device) // size):
@@ -269,7 +238,7 @@ def by_group(g_idx: Tensor, groups: int) -> Tensor:
 
 
 def quantize_rtn(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
-    """Round to nearest: each weight to the closest point of its group's grid.
+    """Each weight rounded to the closest point of its group's grid.
 
     weight: floating point (out_features, in_features). Raises ValueError for NaN or
     Inf and for a group size that does not divide in_features.
@@ -283,11 +252,8 @@ def quantize_rtn(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Dynamic 8-bit activations, one asymmetric grid a token.
-
-    x: (tokens, in_features). Returns codes int32 (tokens, in) in 0..255, scale fp32
-    (tokens, 1) and zero_point int32 (tokens, 1): x ~ scale * (codes - zero_point).
-    """
+    """Activations (tokens, in_features) in 8 bits, one asymmetric grid a token: x ~ scale *
+    (codes - zero_point), codes int32 (tokens, in), scale fp32 and zero_point int32 (tokens, 1)."""
     if not torch.isfinite(x).all():
         raise ValueError("the activations hold NaN or Inf")
     x = x.float()
@@ -305,8 +271,7 @@ def quant_matmul(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     equal to the product of the dequantized operands. Raises ValueError for NaN, Inf, another
     width and groups of different sizes. With x = sx (a - za), w = sw (q - zw):
         sum_k x w = sx sw [ sum a q  -  zw sum a  -  za sum q  +  n za zw ]
-    (Jacob et al. 2018, eq. 7). Only the first sum is a matrix product; the other three
-    are the zero-point corrections, and sum q can be computed once, when W is packed.
+    (Jacob et al. 2018, eq. 7). Only the first sum is a matrix product.
     """
     spec, (out, in_features) = quantized.spec, quantized.shape
     groups = quantized.scale.shape[1]

@@ -13,13 +13,7 @@ class Hessian:
     `choose_damping`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        device=None,
-        dtype: torch.dtype = torch.float32,
-        halves: bool = False,
-    ):
+    def __init__(self, in_features: int, device=None, dtype=torch.float32, halves: bool = False):
         self._sum = torch.zeros(in_features, in_features, device=device, dtype=dtype)
         self._first = torch.zeros_like(self._sum) if halves else None
         self._cross: Tensor | None = None
@@ -36,9 +30,7 @@ class Hessian:
         if (dense is not None) != (self._cross is not None) and self.tokens:
             raise ValueError("give a Hessian the dense model's inputs at every update, or never")
         if dense is not None and dense.shape != x.shape:
-            raise ValueError(
-                f"the dense model's inputs are {tuple(dense.shape)}, not {tuple(x.shape)}"
-            )
+            raise ValueError(f"dense inputs are {tuple(dense.shape)}, not {tuple(x.shape)}")
         x, dense = self._checked(x), None if dense is None else self._checked(dense)
         if dense is not None:
             if self._cross is None:
@@ -56,10 +48,8 @@ class Hessian:
 
     def _checked(self, x: Tensor) -> Tensor:
         """(tokens, in) in the dtype of the sum, never bf16."""
-        if x.shape[-1] != self._sum.shape[0]:
-            raise ValueError(
-                f"inputs have {x.shape[-1]} features, this Hessian {self._sum.shape[0]}"
-            )
+        if x.shape[-1] != len(self._sum):
+            raise ValueError(f"inputs have {x.shape[-1]} features, this Hessian {len(self._sum)}")
         x = x.detach().reshape(-1, x.shape[-1]).to(self._sum)
         if not torch.isfinite(x).all():
             raise ValueError("calibration inputs hold NaN or Inf; check the layers before this one")
@@ -79,10 +69,8 @@ class Hessian:
 
     @property
     def halves(self) -> tuple[Tensor, Tensor]:
-        """The matrices (in_features, in_features) of two halves of the tokens.
-
-        Raises ValueError where they were not kept, and for updates of one token.
-        """
+        """The matrices (in_features, in_features) of two halves of the tokens. Raises ValueError
+        where they were not kept, and for updates of one token."""
         if self._first is None:
             raise ValueError("this Hessian kept no halves; make it with Hessian(n, halves=True)")
         if not self.first_tokens:
@@ -92,8 +80,7 @@ class Hessian:
 
 
 def act_order(h: Tensor) -> Tensor:
-    """The columns (in,) sorted by the size of their inputs, largest first; equal ones as they
-    stand."""
+    """The columns (in,) by the size of their inputs, largest first; equal ones as they stand."""
     return h.diagonal().argsort(descending=True, stable=True)
 
 
@@ -102,12 +89,11 @@ def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) 
 
     order: (in,), the order in which the columns are gone through; R is of H[order][:, order].
     Cholesky gives a lower factor L. With J H J for H, its rows and columns reversed, J L J is
-    upper, and H = (J L J) (J L J)^T: that is R. From R R^T = H follows R^-T R^-1 = H^-1, and as
-    Cholesky factors are unique, R^-1 is the U with U^T U = H^-1. The paper's three steps (factor
-    H, invert, factor the inverse) take four times the operations and more memory.
-    Columns that no input ever excites ("dead": H[j, j] = 0) get the mean diagonal, so
-    they are simply rounded to nearest. Raises ValueError, naming the column, when the
-    damped H is not positive definite.
+    upper, and H = (J L J) (J L J)^T: that is R. As Cholesky factors are unique, R^-1 is the U
+    with U^T U = H^-1, for which the paper's three steps (factor H, invert, factor the inverse)
+    take four times the operations. Columns that no input ever excites ("dead": H[j, j] = 0) get
+    the mean diagonal, so they are simply rounded to nearest. Raises ValueError, naming the
+    column, when the damped H is not positive definite.
     """
     order = torch.arange(len(h), device=h.device) if order is None else order
     last_first = order.flip(0)
@@ -120,19 +106,8 @@ def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) 
     lower, info = torch.linalg.cholesky_ex(h)
     if info:
         raise ValueError(
-            "the Hessian is not positive definite at column "
-            f"{int(last_first[int(info) - 1])} with damp_percent={damp_percent}; "
-            "raise it (0.05, 0.1), or use more calibration tokens"
+            f"the Hessian is not positive definite at column {int(last_first[int(info) - 1])} with "
+            f"damp_percent={damp_percent}; raise it (0.05, 0.1), or use more calibration tokens"
         )
     del h  # two matrices of this size at a time, no more
     return lower.flip(0, 1)
-
-
-def inverse_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
-    """The U of Algorithm 1, upper triangular (in, in) with U^T U = (H + damping)^-1.
-
-    It is the inverse of `hessian_factor`, whose arguments and errors it has.
-    """
-    r = hessian_factor(h, damp_percent, order)
-    eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
-    return torch.linalg.solve_triangular(r, eye, upper=True)

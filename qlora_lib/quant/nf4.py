@@ -3,10 +3,9 @@
 Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3.
 
 Beside bitsandbytes 0.50.2 (functional.py and backends/default/ops.py, 2,442 lines without the
-kernels in C++; here 184): levels, packed bytes, absmax, nested absmax and decoded values are
-the same to the bit (tests/interop/test_bitsandbytes.py). The 8-bit codes of double quantization
-are the nearest here, where its search on a CPU may miss by 3e-5 of the range. Left out: FP4,
-storage in other dtypes than uint8, kernels of its own: a layer is decoded and multiplied.
+kernels in C++; here 167): levels, packed bytes, absmax, nested absmax and decoded values are
+the same to the bit. The 8-bit codes of double quantization are the nearest here, where its
+search on a CPU may miss by 3e-5 of the range. Left out: FP4, other dtypes than uint8.
 """
 
 import math
@@ -54,9 +53,8 @@ def nf4_levels(device: torch.device | None = None) -> Tensor:
 def dynamic_map(signed: bool = True) -> Tensor:
     """The 8-bit "dynamic exponent" map of bitsandbytes; fp32 (256,), ascending.
 
-    One sign bit, a run of zeros that is the decimal exponent (0 to -6), and the bits
-    that are left as a linear fraction: the smaller the value, the fewer bits are left.
-    Unsigned, the sign's bit goes to the fraction.
+    One sign bit (unsigned: one more for the fraction), a run of zeros that is the decimal
+    exponent (0 to -6), and the bits that are left as a linear fraction.
     (Dettmers et al. 2022, arXiv 2110.02861, section 2.1)
     """
     values = [0.0, 1.0]
@@ -72,7 +70,7 @@ def quantize_8bit(flat: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 codes (n,) of the nearest of 256 levels, and the fp32 absmax (ceil(n / 256),) of each
     block of 256 values, by which it was divided. flat: fp32 (n,)."""
     codes, absmax = _encode(flat, NESTED_BLOCK, levels)
-    return codes[: flat.numel()].to(torch.uint8), absmax
+    return codes.to(torch.uint8), absmax
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
@@ -82,21 +80,20 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
 
 
 def _encode(flat: Tensor, size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the level nearest to each value over its block's absmax, and the absmax (blocks,).
-
-    flat (n,); levels ascending. The indices run on to the end of the last block.
-    """
+    """Index (n,) of the ascending level nearest to each value (n,) over its block's absmax, and
+    the absmax (blocks,)."""
     blocks = _blocks(flat, size)  # (blocks, size)
     absmax = blocks.abs().amax(1)  # (blocks,)
     # A block of zeros has absmax 0; dividing by 1 sends it to the level 0, exactly.
     unit = blocks / torch.where(absmax > 0, absmax, 1).unsqueeze(1)
     # The number of midpoints between levels that lie below a value.
-    return torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2).flatten(), absmax
+    codes = torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2)  # (blocks, size)
+    return codes.flatten()[: flat.numel()], absmax
 
 
 def _blocks(flat: Tensor, size: int) -> Tensor:
     """The values (n,) as blocks (ceil(n / size), size), the last one filled up with zeros; a view
-    where nothing is to be filled."""
+    where nothing is missing."""
     missing = -flat.numel() % size
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, size)
 
@@ -165,9 +162,10 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     """
     spec = NF4Spec(block_size, double_quant)
     check_weight(weight)
-    flat, levels = weight.detach().float().flatten(), nf4_levels(weight.device)
-    codes, absmax = _encode(flat, block_size, levels)
-    codes = torch.nn.functional.pad(codes[: weight.numel()], (0, weight.numel() % 2), value=7)
+    codes, absmax = _encode(
+        weight.detach().float().flatten(), block_size, nf4_levels(weight.device)
+    )
+    codes = torch.nn.functional.pad(codes, (0, weight.numel() % 2), value=7)
     packed = pack(codes.view(-1, 2).flip(1).flatten(), 4)  # flip: high nibble first
     if not double_quant:
         return NF4Tensor(packed, absmax, None, None, weight.shape, spec)

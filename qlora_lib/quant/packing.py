@@ -21,20 +21,16 @@ def packed_width(n: int, bits: int) -> int:
 
 
 def pack(q: Tensor, bits: int) -> Tensor:
-    """Pack integer codes along the last axis.
+    """Integer codes (..., n), packed along the last axis: uint8 (..., ceil(n * bits / 8)).
 
-    q: integers (..., n), each in [0, 2**bits - 1].
-    Returns uint8 (..., ceil(n * bits / 8)). Raises ValueError for another width,
-    for floats, and for codes out of range.
+    Raises ValueError for another width, for floats, and for codes outside [0, 2**bits - 1].
     """
     check_bits(bits)
     if q.is_floating_point():
         raise ValueError(f"pack takes integer codes, got {q.dtype}; round and cast first")
     if q.numel() and (q.min() < 0 or q.max() > 2**bits - 1):
-        raise ValueError(
-            f"codes must lie in [0, {2**bits - 1}] for {bits} bits, "
-            f"got [{int(q.min())}, {int(q.max())}]"
-        )
+        got = [int(q.min()), int(q.max())]
+        raise ValueError(f"codes must lie in [0, {2**bits - 1}] for {bits} bits, got {got}")
     n = q.shape[-1]
     if bits == 8:
         return q.to(torch.uint8).contiguous()
@@ -57,12 +53,12 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
     can take equally many bytes. Raises ValueError when bytes and shape disagree.
     """
     check_bits(bits)
-    shape = torch.Size(shape)
     n = shape[-1]
-    if packed.dtype != torch.uint8 or packed.shape != (*shape[:-1], packed_width(n, bits)):
+    expected = (*shape[:-1], packed_width(n, bits))
+    if packed.dtype != torch.uint8 or packed.shape != expected:
         raise ValueError(
-            f"{bits}-bit codes of shape {tuple(shape)} take uint8 bytes of shape "
-            f"{(*shape[:-1], packed_width(n, bits))}, got {packed.dtype} {tuple(packed.shape)}"
+            f"{bits}-bit codes of shape {tuple(shape)} take uint8 bytes of shape {expected}, "
+            f"got {packed.dtype} {tuple(packed.shape)}"
         )
     if bits == 8:
         return packed.clone()
@@ -88,10 +84,8 @@ def as_words(packed: Tensor) -> Tensor:
     Raises ValueError for bytes that do not fill whole words.
     """
     if packed.dtype != torch.uint8 or packed.shape[-1] % 4:
-        raise ValueError(
-            f"words take uint8 bytes, a multiple of 4 in a row, "
-            f"got {packed.dtype} {tuple(packed.shape)}"
-        )
+        got = f"{packed.dtype} {tuple(packed.shape)}"
+        raise ValueError(f"words take uint8 bytes, a multiple of 4 in a row, got {got}")
     # Flat first: the stride of a single row is arbitrary, and view() asks for a multiple of 4.
     words = packed.flatten().view(torch.int32)
     return words.view(*packed.shape[:-1], packed.shape[-1] // 4)

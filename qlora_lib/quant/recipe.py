@@ -93,9 +93,6 @@ class Recipe:
         names = {f.name for f in fields(GPTQOptions)}
         options = GPTQOptions(**{k: v for k, v in said.items() if k in names})
         targets = said.get("targets", "all")
-        return cls.of(
-            (NF4Spec if said["method"] == "nf4" else QuantSpec)(**said["spec"]),
-            said["method"],
-            options,
-            targets if isinstance(targets, str) else tuple(targets),
-        )
+        targets = targets if isinstance(targets, str) else tuple(targets)
+        kind = NF4Spec if said["method"] == "nf4" else QuantSpec
+        return cls.of(kind(**said["spec"]), said["method"], options, targets)

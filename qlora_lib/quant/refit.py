@@ -1,12 +1,11 @@
 """Scales fitted again once the codes are known: least squares on the layer's outputs.
 
-A group's scale is chosen before the codes are, from weights alone. Once they are known, a row
-w ~ sum_g s_g q_g (q_g: the whole numbers code - zero_point of group g, zero elsewhere) is
+A row w ~ sum_g s_g q_g (q_g: the whole numbers code - zero_point of group g, zero elsewhere) is
 linear in its scales, and its loss over the inputs, |x w - sum_g s_g x q_g|^2, is least squares
 with one unknown a group. From scales s with errors e = w - s q, the step d to the best ones is
     A d = b,     A[g, k] = q_g^T H q_k,     b[g] = q_g^T H e,     H = sum x^T x,
-and the loss changes by d A d - 2 b d. It costs no bit. (Kim et al. 2026, arXiv 2602.02126,
-go through a row's groups in turn instead.)
+and the loss changes by d A d - 2 b d. (Kim et al. 2026, arXiv 2602.02126, go through a row's
+groups in turn instead.)
 """
 
 from dataclasses import replace
@@ -31,11 +30,9 @@ def refit_scales(
     for groups of different sizes.
     """
     w = as_float(weight.detach())
-    n = w.shape[1]
-    if w.shape != quantized.shape or h.shape != (n, n):
-        raise ValueError(
-            f"quantized is {tuple(quantized.shape)}, weight {tuple(w.shape)}, h {tuple(h.shape)}"
-        )
+    if w.shape != quantized.shape or h.shape != (w.shape[1], w.shape[1]):
+        shapes = [tuple(s) for s in (quantized.shape, w.shape, h.shape)]
+        raise ValueError("quantized is {}, weight {}, h {}".format(*shapes))
     h = h.to(w, copy=True)
     h.diagonal().add_(damp_percent * h.diagonal().mean())
     columns = None  # in which a group's are side by side

@@ -10,10 +10,10 @@ from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model
 from qlora_lib.quant.dense_target import dense_target
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
-from qlora_lib.quant.grid import QuantSpec
+from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.hessian import Hessian
 from tests.support.calibrated_models import STAGES, batches, logits, same
-from tests.support.small_models import small_model
+from tests.support.small_models import small_model, small_tokenizer
 from tests.support.streamed_models import CALIBRATION, store, stream
 from tests.support.tensors import ar1, normal, relative
 
@@ -141,3 +141,59 @@ def test_it_refuses_what_it_cannot_use():
         gptq_quantize(normal(4, 16), h.matrix, SPEC, MATCH)
     with pytest.raises(ValueError, match="NaN"):
         Hessian(16).update(x.float(), dense.float() * float("nan"))
+
+
+def zeros_somewhere(what, features=32):
+    """A Hessian with halves whose inputs, dense inputs or both are all zero."""
+    x, dense = (t.float() for t in inputs(features))
+    for part in {"no inputs": (x,), "no inputs at all": (x, dense), "dense alone": (dense,)}[what]:
+        part.zero_()
+    hessian = Hessian(features, halves=True)
+    hessian.update(x, dense)
+    return hessian
+
+
+@pytest.mark.parametrize("what", ["no inputs", "no inputs at all"])
+@pytest.mark.parametrize("damp_percent", [0.0, 0.01])
+def test_a_layer_that_no_input_reaches_keeps_its_weight(what, damp_percent):
+    w = normal(8, 32, seed=3)
+    assert torch.equal(dense_target(w, zeros_somewhere(what), damp_percent), w)
+
+
+def test_columns_that_no_input_reaches_stay_and_the_others_are_corrected():
+    (x, dense), w = inputs(), normal(8, 24, seed=3).double()
+    x[:, [0, 7]] = 0
+    for damp_percent in (0.0, 0.01):
+        target = dense_target(w, seen(x, dense), damp_percent)
+        assert torch.equal(target[:, [0, 7]], w[:, [0, 7]])
+        live = [i for i in range(24) if i not in (0, 7)]
+        assert (target[:, live] - w[:, live]).norm() > 0.01
+
+
+@pytest.mark.parametrize("what", ["no inputs", "no inputs at all", "dense alone"])
+@pytest.mark.parametrize("options", [MATCH, GPTQOptions.best(match_dense=True), GPTQOptions.best()])
+def test_gptq_of_a_layer_that_no_input_reaches_rounds_to_nearest(what, options):
+    w, spec = normal(8, 32, seed=3), QuantSpec(4, 16)
+    hessian = zeros_somewhere(what)
+    q = gptq_quantize(w, hessian, spec, options)
+    if what != "dense alone":
+        assert torch.equal(q.dequantize(), quantize_rtn(w, spec).dequantize())
+    zero = gptq_quantize(torch.zeros_like(w), hessian, spec, options)
+    assert not zero.dequantize().any()
+
+
+@pytest.mark.parametrize("options", [MATCH, GPTQOptions.best(match_dense=True)])
+def test_a_model_with_layers_of_zeros_is_quantized_and_streamed(options, tmp_path):
+    """Without values the heads' output is zero, and so is all that the layer after them gets."""
+    model = small_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "dense")
+    small_tokenizer().save_pretrained(tmp_path / "dense")
+    model, _ = load_model(tmp_path / "dense", "cpu", "fp32")
+    quantize_model(model, CALIBRATION, SPEC, options=options)
+    attention = model.model.layers[0].self_attn
+    assert not attention.v_proj.dequantize().any() and attention.o_proj.dequantize().any()
+    stream(tmp_path / "dense", tmp_path / "packed", SPEC, options=options)
+    assert same(model, load_quantized(tmp_path / "packed", "cpu", "fp32")[0])
