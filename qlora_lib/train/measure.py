@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_iter
 from ..base.devices import DTYPES
 from ..lora.inject import trainable_parameters
 from ..models.quantize import quantized_layers
-from .adam8bit import OPTIMIZERS
 from .loss import loss_sum
 from .mode import training_mode
+from .step import make_optimizer
 
 WORKING = "activations, logits, one layer"  # what lives only within a step
 
@@ -95,18 +95,17 @@ def measure_step(ledger, model, step: Callable | None = None, optimizer=None) ->
         raise ValueError("no parameter requires a gradient; call inject_lora(model, ...) first")
     if (step is None) != (optimizer is None):
         raise ValueError("step and optimizer go together: give both, or none")
-    if step is None:
-        optimizer = OPTIMIZERS[ledger.optimizer](parameters, lr=0.0, weight_decay=0.0)
-        step = random_step(ledger, model, optimizer)
-    measured, gradients = _stored(model, parameters), {}
+    gradients = {}
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: gradients.update({id(p): p.grad.nbytes}))
         for p in parameters
     ]
-    before = _state_bytes(optimizer)
-    device = parameters[0].device
-    stored = sum(measured.values())
     with training_mode(model, ledger.checkpointing):
+        if step is None:
+            optimizer = make_optimizer(ledger.optimizer, parameters, lr=0.0, weight_decay=0.0)
+            step = random_step(ledger, model, optimizer)
+        measured, before = _stored(model), _state_bytes(optimizer)
+        device, stored = parameters[0].device, sum(measured.values())
         if device.type == "cuda":
             others = torch.cuda.memory_allocated(device) - stored - before
             torch.cuda.reset_peak_memory_stats(device)
@@ -125,7 +124,7 @@ def measure_step(ledger, model, step: Callable | None = None, optimizer=None) ->
     return Measurement(predicted | {"peak": ledger.peak}, measured | {"peak": peak})
 
 
-def _stored(model, parameters: list[Tensor]) -> dict[str, int]:
+def _stored(model) -> dict[str, int]:
     """Bytes of a model's tensors, by the ledger's parts."""
     layers = quantized_layers(model).values()
     packed = sum(layer.codes.nbytes for layer in layers)

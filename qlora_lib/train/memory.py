@@ -20,7 +20,7 @@ from ..generation.kv_cache import CacheSpec, cache_bytes, head_dim
 from ..lora.targets import ALL_LINEAR, find_linears
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
-from .adam8bit import OPTIMIZERS, SMALLEST
+from .config import OPTIMIZERS
 from .measure import Measurement, measure_step
 
 METHODS = ("full", "lora", "qlora")
@@ -115,24 +115,24 @@ def memory_ledger(
     if method == "qlora":
         largest = max(map(math.prod, linears.values()))
         parts["dequantized layer"] = _dequantized_bytes(largest, spec, size)
+    # What is trained is fp32 whatever the compute dtype; autocast makes copies in 16 bits.
     if method == "full":
-        # Mixed precision as in ZeRO (arXiv 1910.02054, section 3.1): gradients in the
-        # compute dtype; Adam's two moments in fp32, and an fp32 copy of 16-bit weights.
-        trained, targets, copies = sum(counts), ALL_LINEAR, 0
-        parts["gradients"] = trained * size
-        parts["optimizer"] = moments_bytes(counts, optimizer) + 4 * trained * (size < 4)
+        sizes, targets, wide = counts, ALL_LINEAR, 4
+        parts["weights"] = 4 * sum(counts)
+        copied = sum(map(math.prod, linears.values())) + config.vocab_size * config.hidden_size
     else:
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        sizes = _adapter_sizes(linears, rank, targets)
-        trained = sum(sizes)
-        parts["adapters"] = parts["gradients"] = 4 * trained  # fp32 whatever the compute dtype
-        parts["optimizer"] = moments_bytes(sizes, optimizer)
-        copies = trained * size if size < 4 else 0  # autocast's, of A and B
+        sizes, wide = _adapter_sizes(linears, rank, targets), size
+        parts["adapters"] = 4 * sum(sizes)
+        copied = sum(sizes)
+    trained, copies = sum(sizes), copied * size if size < 4 else 0
+    parts["gradients"] = 4 * trained
+    parts["optimizer"] = moments_bytes(sizes, optimizer)
     tokens = batch * seq
     block, rest = _activations(config, method, rank, targets, checkpointing, size)
-    recomputed = tokens * block + copies if checkpointing else 0
+    recomputed = tokens * block if checkpointing else 0
     # Rotary cosines and sines first.
-    parts["activations"] = 2 * seq * head_dim(config) * size + copies + tokens * (block + rest)
+    parts["activations"] = 2 * seq * head_dim(config) * wide + copies + tokens * (block + rest)
     # Logits, their fp32 copy, and its gradient.
     parts["logits"] = min(tokens, logit_tokens or tokens) * config.vocab_size * (size + 4 + 4)
     words = [
@@ -198,6 +198,8 @@ def moments_bytes(counts: list[int], optimizer: str) -> int:
     and an fp32 absmax a block, but fp32 in tensors below SMALLEST elements (adam8bit.py)."""
     if optimizer == "adamw":
         return 8 * sum(counts)
+    from .adam8bit import SMALLEST
+
     return sum(8 * n if n < SMALLEST else 2 * (n + 4 * math.ceil(n / NESTED_BLOCK)) for n in counts)
 
 
@@ -226,21 +228,23 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
     heads, head = config.num_attention_heads, head_dim(config)
     q, kv = head * heads, head * config.num_key_value_heads
     full, targets = method == "full", set(targets)
+    # Behind fp32 embeddings, what the blocks add to is fp32, and each product casts it anew.
+    mixed = full and size < 4
     # RMSNorm: its input in fp32 and 1 / rms; where its own weight is trained, x / rms too.
-    norm = 4 * (h + 1) + size * h * full
+    norm = 4 * (h + 1) + 4 * h * full
     # SDPA: query, key, value, output, and an fp32 logsumexp a head.
     block = size * (q + 2 * kv + q) + 4 * heads
     # SwiGLU, silu(gate) * up: gate, silu(gate), up.
     block += size * 3 * inner
     # A trained product W x or A x keeps its input: one that q, k, v share, and gate, up.
-    block += size * h * bool(targets & {"q_proj", "k_proj", "v_proj"})
-    block += size * h * bool(targets & {"gate_proj", "up_proj"})
+    for inputs in (targets & {"q_proj", "k_proj", "v_proj"}, targets & {"gate_proj", "up_proj"}):
+        block += size * h * (len(inputs) if mixed else bool(inputs))
     block += size * inner * ("down_proj" in targets)  # o_proj's input is SDPA's output
     block += 0 if full else size * rank * len(targets)  # B's input, A x
     block += 2 * norm
     last = norm + size * h * full  # the final norm, and the input of a trained head
     if checkpointing:
-        return block, blocks * size * h + last  # each block's input
+        return block, blocks * (4 if mixed else size) * h + last  # each block's input
     # No gradient flows to frozen embeddings: the first norm keeps nothing.
     return block, (blocks - 1) * block + last - (0 if full else norm)
 
