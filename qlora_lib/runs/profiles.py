@@ -14,7 +14,6 @@ from ..base.devices import default_device, dtype_name, resolve_dtype
 from ..base.paths import BUNDLED, DATA
 from ..data.calibration import calibration_batches
 from ..data.examples import hold_out
-from ..data.gsm8k import format_gsm8k
 from ..data.overlap import NGRAM
 from ..data.rows import read_jsonl
 from ..data.sources import load_gsm8k, load_gsm_hard, load_minigsm
@@ -46,8 +45,7 @@ class Profile:
 
     def examples(self, split: str) -> list[Entry]:
         """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
-        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K. Where GSM8K's folder
-        has no dev.jsonl, the last tenth of train is dev, at most 256."""
+        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K."""
         return self.read(split)
 
     def load(
@@ -56,9 +54,8 @@ class Profile:
     ):  # fmt: skip
         """Model in eval mode, and tokenizer; quantized when `quantize` is a spec.
 
-        method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn",
-        or "nf4" (for an NF4Spec). Raises FileNotFoundError when there are no weights,
-        saying how to get them, and what load_model raises.
+        method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn", or
+        "nf4" (for an NF4Spec). Raises what load_model raises, saying how to get the weights.
         """
         try:
             model, tokenizer = load_model(self.model, device, compute_dtype or self.compute_dtype)
@@ -84,12 +81,11 @@ class Profile:
         return apply_recipe(model, recipe, batches)
 
     def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:
-        """Batches of train problems, input_ids and attention_mask (batch, seq), for GPTQ."""
+        """Batches, input_ids and attention_mask (batch, seq), for GPTQ: of `examples`, or of train
+        problems."""
         if examples is None:
-            examples = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
-        return calibration_batches(
-            tokenizer, examples[:CALIBRATION], max_length=self.train.max_length
-        )
+            examples = self.examples("train")
+        return calibration_batches(tokenizer, examples, CALIBRATION, self.train.max_length)
 
     def plan(
         self, recipe: Recipe, device=None, compute_dtype: str | None = None,
@@ -104,12 +100,10 @@ class Profile:
         from .base import BasePlan
 
         dtype = compute_dtype or self.compute_dtype
-
-        def calibrate(tokenizer):
-            return self.calibration(tokenizer, examples(tokenizer) if calibrated_on else None)
-
         return BasePlan(
-            self.model, recipe, calibrate, calibrated_on, dtype, device, stream, spill,
+            self.model, recipe,
+            lambda tokenizer: self.calibration(tokenizer, calibrated_on and examples(tokenizer)),
+            calibrated_on, dtype, device, stream, spill,
             load=lambda: self.load(device=device, compute_dtype=dtype),
         )  # fmt: skip
 
@@ -131,10 +125,9 @@ class Profile:
     ) -> None:  # fmt: skip
         """Refuse, before anything is loaded, a training that would not fit into memory.
 
-        spec: of the quantized base; None: a dense one. config, target_modules: the profile's
-        unless given. Predicted for the longest sequences that are allowed. Where there is no
-        config.json yet, or no ledger for such a model, it says so and lets the run go on. Raises
-        NotEnoughMemory, with the ledger.
+        spec: of the quantized base; None: a dense one. Predicted for the longest sequences that
+        are allowed. Where there is no config.json yet, or no ledger for such a model, it says so
+        and lets the run go on. Raises NotEnoughMemory, with the ledger.
         """
         from transformers import AutoConfig
 
@@ -165,11 +158,10 @@ def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
         return load_gsm_hard(folder if here else None)
     if split not in ("train", "dev"):
         return load_gsm8k(split, folder)  # test, or an error that names the splits
-    own = None if folder is None else Path(folder) / "dev.jsonl"
-    if own is not None and own.is_file():
+    if folder is not None and (own := Path(folder) / "dev.jsonl").is_file():
         return load_gsm8k("train", folder) if split == "train" else read_jsonl(own)
     train, dev = hold_out(load_gsm8k("train", folder))  # GSM8K has no dev split
-    return {"train": train, "dev": dev}[split]
+    return train if split == "train" else dev
 
 
 TINY = DATA / "tiny-llama"
@@ -196,11 +188,9 @@ INSTEAD = {
 
 
 def load_profile(
-    name: str,
-    model: str | Path | None = None,
-    data: str | Path | None = None,
+    name: str, model: str | Path | None = None, data: str | Path | None = None,
     problems: str | None = None,
-) -> Profile:
+) -> Profile:  # fmt: skip
     """The profile "tiny", "smollm2" or "llama2-7b".
 
     model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
