@@ -9,6 +9,7 @@
 from pathlib import Path
 
 from ..base.files import read_json
+from ..base.hashes import changes
 from ..base.paths import short_path
 from ..lora.files import load_adapter
 from ..lora.inject import set_adapter
@@ -53,17 +54,10 @@ def check_base(folder: Path) -> None:
     Runs from before run.json said so pass.
     """
     then, now = read_run(folder).get("base"), read_recipe(folder)
-    if then is None or now is None:
-        return
-    changed = [
-        f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if changed:
+    if then and now and (changed := changes(then, now)):
         raise ValueError(
-            f"the adapter in {short_path(folder)} was trained on another base "
-            f"({'; '.join(changed)}); quantize as it was then, or finetune on this one"
+            f"the adapter in {short_path(folder)} was trained on another base ({changed}); "
+            "quantize as it was then, or finetune on this one"
         )
 
 
