@@ -2,8 +2,6 @@
 
 from .common import open_options, positive
 
-# torch and transformers take seconds to import, so --help does without them.
-
 
 def add_memory(commands, shared) -> None:
     """The command and its options."""
