@@ -23,11 +23,8 @@ WORKING = "activations, logits, one layer"  # what lives only within a step
 
 
 class AllocationMeter(TorchDispatchMode):
-    """Bytes of the tensors made within its block: `alive` now, at the `peak`, and in the
-    `trace` after each operation.
-
-    What torch.cuda.max_memory_allocated says on a GPU, for any device. What an operation
-    allocates and frees inside is not seen.
+    """Bytes of the tensors made within its block: `alive` now, at the `peak`, and in the `trace`
+    after each operation; on any device. What an operation allocates and frees inside is not seen.
     """
 
     def __init__(self):
@@ -81,14 +78,14 @@ class Measurement:
 
 
 def measure_step(ledger, model, step: Callable | None = None, optimizer=None) -> Measurement:
-    """Run two training steps of `model` and compare with what the ledger predicts.
+    """Run two training steps of `model`, of which only the second has all at once, and compare
+    with what the ledger predicts.
 
-    Two, because the first makes the optimizer's state, and only the second has all at once.
-    step: one training step of yours (forward, backward, optimizer.step(), gradients set to
-    None), with its `optimizer`. Without it: random tokens of the ledger's batch and
-    length, all of them supervised, and the ledger's optimizer with lr=0, which leaves the
-    parameters as they are. Measured by AllocationMeter on a CPU, else by CUDA's allocator.
-    Raises ValueError when no parameter is trained, and for a step without its optimizer.
+    step: one of yours (forward, backward, optimizer.step(), gradients set to None), with its
+    `optimizer`. Without it: random tokens of the ledger's batch and length, and its optimizer
+    with lr=0, which leaves the parameters as they are. Measured by AllocationMeter on a CPU, else
+    by CUDA's allocator. Raises ValueError when no parameter is trained, and for a step without
+    its optimizer.
     """
     parameters = list(trainable_parameters(model).values())
     if not parameters:
@@ -165,9 +162,8 @@ class NotEnoughMemory(ValueError, MemoryError):
 def available_memory(device: torch.device | str) -> float:
     """Bytes that this process can still take on a device; inf where nobody says.
 
-    CUDA: free on the GPU, and what PyTorch holds but does not use. Else the machine's RAM:
-    MemAvailable of /proc/meminfo, or the container's limit (cgroup v2) where that is less,
-    or free pages where there is no /proc.
+    CUDA: free on the GPU, and what PyTorch holds but does not use. Else the machine's free RAM,
+    or the room in its container (cgroup v2) where that is less.
     """
     device = torch.device(device)
     if device.type == "cuda":
