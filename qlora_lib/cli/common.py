@@ -15,6 +15,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def grid(bits: int | None, group_size: int | None):
+    """The QuantSpec that --bits and --group-size mean; 4 and 64 where they are not given."""
+    from ..quant.grid import QuantSpec
+
+    size = 64 if group_size is None else group_size
+    return QuantSpec(4 if bits is None else bits, size or None)
+
+
 def check_device(device: str | None) -> None:
     """Raises ValueError for a device that torch does not know or that is not here."""
     import torch

@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import math
+from functools import partial
 
-from .common import Opened, open_options, positive
+from .common import Opened, grid, open_options, positive
 
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
@@ -30,25 +31,20 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add = base.add_argument
     add("--method", choices=METHODS, default="gptq", help="of quantization; none: a dense base")
     add("--bits", type=int, help="with gptq and rtn: 2, 3, 4 or 8 (default 4)")
-    add("--group-size", type=int,
-        help="with gptq and rtn: weights that share a scale (default 64); 0: a whole row")
-    add("--match-dense", action="store_true",
-        help="with gptq: each layer aims at its outputs in the dense model (for 2 bits)")
-    add("--weigh-columns", action="store_true",
-        help="with gptq: grids are fitted to what an error in each column costs")
-    add("--refit-scales", action="store_true",
-        help="with gptq: scales are fitted again once the codes are known")
-    add("--damping", type=damping, metavar="SHARE",
-        help="with gptq: of the mean of the Hessian's diagonal (default 0.01), or auto: chosen "
-        "for each layer from the calibration tokens")
-    add("--best", action="store_true",
-        help="with gptq: --match-dense --weigh-columns --refit-scales --damping auto")
-    add("--stream", action="store_true", help="quantize with one block in memory at a time")
+    add("--group-size", type=int, help="weights that share a scale (default 64); 0: a whole row")
+    flag = partial(add, action="store_true")
+    flag("--match-dense", help="with gptq: layers aim at the dense model's outputs (for 2 bits)")
+    flag("--weigh-columns", help="with gptq: grids are fitted to what each column's error costs")
+    flag("--refit-scales", help="with gptq: scales are fitted again once the codes are known")
+    add("--damping", type=damping, metavar="SHARE", help="with gptq: of the Hessian's mean "
+        "diagonal (default 0.01), or auto: chosen for each layer from the calibration tokens")
+    flag("--best", help="with gptq: --match-dense --weigh-columns --refit-scales --damping auto")
+    flag("--stream", help="quantize with one block in memory at a time")
 
     text = "calibrate, quantize, save"
     add = commands.add_parser("quantize", parents=[shared, base], help=text).add_argument
-    add("--targets", choices=("all", "attention"), default="all",
-        help="linears to quantize: all (default), or q, k, v, o alone")  # fmt: skip
+    text = "linears to quantize: all (default), or q, k, v, o alone"
+    add("--targets", choices=("all", "attention"), default="all", help=text)
     add("--spill", help="with --stream: a folder to keep activations in")
 
     text = "quantize, inject LoRA, train, save"
@@ -56,8 +52,8 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--epochs", type=positive, help="passes over the training examples")
     add("--max-steps", type=positive, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=positive, help="examples at a time; the rest of a step is accumulated")
-    add("--accumulation", type=positive,
-        help="batches in a step (default: what comes to about as many examples as the profile's)")
+    add("--accumulation", type=positive, help="batches in a step (default: as many examples as "
+        "in the profile's, about)")  # fmt: skip
     add("--optimizer", choices=("adamw", "adam8bit"), help="(default: adamw)")
     add("--lr", type=float, help="peak learning rate")
     add("--max-length", type=positive, help="tokens of prompt and target")
@@ -67,12 +63,12 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--alpha", type=above_zero, help="LoRA's scale is alpha / rank (default: 2 * rank)")
     add("--dropout", type=float, default=0.0)
     add("--init", choices=INITS, default="kaiming", help="of A and B; loftq: with nf4 or rtn")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")
     add("--targets", default="all", help="all (default), attention, or names: q_proj,v_proj")
-    add("--keep-notes", action="store_true",
-        help="learn GSM8K's calculator notes too; solutions then need --max-new-tokens 512")
-    add("--keep-overlap", action="store_true",
-        help="train also on examples that hold test questions (default: they are left out)")
+    flag = partial(add, action="store_true")
+    flag("--rslora", help="scale by alpha / sqrt(rank), not alpha / rank")
+    flag("--keep-notes", help="learn GSM8K's calculator notes too; solutions then need "
+         "--max-new-tokens 512")  # fmt: skip
+    flag("--keep-overlap", help="train also on examples that hold test questions")
     add("--resume", action="store_true", default=None, help="go on from the last checkpoint")
 
 
@@ -82,7 +78,6 @@ def recipe_of(args):
     Raises ValueError for options that the method does not have, by name.
     """
     from ..quant.gptq import GPTQOptions
-    from ..quant.grid import QuantSpec
     from ..quant.nf4 import NF4Spec
     from ..quant.recipe import Recipe
 
@@ -96,8 +91,7 @@ def recipe_of(args):
         return None
     if args.method == "nf4":
         return Recipe.of(NF4Spec())
-    size = 64 if args.group_size is None else args.group_size
-    spec = QuantSpec(bits=4 if args.bits is None else args.bits, group_size=size or None)
+    spec = grid(args.bits, args.group_size)
     if args.method == "rtn":
         return Recipe.of(spec, "rtn")
     if args.best:
@@ -128,10 +122,8 @@ def training_data(opened: Opened, args):
 
 def plan_of(opened: Opened, recipe, data, **how):
     """The plan of the base, calibrated on what is trained on."""
-    return opened.profile.plan(
-        recipe, opened.device, opened.compute_dtype, opened.source,
-        lambda tokenizer: data(tokenizer).train, **how,
-    )  # fmt: skip
+    where = opened.device, opened.compute_dtype, opened.source
+    return opened.profile.plan(recipe, *where, lambda tokenizer: data(tokenizer).train, **how)
 
 
 def quantize(args) -> None:

