@@ -16,6 +16,12 @@ def content_hash(content: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def changes(before: dict, now: dict) -> str:
+    """Return what differs between two settings, as "lr was 0.1, is 0.2; ..."; "" where nothing."""
+    names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+    return "; ".join(f"{n} was {before.get(n)!r:.80}, is {now.get(n)!r:.80}" for n in names)
+
+
 def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
     """Update a hash with names, shapes, dtypes and bytes of these tensors."""
     for name, tensor in named:

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# torch and transformers take seconds to import, so --help does without them.
+# torch and transformers take seconds to import, so --help does without them, in all commands.
 
 
 def positive(text: str) -> int:
@@ -13,6 +13,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
     return int(text)
+
+
+def grid(bits: int | None, group_size: int | None):
+    """The QuantSpec that --bits and --group-size mean; 4 and 64 where they are not given."""
+    from ..quant.grid import QuantSpec
+
+    size = 64 if group_size is None else group_size
+    return QuantSpec(4 if bits is None else bits, size or None)
 
 
 def check_device(device: str | None) -> None:
@@ -66,6 +74,20 @@ class Opened:
     compute_dtype: str
     seed: int
 
+    def command(self, name: str) -> str:
+        """A command for this profile, as errors advise it."""
+        return f"`python -m qlora_lib {name} --profile {self.profile.name}`"
+
+    def base(self, remedy: str) -> Path:
+        """The run's quantized base; FileNotFoundError, with the command that makes it, for none."""
+        from ..base.paths import short_path
+        from ..runs.run_folder import BASE
+
+        if not (self.folder / BASE).is_dir():
+            there = short_path(self.folder / BASE)
+            raise FileNotFoundError(f"there is no quantized base {there}; {self.command(remedy)}")
+        return self.folder / BASE
+
 
 def open_options(args) -> Opened:
     """Profile, folder and the like. Raises ValueError and FileNotFoundError for unknown ones."""
@@ -110,33 +132,29 @@ def open_run(opened: Opened, dense: bool, adapter: bool):
     from ..base.paths import short_path
     from ..lora.files import load_adapter
     from ..models.quantize import quantized_layers
-    from ..runs.run_folder import BASE, check_base, load_base, read_run
+    from ..runs.run_folder import check_base, load_base, read_run
 
-    folder, profile = opened.folder, opened.profile
-    command = f"python -m qlora_lib finetune --profile {profile.name}"
+    folder, remedy = opened.folder, opened.command("finetune")
     try:
         about = read_run(folder) if adapter else None
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; `{command}`") from None
+        raise FileNotFoundError(f"{error}; {remedy}") from None
     if about and (about["trained"] == "lora") != dense:
         found = f"the adapter in {short_path(folder)} was trained on a "
         if dense:
             raise ValueError(found + "quantized base; leave out --dense")
-        raise ValueError(
-            f"{found}dense base: its layers are not quantized; give --dense, or `{command}`"
-        )
+        raise ValueError(f"{found}dense base: its layers are not quantized; give --dense, or {remedy}")
+    where = {"device": opened.device, "compute_dtype": opened.compute_dtype}
     if dense:
-        model, tokenizer = profile.load(device=opened.device, compute_dtype=opened.compute_dtype)
+        model, tokenizer = opened.profile.load(**where)
     else:
-        if not (folder / BASE).is_dir():
-            there = short_path(folder / BASE)
-            raise FileNotFoundError(f"there is no quantized base {there}; `{command}`")
+        opened.base("finetune")
         if about:
             check_base(folder)
         try:
-            model, tokenizer = load_base(folder, opened.device, opened.compute_dtype)
+            model, tokenizer = load_base(folder, **where)
         except ValueError as error:
-            raise ValueError(f"{error}; `{command}`") from error
+            raise ValueError(f"{error}; {remedy}") from error
         layers = quantized_layers(model)
         specs = ", ".join(sorted({str(layer.spec) for layer in layers.values()}))
         print(f"checked: all {len(layers)} linear layers are quantized, {specs}")

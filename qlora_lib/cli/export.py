@@ -7,8 +7,6 @@ from pathlib import Path
 from .common import Opened, open_options
 from .finetune import training_data
 
-# torch and transformers take seconds to import, so --help does without them.
-
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
 
@@ -28,25 +26,22 @@ def export(args) -> None:
     from ..base.paths import short_path
     from ..formats.gptq_checkpoint import export_gptq
     from ..models.checkpoint import load_quantized
-    from ..runs.run_folder import BASE, check_base
+    from ..runs.run_folder import check_base
 
     opened = open_options(args)
-    folder, name = opened.folder, opened.profile.name
-    base, adapter = folder / BASE, trained_adapter(folder)
-    if not base.is_dir():
-        command = f"python -m qlora_lib quantize --profile {name}"
-        raise FileNotFoundError(f"there is no quantized base {short_path(base)}; `{command}`")
+    folder, base = opened.folder, opened.base("quantize")
+    adapter = trained_adapter(folder)
     if args.merge and adapter is None:
         raise FileNotFoundError(
             f"{short_path(folder)} holds no adapter that was trained on a quantized base; "
-            f"leave out --merge, or `python -m qlora_lib finetune --profile {name}`"
+            f"leave out --merge, or {opened.command('finetune')}"
         )
     if adapter:
         check_base(folder)
     model, tokenizer = load_quantized(base, opened.device, opened.compute_dtype)
     if args.merge:
         merge_adapter(model, tokenizer, adapter, args, opened)
-        adapter = None
+        adapter = None  # nothing is left to serve beside it
     out = args.out or folder / ("gptq-merged" if args.merge else "gptq")
     export_gptq(model, out, args.format, tokenizer)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -80,15 +75,12 @@ def merge_adapter(model, tokenizer, adapter: Path, args, opened: Opened) -> None
     hessians, options = None, GPTQOptions()
     if args.merge == "gptq":
         said = read_recipe(opened.folder) or {}
-        if said.get("method") == "gptq":
-            options = Recipe.from_json(said).options
-        if options.match_dense:  # the model with its adapter is what is to be met
-            options = dataclasses.replace(options, match_dense=False)
+        if said.get("method") == "gptq":  # the model with its adapter is what is to be met
+            options = dataclasses.replace(Recipe.from_json(said).options, match_dense=False)
         changed = ", ".join(f"{k}={v}" for k, v in options.changed().items())
         print(f"merging by GPTQ as the base was made: {changed or 'default options'}")
-        hessians = merge_hessians(
-            model, calibration(opened, args, tokenizer, said), options.needs_halves
-        )
+        batches = calibration(opened, args, tokenizer, said)
+        hessians = merge_hessians(model, batches, options.needs_halves)
     rows = merge_lora(model, args.merge, hessians, options, unload=True)
     lost = [row.lost for row in rows]
     print(

@@ -3,18 +3,19 @@
 import argparse
 import dataclasses
 import math
-from pathlib import Path
+from functools import partial
 
-from .common import Opened, open_options, positive
+from .common import Opened, grid, open_options, positive
 
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
-UNSAID = 0.01  # the damping where --damping is not given
+OF_GRID = ("bits", "group_size")  # options that not every method has
+OF_GPTQ = ("match_dense", "weigh_columns", "refit_scales", "damping", "best")
 
 
-def damping(text: str) -> float | None:
-    """What GPTQOptions calls damp_percent, None for "auto"."""
-    return None if text == "auto" else float(text)
+def damping(text: str) -> float | str:
+    """A share of the Hessian's diagonal, or "auto", for argparse."""
+    return text if text == "auto" else float(text)
 
 
 def above_zero(text: str) -> float:
@@ -30,38 +31,29 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add = base.add_argument
     add("--method", choices=METHODS, default="gptq", help="of quantization; none: a dense base")
     add("--bits", type=int, help="with gptq and rtn: 2, 3, 4 or 8 (default 4)")
-    add("--group-size", type=int,
-        help="with gptq and rtn: weights that share a scale (default 64); 0: a whole row")
-    add("--match-dense", action="store_true",
-        help="with gptq: each layer aims at its outputs in the dense model (for 2 bits)")
-    add("--weigh-columns", action="store_true",
-        help="with gptq: grids are fitted to what an error in each column costs")
-    add("--refit-scales", action="store_true",
-        help="with gptq: scales are fitted again once the codes are known")
-    add("--damping", type=damping, default=UNSAID, metavar="SHARE",
-        help="with gptq: of the mean of the Hessian's diagonal (default 0.01), or auto: chosen "
-        "for each layer from the calibration tokens")
-    add("--best", action="store_true",
-        help="with gptq: --match-dense --weigh-columns --refit-scales --damping auto")
-    add("--stream", action="store_true", help="quantize with one block in memory at a time")
+    add("--group-size", type=int, help="weights that share a scale (default 64); 0: a whole row")
+    flag = partial(add, action="store_true")
+    flag("--match-dense", help="with gptq: layers aim at the dense model's outputs (for 2 bits)")
+    flag("--weigh-columns", help="with gptq: grids are fitted to what each column's error costs")
+    flag("--refit-scales", help="with gptq: scales are fitted again once the codes are known")
+    add("--damping", type=damping, metavar="SHARE", help="with gptq: of the Hessian's mean "
+        "diagonal (default 0.01), or auto: chosen for each layer from the calibration tokens")
+    flag("--best", help="with gptq: --match-dense --weigh-columns --refit-scales --damping auto")
+    flag("--stream", help="quantize with one block in memory at a time")
 
-    alone = commands.add_parser(
-        "quantize", parents=[shared, base], help="calibrate, quantize, save"
-    )
-    add = alone.add_argument
-    add("--targets", choices=("all", "attention"), default="all",
-        help="linears to quantize: all (default), or q, k, v, o alone")  # fmt: skip
-    add("--spill", type=Path, help="with --stream: a folder to keep activations in")
+    text = "calibrate, quantize, save"
+    add = commands.add_parser("quantize", parents=[shared, base], help=text).add_argument
+    text = "linears to quantize: all (default), or q, k, v, o alone"
+    add("--targets", choices=("all", "attention"), default="all", help=text)
+    add("--spill", help="with --stream: a folder to keep activations in")
 
-    train = commands.add_parser(
-        "finetune", parents=[shared, base], help="quantize, inject LoRA, train, save"
-    )
-    add = train.add_argument
+    text = "quantize, inject LoRA, train, save"
+    add = commands.add_parser("finetune", parents=[shared, base], help=text).add_argument
     add("--epochs", type=positive, help="passes over the training examples")
     add("--max-steps", type=positive, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=positive, help="examples at a time; the rest of a step is accumulated")
-    add("--accumulation", type=positive,
-        help="batches in a step (default: what comes to about as many examples as the profile's)")
+    add("--accumulation", type=positive, help="batches in a step (default: as many examples as "
+        "in the profile's, about)")  # fmt: skip
     add("--optimizer", choices=("adamw", "adam8bit"), help="(default: adamw)")
     add("--lr", type=float, help="peak learning rate")
     add("--max-length", type=positive, help="tokens of prompt and target")
@@ -71,12 +63,12 @@ def add_quantize_and_finetune(commands, shared) -> None:
     add("--alpha", type=above_zero, help="LoRA's scale is alpha / rank (default: 2 * rank)")
     add("--dropout", type=float, default=0.0)
     add("--init", choices=INITS, default="kaiming", help="of A and B; loftq: with nf4 or rtn")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")
     add("--targets", default="all", help="all (default), attention, or names: q_proj,v_proj")
-    add("--keep-notes", action="store_true",
-        help="learn GSM8K's calculator notes too; solutions then need --max-new-tokens 512")
-    add("--keep-overlap", action="store_true",
-        help="train also on examples that hold test questions (default: they are left out)")
+    flag = partial(add, action="store_true")
+    flag("--rslora", help="scale by alpha / sqrt(rank), not alpha / rank")
+    flag("--keep-notes", help="learn GSM8K's calculator notes too; solutions then need "
+         "--max-new-tokens 512")  # fmt: skip
+    flag("--keep-overlap", help="train also on examples that hold test questions")
     add("--resume", action="store_true", default=None, help="go on from the last checkpoint")
 
 
@@ -86,34 +78,29 @@ def recipe_of(args):
     Raises ValueError for options that the method does not have, by name.
     """
     from ..quant.gptq import GPTQOptions
-    from ..quant.grid import QuantSpec
     from ..quant.nf4 import NF4Spec
     from ..quant.recipe import Recipe
 
-    of_grid = {"--bits": args.bits is not None, "--group-size": args.group_size is not None}
-    of_gptq = {
-        "--match-dense": args.match_dense, "--weigh-columns": args.weigh_columns,
-        "--refit-scales": args.refit_scales, "--damping": args.damping != UNSAID,
-        "--best": args.best,
-    }  # fmt: skip
-    apply = {"gptq": {}, "rtn": of_gptq, "nf4": of_grid | of_gptq,
-             "none": of_grid | of_gptq | {"--stream": args.stream}}[args.method]  # fmt: skip
-    if given := [name for name, there in apply.items() if there]:
-        raise ValueError(f"--method {args.method} has no {', '.join(given)}; leave them out, or "
-                         "take a method that has them")  # fmt: skip
+    lacking = {"gptq": (), "rtn": OF_GPTQ, "nf4": OF_GRID + OF_GPTQ,
+               "none": (*OF_GRID, *OF_GPTQ, "stream")}[args.method]  # fmt: skip
+    if given := [name for name in lacking if getattr(args, name) not in (None, False)]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--method {args.method} has no {names}; leave them out, or take a method "
+                         "that has them")  # fmt: skip
     if args.method == "none":
         return None
     if args.method == "nf4":
-        return Recipe.of(NF4Spec(), "nf4")
-    size = 64 if args.group_size is None else args.group_size
-    spec = QuantSpec(bits=4 if args.bits is None else args.bits, group_size=size or None)
+        return Recipe.of(NF4Spec())
+    spec = grid(args.bits, args.group_size)
     if args.method == "rtn":
         return Recipe.of(spec, "rtn")
-    options = GPTQOptions(
+    if args.best:
+        return Recipe.of(spec, "gptq", GPTQOptions.best(match_dense=True))
+    return Recipe.of(spec, "gptq", GPTQOptions(
         match_dense=args.match_dense, weigh_columns=args.weigh_columns,
-        refit_scales=args.refit_scales, damp_percent=args.damping,
-    )  # fmt: skip
-    return Recipe.of(spec, "gptq", GPTQOptions.best(match_dense=True) if args.best else options)
+        refit_scales=args.refit_scales,
+        damp_percent={None: 0.01, "auto": None}.get(args.damping, args.damping),
+    ))  # fmt: skip
 
 
 def training_data(opened: Opened, args):
@@ -122,7 +109,6 @@ def training_data(opened: Opened, args):
 
     length = getattr(args, "max_length", None) or opened.profile.train.max_length
     keep = [getattr(args, f"keep_{what}", False) for what in ("notes", "overlap")]
-
     known = []
 
     def read(tokenizer):
@@ -136,10 +122,8 @@ def training_data(opened: Opened, args):
 
 def plan_of(opened: Opened, recipe, data, **how):
     """The plan of the base, calibrated on what is trained on."""
-    return opened.profile.plan(
-        recipe, opened.device, opened.compute_dtype, opened.source,
-        lambda tokenizer: data(tokenizer).train, **how,
-    )  # fmt: skip
+    where = opened.device, opened.compute_dtype, opened.source
+    return opened.profile.plan(recipe, *where, lambda tokenizer: data(tokenizer).train, **how)
 
 
 def quantize(args) -> None:
@@ -168,8 +152,6 @@ def train_config(opened: Opened, args):
 
 
 def finetune(args) -> None:
-    from tqdm import tqdm
-
     from ..base import processes
     from ..base.paths import short_path
     from ..layers.blocks import WORDS
@@ -192,28 +174,22 @@ def finetune(args) -> None:
     data = training_data(opened, args)
     plan = plan_of(opened, recipe or Recipe(), data, stream=args.stream)
     tuner = Finetuner(
-        plan, method="lora" if recipe is None else "qlora", folder=opened.folder, seed=args.seed,
+        plan, method="qlora" if recipe else "lora", folder=opened.folder, seed=args.seed,
         target_modules=targets, **lora,
     )  # fmt: skip
     count = sum(p.numel() for p in trainable_parameters(tuner.model).values())
     print(f"LoRA: {lora} on {len(tuner.layers)} layers, {count:,} parameters to train")
     found = data(tuner.tokenizer)
     shared = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
-    print(
-        f"training on {len(found.train)} examples, {config.batch_size} x {config.accumulation} "
-        f"a step{shared}"
-    )
+    print(f"training on {len(found.train)} examples, {config.batch_size} x {config.accumulation} "
+          f"a step{shared}; each step is in {short_path(opened.folder / 'training')}/metrics.jsonl")
 
     def show(metrics):
-        if metrics["step"] % 25 == 0 or "dev_loss" in metrics:
-            dev_loss = f"   dev {metrics['dev_loss']:.4f}" if "dev_loss" in metrics else ""
-            tqdm.write(  # print would break the progress bar
-                f"  step {metrics['step']:>5}   loss {metrics['loss']:.4f}{dev_loss}   "
-                f"{metrics['tokens_per_second']:.0f} tokens/s   {metrics['seconds']:.0f} s"
-            )
+        if "dev_loss" in metrics:
+            print(f"  step {metrics['step']:>5}   loss {metrics['loss']:.4f}   dev "
+                  f"{metrics['dev_loss']:.4f}   {metrics['seconds']:.0f} s")  # fmt: skip
 
     print(tuner.fit(found.train, found.dev, config, show, best=False))
-    if not processes.first():
-        return
-    tuner.save(data=found.report())
-    print(f"adapter saved to {short_path(opened.folder / 'adapter')}")
+    if processes.first():
+        tuner.save(data=found.report())
+        print(f"adapter saved to {short_path(opened.folder / 'adapter')}")

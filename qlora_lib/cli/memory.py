@@ -1,8 +1,6 @@
 """`python -m qlora_lib memory`: what training would take, part by part, before anything is loaded."""
 
-from .common import open_options, positive
-
-# torch and transformers take seconds to import, so --help does without them.
+from .common import grid, open_options, positive
 
 
 def add_memory(commands, shared) -> None:
@@ -11,7 +9,7 @@ def add_memory(commands, shared) -> None:
     add = commands.add_parser("memory", parents=[shared], help=text).add_argument
     add("--method", choices=("full", "lora", "qlora"), help="(default: all three)")
     add("--bits", type=int, help="of QLoRA's base: 2, 3, 4 or 8 (default: NF4)")
-    add("--group-size", type=int, help="with --bits: weights that share a scale (default 64); 0: a row")
+    add("--group-size", type=int, help="with --bits: weights that share a scale; 0: a row")
     add("--batch-size", type=positive, default=1, help="sequences at a time (default 1)")
     add("--tokens", type=positive, default=512, help="of each sequence (default 512)")
     add("--rank", type=positive, help="of the adapter (default: the profile's)")
@@ -24,7 +22,6 @@ def memory(args) -> None:
     """Print a ledger a method. Raises what memory_ledger raises."""
     from ..base.devices import default_device, dtype_name, resolve_dtype
     from ..lora.targets import ALL_LINEAR, ATTENTION
-    from ..quant.grid import QuantSpec
     from ..quant.nf4 import NF4Spec
     from ..train.loss import CHUNK
     from ..train.memory import memory_ledger
@@ -36,8 +33,7 @@ def memory(args) -> None:
     opened = open_options(args)
     profile = opened.profile
     config = model_config(profile)
-    size = 64 if args.group_size is None else args.group_size
-    spec = QuantSpec(args.bits, size or None) if args.bits else NF4Spec()
+    spec = grid(args.bits, args.group_size) if args.bits else NF4Spec()
     targets = ALL_LINEAR if args.targets == "all" else ATTENTION
     dtype = dtype_name(resolve_dtype(opened.compute_dtype, opened.device or default_device()))
     for method in (args.method,) if args.method else ("full", "lora", "qlora"):
@@ -54,12 +50,10 @@ def model_config(profile):
     """
     from transformers import AutoConfig, LlamaConfig
 
-    from ..runs.profiles import load_profile
-
     try:
         return AutoConfig.from_pretrained(profile.model)
     except OSError as error:
-        if profile.model != load_profile("llama2-7b").model:
+        if profile.model != "meta-llama/Llama-2-7b-hf":
             raise FileNotFoundError(
                 f"{profile.model} has no config.json that can be read here: name a model's folder "
                 "or hub id (a GGUF file has none)"

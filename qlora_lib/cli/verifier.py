@@ -23,7 +23,6 @@ def add_verifier(commands, shared) -> None:
 def train(args) -> None:
     """Write args.folder/verifier."""
     import torch
-    from tqdm import tqdm
 
     from ..base.files import write_json_atomic
     from ..base.paths import short_path
@@ -40,8 +39,7 @@ def train(args) -> None:
     decoding = Decoding(
         temperature=args.temperature, samples=args.samples, seed=args.seed,
         max_new_tokens=args.max_new_tokens or profile.max_new_tokens,
-        cache_bits=args.cache_bits,
-        batch_size=max(1, args.batch_size // args.samples),
+        cache_bits=args.cache_bits, batch_size=max(1, args.batch_size // args.samples),
     )  # fmt: skip
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     prompts = [format_gsm8k(entry)[0] for entry in entries]
@@ -56,12 +54,7 @@ def train(args) -> None:
     config = TrainConfig(
         epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed
     )
-
-    def show(metrics):
-        if metrics["step"] % 25 == 0:
-            tqdm.write(f"  step {metrics['step']:>5}   loss {metrics['loss']:.4f}")
-
-    steps = train_verifier(verifier, asked, said, right, config, show)
+    steps = train_verifier(verifier, asked, said, right, config)
     out = opened.folder / "verifier"
     verifier.save(out)
     how = {"decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right)}
@@ -77,6 +70,6 @@ def open_verifier(model, tokenizer, opened: Opened, folder: Path | None = None):
 
     folder = folder or opened.folder / "verifier"
     if not folder.is_dir():
-        command = f"python -m qlora_lib verifier --profile {opened.profile.name}"
-        raise FileNotFoundError(f"there is no verifier {short_path(folder)}; `{command}`")
+        there = short_path(folder)
+        raise FileNotFoundError(f"there is no verifier {there}; {opened.command('verifier')}")
     return Verifier.load(model, tokenizer, folder)

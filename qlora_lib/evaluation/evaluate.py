@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..base import processes
 from ..base.files import whole_file, write_json_atomic
-from ..base.hashes import content_hash
+from ..base.hashes import changes, content_hash
 from ..base.paths import short_path
 from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
@@ -314,15 +314,9 @@ def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[di
             )
         write_json_atomic(own, settings)
         return []
-    before = json.loads(own.read_text(encoding="utf-8"))
-    changed = [
-        f"{name} was {before.get(name)}, is {settings.get(name)}"
-        for name in sorted(before.keys() | settings.keys())
-        if before.get(name) != settings.get(name)
-    ]
-    if changed:
+    if changed := changes(json.loads(own.read_text(encoding="utf-8")), settings):
         raise ValueError(
-            f"{short_path(folder)} holds answers of other settings ({'; '.join(changed)}); {remedy}"
+            f"{short_path(folder)} holds answers of other settings ({changed}); {remedy}"
         )
     lines = []
     if answers.is_file():

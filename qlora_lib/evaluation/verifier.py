@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..base import processes
 from ..base.files import read_tensors, whole_file
 from ..base.hashes import content_hash
+from ..base.progress import Progress
 from ..data.tokens import Example, batches, collate, encode_example, pad_id
 from ..lora.files import load_adapter, save_adapter
 from ..lora.inject import inject_lora, set_adapter, use_adapter
@@ -160,6 +161,7 @@ def train_verifier(
     total = config.max_steps or config.epochs * ceil(len(encoded) / config.batch_size)
     stepper, steps, began = Stepper(parameters, config, total), [], time.perf_counter()
     lengths = [len(example.input_ids) for example in encoded]
+    progress = Progress("training the verifier", total, "steps")
 
     def part_of_loss(chosen: list[int]) -> Iterator[Tensor]:
         """This process's part of the mean loss of the chosen ones."""
@@ -171,6 +173,7 @@ def train_verifier(
         taken = stepper.take(step, part_of_loss(chosen))
         seconds = time.perf_counter() - began
         steps.append({"step": step} | taken | {"seconds": seconds})
+        progress(step, f"loss {taken['loss']:.4f}")
         if callback:
             callback(steps[-1])
     for name, p in parameters.items():

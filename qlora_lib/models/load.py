@@ -70,7 +70,7 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
         if method == "bitsandbytes":
             from .bnb_checkpoint import load_bnb_4bit  # which most models do without
 
-            model, tokenizer = load_bnb_4bit(_local_folder(path), device, dtype_name(dtype))
+            model, tokenizer = load_bnb_4bit(local_folder(path), device, dtype_name(dtype))
             model.config._name_or_path = path
             if tokenizer is None:
                 raise FileNotFoundError("there is no tokenizer_config.json")
@@ -131,14 +131,25 @@ def _quant_method(config) -> str | None:
     return str(described.get("quant_method", "in a way that its config.json does not name"))
 
 
-def _local_folder(path: str) -> Path:
-    """Return a model's folder; that of a hub id lies in the hub's cache, downloaded if need be."""
-    if Path(path).is_dir():
+def local_folder(path: str) -> Path:
+    """Return a model's folder; that of a hub id lies in the hub's cache, downloaded if need be.
+
+    Raises ValueError for weights that are only pickled, and FileNotFoundError for what can't be
+    had, with the reason.
+    """
+    _refuse_pickle(Path(path))
+    if Path(path).exists():
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-    return Path(snapshot_download(path, allow_patterns=wanted))
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(snapshot_download(path, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises many kinds, all with one remedy
+        reason = next((why for sign, why in REASONS.items() if sign in str(error).lower()), error)
+        raise FileNotFoundError(
+            f"{path} could not be downloaded: {reason}. A local folder does instead: MODEL=, --model"
+        ) from error
 
 
 def _refuse_pickle(path: Path) -> None:

@@ -5,13 +5,12 @@ anew when anything in there is another one: weights, recipe, dtype, calibration 
 that are 4-bit already (a checkpoint of bitsandbytes) are taken as they are, as an NF4 base.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..base import processes
 from ..base.files import check_place, read_json, write_json_atomic
@@ -20,7 +19,8 @@ from ..base.paths import short_path
 from ..data.calibration import calibration_hash
 from ..data.sources import TRAINING_SETS
 from ..models.checkpoint import QUANTIZATION, load_quantized, save_quantized
-from ..models.load import REASONS, is_quantized, load_model
+from ..models.gguf_files import gguf_file
+from ..models.load import is_quantized, load_model, local_folder
 from ..models.quantize import LayerReport, apply_recipe, quantized_layers
 from ..models.stream import REPORT, quantize_checkpoint
 from ..quant.recipe import Recipe
@@ -29,7 +29,7 @@ BASE, RECIPE = "base", "recipe.json"  # in the run's folder; in the base's
 Batches = list[dict[str, Tensor]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class BasePlan:
     """Whose weights are quantized, by which recipe, and on what GPTQ is calibrated."""
 
@@ -43,6 +43,7 @@ class BasePlan:
     spill: Path | None = None  # with stream: a folder to keep activations in
     load: Callable | None = None  # gives (model, tokenizer); None: load_model
     any_base: bool = False  # weights that are NF4 already will do, whatever the recipe
+    _batches: list[Batches] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def record(self) -> dict:
         """What recipe.json says of a base that this plan makes, but for the calibration's hash."""
@@ -61,14 +62,18 @@ class BasePlan:
         return load_model(self.model, self.device, self.compute_dtype)
 
     def batches(self, tokenizer) -> Batches | None:
-        """What GPTQ is calibrated on; None for other methods."""
-        return self.calibrate(tokenizer) if self.recipe.method == "gptq" else None
+        """What GPTQ is calibrated on, tokenized once; None for other methods."""
+        if self.recipe.method != "gptq":
+            return None
+        if not self._batches:
+            self._batches.append(self.calibrate(tokenizer))
+        return self._batches[0]
 
     def calibration_hash(self, tokenizer) -> str | None:
         """SHA-256 of the token ids that GPTQ sees; None for other methods and published sets."""
         if self.recipe.method != "gptq" or self.calibrated_on in TRAINING_SETS:
             return None
-        return calibration_hash(self.calibrate(tokenizer))
+        return calibration_hash(self.batches(tokenizer))
 
 
 def quantized_base(plan: BasePlan, folder: Path | None):
@@ -97,9 +102,11 @@ def make_base(plan: BasePlan, folder: Path):
             print(f"base: {short_path(base)} is there, with these settings")
             return
         check_place(base, QUANTIZATION)
-        print(f"base: {'streaming' if plan.stream else 'quantizing'} {short_path(Path(plan.model))} "
+        # A file of GGUF, or weights that are packed already, can only be read whole.
+        stream = plan.stream and not (gguf_file(plan.model) or is_quantized(plan.model))
+        print(f"base: {'streaming' if stream else 'quantizing'} {short_path(Path(plan.model))} "
               f"with {plan.recipe.method}")  # fmt: skip
-        if plan.stream and not is_quantized(plan.model):
+        if stream:
             tokenizer = _stream(plan, base)
         else:
             made.append(_quantize(plan, base))
@@ -165,7 +172,9 @@ def _stream(plan: BasePlan, base: Path):
     """Quantize block by block into `base`; returns the tokenizer."""
     from transformers import AutoTokenizer
 
-    source, recipe = _local(plan.model), plan.recipe
+    source, recipe = local_folder(plan.model), plan.recipe
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"streaming reads a folder with config.json, {plan.model} is none")
     tokenizer = AutoTokenizer.from_pretrained(source)
     how = {} if recipe.options is None else {"options": recipe.options}
     quantize_checkpoint(
@@ -183,24 +192,4 @@ def _stream(plan: BasePlan, base: Path):
 
 def _show(row: LayerReport) -> None:
     error = "" if row.output_error is None else f"   output error {row.output_error:.4f}"
-    # print would break a progress bar
-    tqdm.write(f"  {row.name:<34} {row.bits_per_weight:.2f} bits a weight{error}")
-
-
-def _local(model: str) -> Path:
-    """The folder of a model's safetensors; a hub id is downloaded into the hub's cache."""
-    if (Path(model) / "config.json").is_file():
-        return Path(model)
-    if Path(model).exists():
-        raise FileNotFoundError(f"streaming reads a folder with config.json, {model} is none")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-        return Path(snapshot_download(model, allow_patterns=wanted))
-    except Exception as error:  # the hub client raises many kinds, all with one remedy
-        reason = next((why for sign, why in REASONS.items() if sign in str(error).lower()), error)
-        raise FileNotFoundError(
-            f"{model} could not be downloaded: {reason}. A local folder does instead: MODEL=, "
-            "--model (LLaMA-2-7B also as NousResearch/Llama-2-7b-hf, ungated)"
-        ) from error
+    print(f"  {row.name:<34} {row.bits_per_weight:.2f} bits a weight{error}")

@@ -4,8 +4,7 @@
     tuner.fit("my.jsonl", config=TrainConfig(epochs=2), callback=print)
     tuner.generate(["Question: ..."]);  tuner.save();  Finetuner.load("outputs/mine")
 
-The command line takes this road too. Thin over load_model, quantize_model, inject_lora, finetune,
-generator and save_adapter: what these check and raise holds here.
+The command line takes this road too.
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from ..base import processes
 from ..base.files import atomic_folder, check_place, open_tensors, write_json_atomic
@@ -30,7 +30,14 @@ from ..lora.init import RESIDUAL_INITS
 from ..lora.inject import inject_lora, set_adapter, trainable_parameters
 from ..lora.layer import lora_layers
 from ..lora.targets import find_linears
-from ..models.checkpoint import QUANTIZATION, save_quantized
+from ..models.checkpoint import (
+    QUANTIZATION,
+    WEIGHTS,
+    base_state,
+    config_of,
+    save_generation_config,
+    save_quantized,
+)
 from ..models.quantize import apply_recipe, quantized_layers
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
@@ -49,9 +56,9 @@ class Finetuner:
 
     model: a hub id, a folder or a GGUF file; the plan of a base (runs/base.py); or a causal model
     itself (then give `tokenizer`): it is changed in place, and the adapter becomes its default.
-    method: "full" trains every weight; "lora" an adapter beside dense weights; "qlora" beside
-    quantized ones: quantized here to `spec` (NF4, or a QuantSpec rounded to nearest) or by the
-    plan's recipe, unless the model that is handed over already is (by GPTQ, say). folder: for
+    method: "full" trains every weight, in fp32; "lora" an adapter beside dense weights; "qlora"
+    beside quantized ones: quantized here to `spec` (NF4, or a QuantSpec rounded to nearest) or by
+    the plan's recipe, unless the model that is handed over already is (by GPTQ, say). folder: for
     the base, metrics.jsonl, checkpoints and the result (run_folder.py); None: nothing is kept on
     disk. Further keywords go to inject_lora, such as rank, alpha, target_modules and init.
     Raises ValueError for another method, a module without a tokenizer, LoRA's settings with
@@ -71,29 +78,27 @@ class Finetuner:
         self.method, self.adapter, self.seed = method, adapter, seed
         self.folder = None if folder is None else Path(folder)
         self.history: History | None = None
-        nearest = Recipe.of(spec, "nf4" if isinstance(spec, NF4Spec) else "rtn")
+        self.recipe = Recipe.of(spec, "nf4" if isinstance(spec, NF4Spec) else "rtn")
         if isinstance(model, (str, Path)):
             # A folder's whole path, so that the result is read from any working directory.
             name = str(Path(model).resolve()) if Path(model).exists() else str(model)
-            model = BasePlan(name, nearest, compute_dtype=compute_dtype, device=device)
+            dtype = "fp32" if method == "full" else compute_dtype
+            model = BasePlan(name, self.recipe, compute_dtype=dtype, device=device)
         self.plan = model if isinstance(model, BasePlan) else None
-        self.recipe: Recipe | None = None  # of a module that is quantized here
+        if self.plan:
+            self.recipe = self.plan.recipe
         self.lora = self._with_defaults(lora) if method != "full" else {}
-        self._check_places()
-        if self.plan is None:
-            if tokenizer is None:
-                raise ValueError("a model that is handed over needs its tokenizer too")
-            self._take(model, nearest)
-        elif method == "qlora" and not self._residual:
+        self._check()
+        if self.plan is None and tokenizer is None:
+            raise ValueError("a model that is handed over needs its tokenizer too")
+        if self.plan and method == "qlora" and not self._residual:
             model, own = quantized_base(self.plan, self.folder)
-            tokenizer = tokenizer or own
         else:
-            model, own = self.plan.dense()
-            tokenizer = tokenizer or own
-            self._refuse_quantized(model)
-        self.model, self.tokenizer, self.layers = model, tokenizer, []
+            model, own = self.plan.dense() if self.plan else (model, tokenizer)
+            self._quantize(model)
+        self.model, self.tokenizer, self.layers = model, tokenizer or own, []
         if method == "full":
-            model.requires_grad_(True)
+            model.float().requires_grad_(True)
         else:
             torch.manual_seed(seed)
             self._inject()
@@ -113,41 +118,36 @@ class Finetuner:
         """Whether the adapter takes its start out of the dense weights."""
         return self.lora.get("init") in RESIDUAL_INITS
 
-    def _check_places(self) -> None:
-        """What could not be written at the end is refused before anything is loaded."""
-        if self._residual and self.method == "qlora" and self.plan is not None:
-            if self.plan.recipe.method == "gptq":
-                raise ValueError(
-                    f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's codes are "
-                    "made by calibration, for the whole W and its inputs; take nf4 or rtn"
-                )
+    def _check(self) -> None:
+        """Refuse inits that don't go with the base, and places that could not be written at the
+        end, before anything is loaded."""
+        taken_apart = self._residual and self.method == "qlora"
+        if taken_apart and self.plan and self.recipe.method == "gptq":
+            raise ValueError(
+                f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's codes are "
+                "made by calibration, for the whole W and its inputs; take nf4 or rtn"
+            )
         if self.lora.get("init") == "loftq" and self.method == "lora":
             raise ValueError(
                 "init loftq mends what quantization breaks, and a dense base has nothing quantized; "
                 "take nf4 or rtn (or init pissa, which takes a dense base too)"
             )
-        if self.folder is None:
-            return
-        if self.method != "full":
+        if self.folder and self.method != "full":
             check_place(self.folder / ADAPTER, ADAPTER_CONFIG)
-        if self._residual and self.method == "qlora":
+        if self.folder and taken_apart:
             check_place(self.folder / BASE, QUANTIZATION)
 
-    def _refuse_quantized(self, model) -> None:
-        if quantized_layers(model):
+    def _quantize(self, model) -> None:
+        """A dense module is quantized here if it is to be, and if no adapter takes it apart."""
+        if self.method == "qlora" and quantized_layers(model):
+            self.recipe = None  # it was given so
+        elif quantized_layers(model):
             raise ValueError(
                 f"the model is quantized: method='qlora' trains beside it, {self.method!r} needs "
                 "dense weights"
             )
-
-    def _take(self, model, recipe: Recipe) -> None:
-        """A module that was handed over: quantized here if it is to be and is not."""
-        if self.method != "qlora":
-            self._refuse_quantized(model)
-        elif not quantized_layers(model):
-            self.recipe = recipe
-            if not self._residual:
-                apply_recipe(model, recipe)
+        elif self.method == "qlora" and not self._residual:
+            apply_recipe(model, self.recipe)
 
     def _inject(self) -> None:
         """Add the adapter; where it starts from the weights, the base becomes what it leaves."""
@@ -155,11 +155,12 @@ class Finetuner:
         if not self._residual or self.method == "lora":
             self.layers = inject_lora(self.model, adapter=self.adapter, **lora)
             return
-        recipe = self.plan.recipe if self.plan else self.recipe
+        recipe = self.recipe
         if self.plan:
             print(f"base: {short_path(Path(self.plan.model))} taken apart by {lora['init']}, "
                   f"quantized with {recipe.method}")  # fmt: skip
-        self.layers = inject_lora(self.model, adapter=self.adapter, spec=recipe.spec, **lora)
+        spec = recipe and recipe.spec
+        self.layers = inject_lora(self.model, adapter=self.adapter, spec=spec, **lora)
         last = {path: path.rpartition(".")[2] for path in find_linears(self.model, "all")}
         others = tuple(sorted(set(last.values()) - {last[path] for path in self.layers}))
         if others:
@@ -197,10 +198,9 @@ class Finetuner:
             if self.folder is not None:
                 place = self.folder / TRAINING
                 processes.on_first(self.try_saving)
-            config = dataclasses.replace(config, folder=place)
             self.history = finetune(
-                self.model, self.tokenizer, train, config, dev or None,
-                lambda metrics: [call(metrics) for call in callbacks],
+                self.model, self.tokenizer, train, dataclasses.replace(config, folder=place),
+                dev or None, lambda metrics: [call(metrics) for call in callbacks],
             )  # fmt: skip
             if best and dev:
                 processes.on_first(lambda: None)  # it has written them
@@ -212,14 +212,12 @@ class Finetuner:
 
         Raises ValueError where the folder can't be written or gives back something else.
         """
-        trial = self.folder / "trial"
+        trial, found = self.folder / "trial", 0
         try:
             self._write(trial)
-            wanted = self._tensors()
-            found = {}
-            for file in sorted(trial.rglob("*.safetensors")):
+            for file in trial.rglob("*.safetensors"):
                 with open_tensors(file) as tensors:
-                    found |= {n: tensors.get_slice(n).get_shape() for n in tensors.keys()}
+                    found += len([tensors.get_slice(n).get_shape() for n in tensors.keys()])
         except OSError as error:
             raise ValueError(
                 f"{short_path(self.folder)} can't hold the result ({error}); name another folder"
@@ -227,22 +225,24 @@ class Finetuner:
         finally:
             if trial.is_dir():
                 shutil.rmtree(trial)
-        if len(found) < wanted:
-            raise ValueError(f"of {wanted} tensors, only {len(found)} were read back from a trial")
-
-    def _tensors(self) -> int:
-        """How many tensors the saved result has at least."""
-        trained = trainable_parameters(self.model)
-        return len({p.data_ptr() for p in trained.values()})  # tied ones are stored once
+        # Tied ones are stored once.
+        wanted = len({p.data_ptr() for p in trainable_parameters(self.model).values()})
+        if found < wanted:
+            raise ValueError(f"of {wanted} tensors, only {found} were read back from a trial")
 
     def _write(self, folder: Path) -> None:
-        if self.method == "full":
-            with atomic_folder(folder / MODEL, "config.json") as scratch:
-                self.model.save_pretrained(scratch)
-                self.tokenizer.save_pretrained(scratch)
-        else:
+        if self.method != "full":
             folder.mkdir(parents=True, exist_ok=True)
             save_adapter(self.model, folder / ADAPTER, self.adapter)
+            return
+        state = base_state(self.model)
+        with atomic_folder(folder / MODEL, "config.json") as scratch:
+            save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
+            config = config_of(self.model, state)
+            config.dtype = self.model.dtype
+            config.save_pretrained(scratch)
+            save_generation_config(self.model, scratch)
+            self.tokenizer.save_pretrained(scratch)
 
     def save(self, folder: str | Path | None = None, **facts) -> Path:
         """Write the result: the model (full) or the adapter, and run.json. Returns the folder.
@@ -254,31 +254,25 @@ class Finetuner:
         if folder is None:
             raise ValueError("there is no folder to save in; give one")
         self._write(folder)
-        base = read_recipe(self.folder) if self.folder and self.method == "qlora" else None
-        recipe = self.plan.recipe if self.plan else self.recipe
-        lora = {k: v for k, v in self.lora.items() if k != "target_modules"}
+        recipe, method = self.recipe, "none"
+        if self.method == "qlora":
+            method = recipe.method if recipe else "given"
         about = {
             "trained": self.method,
-            "method": self._base_method(recipe),
+            "method": method,  # of the base's quantization
             "model": self.plan and self.plan.model,
             "adapter": self.adapter,
             "path": MODEL if self.method == "full" else ADAPTER,
             "targets": self.lora.get("target_modules"),
-            "lora": lora,
+            "lora": {k: v for k, v in self.lora.items() if k != "target_modules"},
             "training": self.history and str(self.history),
         }
-        if base is not None:
+        if self.folder and self.method == "qlora" and (base := read_recipe(self.folder)):
             about["base"] = base
-        elif self.method == "qlora" and recipe is not None and recipe.method != "gptq":
+        elif method in ("nf4", "rtn"):
             about["recipe"] = recipe.as_json()  # the base is made again from it
         write_json_atomic(folder / ABOUT, about | facts | {"stamp": stamp(self.seed)})
         return folder
-
-    def _base_method(self, recipe: Recipe | None) -> str:
-        """How the base was quantized: by a recipe's method, "none" of it, or as it was "given"."""
-        if self.method != "qlora":
-            return "none"
-        return recipe.method if recipe else "given"
 
     @classmethod
     def load(cls, folder: str | Path, model=None, tokenizer=None, **options):
@@ -296,5 +290,3 @@ class Finetuner:
     def score(self, task: Task, pairs: Sequence[Pair]) -> Score:
         """Exact match on pairs of a task, by its rule."""
         return score(generator(self.model, self.tokenizer, task.decoding()), task, pairs)
-
-

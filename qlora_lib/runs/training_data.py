@@ -1,6 +1,6 @@
 """What a run trains on: read, encoded, checked against the test set, counted."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class TokenCount:
     """How many tokens a set of examples has, and what max_length does to them."""
 
     examples: int
-    tokens: int  # after cutting, padding not counted
+    tokens: int  # after cutting
     longest: int  # before cutting
     cut: int  # examples that max_length cuts
     left_out: int  # examples whose prompt fills max_length
@@ -52,13 +52,14 @@ class TrainingData:
         dev = f"{len(self.dev):,} held out for dev"
         if self.dev_versions:
             dev += f", {self.dev_versions:,} other versions of their problems left out"
-        text = (
-            f"data: {self.source}; calculator notes {self.notes}; {dev}\n"
-            f"  test set: {self.overlap}; {self.left_out} left out\n  train: {self.count}"
-        )
-        if self.readable is None:
-            return text
-        return f"{text}\n  strict extraction finds an answer in {self.readable:,} of the targets"
+        lines = [
+            f"data: {self.source}; calculator notes {self.notes}; {dev}",
+            f"  test set: {self.overlap}; {self.left_out} left out",
+            f"  train: {self.count}",
+        ]
+        if self.readable is not None:
+            lines.append(f"  strict extraction finds an answer in {self.readable:,} of the targets")
+        return "\n".join(lines)
 
     def report(self) -> dict:
         """What a run's report should say."""
@@ -68,30 +69,25 @@ class TrainingData:
             "calculator_notes": self.notes,
             "dev_examples": len(self.dev),
             "dev_versions_left_out": self.dev_versions,
-            "test_overlap": {**found, "ngram": self.overlap.ngram, "left_out": self.left_out},
+            "test_overlap": found | {"ngram": self.overlap.ngram, "left_out": self.left_out},
             "readable_targets": self.readable,
             "tokens": asdict(self.count),
         }
 
 
 def prepare(
-    profile: Profile,
-    tokenizer,
-    source: str | Path | None = None,
-    max_length: int = 512,
-    notes: bool = False,
-    keep_overlap: bool = False,
-) -> TrainingData:
+    profile: Profile, tokenizer, source: str | Path | Iterable[dict] | None = None,
+    max_length: int = 512, notes: bool = False, keep_overlap: bool = False,
+) -> TrainingData:  # fmt: skip
     """Train and dev examples from a source, ready for `finetune`.
 
     source: None for the profile's own problems; "metamathqa" or "mathinstruct"; a file, or a
-    folder with train.jsonl (and dev.jsonl), in a format of examples.py. Without a dev file the
-    last examples are held out, and other versions of their problems leave train.
-    Examples that overlap with the profile's test questions are left out unless `keep_overlap`,
-    which does without the test set where it can't be read. Examples whose prompt fills max_length
-    are left out too.
-    Raises ValueError and FileNotFoundError as the readers do, and ValueError when nothing is
-    left.
+    folder with train.jsonl (and dev.jsonl), in a format of examples.py; or rows themselves, such
+    as a split of a dataset. Without a dev file the last examples are held out, and other versions
+    of their problems leave train. Left out are examples whose prompt fills max_length, and those
+    that overlap with the profile's test questions, unless `keep_overlap`, which does without the
+    test set where it can't be read.
+    Raises what the readers raise, and ValueError for another source and when nothing is left.
     """
     name, form, train, dev = _read(profile, tokenizer, source, notes)
     versions = 0
@@ -109,10 +105,9 @@ def prepare(
     overlap = find_overlap([example.texts for example in train], test, profile.ngram)
     dropped = set() if keep_overlap else overlap.found
     train = [example for i, example in enumerate(train) if i not in dropped]
-    readable = None
+    readable, whole = None, len(train)
     if form in MATH:
         readable = sum(extract_answer(example.texts[1]) is not None for example in train)
-    whole = len(train)
     train, dev = ([e for e in part if e.teaches(max_length)] for part in (train, dev))
     count = count_tokens(tokenizer, train, max_length, whole - len(train))
     if not train:
@@ -129,19 +124,26 @@ def prepare(
 def _read(profile: Profile, tokenizer, source, notes: bool):
     """(name, format, train, dev or None where there is no dev file)."""
 
-    def read(rows: list) -> tuple[str, list[Example]]:
+    def read(rows: list, name: str = "") -> tuple[str, list[Example]]:
+        if name:
+            rows = [(f"{name} {i}", row) for i, row in enumerate(rows, 1)]
         return make_examples(rows, tokenizer, notes)
 
     if source is None:
-        name = f"the problems of profile {profile.name}"
-        train, dev = (
-            [(f"{split} problem {i}", entry) for i, entry in enumerate(profile.examples(split), 1)]
-            for split in ("train", "dev")
-        )
-        return name, *read(train), read(dev)[1] if dev else []
+        train, dev = profile.examples("train"), profile.examples("dev")
+        form, train = read(train, "train problem")
+        dev = read(dev, "dev problem")[1] if dev else []
+        return f"the problems of profile {profile.name}", form, train, dev
+    if not isinstance(source, (str, Path)):
+        rows, kind = list(source), type(source).__name__
+        if isinstance(source, Mapping) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(
+                f"a {kind} gives no rows with fields; give a file, a list of rows or one split of "
+                "a dataset, such as data['train']"
+            )
+        return f"a {kind} of rows", *read(rows, "row"), None
     if source in TRAINING_SETS:
-        rows = enumerate(load_training_set(source), 1)
-        return source, *read([(f"{source}, row {i}", row) for i, row in rows]), None
+        return source, *read(load_training_set(source), f"{source}, row"), None
     path = Path(source)
     form, train = read(read_rows(data_file(path) if path.is_dir() else path))
     dev = None
@@ -166,11 +168,6 @@ def count_tokens(
         padding += int((labels & (batch["attention_mask"] == 0)).sum())
     lengths = [len(example.input_ids) for example in examples]
     return TokenCount(
-        examples=len(examples),
-        tokens=sum(len(example.input_ids) for example in seen),
-        longest=max(lengths, default=0),
-        cut=sum(length > max_length for length in lengths),
-        left_out=left_out,
-        supervised=supervised,
-        padding_labels=padding,
-    )
+        len(examples), sum(min(n, max_length) for n in lengths), max(lengths, default=0),
+        sum(n > max_length for n in lengths), left_out, supervised, padding,
+    )  # fmt: skip

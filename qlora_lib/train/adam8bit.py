@@ -2,8 +2,7 @@
 
 Dettmers et al. 2022 (arXiv 2110.02861): each moment is stored as 8-bit codes of the dynamic
 map, signed for the first and unsigned for the second, in blocks of 256 that each have an
-absmax of their own. A step decodes the moments, updates them and the parameter in fp32, and
-encodes them again: what is rounded is the memory of past gradients, never the present one.
+absmax of their own. What is rounded is the memory of past gradients, never the present one.
 Layout, blocks and the limit of 4096 elements are those of bitsandbytes' AdamW8bit.
 
 One rule is not theirs: a second moment above 0 is never rounded to 0, but up to the lowest
@@ -123,6 +122,3 @@ def _adamw(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, group: dict
     new = p.float()  # p itself, unless p is of 16 bits
     new.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, spread, value=-lr / (1 - beta1**step))
     p.copy_(new)
-
-
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam8bit": Adam8bit}  # by the name in TrainConfig

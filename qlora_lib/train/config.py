@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .adam8bit import OPTIMIZERS
-
+OPTIMIZERS = ("adamw", "adam8bit")
 POOL = 16  # steps whose examples are sorted by length together
 
 
@@ -37,16 +36,13 @@ class TrainConfig:
     save_every: int = 100  # steps between two checkpoints `last`
     folder: str | Path | None = None  # for checkpoints and metrics.jsonl; None: not written
     resume: bool = False  # go on from folder's `last` checkpoint where there is one
-    progress: bool | None = None  # a bar on stderr; None: only on a terminal
+    progress: bool = True  # a line on stderr each half minute
 
     def __post_init__(self):
-        counts = [self.epochs, self.batch_size, self.accumulation, self.save_every]
-        counts += [n for n in (self.max_length, self.max_steps, self.eval_every) if n is not None]
-        if min(counts) < 1:
-            raise ValueError(
-                "epochs, max_steps, batch_size, accumulation, eval_every, save_every and "
-                f"max_length must be at least 1, got {self}"
-            )
+        counts = ("epochs", "max_steps", "batch_size", "accumulation", "eval_every", "save_every",
+                  "max_length")  # fmt: skip
+        if any(getattr(self, n) is not None and getattr(self, n) < 1 for n in counts):
+            raise ValueError(f"{', '.join(counts)} must be at least 1, got {self}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
         if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0):
@@ -63,7 +59,7 @@ class TrainConfig:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The rate of a step of 1..total: a line up over the warm-up, then half a cosine to zero."""
+    """The rate at a step of 1..total: a line up over the warm-up, then half a cosine to zero."""
     warmup = round(config.warmup_ratio * total)
     if step <= warmup:
         return config.lr * step / warmup

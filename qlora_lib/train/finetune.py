@@ -1,15 +1,12 @@
 """Fine-tuning: a plain loop over examples, and the history that it leaves.
 
-AdamW on the trainable parameters (adapters, or a whole model), linear warm-up, then
-cosine to zero. The loss is the mean over the supervised tokens of one optimizer step,
-however they are cut into batches or shared among processes. A run that was killed goes on
-from its last checkpoint and gives, on one machine and with as many processes, the bits of
-the uninterrupted one: the order of the data follows from (seed, epoch), dropout from (seed,
-step, process).
+AdamW on the trainable parameters (adapters, or a whole model), linear warm-up, then cosine to
+zero. The loss is the mean over the supervised tokens of one optimizer step, however they are cut
+into batches or shared among processes. A killed run goes on from its last checkpoint and gives,
+on one machine and with as many processes, the bits of the uninterrupted one: the order of the
+data follows from (seed, epoch), dropout from (seed, step, process).
 """
 
-import hashlib
-import json
 import math
 import sys
 import time
@@ -19,10 +16,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..base import processes
 from ..base.devices import dtype_name, resolve_dtype
+from ..base.hashes import content_hash
+from ..base.progress import Progress
 from ..data.examples import read_examples
 from ..data.tokens import IGNORE, Example, Pair, batches, pad_id
 from ..lora.inject import trainable_parameters
@@ -31,7 +29,7 @@ from ..models.batches import check_tokens
 from ..models.fingerprint import frozen_hash
 from .config import TrainConfig, schedule
 from .loss import chunk_for, loss_sum
-from .mode import training_mode
+from .mode import check_widths, training_mode
 from .snapshots import add_metrics, load_last, save_last, save_parameters, start_metrics
 from .step import Stepper
 
@@ -62,9 +60,10 @@ class History:
 
     def __str__(self) -> str:
         first, last = self.steps[0], self.steps[-1]
-        dev = f", dev loss {self.dev[-1][1]:.4f}" if self.dev else ""
+        dev = ""
         if self.dev:
-            dev += f" (best {self.best[1]:.4f} at step {self.best[0]})"
+            step, lowest = self.best
+            dev = f", dev loss {self.dev[-1][1]:.4f} (best {lowest:.4f} at step {step})"
         return (
             f"{last['step']} steps in {last['seconds']:.0f} s, loss {first['loss']:.4f} -> "
             f"{last['loss']:.4f}{dev}; {self.trained_parameters:,} trained parameters, "
@@ -92,13 +91,14 @@ def finetune(
     dev: Iterable[Example | Pair] | None = None,
     callback: Callable[[dict], None] | None = None,
 ) -> History:
-    """Train the parameters of `model` that require a gradient, in place.
+    """Train the parameters of `model` that require a gradient, in place and in fp32.
 
     examples, dev: whatever read_examples takes, such as (prompt, target) pairs, of which only
     target and eos are supervised. `callback` gets each step's metrics. With config.folder:
     `metrics.jsonl`, a line a step; `last.safetensors` (parameters and optimizer, to resume
     from); `best.safetensors` (parameters at the lowest dev loss). Reseeds torch's global
-    generator at each step.
+    generator at each step. Parameters of 16 bits become fp32, and stay so unless others are
+    frozen in 16 bits (mode.py).
 
     In several processes, all call it with the same arguments and the same frozen weights:
     each takes its share of every step's examples and gradients are summed, so that the steps
@@ -115,8 +115,7 @@ def finetune(
     examples = _ready(examples, tokenizer, config)
     dev = [] if dev is None else _ready(dev, tokenizer, config)
     loss = _Loss(model, tokenizer, config)
-    if loss.dtype == torch.float16 and any(p.dtype != torch.float32 for p in parameters.values()):
-        raise ValueError("fp16 needs its trained parameters in fp32; load with compute_dtype=fp32")
+    check_widths(model, loss.dtype)
     padding = {pad_id(tokenizer)} if config.batch_size > 1 else set()
     check_tokens(model, padding.union(*(example.input_ids for example in examples + dev)))
 
@@ -124,15 +123,14 @@ def finetune(
     window = config.batch_size * config.accumulation  # examples in an optimizer step
     per_epoch = math.ceil(len(examples) / window)
     total = config.max_steps or config.epochs * per_epoch
-    stepper = Stepper(parameters, config, total, loss.dtype)
     history = History(dtype_name(loss.dtype), sum(p.numel() for p in parameters.values()))
-    identity = _identity(model, parameters, examples, config, history.compute_dtype)
-    folder = _start(stepper, identity, config, history)
-    done = len(history.steps)
-    began = time.perf_counter() - (history.steps[-1]["seconds"] if done else 0.0)
-    hidden = None if config.progress is None else not config.progress
-    bar = tqdm(total=total, initial=done, file=sys.stderr, disable=not processes.first() or hidden)
-    with training_mode(model, config.gradient_checkpointing), bar:
+    with training_mode(model, config.gradient_checkpointing):
+        stepper = Stepper(parameters, config, total, loss.dtype)
+        identity = _identity(model, parameters, examples, config, history.compute_dtype)
+        folder = _start(stepper, identity, config, history)
+        done = len(history.steps)
+        began = time.perf_counter() - (history.steps[-1]["seconds"] if done else 0.0)
+        progress = Progress("training", total, "steps", done)
         for step, epoch, chosen in schedule(lengths, window, config.seed, total, done):
             started = time.perf_counter()
             # Dropout; another one in each process, whose examples are others.
@@ -154,8 +152,9 @@ def finetune(
                     save_parameters(folder / "best.safetensors", parameters, metrics)
                 if step % config.save_every == 0 or step == total:
                     save_last(folder, stepper, identity, step)
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-            bar.update()
+            if config.progress:
+                progress(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} "
+                         f"tokens/s, {metrics['peak_memory'] / 1e9:.1f} GB at the peak")  # fmt: skip
             if callback:
                 callback(metrics)
     return history
@@ -220,21 +219,17 @@ def _start(stepper: Stepper, identity: dict, config: TrainConfig, history: Histo
 def _identity(model, parameters, examples, config: TrainConfig, compute_dtype: str) -> dict:
     """What must be equal for a run to be the continuation of another."""
     free = ("folder", "resume", "progress", "save_every", "eval_every", "gradient_checkpointing")
-    content = json.dumps([[example.input_ids, example.labels] for example in examples])
     identity = {k: v for k, v in asdict(config).items() if k not in free} | {
         "compute_dtype": compute_dtype,
-        "examples": hashlib.sha256(content.encode()).hexdigest(),
-    } | _settings(model)  # fmt: skip
+        "examples": content_hash([[example.input_ids, example.labels] for example in examples]),
+    }  # fmt: skip
+    settings: dict[str, dict] = {}  # of each adapter, by layer
+    for path, layer in lora_layers(model).items():
+        for name, lora in layer.configs.items():
+            for key, value in asdict(lora).items():
+                settings.setdefault(f"{key} of adapter {name!r}", {})[path] = value
+    for key, of in settings.items():  # the value, or where layers differ all of them
+        identity[key] = of if len(set(of.values())) > 1 else next(iter(of.values()))
     if config.folder is not None:  # reads the whole model: worth it only for a checkpoint
         identity["base"] = frozen_hash(model, parameters)
     return identity
-
-
-def _settings(model) -> dict:
-    """Each setting of each adapter: the value, or where layers differ {path: value}."""
-    found: dict[str, dict] = {}
-    for path, layer in lora_layers(model).items():
-        for name, config in layer.configs.items():
-            for key, value in asdict(config).items():
-                found.setdefault(f"{key} of adapter {name!r}", {})[path] = value
-    return {k: v if len(set(v.values())) > 1 else next(iter(v.values())) for k, v in found.items()}

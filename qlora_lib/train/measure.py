@@ -15,19 +15,16 @@ from torch.utils._pytree import tree_iter
 from ..base.devices import DTYPES
 from ..lora.inject import trainable_parameters
 from ..models.quantize import quantized_layers
-from .adam8bit import OPTIMIZERS
 from .loss import loss_sum
 from .mode import training_mode
+from .step import make_optimizer
 
 WORKING = "activations, logits, one layer"  # what lives only within a step
 
 
 class AllocationMeter(TorchDispatchMode):
-    """Bytes of the tensors made within its block: `alive` now, at the `peak`, and in the
-    `trace` after each operation.
-
-    What torch.cuda.max_memory_allocated says on a GPU, for any device. What an operation
-    allocates and frees inside is not seen.
+    """Bytes of the tensors made within its block: `alive` now, at the `peak`, and in the `trace`
+    after each operation; on any device. What an operation allocates and frees inside is not seen.
     """
 
     def __init__(self):
@@ -81,32 +78,31 @@ class Measurement:
 
 
 def measure_step(ledger, model, step: Callable | None = None, optimizer=None) -> Measurement:
-    """Run two training steps of `model` and compare with what the ledger predicts.
+    """Run two training steps of `model`, of which only the second has all at once, and compare
+    with what the ledger predicts.
 
-    Two, because the first makes the optimizer's state, and only the second has all at once.
-    step: one training step of yours (forward, backward, optimizer.step(), gradients set to
-    None), with its `optimizer`. Without it: random tokens of the ledger's batch and
-    length, all of them supervised, and the ledger's optimizer with lr=0, which leaves the
-    parameters as they are. Measured by AllocationMeter on a CPU, else by CUDA's allocator.
-    Raises ValueError when no parameter is trained, and for a step without its optimizer.
+    step: one of yours (forward, backward, optimizer.step(), gradients set to None), with its
+    `optimizer`. Without it: random tokens of the ledger's batch and length, and its optimizer
+    with lr=0, which leaves the parameters as they are. Measured by AllocationMeter on a CPU, else
+    by CUDA's allocator. Raises ValueError when no parameter is trained, and for a step without
+    its optimizer.
     """
     parameters = list(trainable_parameters(model).values())
     if not parameters:
         raise ValueError("no parameter requires a gradient; call inject_lora(model, ...) first")
     if (step is None) != (optimizer is None):
         raise ValueError("step and optimizer go together: give both, or none")
-    if step is None:
-        optimizer = OPTIMIZERS[ledger.optimizer](parameters, lr=0.0, weight_decay=0.0)
-        step = random_step(ledger, model, optimizer)
-    measured, gradients = _stored(model, parameters), {}
+    gradients = {}
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: gradients.update({id(p): p.grad.nbytes}))
         for p in parameters
     ]
-    before = _state_bytes(optimizer)
-    device = parameters[0].device
-    stored = sum(measured.values())
     with training_mode(model, ledger.checkpointing):
+        if step is None:
+            optimizer = make_optimizer(ledger.optimizer, parameters, lr=0.0, weight_decay=0.0)
+            step = random_step(ledger, model, optimizer)
+        measured, before = _stored(model), _state_bytes(optimizer)
+        device, stored = parameters[0].device, sum(measured.values())
         if device.type == "cuda":
             others = torch.cuda.memory_allocated(device) - stored - before
             torch.cuda.reset_peak_memory_stats(device)
@@ -125,7 +121,7 @@ def measure_step(ledger, model, step: Callable | None = None, optimizer=None) ->
     return Measurement(predicted | {"peak": ledger.peak}, measured | {"peak": peak})
 
 
-def _stored(model, parameters: list[Tensor]) -> dict[str, int]:
+def _stored(model) -> dict[str, int]:
     """Bytes of a model's tensors, by the ledger's parts."""
     layers = quantized_layers(model).values()
     packed = sum(layer.codes.nbytes for layer in layers)
@@ -166,9 +162,8 @@ class NotEnoughMemory(ValueError, MemoryError):
 def available_memory(device: torch.device | str) -> float:
     """Bytes that this process can still take on a device; inf where nobody says.
 
-    CUDA: free on the GPU, and what PyTorch holds but does not use. Else the machine's RAM:
-    MemAvailable of /proc/meminfo, or the container's limit (cgroup v2) where that is less,
-    or free pages where there is no /proc.
+    CUDA: free on the GPU, and what PyTorch holds but does not use. Else the machine's free RAM,
+    or the room in its container (cgroup v2) where that is less.
     """
     device = torch.device(device)
     if device.type == "cuda":

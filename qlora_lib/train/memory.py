@@ -1,11 +1,9 @@
 """The memory of fine-tuning, predicted part by part: full, LoRA or QLoRA; and of decoding text.
 
-Weights, scales, adapters, gradients and optimizer are exact: shapes are those of the model
-itself, built on the meta device, bytes those of the layout in which they are stored.
-Activations are what autograd saves in transformers' Llama blocks (Mistral's and Qwen2's are
-like them) with SDPA attention and no padding; for other architectures they are an estimate.
-Not handled: several GPUs, paged optimizers, what an allocator loses to fragments, the CUDA
-context (some 0.5 GB).
+Weights, scales, adapters, gradients and optimizer are exact, from the shapes of the model itself,
+built on the meta device. Activations are what autograd saves in transformers' Llama blocks
+(Mistral's and Qwen2's are like them) with SDPA attention and no padding; for others an estimate.
+Not handled: several GPUs, what an allocator loses to fragments, the CUDA context (some 0.5 GB).
 """
 
 import json
@@ -20,7 +18,7 @@ from ..generation.kv_cache import CacheSpec, cache_bytes, head_dim
 from ..lora.targets import ALL_LINEAR, find_linears
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
-from .adam8bit import OPTIMIZERS, SMALLEST
+from .config import OPTIMIZERS
 from .measure import Measurement, measure_step
 
 METHODS = ("full", "lora", "qlora")
@@ -31,12 +29,11 @@ PARTS = ("weights", "packed weights", "scales", "adapters", "gradients", "optimi
 
 @dataclass(frozen=True)
 class MemoryLedger:
-    """Bytes by part, in the order of PARTS. Parts that are not needed are 0.
+    """Bytes by part, in the order of PARTS; those that are not needed are 0.
 
-    `total` is their sum, `peak` what is alive at once: the logits are gone when backward
-    dequantizes its first layer or, under checkpointing, recomputes its first block.
-    Gradients and activations are taken as alive together, as they are when gradients of
-    several batches are accumulated.
+    `total` is their sum, `peak` what is alive at once, when gradients of several batches are
+    accumulated: the logits are gone when backward dequantizes its first layer or, under
+    checkpointing, recomputes its first block.
     """
 
     setting: str  # what it was made for, in words
@@ -71,68 +68,62 @@ class MemoryLedger:
         return 8 * stored / self.parameters
 
     def __str__(self) -> str:
-        rows = [self.setting]
-        rows += [f"  {part:<18}{n / 1e9:9.3f} GB" for part, n in self.parts.items() if n]
+        sums = {"total": self.total, "at the peak": self.peak}
+        sizes = {part: n for part, n in self.parts.items() if n} | sums
         return "\n".join([
-            *rows,
-            f"  {'total':<18}{self.total / 1e9:9.3f} GB",
-            f"  {'at the peak':<18}{self.peak / 1e9:9.3f} GB",
+            self.setting,
+            *(f"  {part:<18}{n / 1e9:9.3f} GB" for part, n in sizes.items()),
             f"  base {self.bits_per_parameter:.2f} bits a parameter; "
             f"{self.trained:,} of {self.parameters:,} parameters trained",
         ])  # fmt: skip
 
 
 def memory_ledger(
-    config,
-    method: str = "full",
-    batch: int = 1,
-    seq: int = 512,
-    rank: int = 16,
-    targets=ALL_LINEAR,
-    spec: QuantSpec | NF4Spec = NF4Spec(),
-    checkpointing: bool = False,
-    compute_dtype: str = "bf16",
-    optimizer: str = "adamw",
-    logit_tokens: int | None = None,
-) -> MemoryLedger:
+    config, method: str = "full", batch: int = 1, seq: int = 512, rank: int = 16,
+    targets=ALL_LINEAR, spec: QuantSpec | NF4Spec = NF4Spec(), checkpointing: bool = False,
+    compute_dtype: str = "bf16", optimizer: str = "adamw", logit_tokens: int | None = None,
+) -> MemoryLedger:  # fmt: skip
     """Predicted peak memory of training the model that `config` describes.
 
     config: a transformers config, of a decoder whose linears have Llama's names (of several
-    modalities, the text's). method: "full" trains every parameter; "lora" adapters of
+    modalities, the text's). method: "full" trains every parameter, in fp32; "lora" adapters of
     `rank` on `targets` over a dense base; "qlora" the same over decoder linears stored as
     `spec` says. batch sequences of seq tokens at a time. compute_dtype: bf16, fp16 or fp32,
-    of the dense weights and activations. optimizer: "adamw", or "adam8bit" with moments in
-    8 bits. logit_tokens: tokens whose logits exist at once; None: all, and never more.
-    Raises ValueError for another method, dtype, optimizer or kind of decoder, and for
-    targets that match nothing.
+    of frozen dense weights and activations. optimizer: "adamw" or "adam8bit". logit_tokens:
+    tokens whose logits exist at once; None: all, and never more. Raises ValueError for another
+    method, dtype, optimizer or kind of decoder, and for targets that match nothing.
     """
     _check("method", method, METHODS)
     _check("optimizer", optimizer, OPTIMIZERS)
     _check("compute_dtype", compute_dtype, DTYPES)
     config, size = config.get_text_config(), DTYPES[compute_dtype].itemsize
     counts, linears = _model_shapes(config.to_json_string(), type(config))
-    parts = dict.fromkeys(PARTS, 0) | _base_bytes(counts, linears, spec, size, method == "qlora")
+    stored = spec if method == "qlora" else None
+    parts = dict.fromkeys(PARTS, 0) | _base_bytes(counts, linears, stored, size)
     if method == "qlora":
-        largest = max(map(math.prod, linears.values()))
-        parts["dequantized layer"] = _dequantized_bytes(largest, spec, size)
+        # A weight in fp32, beside its codes one by one (uint8, or int32 for two of NF4) or,
+        # when these are gone, beside what fp32 is cast to.
+        codes = 2 if isinstance(spec, NF4Spec) else 1
+        beside = max(codes, size if size < 4 else 0)
+        parts["dequantized layer"] = max(map(math.prod, linears.values())) * (4 + beside)
+    # What is trained is fp32 whatever the compute dtype; autocast makes copies in 16 bits.
     if method == "full":
-        # Mixed precision as in ZeRO (arXiv 1910.02054, section 3.1): gradients in the
-        # compute dtype; Adam's two moments in fp32, and an fp32 copy of 16-bit weights.
-        trained, targets, copies = sum(counts), ALL_LINEAR, 0
-        parts["gradients"] = trained * size
-        parts["optimizer"] = moments_bytes(counts, optimizer) + 4 * trained * (size < 4)
+        sizes, targets, wide = counts, ALL_LINEAR, 4
+        parts["weights"] = 4 * sum(counts)
+        copied = sum(map(math.prod, linears.values())) + config.vocab_size * config.hidden_size
     else:
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        sizes = _adapter_sizes(linears, rank, targets)
-        trained = sum(sizes)
-        parts["adapters"] = parts["gradients"] = 4 * trained  # fp32 whatever the compute dtype
-        parts["optimizer"] = moments_bytes(sizes, optimizer)
-        copies = trained * size if size < 4 else 0  # autocast's, of A and B
+        sizes, wide = _adapter_sizes(linears, rank, targets), size
+        parts["adapters"] = 4 * sum(sizes)
+        copied = sum(sizes)
+    trained, copies = sum(sizes), copied * size if size < 4 else 0
+    parts["gradients"] = 4 * trained
+    parts["optimizer"] = moments_bytes(sizes, optimizer)
     tokens = batch * seq
     block, rest = _activations(config, method, rank, targets, checkpointing, size)
-    recomputed = tokens * block + copies if checkpointing else 0
+    recomputed = tokens * block if checkpointing else 0
     # Rotary cosines and sines first.
-    parts["activations"] = 2 * seq * head_dim(config) * size + copies + tokens * (block + rest)
+    parts["activations"] = 2 * seq * head_dim(config) * wide + copies + tokens * (block + rest)
     # Logits, their fp32 copy, and its gradient.
     parts["logits"] = min(tokens, logit_tokens or tokens) * config.vocab_size * (size + 4 + 4)
     words = [
@@ -165,7 +156,7 @@ def decoding_ledger(
     _check("compute_dtype", compute_dtype, DTYPES)
     config, size = config.get_text_config(), DTYPES[compute_dtype].itemsize
     counts, linears = _model_shapes(config.to_json_string(), type(config))
-    stored = _base_bytes(counts, linears, spec, size, spec is not None)
+    stored = _base_bytes(counts, linears, spec, size)
     return stored | {"cache": cache_bytes(config, context, cache, batch, size)}
 
 
@@ -174,9 +165,9 @@ def _check(name: str, value: str, known) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
 
 
-def _base_bytes(counts, linears, spec, size: int, packed: bool) -> dict[str, int]:
-    """Bytes of the stored base by part: all dense, or its linears as `spec` says."""
-    shapes = linears.values() if packed else ()
+def _base_bytes(counts, linears, spec, size: int) -> dict[str, int]:
+    """Bytes of the stored base by part: its linears as `spec` says; None: all dense."""
+    shapes = linears.values() if spec else ()
     stored = [packed_bytes(shape, spec) for shape in shapes]
     return {
         "weights": (sum(counts) - sum(map(math.prod, shapes))) * size,
@@ -194,18 +185,12 @@ def _adapter_sizes(linears, rank: int, targets: tuple[str, ...]) -> list[int]:
 
 
 def moments_bytes(counts: list[int], optimizer: str) -> int:
-    """Bytes of Adam's two moments of tensors of these sizes, in fp32; with "adam8bit" a byte each
-    and an fp32 absmax a block, but fp32 in tensors below SMALLEST elements (adam8bit.py)."""
+    """Bytes of Adam's two moments of tensors of these sizes."""
     if optimizer == "adamw":
         return 8 * sum(counts)
+    from .adam8bit import SMALLEST  # which most runs do without
+
     return sum(8 * n if n < SMALLEST else 2 * (n + 4 * math.ceil(n / NESTED_BLOCK)) for n in counts)
-
-
-def _dequantized_bytes(numbers: int, spec: QuantSpec | NF4Spec, size: int) -> int:
-    """Bytes at the peak of dequantizing a layer: its weight in fp32, beside the codes one by one
-    (uint8, or int32 for two of NF4), which are gone when fp32 is cast to 16 bits."""
-    codes = 2 if isinstance(spec, NF4Spec) else 1
-    return numbers * (4 + max(codes, size if size < 4 else 0))
 
 
 def packed_bytes(shape: tuple[int, int], spec: QuantSpec | NF4Spec) -> tuple[int, int]:
@@ -226,21 +211,23 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
     heads, head = config.num_attention_heads, head_dim(config)
     q, kv = head * heads, head * config.num_key_value_heads
     full, targets = method == "full", set(targets)
+    # Behind fp32 embeddings, what the blocks add to is fp32, and each product casts it anew.
+    mixed = full and size < 4
     # RMSNorm: its input in fp32 and 1 / rms; where its own weight is trained, x / rms too.
-    norm = 4 * (h + 1) + size * h * full
+    norm = 4 * (h + 1) + 4 * h * full
     # SDPA: query, key, value, output, and an fp32 logsumexp a head.
     block = size * (q + 2 * kv + q) + 4 * heads
     # SwiGLU, silu(gate) * up: gate, silu(gate), up.
     block += size * 3 * inner
     # A trained product W x or A x keeps its input: one that q, k, v share, and gate, up.
-    block += size * h * bool(targets & {"q_proj", "k_proj", "v_proj"})
-    block += size * h * bool(targets & {"gate_proj", "up_proj"})
+    for inputs in (targets & {"q_proj", "k_proj", "v_proj"}, targets & {"gate_proj", "up_proj"}):
+        block += size * h * (len(inputs) if mixed else bool(inputs))
     block += size * inner * ("down_proj" in targets)  # o_proj's input is SDPA's output
     block += 0 if full else size * rank * len(targets)  # B's input, A x
     block += 2 * norm
     last = norm + size * h * full  # the final norm, and the input of a trained head
     if checkpointing:
-        return block, blocks * size * h + last  # each block's input
+        return block, blocks * (4 if mixed else size) * h + last  # each block's input
     # No gradient flows to frozen embeddings: the first norm keeps nothing.
     return block, (blocks - 1) * block + last - (0 if full else norm)
 
@@ -259,9 +246,8 @@ def _model_shapes(config_json: str, kind) -> tuple[list[int], dict[str, tuple[in
     try:
         linears = find_linears(model, ALL_LINEAR)
     except ValueError as error:
-        raise ValueError(
-            f"the ledger knows decoders whose linears are named as Llama's, and not "
-            f"{model.config.model_type}: {error}"
-        ) from None
+        kind = model.config.model_type
+        raise ValueError(f"the ledger knows decoders whose linears are named as Llama's, and not "
+                         f"{kind}: {error}") from None  # fmt: skip
     shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
     return [p.numel() for p in model.parameters()], shapes

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base.files import whole_file
+from ..base.hashes import changes
 from .step import Stepper
 
 Parameters = dict[str, nn.Parameter]
@@ -61,28 +62,25 @@ def save_last(folder: Path, stepper: Stepper, identity: dict, step: int) -> None
 
 
 def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
-    """Put parameters, optimizer and scaler back; returns the metrics up to that step.
+    """Put parameters, optimizer and scaler back; returns the metrics up to that step, [] where
+    there is no checkpoint yet.
 
-    Returns [] where there is no checkpoint yet. What an older checkpoint does not say counts
-    as equal. Raises ValueError, naming what differs, for the checkpoint of another run, and for a
-    damaged one.
+    What an older checkpoint does not say counts as equal. Raises ValueError, naming what differs,
+    for the checkpoint of another run, and for a damaged one.
     """
     path = folder / "last.safetensors"
     if not path.exists():
         return []
     tensors, state = _load(path)
-    old = state["identity"]
-    differ = [k for k in identity if k in old and old[k] != identity[k]]
-    if differ:
-        changes = ", ".join(f"{k} was {old[k]!r:.20}, is {identity[k]!r:.20}" for k in differ)
+    old = {k: v for k, v in state["identity"].items() if k in identity}
+    if changed := changes(old, {k: identity[k] for k in old}):
         raise ValueError(
-            f"{path} belongs to another run: {changes}. Give the same settings to resume it, "
+            f"{path} belongs to another run: {changed}. Give the same settings to resume it, "
             "or another folder (or resume=False) to start anew"
         )
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     if len(lines) < state["step"]:
         raise ValueError(f"{folder}/metrics.jsonl lacks steps before {path}; start the run anew")
-    steps = [json.loads(line) for line in lines[: state["step"]]]  # later lines come again
     _copy_parameters(path, tensors, stepper.parameters)
     for key, value in tensors.items():
         key, _, name = key.partition("/")
@@ -92,7 +90,7 @@ def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
             place = value.device if key == "step" else parameter.device
             stepper.optimizer.state[parameter][key] = value.to(place)
     stepper.scaler.load_state_dict(state["scaler"])
-    return steps
+    return [json.loads(line) for line in lines[: state["step"]]]  # later ones come again
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from ..base import processes
 from ..lora.variants import lora_plus_groups
-from .adam8bit import OPTIMIZERS
 from .config import TrainConfig, learning_rate
+
+
+def make_optimizer(name: str, parameters: Iterable, **settings) -> torch.optim.Optimizer:
+    """The optimizer that TrainConfig calls so."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    from .adam8bit import Adam8bit  # which most runs do without
+
+    return Adam8bit(parameters, **settings)
 
 
 class Stepper:
@@ -27,8 +35,9 @@ class Stepper:
         groups = parameters.values()
         if config.lora_plus_ratio != 1:
             groups = lora_plus_groups(parameters, config.lr, config.lora_plus_ratio)
-        kind = OPTIMIZERS[config.optimizer]
-        self.optimizer = kind(groups, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(
+            config.optimizer, groups, lr=config.lr, weight_decay=config.weight_decay
+        )
         self.device = next(iter(parameters.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from qlora_lib.lora.files import save_adapter
 from qlora_lib.lora.inject import inject_lora, set_adapter, trainable_parameters
+from qlora_lib.lora.merge import merge_lora
+from qlora_lib.models.conv1d import linear_from_conv1d
 from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
@@ -59,6 +62,64 @@ def test_a_method_learns_and_what_it_saved_answers_the_same(base, tmp_path, meth
         assert torch.allclose(model(ids).logits, mine.model.eval()(ids).logits, rtol=0, atol=1e-5)
     (said,) = mine.generate([PAIRS[3][0]], max_new_tokens=4)
     assert said.tokens <= 4
+
+
+def with_a_head_of_its_own():
+    """A model whose config ties the head, although an adapter was merged into it."""
+    model = small_model()
+    inject_lora(model, ("lm_head",), rank=4)
+    for p in trainable_parameters(model).values():
+        torch.nn.init.normal_(p, std=0.1)
+    merge_lora(model, unload=True)
+    return model
+
+
+def with_flags_that_do_not_go_together():
+    """As many published models have them, and as save_pretrained refuses them."""
+    model = small_model()
+    model.generation_config = GenerationConfig(temperature=0.9, top_p=0.6, eos_token_id=[2, 5])
+    return model
+
+
+def with_conv1d():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(small_tokenizer()), n_embd=64, n_layer=2, n_head=4)
+    model = GPT2LMHeadModel(config)
+    linear_from_conv1d(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [with_a_head_of_its_own, with_flags_that_do_not_go_together, with_conv1d]
+)
+def test_a_model_that_was_trained_whole_is_read_as_it_is(make, tmp_path):
+    mine = Finetuner(make(), small_tokenizer(), "full", tmp_path)
+    mine.fit(PAIRS, [], replace(CONFIG, max_steps=1))
+    mine.save()
+    own_head = mine.model.lm_head.weight is not mine.model.get_input_embeddings().weight
+    said = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert said["dtype"] == "float32" and said.get("tie_word_embeddings", True) != own_head
+    model, tokenizer = Finetuner.load(tmp_path, compute_dtype="fp32")
+    ids = torch.tensor([tokenizer.encode(PAIRS[3][0])])
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, mine.model.eval()(ids).logits)
+    assert model.generation_config.eos_token_id == mine.model.generation_config.eos_token_id
+
+
+def test_full_fine_tuning_keeps_fp32_weights(base, tmp_path):
+    """Whatever the compute dtype: in bf16, steps as small as these would be rounded away."""
+    tuners = [Finetuner(base, method="full", folder=tmp_path, compute_dtype="bf16"),
+              Finetuner(small_model().bfloat16(), small_tokenizer(), "full")]  # fmt: skip
+    for mine in tuners:
+        before = {n: p.detach().clone() for n, p in mine.model.named_parameters()}
+        mine.fit(PAIRS, [], replace(CONFIG, lr=1e-5, compute_dtype="bf16"))
+        assert mine.history.compute_dtype == "bf16"
+        moved = sum(int((p != before[n]).sum()) for n, p in mine.model.named_parameters())
+        assert moved > 0.95 * sum(p.numel() for p in before.values())
+        assert {p.dtype for p in mine.model.parameters()} == {torch.float32}
+    model, _ = Finetuner.load(tuners[0].save(), compute_dtype="fp32")
+    trained = dict(tuners[0].model.named_parameters())
+    assert all(torch.equal(p, trained[n]) for n, p in model.named_parameters())
 
 
 def test_what_trains_is_what_the_method_says(base):

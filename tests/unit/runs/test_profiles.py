@@ -60,6 +60,28 @@ def test_calibration_sees_train_problems_only(folder, monkeypatch):
     assert seen == ["train"]
 
 
+def test_calibration_examples_are_tokenized_once(folder, tmp_path, monkeypatch):
+    """For GPTQ, and for the hash that recipe.json keeps of what it saw."""
+    calls, real = [], profiles.calibration_batches
+    monkeypatch.setattr(profiles, "CALIBRATION", 4)
+    monkeypatch.setattr(
+        profiles, "calibration_batches", lambda *given: calls.append(given) or real(*given)
+    )
+    for made in (1, 2):  # the second finds the first one's base
+        load_profile("tiny", folder).quantized_base(tmp_path, QuantSpec(4, 32))
+        assert len(calls) == made
+
+
+def test_a_gguf_file_is_read_whole_where_streaming_was_asked(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.gguf").touch()
+    made = lambda *_: (small_model(), small_tokenizer())  # noqa: E731
+    monkeypatch.setattr(profiles, "load_model", made)
+    profile = load_profile("tiny", tmp_path)
+    model, _ = profile.quantized_base(tmp_path / "run", NF4Spec(), stream=True)
+    assert len(quantized_layers(model)) == 14
+    assert "quantizing" in capsys.readouterr().out
+
+
 def test_gsm8k_dev_is_held_out_of_train(tmp_path, monkeypatch):
     for split, n in (("train", 300), ("test", 5)):
         lines = [json.dumps({"question": f"{split} {i}", "answer": "#### 1"}) for i in range(n)]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_lib.data.calibration import calibration_hash
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import IGNORE, Example, encode_example
 from qlora_lib.runs import training_data
@@ -109,6 +110,46 @@ def test_training_sets_by_name(profile, monkeypatch):
     assert data.source == "metamathqa (MetaMathQA)" and len(data.train) == 3
     with pytest.raises(ValueError, match="mathinstruct, row 1 has the fields"):
         prepare(profile, small_tokenizer(), "mathinstruct")
+
+
+class Rows:
+    """What a split of a dataset is: rows one by one, but columns for a slice or a name."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __getitem__(self, key):
+        if isinstance(key, int):
+            return self.rows[key]
+        return {name: [row[name] for row in self.rows][key] for name in self.rows[0]}
+
+
+def test_rows_are_read_and_what_only_holds_them_is_refused(profile):
+    rows, tokenizer = [metamath(i) for i in range(3)], small_tokenizer()
+    for source, name in ((Rows(rows), "Rows"), (rows, "list"), (iter(rows), "list_iterator")):
+        data = prepare(profile, tokenizer, source)
+        assert data.source == f"a {name} of rows (MetaMathQA)" and len(data.train) == 3
+    columns = {"query": ["q", "r"], "response": ["a", "b"]}
+    for wrong in (columns, {"train": rows, "test": rows}, list(columns), [("q", "a")]):
+        with pytest.raises(ValueError, match=r"gives no rows with fields; .*data\['train'\]"):
+            prepare(profile, tokenizer, wrong)
+    rows[1].pop("query")
+    with pytest.raises(ValueError, match="row 2 has the fields"):
+        prepare(profile, tokenizer, rows)
+
+
+def test_calibration_takes_a_split_of_a_dataset(profile):
+    """A slice of one is a dict of columns."""
+    rows, tokenizer = profile.examples("train"), small_tokenizer()
+    want, got = (profile.calibration(tokenizer, some) for some in (rows, Rows(rows)))
+    assert calibration_hash(want) == calibration_hash(got)
+    assert calibration_hash(want) == calibration_hash(profile.calibration(tokenizer))
 
 
 def test_minigsm_shares_phrases_by_design():

@@ -1,5 +1,6 @@
 """The training loop: gradients, accumulation, schedules, checkpoints, resuming."""
 
+import dataclasses
 import json
 import math
 from threading import Thread
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_lib.base.devices import DTYPES
 from qlora_lib.data.tokens import encode_example
+from qlora_lib.generation.generate import Decoding, generator
 from qlora_lib.lora.inject import inject_lora, trainable_parameters, use_adapter
 from qlora_lib.lora.layer import lora_layers
 from qlora_lib.lora.targets import ALL_LINEAR
@@ -267,6 +269,62 @@ def test_half_precision_compute_keeps_adapters_in_fp32(dtype):
         assert p.dtype == p.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_small_steps_of_full_fine_tuning_are_not_rounded_away(dtype):
+    """At this rate bf16 weights hardly move; as fp32 weights under autocast they follow fp32."""
+    settings = config(max_steps=20, batch_size=8, lr=1e-5, warmup_ratio=0.0)
+    model, twin = small_model().to(DTYPES[dtype]), small_model().to(DTYPES[dtype]).float()
+    before = {n: p.detach().clone() for n, p in twin.named_parameters()}
+    run(model, dataclasses.replace(settings, compute_dtype=dtype))
+    run(twin, settings)
+    losses = [validation_loss(m, small_tokenizer(), PAIRS, settings) for m in (model, twin)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    moved = sum(int((p != before[n]).sum()) for n, p in model.named_parameters())
+    assert moved > 0.95 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head", "norm"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_is_trained_beside_adapters_is_fp32_too(quantized, part, checkpointing, tmp_path):
+    model, tokenizer = small_model(), small_tokenizer()
+    if part == "lm_head":  # a head of its own
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.to(torch.bfloat16)
+    if quantized:
+        quantize_model(model, None, QuantSpec(group_size=32, clip_search=False), "rtn")
+    inject_lora(model, ALL_LINEAR, rank=4)
+    beside = {n: p for n, p in model.named_parameters() if part in n}
+    seen = set()
+    for p in beside.values():
+        p.requires_grad_(True)
+    settings = config(compute_dtype="bf16", lr=1e-5, folder=tmp_path, max_steps=3,
+                      gradient_checkpointing=checkpointing)  # fmt: skip
+    with pytest.raises(ValueError, match=f"{part}.* beside frozen weights of 16 bits such as .*; give"):
+        run(model, dataclasses.replace(settings, compute_dtype="fp32"))
+    run(model, settings, dev=PAIRS[:3],
+        callback=lambda _: seen.update((p.dtype, p.grad.dtype) for p in beside.values()))  # fmt: skip
+    assert beside and seen == {(torch.float32, torch.float32)}
+    last = load_file(tmp_path / "last.safetensors")
+    for name, p in beside.items():  # in 16 bits again, as the layers that it meets
+        assert last[f"parameter/{name}"].dtype == torch.float32 and p.dtype == torch.bfloat16
+        assert torch.equal(last[f"parameter/{name}"].to(torch.bfloat16), p)
+    assert len(generator(model, tokenizer, Decoding(max_new_tokens=2))([PAIRS[0][0]])) == 1
+
+
+def test_long_training_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("qlora_lib.base.progress.EVERY", 0.0)  # as if each step took a minute
+    history = run(adapted(), config(max_steps=3))
+    lines = capsys.readouterr().err.splitlines()
+    first = history.steps[0]
+    said = f"training: 1 of 3 steps, loss {first['loss']:.4f}, {first['tokens_per_second']:,.0f} "
+    said += f"tokens/s, {first['peak_memory'] / 1e9:.1f} GB at the peak, 0:00:0"
+    assert len(lines) == 3 and lines[0].startswith(said) and lines[0].endswith(" left")
+    run(adapted(), config(max_steps=3, progress=False))
+    assert capsys.readouterr().err == ""
+
+
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="no examples"):
         finetune(adapted(), small_tokenizer(), [], config())
@@ -278,8 +336,6 @@ def test_errors_say_what_to_do():
         finetune(adapted(), small_tokenizer(), [([1, 308], [-100, 308])], config())
     with pytest.raises(ValueError, match="max_length must be at least 1"):
         TrainConfig(max_length=0)
-    with pytest.raises(ValueError, match="fp16 needs"):
-        run(small_model().half(), config(compute_dtype="fp16"))
     with pytest.raises(ValueError, match="at least 1"):
         TrainConfig(batch_size=0)
     with pytest.raises(ValueError, match="optimizer='sgd' must be one of adamw, adam8bit"):

@@ -34,7 +34,8 @@ def ledger_of(method, compute_dtype="fp32", checkpointing=False, **given):
         ("qlora", "fp32", False, 0.05, {}), ("qlora", "bf16", False, 0.05, {}),
         ("qlora", "fp32", True, 0.05, {}), ("qlora", "bf16", True, 0.08, {}),
         ("lora", "fp32", False, 0.05, dict(optimizer="adam8bit")),
-        ("full", "fp32", False, 0.15, {}), ("qlora", "fp32", False, 0.05, dict(logit_tokens=48)),
+        ("full", "fp32", False, 0.15, {}), ("full", "bf16", False, 0.15, {}),
+        ("full", "bf16", True, 0.15, {}), ("qlora", "fp32", False, 0.05, dict(logit_tokens=48)),
     ],
 )  # fmt: skip
 def test_prediction_and_measurement_agree(method, compute_dtype, checkpointing, tolerance, given):
@@ -49,7 +50,7 @@ def test_prediction_and_measurement_agree(method, compute_dtype, checkpointing, 
             assert result.predicted[part] == result.measured[part], part
     # and the model is as it was
     assert not model.training and all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p, before[n].to(p.dtype)) for n, p in model.named_parameters())
 
 
 def test_a_step_of_ones_own():

@@ -45,7 +45,7 @@ def gb(ledger, *parts):
 def test_llama2_7b():
     full = memory_ledger(LLAMA2_7B, "full")
     assert full.parameters == full.trained == 6_738_415_616
-    assert gb(full, "weights") == pytest.approx(13.48, abs=0.005)
+    assert gb(full, "weights") == pytest.approx(26.95, abs=0.005)  # fp32, for small steps
     assert gb(full, "weights", "gradients", "optimizer") == pytest.approx(107.8, abs=0.05)
     lora = memory_ledger(LLAMA2_7B, "lora", targets=ATTENTION)
     assert lora.trained == 16_777_216
@@ -109,8 +109,7 @@ def test_packed_bytes_are_those_of_the_quantized_weight(spec, shape):
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_stored_parts_are_those_of_a_real_model(method, compute_dtype):
-    dtype = DTYPES[compute_dtype]
-    model = model_of(method, dtype)
+    model = model_of(method, torch.float32 if method == "full" else DTYPES[compute_dtype])
     parts = memory_ledger(
         SMALL, method, rank=RANK, spec=SPEC, compute_dtype=compute_dtype
     ).parts
@@ -134,7 +133,7 @@ def kept_by_forward(model, dtype):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    mixed = dtype != torch.float32 and any("lora" in n for n, _ in model.named_parameters())
+    mixed = dtype != torch.float32
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", dtype, enabled=mixed):
             model.model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -166,8 +165,10 @@ def test_activations_where_the_first_attention_needs_no_gradient():
 def test_activations_of_full_fine_tuning_to_the_byte(compute_dtype):
     dtype = DTYPES[compute_dtype]
     parts = memory_ledger(SMALL, "full", BATCH, SEQ, compute_dtype=compute_dtype).parts
-    head_input = BATCH * SEQ * SMALL.hidden_size * dtype.itemsize  # kept by the head
-    assert parts["activations"] == kept_by_forward(model_of("full", dtype), dtype) + head_input
+    # What the head keeps: its input and, under autocast, a copy of its weight.
+    head = BATCH * SEQ * SMALL.hidden_size + (dtype.itemsize < 4) * 300 * SMALL.hidden_size
+    model = model_of("full", torch.float32)
+    assert parts["activations"] == kept_by_forward(model, dtype) + head * dtype.itemsize
 
 
 def test_activations_in_bf16():

@@ -1,0 +1,35 @@
+"""Lines that say how far long work is, for who waits before a terminal, a log or a notebook."""
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from . import processes
+
+EVERY = 30.0  # seconds: with what takes as long between two calls, still a line a minute
+
+
+class Progress:
+    """Writes to stderr, each half minute, how many of `total` units are done and how long the
+    others will take. Shorter work says nothing, and of several processes the first speaks.
+
+    done: how many were done before, as when a run goes on. clock: gives seconds.
+    """
+
+    def __init__(self, work: str, total: int, unit: str, done: int = 0,
+                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+        self.work, self.total, self.unit, self.before, self.clock = work, total, unit, done, clock
+        self.began = self.said = clock()
+
+    def __call__(self, done: int, facts: str = "") -> None:
+        """Say that `done` units are done, and these facts, if it is time for a line."""
+        now = self.clock()
+        if now - self.said < EVERY or done <= self.before or not processes.first():
+            return
+        self.said = now
+        left = (now - self.began) / (done - self.before) * (self.total - done)
+        said = [f"{self.work}: {done:,} of {self.total:,} {self.unit}", facts,
+                f"{timedelta(seconds=round(left))} left"]  # fmt: skip
+        # A line of its own, at once: \r and a buffer would hide it in a log.
+        print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
