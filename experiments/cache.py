@@ -26,7 +26,7 @@ from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example, pad
 from qlora_lib.evaluation.evaluate import evaluate
 from qlora_lib.generation.generate import Decoding, generator
-from qlora_lib.generation.kv_cache import CacheSpec, PackedCache, cache_bytes, to_int8
+from qlora_lib.generation.kv_cache import CacheSpec, PackedCache, cache_bytes
 from qlora_lib.runs.profiles import Profile, load_profile
 
 RESULTS = DATA / "results"
@@ -68,6 +68,13 @@ def read(model, ids: Tensor, spec: CacheSpec | None, step: int = STEP) -> tuple[
         losses.append(torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none"))
         likeliest.append(logits.argmax(-1))
     return torch.cat(losses, 1)[:, :-1], torch.cat(likeliest, 1)[:, :-1]
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric 8 bits, a scale a token: int8 of x's shape, and fp32 scale (..., 1)."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, 1)
+    return (x.float() / scale).round_().to(torch.int8), scale
 
 
 def int8_scores(query: Tensor, key: Tensor) -> Tensor:

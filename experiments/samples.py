@@ -5,13 +5,14 @@ tokens, likelihood and verifier score; and the greedy answer with its tokens. An
 when it is the gold's text: both are exact numbers in lowest terms.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from qlora_lib.base.paths import DATA
 from qlora_lib.data.rows import read_jsonl
-from qlora_lib.evaluation.votes import choose, pass_at_k
+from qlora_lib.evaluation.votes import choose
 
 SAMPLES = DATA / "results" / "tiny-samples.jsonl"
 TEMPERATURES = DATA / "results" / "tiny-temperatures.jsonl"  # dev, a row a temperature
@@ -39,6 +40,22 @@ def vote_at_k(
         return float(right[pick(list(range(n)))])
     subsets = (torch.randperm(n, generator=generator)[:k].tolist() for _ in range(draws))
     return sum(right[pick(subset)] for subset in subsets) / draws
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is right, from n
+    samples of which `right` are: 1 - C(n - right, k) / C(n, k) (Chen et al. 2021, arXiv
+    2107.03374, eq. 1).
+
+    1 - (1 - right / n)^k, which draws with replacement, is too low. Raises ValueError
+    unless 0 <= right <= n and 1 <= k <= n.
+    """
+    if not (0 <= right <= n and 1 <= k <= n):
+        raise ValueError(
+            f"got {right} right of n={n} samples and k={k}; expected 0 <= right <= n and "
+            "1 <= k <= n: draw at least k samples"
+        )
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def read_samples(path=SAMPLES) -> list[dict]:

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
+from experiments.perplexity import perplexity
 from experiments.table import Table, asked_rows, command_line
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example
 from qlora_lib.evaluation.evaluate import EvalReport, evaluate
-from qlora_lib.evaluation.perplexity import perplexity
 from qlora_lib.generation.generate import Decoding, generator
 from qlora_lib.lora.files import save_adapter
 from qlora_lib.lora.inject import inject_lora

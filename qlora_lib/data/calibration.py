@@ -1,32 +1,35 @@
 """Batches of token ids that GPTQ is calibrated on."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
 from ..base.hashes import content_hash
 from .examples import read_examples
-from .tokens import Example, Pair, batches, pad_id
+from .rows import listed
+from .tokens import Example, Pair, batches
 
 
 def calibration_batches(
     tokenizer,
-    examples: Iterable[Example | Pair],
+    examples: str | Path | Iterable[Example | Pair],
     n: int = 128,
     max_length: int = 512,
     batch_size: int = 16,
 ) -> list[dict[str, Tensor]]:
-    """Batches of the first `n` examples, for `quantize_model`.
+    """Return batches of the first `n` examples, for `quantize_model`: input_ids and
+    attention_mask, int64 (batch, seq), those of like length together.
 
-    examples: of any kind that read_examples takes. Each batch has input_ids and attention_mask,
-    int64 (batch, seq). Examples of like length share a batch, to keep padding small. Raises
-    ValueError for no examples.
+    examples: of any kind that read_examples takes, with its errors.
     """
-    encoded = [e.cut(max_length) for e in read_examples(list(examples)[:n], tokenizer)]
-    found = batches(encoded, batch_size, pad_id(tokenizer))
+    if not isinstance(examples, (str, Path)):
+        examples = listed(examples, "examples")[:n]
+    encoded = [e.cut(max_length) for e in read_examples(examples, tokenizer)[:n]]
+    found = batches(encoded, batch_size)
     return [{k: batch[k] for k in ("input_ids", "attention_mask")} for _, batch in found]
 
 
 def calibration_hash(batches: Sequence[dict[str, Tensor]]) -> str:
-    """SHA-256 of the token ids that GPTQ sees."""
+    """Return the SHA-256 of the token ids that GPTQ sees."""
     return content_hash([batch["input_ids"].tolist() for batch in batches])

@@ -6,24 +6,27 @@ format, told by its fields:
     text                      all of it is learned
     prompt, completion        the completion is learned, after the prompt exactly as it stands
     messages                  a chat: [{"role": "user", "content": ...}, ...], written by the
-                              tokenizer's chat template; all turns of the assistant are learned
+                              tokenizer's chat template, with `tools` where it is given; all turns
+                              of the assistant are learned, but those with "weight": 0
     question, answer          GSM8K's, asked with the one template (gsm8k.PROMPT)
     query, response           MetaMathQA's, asked likewise; original_question, where there is one,
                               tells rephrasings of a problem
     instruction, output       MathInstruct's, asked likewise; rows whose source is PoT are left
-                              out: their solutions are programs, and nothing here runs them.
-                              Alpaca's rows with an `input` are refused: it would be lost
+                              out: their solutions are programs, and nothing here runs them
 
 The end token is learned too. Solutions stay as published: MetaMathQA's end in "The answer is: N",
-which strict extraction reads as it does `#### N`.
+which strict extraction reads as it does `#### N`. A field with content that would be lost, such as
+Alpaca's `input` or a `system` text, is refused (rows.LOST); of others a warning says that they are
+not read.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from .gsm8k import PROMPT, format_gsm8k
-from .rows import check_text, read_rows
+from .rows import check_lost, check_text, listed, read_rows
 from .tokens import IGNORE, Example, encode_after, encode_example, encode_prompt
 
 FORMATS = {
@@ -35,26 +38,28 @@ FORMATS = {
     "MathInstruct": ("instruction", "output"),
 }
 MATH = ("GSM8K", "MetaMathQA", "MathInstruct")  # their second field ends in an answer
-ROLES = ("system", "user", "assistant")
+READ = {"chat": ("tools",), "MetaMathQA": ("original_question", "type"),
+        "MathInstruct": ("source",)}  # fields that a format may have  # fmt: skip
+ROLES = ("system", "user", "assistant", "tool")
 DEV = 256  # examples that are held out at most
 
 
 def hold_out(examples: Sequence, at_least: int = 0) -> tuple[Sequence, Sequence]:
-    """(train, dev) of examples without a dev set: dev is the last tenth, at most DEV."""
+    """Return (train, dev) of examples without a dev set: dev is the last tenth, at most DEV."""
     kept = len(examples) - max(at_least, min(DEV, len(examples) // 10))
     return examples[:kept], examples[kept:]
 
 
 def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
-    """Whatever training takes, as Examples, not cut.
+    """Return whatever training takes as Examples, not cut.
 
-    source: a file of rows; or a list, all of one kind: Examples, (prompt, target) pairs, pairs of
-    lists (input_ids, labels), plain texts, or rows as a file has them. Raises ValueError, naming
-    the row or line, for nothing, other things and mixtures.
+    source: a file of rows; or a list or Dataset, all of one kind: Examples, (prompt, target)
+    pairs, pairs of lists (input_ids, labels), plain texts, or rows as a file has them. Raises
+    ValueError, naming the row or line, for nothing, other things and mixtures.
     """
     if isinstance(source, (str, Path)):
         return make_examples(read_rows(Path(source)), tokenizer)[1]
-    source = list(source)
+    source = listed(source, "examples")
     if not source:
         raise ValueError("there are no examples; give at least one")
     kinds = [_kind(example) for example in source]
@@ -91,30 +96,42 @@ def _kind(example) -> str | None:
 def make_examples(
     rows: Sequence[tuple[str, dict]], tokenizer, notes: bool = False
 ) -> tuple[str, list[Example]]:
-    """(name of the format, examples, not cut) of rows as read_rows gives them.
+    """Return (name of the format, examples, not cut) of rows as read_rows gives them.
 
-    notes: GSM8K's calculator notes stay. Raises ValueError, naming the row, for unknown and mixed
-    formats, texts that are empty or no text, and chats that can't be written; likewise when
-    nothing is left.
+    notes: GSM8K's calculator notes stay. Warns of fields that are not read. Raises ValueError,
+    naming the row, for unknown and mixed formats, texts that are empty or no text, fields that
+    would be lost and chats that can't be written; likewise when nothing is left.
     """
     if not rows:
         raise ValueError("there are no rows to make examples of")
-    name, examples = _format_of(*rows[0]), []
+    name, examples, unread = _format_of(*rows[0]), [], set()
     for where, row in rows:
         if _format_of(where, row) != name:
             raise ValueError(
                 f"{where} has the format {_format_of(where, row)!r}, but the file began with "
                 f"{name!r}; give one format a file"
             )
+        unread |= {field for field, value in row.items() if _content(value)}
         try:
             if name == "MathInstruct" and "/PoT/" in str(row.get("source")):
                 continue
-            examples.append(_example(name, row, tokenizer, notes))
+            check_lost(row, *READ.get(name, ()))
+            if name == "chat":
+                examples.append(chat_example(row["messages"], tokenizer, row.get("tools")))
+            else:
+                examples.append(_example(name, row, tokenizer, notes))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if not examples:
         raise ValueError(f"{rows[0][0]} and what follows: no row is left to train on")
+    if unread := sorted(unread - {*FORMATS[name], *READ.get(name, ())}):
+        warnings.warn(f"{rows[0][0]} and what follows: not read: {', '.join(unread)}", stacklevel=2)
     return name, examples
+
+
+def _content(value) -> bool:
+    """Return whether a field may say something: no number, nothing empty."""
+    return isinstance(value, bool) or isinstance(value, (str, list, dict)) and bool(value)
 
 
 def _format_of(where: str, row: dict) -> str:
@@ -128,19 +145,11 @@ def _format_of(where: str, row: dict) -> str:
 
 
 def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
-    if name == "chat":
-        return chat_example(row["messages"], tokenizer)
-    for field in FORMATS[name]:
-        text = row[field]
+    texts = tuple(row[field] for field in FORMATS[name])
+    for field, text in zip(FORMATS[name], texts):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"`{field}` should be a text that is not empty, got {text!r:.80}")
         check_text(text)
-    if name == "MathInstruct" and row.get("input"):
-        raise ValueError(
-            f"`input` {row['input']!r:.60} would be lost: an instruction is asked alone; write the "
-            "row as prompt and completion"
-        )
-    texts = tuple(row[field] for field in FORMATS[name])
     if name == "text":
         pair = ("", texts[0])
     elif name == "prompt and completion":
@@ -155,22 +164,31 @@ def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
     return replace(encode_example(tokenizer, *pair), texts=texts, problem=problem)
 
 
-def chat_example(messages, tokenizer) -> Example:
-    """A chat, written by the tokenizer's template, its assistant's turns supervised.
+def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
+    """Return a chat, written by the tokenizer's template, its assistant's turns supervised.
 
     Each turn is supervised from the end of what the template writes to ask for it to the end
-    of the turn, its end token included. An eos is added where the template writes none.
-    Raises ValueError for other messages than expected, a tokenizer without a template and a
-    template that can't write them, or that writes a turn otherwise once others follow.
+    of the turn, its end token included, unless its "weight" is 0. An eos is added where the
+    template writes none. Raises ValueError for other messages than expected, a tokenizer without
+    a template, and a template that can't write them, leaves a field of theirs out, or writes a
+    turn otherwise once others follow.
     """
     _check_messages(messages)
+    _check_written(messages, tokenizer, tools)
     ids, labels, done = [], [], ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = write_chat(tokenizer, messages[:i], ask=True)
-        answered = write_chat(tokenizer, messages[: i + 1])
+        asked = write_chat(tokenizer, messages[:i], True, tools)
+        answered = write_chat(tokenizer, messages[: i + 1], False, tools)
         if not (asked.startswith(done) and answered.startswith(asked)):
+            before = write_chat(tokenizer, messages[:i], False, tools)
+            if asked.startswith(done) and before and answered.startswith(before):
+                raise ValueError(
+                    f"the chat template asks for an answer with {asked[len(before) :]!r}, and "
+                    "writes the answer without it, as those of models that think first do; write "
+                    "the row as prompt, up to there, and completion, the thinking included"
+                )
             raise ValueError(
                 f"the chat template writes the first {i + 1} messages otherwise once others "
                 "follow; give each answer a chat of its own"
@@ -179,18 +197,21 @@ def chat_example(messages, tokenizer) -> Example:
         given = encode_prompt(tokenizer, asked)
         if done:
             given = encode_after(tokenizer, done, asked[len(done) :])
-        learned = encode_after(tokenizer, asked, answered[len(asked) :])
-        ids += given + learned
-        labels += [IGNORE] * len(given) + learned
+        said = encode_after(tokenizer, asked, answered[len(asked) :])
+        if i == len(messages) - 1 and tokenizer.eos_token_id not in said:
+            said = said + [tokenizer.eos_token_id]
+        ids += given + said
+        labels += [IGNORE] * len(given)
+        labels += [IGNORE] * len(said) if message.get("weight") == 0 else said
         done = answered
-    if tokenizer.eos_token_id not in learned:
-        ids, labels = ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
-    texts = tuple(m["content"] for m in messages if m["role"] != "system")
+    if set(labels) == {IGNORE}:
+        raise ValueError("no turn of the assistant is learned: all have the weight 0")
+    texts = tuple(m.get("content") or "" for m in messages if m["role"] != "system")
     return Example(ids, labels, texts, "\n".join(texts))
 
 
-def write_chat(tokenizer, messages: list[dict], ask: bool = False) -> str:
-    """A chat as the tokenizer's template writes it; ask: up to where the assistant begins.
+def write_chat(tokenizer, messages: list[dict], ask: bool = False, tools: list | None = None) -> str:
+    """Return a chat as the tokenizer's template writes it; ask: up to where the assistant begins.
 
     Raises ValueError for a tokenizer without a template and for messages that it refuses.
     """
@@ -200,7 +221,9 @@ def write_chat(tokenizer, messages: list[dict], ask: bool = False) -> str:
             "or write the chat as prompt and completion"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools or None, tokenize=False, add_generation_prompt=ask
+        )
     except Exception as error:  # what a template raises is its own affair
         raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
 
@@ -209,12 +232,35 @@ def _check_messages(messages) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages` should be a list of messages, got {messages!r:.80}")
     for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or not content.strip() or message.get("role") not in ROLES:
+        said = message.get("content") if isinstance(message, dict) else None
+        calls = isinstance(message, dict) and message.get("tool_calls") and not said
+        good = calls or isinstance(said, str) and said.strip()
+        if not good or message.get("role") not in ROLES:
             raise ValueError(
                 f"a message needs a role ({', '.join(ROLES)}) and a text `content` that is not "
                 f"empty, got {message!r:.80}"
             )
-        check_text(content)
+        check_text(said or "")
+        learned = (None, 0, 1) if message["role"] == "assistant" else (None, 0)
+        if message.get("weight") not in learned:
+            raise ValueError(
+                f"a turn of the assistant is learned (weight 1) or not (0), got {message!r:.80}"
+            )
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"a chat should end with the assistant's turn, not {messages[-1]!r:.80}")
+
+
+def _check_written(messages: list[dict], tokenizer, tools: list | None) -> None:
+    """Raise ValueError for tools, or a field of messages, of which the template writes nothing."""
+    fields = {field for message in messages for field, value in message.items() if value}
+    changed = {f"`{field}` of a message": ([{k: v for k, v in m.items() if k != field}
+                                            for m in messages], tools)
+               for field in sorted(fields - {"role", "content", "weight"})}  # fmt: skip
+    changed |= {"`tools`": (messages, None)} if tools else {}
+    for what, (less, rest) in changed.items():
+        try:
+            without = write_chat(tokenizer, less, tools=rest)
+        except ValueError:  # without it, the template can't write the chat
+            continue
+        if without == write_chat(tokenizer, messages, tools=tools):
+            raise ValueError(f"{what} would be lost: the chat template writes nothing of it")

@@ -1,15 +1,15 @@
 """GSM8K's problems: the one prompt template, and the gold answers as numbers.
 
 Training, calibration and evaluation all format with `format_gsm8k`, so a model is asked exactly
-as it was taught. Entries are dicts with `question` and `answer`, as in GSM8K (Cobbe et al. 2021,
-arXiv 2110.14168): the answer holds calculator notes like `<<48/2=24>>` and ends in a line `#### N`.
+as it was taught. Entries are dicts with `question` and `answer` (Cobbe et al. 2021, arXiv
+2110.14168): the answer holds calculator notes like `<<48/2=24>>` and ends in a line `#### N`.
 """
 
 import math
 import re
 from fractions import Fraction
 
-from .rows import check_text
+from .rows import check_lost, check_text
 
 PROMPT = "Question: {question}\nAnswer:\n"
 
@@ -19,34 +19,40 @@ NUMBER = re.compile(
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
 _MAX_DIGITS = 60  # longer numbers are noise, and slow to convert
-_NOTE = re.compile(r"<<[^<>]*>>")
-
-
-def to_number(text: str) -> Fraction | None:
-    """Exact value of what `NUMBER` matched, such as "-$1,234.50"; None when it is too long."""
-    if len(text) > _MAX_DIGITS:
-        return None
-    text = text.replace("\u2212", "-").replace("\u2013", "-")
-    return Fraction(text.replace(",", "").replace("$", ""))
 
 
 class GoldError(ValueError):
     """A gold answer that is no number."""
 
 
+def to_number(text: str) -> Fraction | None:
+    """Return the exact value of what `NUMBER` matched, such as "-$1,234.50"; None if too long."""
+    if len(text) > _MAX_DIGITS:
+        return None
+    text = text.replace("\u2212", "-").replace("\u2013", "-")
+    return Fraction(text.replace(",", "").replace("$", ""))
+
+
 def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
-    """(prompt, target) of an entry; the target's calculator notes go unless `notes`.
+    """Return (prompt, target) of an entry; the target's calculator notes go unless `notes`.
 
     The prompt ends in a newline, where tokenizers split: its tokens are the same whether a
     target follows or not (those of the target are not: see tokens.encode_after).
-    Raises ValueError for an entry without a question or with an unparsable answer.
+    Raises ValueError for an entry without a question, with an unparsable answer, or with a field
+    that would be lost, such as a context.
     """
-    answer = _field(entry, "answer")
+    check_lost(entry)
+    question, answer = (_field(entry, name) for name in ("question", "answer"))
     if "####" not in answer:
         raise GoldError(f"the gold answer {answer[-60:]!r} does not end in `#### N`")
     parse_gold(answer)
-    answer = answer if notes else _NOTE.sub("", answer)
-    return PROMPT.format(question=_field(entry, "question").strip()), answer.strip()
+    answer = answer if notes else without_notes(answer)
+    return PROMPT.format(question=question.strip()), answer.strip()
+
+
+def without_notes(answer: str) -> str:
+    """Return a solution without its calculator notes."""
+    return re.sub(r"<<[^<>]*>>", "", answer)
 
 
 def _field(entry: dict[str, str], name: str) -> str:
@@ -57,7 +63,7 @@ def _field(entry: dict[str, str], name: str) -> str:
 
 
 def parse_gold(gold: object) -> Fraction:
-    """A gold answer as a number: an answer text with `####`, a numeral, or a number.
+    """Return a gold answer as a number: an answer text with `####`, a numeral, or a number.
 
     Raises GoldError (a ValueError) for anything else, NaN and infinities included.
     """

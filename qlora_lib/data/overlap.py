@@ -5,12 +5,12 @@ al. 2020, arXiv 2005.14165, appendix C): 13 words in a row in common are an over
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 NGRAM = 13  # words in a row
 SHORTEST = 8  # words of a question that are looked for within a longer text
-_WORD = re.compile(r"\w+")
 
 
 @dataclass
@@ -37,32 +37,29 @@ class Overlap:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words and numbers of a text, in one case, without punctuation."""
-    return tuple(_WORD.findall(text.casefold()))
+    """Return the words and numbers of a text, in one case, without punctuation."""
+    return tuple(re.findall(r"\w+", text.casefold()))
 
 
 def find_overlap(
     examples: Sequence[Sequence[str]], questions: Sequence[str], ngram: int | None = NGRAM
 ) -> Overlap:
-    """Which examples, each given as its texts, overlap with the questions of a test set.
+    """Return which examples, each given as its texts, overlap with the questions of a test set.
 
     ngram: None compares whole questions only, for problems made from templates, which share
     long phrases by design. A question of fewer than SHORTEST words must be equal.
     """
     asked = {words(question) for question in questions}
     # For each length, the runs of words that give an overlap away, and the questions they are of.
-    runs: dict[int, dict[tuple, list[tuple]]] = {}
+    runs: dict[int, dict[tuple, list[tuple]]] = defaultdict(lambda: defaultdict(list))
     for question in asked:
-        length = len(question) if ngram is None else min(ngram, len(question))
         if len(question) >= SHORTEST:
+            length = min(ngram or len(question), len(question))
             for run in _runs(question, length):
-                runs.setdefault(length, {}).setdefault(run, []).append(question)
+                runs[length][run].append(question)
     overlap = Overlap(len(examples), len(questions), ngram)
     for i, texts in enumerate(examples):
         texts = [words(text) for text in texts]
-        if any(text in asked for text in texts):
-            overlap.equal.append(i)
-            continue
         suspects = [
             (text, question)
             for text in texts
@@ -71,7 +68,9 @@ def find_overlap(
             for run in _runs(text, length)
             for question in known.get(run, ())
         ]
-        if any(question in _runs(text, len(question)) for text, question in suspects):
+        if any(text in asked for text in texts):
+            overlap.equal.append(i)
+        elif any(question in _runs(text, len(question)) for text, question in suspects):
             overlap.contain.append(i)
         elif suspects:
             overlap.share.append(i)
@@ -79,5 +78,5 @@ def find_overlap(
 
 
 def _runs(text: tuple[str, ...], length: int):
-    """All runs of `length` words, in order."""
+    """Yield all runs of `length` words, in order."""
     return zip(*(text[i:] for i in range(length)))

@@ -1,13 +1,49 @@
-"""Rows of JSONL and JSON files, read with errors that name the line."""
+"""Rows as they come, from a caller or a file, with errors that name what is wrong."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..base.paths import short_path
 
+# Fields that change what is asked or answered: where nothing writes them, a row is refused.
+LOST = ("system", "system_prompt", "context", "passage", "documents", "input", "history", "tools",
+        "images", "chat_template_kwargs")  # fmt: skip
+
+
+def listed(given: Iterable, what: str, kind: type = object) -> list:
+    """Return the items of a list, a Dataset or another iterable in order.
+
+    what: the items in words. Raises ValueError for one text, a dict (of columns, or of splits) and
+    a table, which would give letters and names, and for items of another kind.
+    """
+    if isinstance(given, Mapping) or hasattr(given, "columns"):
+        raise ValueError(
+            f"{what}: got a {type(given).__name__} of {[*getattr(given, 'columns', given)]!s:.80}; "
+            "give a list with an item a row: one split of a DatasetDict, Dataset.from_dict(...) "
+            "of a dict of columns, .to_dict('records') of a table, [row] for one row"
+        )
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ValueError(f"{what}: expected a list, got {given!r:.80}; give one as [it]")
+    items = list(given)
+    for i, item in enumerate(items, 1):
+        if not isinstance(item, kind):
+            raise ValueError(f"{what}: number {i} is {item!r:.80}, expected a {kind.__name__}")
+    return items
+
+
+def check_lost(row: Mapping, *written: str) -> None:
+    """Raise ValueError for a field of LOST with content, but those that are `written`."""
+    for field in LOST:
+        if row.get(field) and field not in written:
+            raise ValueError(
+                f"`{field}` {row[field]!r:.60} would be lost: nothing writes it here; put it "
+                "where it belongs, and write the row as prompt and completion"
+            )
+
 
 def check_text(text: str) -> None:
-    """Raises ValueError for half a surrogate pair, which JSON can write and tokenizers refuse."""
+    """Raise ValueError for half a surrogate pair, which JSON can write and tokenizers refuse."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -16,20 +52,18 @@ def check_text(text: str) -> None:
 
 
 def read_rows(path: Path) -> list[tuple[str, dict]]:
-    """(where, row) for each row of a JSONL file or of a JSON list; where: "FILE, line 3".
+    """Return (where, row) for each row of a JSONL file or JSON list; where: "FILE, line 3".
 
     Raises FileNotFoundError, or ValueError naming the line that is not a JSON object.
     """
-    name = short_path(path)
+    name = where = short_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {name}; expected a file with a JSON object a line")
-    where = name
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text, found = path.read_text(encoding="utf-8-sig"), []
         if text.lstrip().startswith("["):
             found = [(f"{name}, entry {i}", row) for i, row in enumerate(json.loads(text), 1)]
         else:
-            found = []
             # Not splitlines(): a JSON text may hold characters like U+2028 that it would split at.
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
@@ -48,5 +82,5 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSONL file; errors as read_rows."""
+    """Return the rows of a JSONL file; errors as read_rows."""
     return [row for _, row in read_rows(path)]

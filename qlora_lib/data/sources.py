@@ -1,7 +1,8 @@
 """Known problems and solutions: GSM8K and its harder kin, mini-GSM, MetaMathQA, MathInstruct.
 
 Test problems are entries with `question` and `answer`, as in GSM8K. The two sets that are only
-for training keep the fields that they come with; examples.py knows them.
+for training keep the fields that they come with; examples.py knows them. All raise
+FileNotFoundError, saying what to do, where they can't be read, and ValueError for other names.
 """
 
 import math
@@ -12,8 +13,6 @@ from ..base.paths import BUNDLED, DATA, short_path
 from .gsm8k import GoldError
 from .rows import read_jsonl
 
-HUB_NAME = "openai/gsm8k"
-GSM_HARD_NAME = "reasoning-machines/gsm-hard"
 MINIGSM_SPLITS = ("train", "dev", "test", "test_changed", "test_larger")
 # Sets for training: name on the hub. MetaMathQA: Yu et al. 2023 (arXiv 2309.12284);
 # MathInstruct: Yue et al. 2023 (arXiv 2309.05653).
@@ -21,54 +20,48 @@ TRAINING_SETS = {"metamathqa": "meta-math/MetaMathQA", "mathinstruct": "TIGER-La
 
 
 def load_gsm8k(split: str, folder: str | Path | None = None) -> list[dict[str, str]]:
-    """GSM8K's "train" (7,473 entries) or "test" (1,319).
-
-    Read from `folder`/{split}.jsonl when given, else from data/gsm8k when it is there,
-    else from the Hugging Face hub. Raises FileNotFoundError when none of them can be
-    read, ValueError for an unknown split.
-    """
+    """Return GSM8K's "train" (7,473 entries) or "test" (1,319): `folder`/{split}.jsonl when given,
+    else data/gsm8k when it is there, else from the Hugging Face hub."""
     if split not in ("train", "test"):
         raise ValueError(f"GSM8K has the splits train and test, not {split!r}")
     if folder is not None or (DATA / "gsm8k").is_dir():
         return read_jsonl(Path(folder or DATA / "gsm8k") / f"{split}.jsonl")
-    return from_hub(
-        HUB_NAME, split, "Put train.jsonl and test.jsonl from github.com/openai/grade-school-math "
-        f"into {short_path(DATA / 'gsm8k')}, or name their folder with --data or GSM8K_DIR", "main",
+    return _from_hub(
+        "openai/gsm8k", split,
+        "Put train.jsonl and test.jsonl from github.com/openai/grade-school-math into "
+        f"{short_path(DATA / 'gsm8k')}, or name their folder with --data or GSM8K_DIR", "main",
     )  # fmt: skip
 
 
 def load_gsm_hard(folder: str | Path | None = None) -> list[dict[str, str]]:
-    """GSM-Hard (Gao et al. 2022, arXiv 2211.10435): GSM8K's test questions, larger numbers.
+    """Return GSM-Hard (Gao et al. 2022, arXiv 2211.10435): GSM8K's test questions, larger numbers;
+    `folder`/gsmhardv2.jsonl when given, else from the hub.
 
-    Read from `folder`/gsmhardv2.jsonl when given, else from the Hugging Face hub. Its golds
-    are floats, some negative or with many decimals. The answer is the shortest decimal that
-    reads back as that float: 14053029.666666666 is compared within 1e-6, 9867630.0 becomes
-    the integer 9867630, which is compared exactly. Raises FileNotFoundError when it can't be
-    read, GoldError for NaN and infinities.
+    Its golds are floats, some negative or with many decimals. The answer is the shortest decimal
+    that reads back as that float: 14053029.666666666 is compared within 1e-6, 9867630.0 becomes
+    the integer 9867630, which is compared exactly. Raises GoldError for NaN and infinities.
     """
     if folder is not None:
         rows = read_jsonl(Path(folder) / "gsmhardv2.jsonl")
     else:
-        rows = from_hub(
-            GSM_HARD_NAME, "train", "Put gsmhardv2.jsonl from github.com/reasoning-machines/pal "
-            "into a folder, and name it with --data",
+        rows = _from_hub(
+            "reasoning-machines/gsm-hard", "train", "Put gsmhardv2.jsonl from "
+            "github.com/reasoning-machines/pal into a folder, and name it with --data",
         )  # fmt: skip
     return [{"question": row["input"], "answer": f"#### {_decimal(row['target'])}"} for row in rows]
 
 
 def _decimal(target: float) -> str:
-    """A float in digits, without an exponent and without ".0"."""
+    """Return a float in digits, without an exponent and without ".0"."""
     if not math.isfinite(target):
         raise GoldError(f"a gold answer must be a number, got {target}")
-    text = format(Decimal(repr(target)), "f")
-    return text.removesuffix(".0")
+    return format(Decimal(repr(target)), "f").removesuffix(".0")
 
 
 def load_minigsm(split: str, folder: str | Path | None = None) -> list[dict[str, str]]:
-    """mini-GSM's "train", "dev" or "test", bundled under data/minigsm.
+    """Return mini-GSM's "train", "dev" or "test", bundled under data/minigsm.
 
     "test_changed" and "test_larger" are test problems with other numbers, line by line.
-    Raises FileNotFoundError where they are not, ValueError for an unknown split.
     """
     if split not in MINIGSM_SPLITS:
         raise ValueError(
@@ -82,30 +75,27 @@ def load_minigsm(split: str, folder: str | Path | None = None) -> list[dict[str,
 
 
 def load_training_set(name: str) -> list[dict[str, str]]:
-    """The rows of "metamathqa" (395,000) or "mathinstruct", as published.
-
-    Read from the one JSON file in data/NAME when that folder is there, else from the hub.
-    Raises FileNotFoundError when neither can be read, ValueError for another name.
-    """
+    """Return the rows of "metamathqa" (395,000) or "mathinstruct", as published: the one JSON file
+    in data/NAME when that folder is there, else from the hub."""
     if name not in TRAINING_SETS:
         raise ValueError(f"the training sets are {', '.join(TRAINING_SETS)}, not {name!r}")
     if (DATA / name).is_dir():
         return read_jsonl(data_file(DATA / name))
-    return from_hub(
-        TRAINING_SETS[name], "train", f"Put its JSON file into {short_path(DATA / name)}, or name "
-        "that file with --data"
+    return _from_hub(
+        TRAINING_SETS[name], "train",
+        f"Put its JSON file into {short_path(DATA / name)}, or name that file with --data",
     )  # fmt: skip
 
 
 def data_file(folder: Path, split: str = "train") -> Path:
-    """`folder`/{split}.jsonl or .json or, for "train", the only such file but dev and test.
+    """Return `folder`/{split}.jsonl or .json or, for "train", the only such file but dev and test.
 
     Raises FileNotFoundError, saying what the folder holds.
     """
-    for suffix in ("jsonl", "json"):
-        if (folder / f"{split}.{suffix}").is_file():
-            return folder / f"{split}.{suffix}"
     found = sorted([*folder.glob("*.jsonl"), *folder.glob("*.json")])
+    named = [folder / f"{split}.{suffix}" for suffix in ("jsonl", "json")]
+    if own := [file for file in named if file in found]:
+        return own[0]
     to_train = [file for file in found if file.stem not in ("dev", "test")]
     if split == "train" and len(to_train) == 1:
         return to_train[0]
@@ -117,15 +107,16 @@ def data_file(folder: Path, split: str = "train") -> Path:
 
 
 def holds_problems(folder: Path) -> bool:
-    """Whether a folder holds problems to be tested on: test.jsonl with `question`s, or GSM-Hard."""
+    """Return whether a folder holds problems to be tested on: test.jsonl with `question`s, or
+    GSM-Hard."""
     test = folder / "test.jsonl"
     if test.is_file():
         return "question" in read_jsonl(test)[0]
     return (folder / "gsmhardv2.jsonl").is_file()
 
 
-def from_hub(name: str, split: str, remedy: str, config: str | None = None) -> list[dict]:
-    """The rows of a split; FileNotFoundError, ending in the remedy, when it can't be read."""
+def _from_hub(name: str, split: str, remedy: str, config: str | None = None) -> list[dict]:
+    """Return the rows of a split; FileNotFoundError, ending in the remedy, if it can't be read."""
     try:
         from datasets import load_dataset
 

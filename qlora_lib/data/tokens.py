@@ -13,6 +13,7 @@ from torch import Tensor
 Pair = tuple[str, str]  # prompt, target
 
 IGNORE = -100  # a label that cross-entropy leaves out
+PAD = 0  # the id that fills up a batch. It is masked, so any will do that every model has.
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Example:
         return iter((self.input_ids, self.labels))
 
     def teaches(self, max_length: int) -> bool:
-        """Whether anything is learned from the first max_length tokens."""
+        """Return whether anything is learned from the first max_length tokens."""
         return any(label != IGNORE for label in self.labels[:max_length])
 
     def cut(self, max_length: int) -> "Example":
-        """The example without what exceeds max_length, at its end.
+        """Return the example without what exceeds max_length, at its end.
 
         Raises ValueError when nothing that is learned is left.
         """
@@ -52,15 +53,15 @@ class Example:
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """[bos] + ids of the prompt; no bos for a tokenizer that has none, nor a second one where the
-    prompt begins with it, as those that chat templates write do."""
+    """Return [bos] + ids of the prompt; no bos for a tokenizer that has none, nor a second one
+    where the prompt begins with it, as those that chat templates write do."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     return ids if ids[:1] == bos else bos + ids
 
 
 def encode_after(tokenizer, before: str, text: str) -> list[int]:
-    """The ids of `text` as it stands after `before`, whose own ids stay as they are alone.
+    """Return the ids of `text` as it stands after `before`, whose own ids stay as they are alone.
 
     Encoded by itself, a text would begin as a text does: SentencePiece writes a space before its
     first word. So both are encoded together, and the ids of `before` cut off. Where a token lies
@@ -76,7 +77,7 @@ def encode_after(tokenizer, before: str, text: str) -> list[int]:
 
 
 def encode_example(tokenizer, prompt: str, target: str, max_length: int | None = None) -> Example:
-    """[bos] + prompt + target + [eos] as an Example, cut to `max_length` tokens if that is given.
+    """Return [bos] + prompt + target + [eos] as an Example, cut to `max_length` tokens if given.
 
     Labels are -100 on the prompt and the ids themselves on target and eos: the model must learn
     to stop, so the one real eos is supervised; a cut example has none. A bos or eos that the text
@@ -93,7 +94,7 @@ def encode_example(tokenizer, prompt: str, target: str, max_length: int | None =
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """int64 (batch, longest), filled up with `value` on one side."""
+    """Return int64 (batch, longest), filled up with `value` on one side."""
     width = max(map(len, sequences))
     fills = [[value] * (width - len(s)) for s in sequences]
     rows = [[*s, *f] if side == "right" else [*f, *s] for s, f in zip(sequences, fills)]
@@ -101,9 +102,9 @@ def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> 
 
 
 def collate(
-    batch: Sequence[Example], pad_id: int, device: torch.device | str = "cpu"
+    batch: Sequence[Example], pad_id: int = PAD, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels, int64 (batch, seq), padded on the right.
+    """Return input_ids, attention_mask and labels, int64 (batch, seq), padded on the right.
 
     batch: Examples, or plain (input_ids, labels). Padding has label -100 and mask 0 whatever its
     id: where pad is eos, the real eos stays supervised and the padding does not.
@@ -120,19 +121,20 @@ def collate(
 def by_length(
     sequences: Sequence[Sequence[int]], size: int, longest_first: bool = False
 ) -> list[list[int]]:
-    """The indices of the sequences, in batches of like length."""
+    """Return the indices of the sequences, in batches of like length."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]) * (-1) ** longest_first)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def batches(
-    examples: Sequence[Example], size: int, pad_id: int, device: torch.device | str = "cpu"
+    examples: Sequence[Example], size: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """(indices, their batch) for all examples, those of like length together: they pad little."""
+    """Yield (indices, their batch) for all examples, those of like length together: they pad
+    little."""
     for chosen in by_length([example.input_ids for example in examples], size):
-        yield chosen, collate([examples[i] for i in chosen], pad_id, device)
+        yield chosen, collate([examples[i] for i in chosen], device=device)
 
 
 def pad_id(tokenizer) -> int:
-    """The padding id: eos where the tokenizer has no pad token (Llama-2)."""
+    """Return the id that others pad with: eos where the tokenizer has no pad token (Llama-2)."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

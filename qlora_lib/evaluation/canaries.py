@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from ..data.gsm8k import format_gsm8k, parse_gold
+from ..data.gsm8k import format_gsm8k, parse_gold, without_notes
 from .extraction import equals, numbers
 
 AT_MOST = 64  # problems, evenly spaced
@@ -35,9 +35,8 @@ def run_canaries(
     chosen = sample(problems)
     golds = [parse_gold(entry["answer"]) for entry in chosen]
     prompts = [prompt(entry)[0] for entry in chosen]
-    solutions = [_solution(entry) for entry in chosen]
+    solutions = [a if "####" in a else f"#### {a}" for a in (str(e["answer"]) for e in chosen)]
     order = random.Random(0).sample(range(len(chosen)), len(chosen))
-    shuffled = [solutions[i] for i in order]
     same = sum(equals(golds[i], gold) for i, gold in zip(order, golds))
     # Before its first "Question:" a prompt of ours is empty. One without it may by chance
     # hold a number that is right, such as an answer that stands in the question.
@@ -50,49 +49,40 @@ def run_canaries(
         "silent": ([""] * n, 0, 0, "the grader takes silence for an answer"),
         "echo": (prompts, 0, lucky, "the grader reads an answer from the prompt"),
         "gold": (solutions, n, n, "the grader does not find the answer of the gold solutions"),
-        "shuffled": (shuffled, same, same, "the grader does not compare with the right gold"),
-    }
+        "shuffled": ([solutions[i] for i in order], same, same,
+                     "the grader does not compare with the right gold"),
+    }  # fmt: skip
     scores = {}
     for name, (completions, low, high, broken) in canaries.items():
-        report = evaluate(_replay(completions), chosen, prompt=prompt, canaries=False)
+        rest = iter(completions)
+        report = evaluate(
+            lambda asked: list(islice(rest, len(asked))), chosen, prompt=prompt, canaries=False
+        )
         if report.n != n:
             raise CanaryError(f"canary {name}: {report.n} of {n} questions were counted")
         scores[name] = report.strict_correct, report.flexible_correct
         for mode, right in zip(MODES, scores[name]):
             if not low <= right <= high:
-                expected = str(low) if low == high else f"{low} to {high}"
-                example = ""
                 if name == "gold":
                     wrong = next(p for p in report.predictions if not getattr(p, mode))
-                    example = f", such as {wrong.completion[-60:]!r}"
+                    broken += f", such as {wrong.completion[-60:]!r}"
+                expected = str(low) if low == high else f"{low} to {high}"
                 raise CanaryError(
-                    f"canary {name}: {right} of {n} right ({mode}), expected {expected}: "
-                    f"{broken}{example}"
+                    f"canary {name}: {right} of {n} right ({mode}), expected {expected}: {broken}"
                 )
     return scores
 
 
 def sample(problems: Sequence) -> Sequence:
-    """At most AT_MOST of the problems, evenly spaced."""
+    """Return at most AT_MOST of the problems, evenly spaced."""
     return problems[:: -(-len(problems) // AT_MOST)]
-
-
-def _replay(completions: list[str]) -> Callable[[Sequence[str]], list[str]]:
-    """A model that says these in turn."""
-    rest = iter(completions)
-    return lambda prompts: list(islice(rest, len(prompts)))
-
-
-def _solution(entry: dict[str, str]) -> str:
-    answer = str(entry["answer"])
-    return answer if "####" in answer else f"#### {answer}"
 
 
 def _refuse_leak(entry: dict[str, str], prompt: str) -> None:
     if "####" not in str(entry["answer"]):
         return
-    whole = {entry["answer"].strip(), format_gsm8k(entry)[1]}  # with and without notes
-    last = entry["answer"].strip().splitlines()[-1]
+    answer = entry["answer"].strip()
+    last, whole = answer.splitlines()[-1], {answer, without_notes(answer).strip()}
     if prompt.rstrip().endswith(last) or any("\n" in w and f"{w}\n" in prompt for w in whole):
         raise CanaryError(
             f"the prompt of {entry['question'][:60]!r} holds its gold solution; a model must "

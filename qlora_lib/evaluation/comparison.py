@@ -40,12 +40,10 @@ class Comparison:
     @property
     def interval(self) -> tuple[float, float]:
         """Newcombe's 95% interval of the difference, paired."""
-        both = self.right_a - self.only_a
-        return newcombe(self.right_a, self.n, self.right_b, self.n, both)
+        return newcombe(self.right_a, self.n, self.right_b, self.n, self.right_a - self.only_a)
 
     def __str__(self) -> str:
         a, b = self.names
-        low, high = (100 * x for x in self.interval)
         if self.only_a + self.only_b == 0:
             verdict = "they are right on the same questions"
         elif self.p < 0.05:
@@ -55,8 +53,7 @@ class Comparison:
             verdict = "chance explains the difference"
         return (
             f"{self.n} questions ({self.mode}): {a} {self.right_a / self.n:.1%}, "
-            f"{b} {self.right_b / self.n:.1%}, difference {100 * self.difference:+.1f} points "
-            f"[{low:+.1f}, {high:+.1f}]\n"
+            f"{b} {self.right_b / self.n:.1%}, {_difference(self)}\n"
             f"right in {a} only: {self.only_a}, in {b} only: {self.only_b}; "
             f"exact McNemar p = {self.p:.2g}: {verdict}"
         )
@@ -65,33 +62,31 @@ class Comparison:
 def compare(
     a: EvalReport, b: EvalReport, mode: str = "strict", names: tuple[str, str] = ("a", "b")
 ) -> Comparison:
-    """Two models on the same questions: accuracies, discordant questions, McNemar's p.
+    """Return two models' accuracies on the same questions, discordant questions, McNemar's p.
 
     mode: "strict" or "flexible". Raises ValueError, naming the first question that differs,
     unless both reports hold the same questions with the same golds in the same order.
     """
-    _check(mode, a, b)
-    first, second = (questions_hash(pairs(report)) for report in (a, b))
-    if first != second:
-        differ = next(
-            (i for i, (x, y) in enumerate(zip(pairs(a), pairs(b))) if x != y), min(a.n, b.n)
-        )
+    verdicts, asked = _verdicts(mode, a, b), (pairs(a), pairs(b))
+    if asked[0] != asked[1]:
+        differ = next((i for i, (x, y) in enumerate(zip(*asked)) if x != y), min(a.n, b.n))
+        first, second = (questions_hash(each)[:12] for each in asked)
         raise ValueError(
-            f"the reports are not about the same questions: {a.n} with hash {first[:12]}, {b.n} "
-            f"with hash {second[:12]}, the first to differ is number {differ + 1}; evaluate both "
+            f"the reports are not about the same questions: {a.n} with hash {first}, {b.n} "
+            f"with hash {second}, the first to differ is number {differ + 1}; evaluate both "
             "on the same problems, or take `drop` for two sets of problems"
         )
-    return compare_verdicts(_verdicts(a, mode), _verdicts(b, mode), mode, names)
+    return compare_verdicts(*verdicts, mode, names)
 
 
 def compare_verdicts(
     a: Sequence[bool], b: Sequence[bool], mode: str = "exact match",
     names: tuple[str, str] = ("a", "b"),
 ) -> Comparison:  # fmt: skip
-    """The comparison of right and wrong answers to the same questions, in the same order."""
-    pairs = list(zip(a, b, strict=True))
-    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
-    return Comparison(mode, len(pairs), sum(a), sum(b), only_a, only_b, names)
+    """Return the comparison of right and wrong answers to the same questions, in their order."""
+    both = list(zip(a, b, strict=True))
+    only_a, only_b = both.count((True, False)), both.count((False, True))
+    return Comparison(mode, len(both), sum(a), sum(b), only_a, only_b, names)
 
 
 @dataclass(frozen=True)
@@ -114,48 +109,37 @@ class Drop:
         return newcombe(self.right[0], self.n[0], self.right[1], self.n[1], self.both)
 
     def __str__(self) -> str:
-        low, high = (100 * x for x in self.interval)
         parts = [
             f"{name} {right}/{n} = {right / n:.1%}"
             for name, right, n in zip(self.names, self.right, self.n)
         ]
         how = "unpaired" if self.both is None else "paired by index"
-        return (
-            f"{self.mode}: {', '.join(parts)}; difference {100 * self.difference:+.1f} points "
-            f"[{low:+.1f}, {high:+.1f}], {how}"
-        )
+        return f"{self.mode}: {', '.join(parts)}; {_difference(self)}, {how}"
 
 
 def drop(
-    a: EvalReport,
-    b: EvalReport,
-    mode: str = "strict",
-    paired: bool = False,
+    a: EvalReport, b: EvalReport, mode: str = "strict", paired: bool = False,
     names: tuple[str, str] = ("a", "b"),
-) -> Drop:
-    """How much accuracy falls from the problems of `a` to those of `b`, such as test and
+) -> Drop:  # fmt: skip
+    """Return how much accuracy falls from the problems of `a` to those of `b`, such as test and
     test_changed, or GSM8K and GSM-Hard.
 
     paired: problem i of b is a variant of problem i of a, which narrows the interval; such
     reports must be equally long. Raises ValueError when they are not.
     """
-    _check(mode, a, b)
-    both = None
-    if paired:
-        if a.n != b.n:
-            raise ValueError(f"{a.n} and {b.n} problems can't be paired by index; paired=False?")
-        both = sum(x and y for x, y in zip(_verdicts(a, mode), _verdicts(b, mode)))
-    return Drop(mode, (a.n, b.n), (sum(_verdicts(a, mode)), sum(_verdicts(b, mode))), both, names)
+    of_a, of_b = _verdicts(mode, a, b)
+    if paired and a.n != b.n:
+        raise ValueError(f"{a.n} and {b.n} problems can't be paired by index; paired=False?")
+    both = sum(x and y for x, y in zip(of_a, of_b)) if paired else None
+    return Drop(mode, (a.n, b.n), (sum(of_a), sum(of_b)), both, names)
 
 
 def report_difference(
     a: EvalReport, b: EvalReport, names: tuple[str, str] = ("a", "b")
 ) -> Comparison | Drop:
-    """`compare` for the same questions, else `drop`: paired for a split and its variant.
-
-    Strict. Only splits whose problems are variants of each other, line by line, are paired.
-    """
-    if questions_hash(pairs(a)) == questions_hash(pairs(b)):
+    """Return `compare` for the same questions, else `drop`; strict. Only splits whose problems are
+    variants of each other, line by line, are paired."""
+    if pairs(a) == pairs(b):
         return compare(a, b, names=names)
     splits = {a.info.get("split"), b.info.get("split")}
     variants = any(splits <= family for family in FAMILIES) and len(splits) == 2
@@ -163,15 +147,17 @@ def report_difference(
 
 
 def pairs(report: EvalReport) -> list[tuple[str, str]]:
-    """(question, gold) of each prediction."""
+    """Return (question, gold) of each prediction."""
     return [(p.question, p.gold) for p in report.predictions]
 
 
-def _verdicts(report: EvalReport, mode: str) -> list[bool]:
-    return [getattr(p, mode) for p in report.predictions]
+def _difference(found: Comparison | Drop) -> str:
+    low, high = (100 * x for x in found.interval)
+    return f"difference {100 * found.difference:+.1f} points [{low:+.1f}, {high:+.1f}]"
 
 
-def _check(mode: str, *reports: EvalReport) -> None:
+def _verdicts(mode: str, *reports: EvalReport) -> list[list[bool]]:
+    """Return right and wrong of each report, in the order of its questions."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
     for report in reports:
@@ -180,3 +166,4 @@ def _check(mode: str, *reports: EvalReport) -> None:
                 f"a report of {report.n} questions holds {len(report.predictions)} predictions; "
                 "read it with EvalReport.load(folder)"
             )
+    return [[getattr(p, mode) for p in report.predictions] for report in reports]

@@ -17,11 +17,12 @@ from ..base.hashes import changes, content_hash
 from ..base.paths import short_path
 from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
-from ..data.rows import read_jsonl
+from ..data.rows import listed, read_jsonl
 from ..generation.generate import Generator
 from .canaries import run_canaries
 from .extraction import equals, extract_answer
 
+CHUNK = 128  # questions that are asked at a time, and kept together, unless told
 Entry = dict[str, str]
 Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
 # What decides the completions; a folder holds the answers of one such set. Not among them:
@@ -33,7 +34,8 @@ SETTINGS = (
 
 
 def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
-    """A prompt function that puts the first `k` examples, solved, before the question."""
+    """Return a prompt function that puts the first `k` examples, solved, before the question."""
+    examples = listed(examples, "examples", dict)
     if not 0 <= k <= len(examples):
         raise ValueError(f"k={k} examples asked for, {len(examples)} given")
     shown = "".join(p + t + "\n\n" for p, t in map(format_gsm8k, examples[:k]))
@@ -70,9 +72,9 @@ class Prediction:
         return getattr(self, name)
 
     def row(self) -> dict:
-        """As JSON, without samples and scores where there are none."""
-        return {name: value for name, value in vars(self).items() if value is not None
-                or name not in ("samples", "scores")}  # fmt: skip
+        """Return the fields, as JSON takes them, without samples and scores that are None."""
+        left = {name for name in ("samples", "scores") if self[name] is None}
+        return {name: value for name, value in vars(self).items() if name not in left}
 
 
 @dataclass
@@ -91,23 +93,23 @@ class EvalReport:
 
     @classmethod
     def count(cls, predictions: list[Prediction], info: dict) -> "EvalReport":
-        """The report that these predictions make."""
-        counts = {
-            "strict_correct": sum(p.strict for p in predictions),
-            "flexible_correct": sum(p.flexible for p in predictions),
-            "formatted": sum(p.strict_answer is not None for p in predictions),
-            "truncated": sum(not p.finished for p in predictions),
-            "tokens": sum(p.tokens for p in predictions),
-            "seconds": sum(p.seconds for p in predictions),
-        }
-        return cls(len(predictions), **counts, info=info, predictions=predictions)
+        """Return the report that these predictions make."""
+        return cls(
+            n=len(predictions),
+            strict_correct=sum(p.strict for p in predictions),
+            flexible_correct=sum(p.flexible for p in predictions),
+            formatted=sum(p.strict_answer is not None for p in predictions),
+            truncated=sum(not p.finished for p in predictions),
+            tokens=sum(p.tokens for p in predictions),
+            seconds=sum(p.seconds for p in predictions),
+            info=info,
+            predictions=predictions,
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "EvalReport":
-        """The report that `evaluate` stored in report_folder.
-
-        Raises FileNotFoundError where there is none, or only an unfinished one.
-        """
+        """Return the report that `evaluate` stored in report_folder; FileNotFoundError where there
+        is none, or only an unfinished one."""
         path = Path(folder) / "report.json"
         if not path.is_file():
             raise FileNotFoundError(
@@ -148,7 +150,7 @@ class EvalReport:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def summary(self) -> dict:
-        """Everything but the predictions, as JSON takes it."""
+        """Return everything but the predictions, as JSON takes it."""
         values = {k: v for k, v in vars(self).items() if k != "predictions"}
         names = ("strict", "flexible", "strict_interval", "flexible_interval", "format_rate",
                  "truncation_rate", "tokens_per_second")  # fmt: skip
@@ -177,7 +179,7 @@ def evaluate(
     report_folder: str | Path | None = None,
     prompt: Prompt = format_gsm8k,
     callback: Callable[[Prediction], None] | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     vote: Callable[[list], str] | None = None,
     canaries: bool = True,
     restart: bool = False,
@@ -187,8 +189,9 @@ def evaluate(
     generate: any function from prompts to completions (plain strings will do), or to lists of
     samples, of which `vote` makes or picks the one that counts; a Generator also says in the
     report what it is. prompt: entry to (prompt, target), of which only the prompt is used.
-    `chunk` questions are asked at a time. callback: called with each new prediction. canaries:
-    first check the grader with models whose score is known, in milliseconds.
+    chunk: questions that are asked at a time; None: about 128, in whole batches of `generate`.
+    callback: called with each new prediction. canaries: first check the grader with models whose
+    score is known, in milliseconds.
 
     Several processes take a chunk each, so that questions are asked together just as by one
     process, with the same completions, and a run may go on with another number of them. All
@@ -197,14 +200,18 @@ def evaluate(
     report_folder gets settings.json, predictions.jsonl as it grows, and report.json at the
     end. A killed evaluation, called again, keeps the chunks it has and gives the same report
     (but for the clock). Raises, before anything is generated, ValueError for a folder with
-    answers of other settings, which `restart` replaces, for no problems, and for a prompt that
-    `generate.check` refuses; GoldError for an unparsable gold; CanaryError for a grader or a
-    prompt that can't be trusted.
+    answers of other settings, which `restart` replaces, for no problems or no list of them, and
+    for a prompt that `generate.check` refuses; GoldError for an unparsable gold; CanaryError for
+    a grader or a prompt that can't be trusted.
     """
+    problems = listed(problems, "problems", dict)
     if not problems:
         raise ValueError("there are no problems to evaluate on")
     generate = Generator.of(generate)
-    golds = [parse_gold(entry["answer"]) for entry in problems]
+    if chunk is None:  # a rest would be a smaller batch, in every chunk
+        batch = generate.info.get("decoding", {}).get("batch_size", 1)
+        chunk = batch * max(1, CHUNK // batch)
+    golds = [parse_gold(entry.get("answer")) for entry in problems]
     prompts = [prompt(entry)[0] for entry in problems]
     if canaries:
         run_canaries(evaluate, problems, prompt)
@@ -219,8 +226,13 @@ def evaluate(
     if report_folder is not None:
         # Hashing a model reads all of it: worth it only where answers are kept.
         info["weights"] = generate.fingerprint()
-        done = _begin(Path(report_folder), info, len(problems), restart)
-        folder = Path(report_folder) if processes.first() else None  # where to write
+        settings = {name: info.get(name) for name in SETTINGS}
+        for name, value in settings.items():
+            processes.agree(name, value)
+        path = Path(report_folder)
+        rows = processes.on_first(lambda: _open_folder(path, settings, len(problems), restart))
+        done = [Prediction(**row) for row in rows]
+        folder = path if processes.first() else None  # where to write
 
     def ask(start: int) -> list[Prediction]:
         asked = prompts[start : start + chunk]
@@ -253,7 +265,7 @@ def evaluate(
 
 
 def questions_hash(pairs) -> str:
-    """SHA-256 of (question, gold) pairs, in order: two reports with the same can be paired."""
+    """Return the SHA-256 of (question, gold) pairs in order: reports with the same can be paired."""
     return content_hash([[question, str(gold)] for question, gold in pairs])
 
 
@@ -286,20 +298,9 @@ def _score(
     )
 
 
-def _begin(folder: Path, info: dict, n: int, restart: bool) -> list[Prediction]:
-    """The predictions that the folder holds already of the evaluation with this `info`.
-
-    All processes agree on the settings, then the first opens the folder.
-    """
-    settings = {name: info.get(name) for name in SETTINGS}
-    for name, value in settings.items():
-        processes.agree(name, value)
-    rows = processes.on_first(lambda: _open_folder(folder, settings, n, restart))
-    return [Prediction(**row) for row in rows]
-
-
 def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[dict]:
-    """The rows of predictions.jsonl in whole chunks; settings.json is written, or found equal."""
+    """Return the rows of predictions.jsonl in whole chunks, for an evaluation of n questions with
+    these settings; settings.json is written, or found equal."""
     own, answers = folder / "settings.json", folder / "predictions.jsonl"
     settings = json.loads(json.dumps(settings))  # tuples to lists, as they are read back
     if restart:
@@ -318,13 +319,11 @@ def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[di
         raise ValueError(
             f"{short_path(folder)} holds answers of other settings ({changed}); {remedy}"
         )
-    lines = []
-    if answers.is_file():
-        lines = answers.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
+    text = answers.read_text(encoding="utf-8") if answers.is_file() else ""
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # after a kill
     if len(whole) < n:  # sampling and rounding depend on which questions are asked together
         whole = whole[: len(whole) // settings["chunk"] * settings["chunk"]]
-    if whole != lines:
+    if "".join(whole) != text:
         with whole_file(answers) as part:
             part.write_text("".join(whole), encoding="utf-8")
     return list(map(json.loads, whole))

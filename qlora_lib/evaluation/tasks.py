@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..base.statistics import wilson
+from ..data.rows import listed
 from ..data.tokens import Pair
 from ..generation.generate import Decoding
 
-SPLITS = ("train", "dev", "test")
-SIZES = {"train": 2000, "dev": 200, "test": 500}
+SIZES = {"train": 2000, "dev": 200, "test": 500}  # pairs of each split, unless told
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,17 @@ class Task:
     max_new_tokens: int  # room for the longest target and its end token
 
     def pairs(self, split: str, n: int | None = None) -> list[Pair]:
-        """The first `n` (prompt, target) pairs of a split; SIZES says how many by default.
-
-        Raises ValueError for another split, and for fewer than one pair.
-        """
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+        """Return the first `n` (prompt, target) pairs of a split; ValueError for another split,
+        and for fewer than one pair."""
+        if split not in SIZES:
+            raise ValueError(f"split is {split!r}; expected one of {', '.join(SIZES)}")
         n = SIZES[split] if n is None else n
         if n < 1:
             raise ValueError(f"n={n} pairs of {self.name}; expected at least 1")
         return self.draw(split, n)
 
     def decoding(self, batch_size: int = 100) -> Decoding:
-        """Greedy, with room for this task's answers."""
+        """Return greedy decoding with room for this task's answers."""
         return Decoding(max_new_tokens=self.max_new_tokens, batch_size=batch_size, stop=())
 
 
@@ -65,14 +63,10 @@ class Score:
         return wilson(self.correct, self.n)
 
     def row(self) -> dict:
-        """As JSON: counts, interval, and a 1 or 0 a question."""
-        return {
-            "n": self.n,
-            "correct": self.correct,
-            "accuracy": self.accuracy,
-            "interval": self.interval,
-            "right": "".join(str(int(r)) for r in self.right),
-        }
+        """Return counts, interval, and a 1 or 0 a question, as JSON takes them."""
+        names = ("n", "correct", "accuracy", "interval")
+        right = "".join(str(int(r)) for r in self.right)
+        return {name: getattr(self, name) for name in names} | {"right": right}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -85,6 +79,7 @@ def score(generate: Callable, task: Task, pairs: Sequence[Pair]) -> Score:
 
     Raises ValueError for no pairs.
     """
+    pairs = listed(pairs, "pairs")
     if not pairs:
         raise ValueError(f"there is nothing to ask of task {task.name}; give at least one pair")
     completions = generate([prompt for prompt, _ in pairs])

@@ -19,13 +19,14 @@ from ..base import processes
 from ..base.files import read_tensors, whole_file
 from ..base.hashes import content_hash
 from ..base.progress import Progress
-from ..data.tokens import Example, batches, collate, encode_example, pad_id
+from ..data.tokens import Example, batches, collate
 from ..lora.files import load_adapter, save_adapter
 from ..lora.inject import inject_lora, set_adapter, use_adapter
 from ..lora.layer import adapter_names, lora_layers
 from ..lora.targets import ALL_LINEAR
 from ..train.config import TrainConfig, schedule
 from ..train.step import Stepper
+from .votes import encode_solutions
 
 ADAPTER = "verifier"
 HEAD = "head.safetensors"
@@ -38,13 +39,13 @@ class Verifier:
     """
 
     def __init__(self, model, tokenizer, rank: int = 16, target_modules=ALL_LINEAR):
-        """A new one; it says 1/2 to everything until it is trained. Freezes the model.
+        """Make a new one, which says 1/2 to everything until it is trained; freezes the model.
 
         Raises ValueError for targets that match nothing, or when there is one already.
         """
-        if ADAPTER in adapter_names(model):
-            raise ValueError("the model has a verifier already; load the model anew")
         others = adapter_names(model)
+        if ADAPTER in others:
+            raise ValueError("the model has a verifier already; load the model anew")
         inject_lora(model, target_modules, rank=rank, alpha=2 * rank, adapter=ADAPTER)
         self._attach(model, tokenizer, others)
 
@@ -61,7 +62,7 @@ class Verifier:
 
     @classmethod
     def load(cls, model, tokenizer, folder: str | Path) -> "Verifier":
-        """The verifier that `save` wrote, for the model that it was trained on.
+        """Return the verifier that `save` wrote, for the model that it was trained on.
 
         Raises FileNotFoundError, and ValueError for another base or a damaged file.
         """
@@ -79,12 +80,9 @@ class Verifier:
 
     def save(self, folder: str | Path) -> None:
         """Write folder/adapter in PEFT's layout, and folder/head.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {n: t.detach().cpu() for n, t in self.head.state_dict().items()}
-        with whole_file(folder / HEAD) as part:
-            save_file(tensors, part)
-            save_adapter(self.model, folder / "adapter", ADAPTER)
+        with whole_file(Path(folder) / HEAD) as part:
+            save_file({n: t.detach().cpu() for n, t in self.head.state_dict().items()}, part)
+            save_adapter(self.model, Path(folder) / "adapter", ADAPTER)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -96,7 +94,7 @@ class Verifier:
         return own
 
     def log_odds(self, batch: dict[str, Tensor]) -> Tensor:
-        """Log-odds of "right", read after each solution's end token: fp32 (batch,)."""
+        """Return the log-odds of "right", read after each solution's end token: fp32 (batch,)."""
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
         with use_adapter(self.model, ADAPTER):
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -108,28 +106,27 @@ class Verifier:
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
     ) -> list[float]:
-        """Probability that each solution is right, read after its end token."""
+        """Return the probability that each solution is right, read after its end token."""
         encoded = self._encode(prompts, completions)
         results = [0.0] * len(encoded)
-        device = self.head.weight.device
-        for chosen, batch in batches(encoded, batch_size, pad_id(self.tokenizer), device):
+        for chosen, batch in batches(encoded, batch_size, self.head.weight.device):
             for i, p in zip(chosen, self.log_odds(batch).sigmoid().tolist()):
                 results[i] = p
         return results
 
     def fingerprint(self) -> str:
-        """A hash of the head; the adapter counts among the model's parameters."""
+        """Return a hash of the head; the adapter counts among the model's parameters."""
         return content_hash([p.tolist() for p in self.head.parameters()])
 
     def loss(self, batch: dict[str, Tensor], right: Tensor) -> Tensor:
-        """Mean binary cross-entropy a solution; right (batch,) of 0.0 and 1.0."""
+        """Return the mean binary cross-entropy a solution; right (batch,) of 0.0 and 1.0."""
         return nn.functional.binary_cross_entropy_with_logits(self.log_odds(batch), right)
 
     def _encode(self, prompts, completions) -> list[Example]:
-        return [encode_example(self.tokenizer, p, c) for p, c in zip(prompts, completions)]
+        return encode_solutions(self.model, self.tokenizer, prompts, completions)
 
     def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        return collate(examples, pad_id(self.tokenizer), self.head.weight.device)
+        return collate(examples, device=self.head.weight.device)
 
 
 def train_verifier(
@@ -140,7 +137,8 @@ def train_verifier(
     config: TrainConfig = TrainConfig(epochs=1, batch_size=64, lr=1e-3),
     callback: Callable[[dict], None] | None = None,
 ) -> list[dict]:
-    """Train on solutions labelled right or wrong, in place; returns step, loss, lr, seconds.
+    """Train on solutions labelled right or wrong, in place; returns step, loss, lr, seconds of
+    each step.
 
     Of `config` it takes epochs or max_steps, batch_size, lr, warmup_ratio, weight_decay,
     max_grad_norm and seed; it computes in fp32. Raises ValueError unless there are right and
@@ -155,7 +153,6 @@ def train_verifier(
     encoded = verifier._encode(prompts, completions)
     labels = torch.tensor([float(r) for r in right], device=verifier.head.weight.device)
     parameters = verifier.parameters
-    before = {name: p.requires_grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(True)
     total = config.max_steps or config.epochs * ceil(len(encoded) / config.batch_size)
@@ -176,6 +173,6 @@ def train_verifier(
         progress(step, f"loss {taken['loss']:.4f}")
         if callback:
             callback(steps[-1])
-    for name, p in parameters.items():
-        p.requires_grad_(before[name])
+    for p in parameters.values():
+        p.requires_grad_(False)
     return steps

@@ -1,8 +1,9 @@
-"""Many samples, one answer: votes, scores, and estimates of what k samples give.
+"""Many samples, one answer: votes and scores.
 
 A vote is a function from the samples of one question to the one that counts, for
-`evaluate(vote=...)`. Self-consistency is Wang et al. 2022 (arXiv 2203.11171); pass@k is
-Chen et al. 2021 (arXiv 2107.03374, eq. 1). Scores by a verifier come from `verifier.py`.
+`evaluate(vote=...)`. Self-consistency is Wang et al. 2022 (arXiv 2203.11171). A score is a
+function from prompts and as many completions to a number each, higher is better: `likelihood`,
+or a Verifier (verifier.py).
 """
 
 import math
@@ -10,57 +11,23 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
-from torch import Tensor
 
 from ..base.hashes import content_hash
-from ..data.tokens import batches, encode_example, pad_id
+from ..data.rows import listed
+from ..data.tokens import Example, batches, encode_example
 from ..generation.generate import Completion, Generator
+from ..models.batches import check_tokens
 from ..train.loss import chunk_for, token_losses
 from .extraction import extract_answer
 
-# (prompts, completions), equally many, to a number each; higher is better
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
-# --- One token ---------------------------------------------------------------------------
-
-
-def token_probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Probabilities that a token is drawn with: logits (..., vocab) to the same shape.
-
-    The logits are divided by the temperature; then the most likely tokens are kept, as many
-    as it takes to reach top_p together (Holtzman et al. 2019, arXiv 1904.09751), and what
-    they have is scaled to 1. Temperature 0 is greedy: all on the largest logit, the first
-    of equals. Raises ValueError for a negative temperature or top_p outside (0, 1].
-    """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature={temperature}, top_p={top_p}: expected temperature >= 0 and "
-            "0 < top_p <= 1"
-        )
-    if temperature == 0:
-        best = logits.argmax(-1, keepdim=True)
-        return torch.zeros_like(logits).scatter(-1, best, 1.0)
-    p = torch.softmax(logits / temperature, -1)
-    if top_p == 1:  # sums are rounded: they can reach 1 before the last token
-        return p
-    ordered, order = p.sort(dim=-1, descending=True, stable=True)
-    # What the more likely tokens have already: the first is always kept.
-    before = ordered.cumsum(-1) - ordered
-    kept = torch.where(before < top_p, ordered, 0)
-    p = torch.zeros_like(p).scatter(-1, order, kept)
-    return p / p.sum(-1, keepdim=True)
-
-
-# --- Votes -------------------------------------------------------------------------------
-
-
 def choose(answers: Sequence[object], weights: Sequence[float] | None = None) -> int:
-    """Index of the first sample with the answer that has most votes, or most weight.
+    """Return the index of the first sample with the answer that has most votes, or most weight.
 
-    A sample without an answer (None) has no vote. Of equals the answer that came first wins;
-    without any answer it is sample 0. Raises ValueError for no samples, and for weights that
-    are not as many, negative or not finite.
+    A sample without an answer (None) has no vote; without any answer it is sample 0. Raises
+    ValueError for no samples, and for weights that are not as many, negative or not finite.
     """
     if not answers:
         raise ValueError("there are no samples to choose from")
@@ -74,31 +41,29 @@ def choose(answers: Sequence[object], weights: Sequence[float] | None = None) ->
     for answer, weight in zip(answers, weights):
         if answer is not None:
             votes[answer] = votes.get(answer, 0.0) + weight
-    if not votes:
-        return 0
-    return answers.index(max(votes, key=votes.__getitem__))  # max: the first of equals
+    return answers.index(max(votes, key=votes.__getitem__)) if votes else 0
 
 
 def sample_answers(samples: Sequence[str]) -> list[Fraction | None]:
-    """The answer of each sample: strict, or flexible where no sample has the format."""
-    answers = [extract_answer(s) for s in samples]
-    if all(answer is None for answer in answers):
-        answers = [extract_answer(s, "flexible") for s in samples]
-    return answers
+    """Return the answer of each sample: strict, or flexible where no sample has the format."""
+    strict = [extract_answer(s) for s in samples]
+    return strict if any(a is not None for a in strict) else [
+        extract_answer(s, "flexible") for s in samples
+    ]  # fmt: skip
 
 
 def majority(samples: Sequence[str]) -> str:
-    """The first sample with the most frequent answer (self-consistency)."""
+    """Return the first sample with the most frequent answer (self-consistency)."""
     return samples[choose(sample_answers(samples))]
 
 
 def best_score(samples: Sequence[str]) -> str:
-    """The sample with the highest score; they come from `with_scores`."""
-    return max(samples, key=_score_of)  # the first of equals
+    """Return the first sample with the highest score; scores come from `with_scores`."""
+    return max(samples, key=_score_of)
 
 
 def weighted_vote(samples: Sequence[str]) -> str:
-    """The first sample with the answer whose samples have the largest sum of scores, which
+    """Return the first sample with the answer whose samples have the largest sum of scores, which
     must not be negative: probabilities, such as a verifier's."""
     return samples[choose(sample_answers(samples), [_score_of(s) for s in samples])]
 
@@ -111,7 +76,7 @@ def _score_of(sample: str) -> float:
 
 
 def with_scores(generate: Callable, score: Score, name: str) -> Generator:
-    """A generator whose samples carry `.score`. `name` says in the report whose it is."""
+    """Return a generator whose samples carry `.score`; `name` says in the report whose it is."""
     return _Scored(Generator.of(generate), score, name)
 
 
@@ -130,7 +95,7 @@ class _Scored(Generator):
                 for said, group in zip(answers, scored)]  # fmt: skip
 
     def fingerprint(self) -> str | None:
-        """A hash of the weights that answer and of those that score, where there are any."""
+        """Return a hash of the weights that answer and of those that score, if there are any."""
         scorer = getattr(self.score, "fingerprint", lambda: None)  # a plain function has none
         parts = [part for part in (self.ask.fingerprint(), scorer()) if part is not None]
         return content_hash(parts) if parts else None
@@ -145,51 +110,44 @@ def _with_score(sample: str, score: float) -> Completion:
     return new
 
 
-# --- Likelihood --------------------------------------------------------------------------
+def encode_solutions(
+    model, tokenizer, prompts: Sequence[str], completions: Sequence[str]
+) -> list[Example]:
+    """Return each prompt and its completion as an Example. Raises ValueError for other things than
+    two lists of texts, equally long, and for a token that the model does not have."""
+    asked, said = listed(prompts, "prompts", str), listed(completions, "completions", str)
+    if len(asked) != len(said):
+        raise ValueError(f"got {len(asked)} prompts and {len(said)} completions; expected as many")
+    encoded = [encode_example(tokenizer, *pair) for pair in zip(asked, said)]
+    check_tokens(model, {token for example in encoded for token in example.input_ids})
+    return encoded
 
 
 @torch.inference_mode()
 def log_likelihoods(
     model, tokenizer, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
 ) -> list[tuple[float, int]]:
-    """(sum of log-probabilities, number of tokens) of each completion, given its prompt.
+    """Return (sum of log-probabilities, number of tokens) of each completion, given its prompt.
 
-    The end token counts as one of them, so that a solution cut short is judged as one that
-    ends there. Temperature 1, natural logarithm, softmax in fp32.
+    The end token is one of them: a solution cut short is judged as one that ends there.
+    Temperature 1, natural logarithm, softmax in fp32.
     """
-    encoded = [encode_example(tokenizer, p, c) for p, c in zip(prompts, completions)]
+    encoded = encode_solutions(model, tokenizer, prompts, completions)
     results: list = [None] * len(encoded)
     device = model.get_input_embeddings().weight.device
     chunk = chunk_for(model, torch.float32)  # no autocast
-    for chosen, batch in batches(encoded, batch_size, pad_id(tokenizer), device):
+    for chosen, batch in batches(encoded, batch_size, device):
         for i, losses in zip(chosen, token_losses(model, batch, chunk)):
             results[i] = (-losses.sum().item(), len(losses))
     return results
 
 
 def likelihood(model, tokenizer, batch_size: int = 64) -> Score:
-    """A score: the mean log-probability a token of the completion, by the model itself.
-
-    The mean, since a sum prefers short solutions whatever they say.
-    """
+    """Return a score: the mean log-probability a token of the completion, by the model itself.
+    (A sum would prefer short solutions whatever they say.)"""
 
     def score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         found = log_likelihoods(model, tokenizer, prompts, completions, batch_size)
         return [total / count for total, count in found]
 
     return score
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k samples is right, from n
-    samples of which `right` are: 1 - C(n - right, k) / C(n, k).
-
-    1 - (1 - right / n)^k, which draws with replacement, is too low. Raises ValueError
-    unless 0 <= right <= n and 1 <= k <= n.
-    """
-    if not (0 <= right <= n and 1 <= k <= n):
-        raise ValueError(
-            f"got {right} right of n={n} samples and k={k}; expected 0 <= right <= n and "
-            "1 <= k <= n: draw at least k samples"
-        )
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)

@@ -1,8 +1,8 @@
 """From prompts to completions: greedy decoding or sampling, batched, new tokens only.
 
-Prompts are encoded as in training (`encode_prompt`) and padded on the left, so that
-every row's last token is its prompt's. Not handled: stopping early at a stop string
-(text after it is generated, then cut)."""
+Prompts are encoded as in training (`encode_prompt`) and padded on the left, so that every row's
+last token is its prompt's. A stop string does not end the decoding: what follows it is cut.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,7 +13,8 @@ import torch
 
 from ..base.devices import dtype_name
 from ..base.paths import short_path
-from ..data.tokens import by_length, encode_prompt, pad, pad_id
+from ..data.rows import listed
+from ..data.tokens import PAD, by_length, encode_prompt, pad
 from ..layers.linear import decoding_layout
 from ..lora.inject import use_adapter
 from ..lora.layer import check_names
@@ -68,17 +69,17 @@ class Generator:
 
     @classmethod
     def of(cls, ask: Callable) -> "Generator":
-        """`ask` as a Generator, unless it is one."""
+        """Return `ask` as a Generator, unless it is one."""
         return ask if isinstance(ask, Generator) else cls(ask)
 
     def __call__(self, prompts: Sequence[str]) -> list:
         return self.ask(prompts)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises what asking these prompts would raise, where that is known before."""
+        """Raise what asking these prompts would raise, where that is known before."""
 
     def fingerprint(self) -> str | None:
-        """A hash of the weights that answer; None where they are not known."""
+        """Return a hash of the weights that answer; None where they are not known."""
 
 
 class ModelGenerator(Generator):
@@ -99,14 +100,15 @@ class ModelGenerator(Generator):
         return fingerprint(self.model)
 
     def check(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the prompts. Raises ValueError for one that check_prompt refuses."""
+        """Return the token ids of the prompts; ValueError for one that check_prompt refuses."""
+        prompts = listed(prompts, "prompts", str)
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, encoded):
             check_prompt(self.model, self.decoding, prompt, ids)
         return encoded
 
     def __call__(self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None):
-        model, decoding = self.model, self.decoding
+        model, decoding, prompts = self.model, self.decoding, listed(prompts, "prompts", str)
         if adapters is not None:
             if isinstance(adapters, str) or len(adapters) != len(prompts):
                 raise ValueError(f"adapters={adapters!r:.80} for {len(prompts)} prompts: expected "
@@ -134,15 +136,14 @@ class ModelGenerator(Generator):
 
     @torch.inference_mode()
     def _answer(self, encoded: list[list[int]]) -> list[list[Completion]]:
-        """`samples` Completions for each of the encoded prompts."""
+        """Return `samples` Completions for each of the encoded prompts."""
         from transformers import GenerationConfig
 
         from .kv_cache import CacheSpec, PackedCache
 
         model, tokenizer, decoding = self.model, self.tokenizer, self.decoding
-        embedding = model.get_input_embeddings().weight
-        device, dtype = embedding.device, embedding.dtype
-        input_ids = pad(encoded, pad_id(tokenizer), side="left").to(device)  # (batch, width)
+        device = model.get_input_embeddings().weight.device
+        input_ids = pad(encoded, PAD, side="left").to(device)  # (batch, width)
         mask = pad([[1] * len(ids) for ids in encoded], 0, side="left").to(device)
         width = input_ids.shape[1]
         chat = model.generation_config.eos_token_id  # chat models have several
@@ -155,7 +156,7 @@ class ModelGenerator(Generator):
             num_return_sequences=decoding.samples,
             max_new_tokens=decoding.max_new_tokens,
             eos_token_id=sorted(ends),
-            pad_token_id=pad_id(tokenizer),
+            pad_token_id=min(ends, default=PAD),  # fills rows that have ended: the model has it
             use_cache=True,
         )
         cache = PackedCache(CacheSpec(decoding.cache_bits)) if decoding.cache_bits else None
@@ -164,7 +165,7 @@ class ModelGenerator(Generator):
         own, model.generation_config = model.generation_config, GenerationConfig()
         try:
             with torch.random.fork_rng(enabled=sampling), torch.autocast(
-                device.type, dtype, enabled=dtype != torch.float32
+                device.type, self.dtype, enabled=self.dtype != torch.float32
             ):
                 if sampling:
                     torch.manual_seed(decoding.seed)
@@ -179,18 +180,18 @@ class ModelGenerator(Generator):
 
 
 def generator(model, tokenizer, decoding: Decoding = Decoding()) -> ModelGenerator:
-    """A function from a list of prompts to a list of Completions in the same order.
+    """Return a function from a list of prompts to a list of Completions in the same order.
 
-    With samples > 1 it returns a list of `samples` Completions for each prompt. Prompts are
-    batched by length and padded on the left. Called with (prompts, adapters) it gives each prompt
-    an adapter of its own, by name (None: the base), in batches that mix them. Raises ValueError
-    for what check_prompt refuses, for unknown adapters, and unless there is one a prompt.
+    With samples > 1 it returns a list of `samples` Completions for each prompt. Called with
+    (prompts, adapters) it gives each prompt an adapter of its own, by name (None: the base), in
+    batches that mix them. Raises ValueError for anything but a list of texts, for what
+    check_prompt refuses, for unknown adapters, and unless there is one a prompt.
     """
     return ModelGenerator(model, tokenizer, decoding)
 
 
 def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> None:
-    """Raises ValueError where a prompt (its tokens: ids) and max_new_tokens exceed the context, or
+    """Raise ValueError where a prompt (its tokens: ids) and max_new_tokens exceed the context, or
     where the model does not have one of its tokens."""
     check_tokens(model, ids)
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
@@ -203,7 +204,7 @@ def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> 
 
 
 def _complete(tokenizer, new: list[int], ends: set[int], decoding: Decoding) -> Completion:
-    """Cut at the end token by index, then at the first stop string."""
+    """Return the text, cut at the end token by index, then at the first stop string."""
     end = next((i for i, token in enumerate(new) if token in ends), None)
     text = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cut = min((text.find(s) for s in decoding.stop if s in text), default=None)

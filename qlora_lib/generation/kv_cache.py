@@ -1,15 +1,13 @@
 """A cache of keys and values in 8, 4 or 2 bits, for transformers' `generate`.
 
-Old tokens are stored as codes, in groups of numbers that share a scale and a lowest value; the
-newest tokens stay as they came. Following KIVI (Liu et al. 2024, arXiv 2402.02750): a few
-channels of the keys are large in every token, so a key's group is one channel of `group_size`
-tokens, and a value's group is `group_size` channels of one token. Keys by channel can only be
-stored once all tokens of a group are there: what is not yet a whole group stays as it came.
+Old tokens are stored as codes, in groups that share a scale and a lowest value; the newest stay
+as they came. Following KIVI (Liu et al. 2024, arXiv 2402.02750): a few channels of the keys are
+large in every token, so a key's group is one channel of `group_size` tokens, and a value's group
+is `group_size` channels of one token.
 
-What a forward pass computes for its own tokens it attends to exactly, and codes are made
-afterwards: the prompt is read without loss, only what is read again later was rounded.
-Bytes are saved, not time: each step dequantizes the whole cache, a layer at a time.
-Not handled: a bound on memory by a sliding window; padding shares the groups of real tokens.
+A forward pass attends to its own tokens exactly; codes are made afterwards. Bytes are saved, not
+time: each step dequantizes the whole cache, a layer at a time. Not handled: a bound on memory by
+a sliding window; padding shares the groups of real tokens.
 """
 
 import math
@@ -22,7 +20,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..quant.packing import check_bits, pack, packed_width, unpack
 
-AXES = ("channel", "token")
 STORED = torch.float16  # scale and lowest value of a group
 
 
@@ -43,11 +40,11 @@ class CacheSpec:
                 f"bits={self.bits}, group_size={self.group_size}, recent={self.recent}: expected "
                 "8, 4 or 2 bits, groups of a multiple of 8, and recent >= 0"
             )
-        if not {self.keys, self.values} <= set(AXES):
-            raise ValueError(f"keys={self.keys!r}, values={self.values!r}: expected {AXES}")
+        if not {self.keys, self.values} <= {"channel", "token"}:
+            raise ValueError(f"keys={self.keys!r}, values={self.values!r}: expected channel, token")
 
     def stored_tokens(self, tokens: int) -> int:
-        """How many of these tokens are codes: whole groups, the newest `recent` left out."""
+        """Return how many of these tokens are codes: whole groups, without the newest `recent`."""
         return max(0, tokens - self.recent) // self.group_size * self.group_size
 
 
@@ -70,7 +67,8 @@ class PackedStates:
 
     @classmethod
     def of(cls, x: Tensor, spec: CacheSpec, by: str) -> "PackedStates":
-        """Round to nearest, x (batch, heads, tokens, head_dim); by "channel" in whole groups."""
+        """Return x (batch, heads, tokens, head_dim), rounded to nearest; by "channel" the tokens
+        are whole groups. Raises ValueError for what fp16 does not hold."""
         rows = x.float().transpose(2, 3) if by == "channel" else x.float()
         size = spec.group_size if by == "channel" else math.gcd(spec.group_size, rows.shape[-1])
         groups = rows.unflatten(-1, (-1, size))  # (batch, heads, rows, groups, size)
@@ -85,8 +83,8 @@ class PackedStates:
         return cls(pack(q.flatten(-2), spec.bits), scale, low, by, spec.bits, size)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """(batch, heads, tokens, head_dim) in `dtype`."""
-        # Bytes alone do not tell how many codes they hold: the last of a row may not be full.
+        """Return (batch, heads, tokens, head_dim) in `dtype`."""
+        # The last byte of a row may not be full.
         shape = (*self.codes.shape[:-1], self.scale.shape[-1] * self.size)
         q = unpack(self.codes, self.bits, shape).float().unflatten(-1, (-1, self.size))
         x = q.mul_(self.scale.float().unsqueeze(-1)).add_(self.low.float().unsqueeze(-1))
@@ -98,16 +96,13 @@ class PackedStates:
         return self.each(lambda mine, new: torch.cat([mine, new], axis), other)
 
     def each(self, change, *others: "PackedStates") -> "PackedStates":
-        """`change` applied to codes, scale and low."""
-        parts = [change(*(getattr(p, name) for p in (self, *others))) for name in PARTS]
-        return PackedStates(*parts, self.by, self.bits, self.size)
+        """Return the states with `change` applied to codes, scale and low."""
+        parts = zip(*((p.codes, p.scale, p.low) for p in (self, *others)))
+        return PackedStates(*(change(*part) for part in parts), self.by, self.bits, self.size)
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in PARTS)
-
-
-PARTS = ("codes", "scale", "low")
+        return self.codes.nbytes + self.scale.nbytes + self.low.nbytes
 
 
 class PackedLayer(DynamicLayer):
@@ -126,10 +121,10 @@ class PackedLayer(DynamicLayer):
         whole = (self._join(self.old_keys, keys), self._join(self.old_values, values))
         n = self.spec.stored_tokens(self.stored + keys.shape[2]) - self.stored
         if n > 0:
-            new = PackedStates.of(keys[:, :, :n], self.spec, self.spec.keys)
-            self.old_keys = self.old_keys.append(new) if self.old_keys else new
-            new = PackedStates.of(values[:, :, :n], self.spec, self.spec.values)
-            self.old_values = self.old_values.append(new) if self.old_values else new
+            new_keys = PackedStates.of(keys[:, :, :n], self.spec, self.spec.keys)
+            new_values = PackedStates.of(values[:, :, :n], self.spec, self.spec.values)
+            self.old_keys = self.old_keys.append(new_keys) if self.stored else new_keys
+            self.old_values = self.old_values.append(new_values) if self.stored else new_values
             self.stored += n
             # Copies: a view would keep all of it alive.
             self.keys, self.values = keys[:, :, n:].clone(), values[:, :, n:].clone()
@@ -156,8 +151,7 @@ class PackedLayer(DynamicLayer):
         if self._holds_states():
             self.keys, self.values = change(self.keys), change(self.values)
         if self.stored:
-            self.old_keys = self.old_keys.each(change)
-            self.old_values = self.old_values.each(change)
+            self.old_keys, self.old_values = self.old_keys.each(change), self.old_values.each(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._choose(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -171,8 +165,9 @@ class PackedLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes that this layer holds."""
-        recent = (self.keys.nbytes + self.values.nbytes) if self.is_initialized else 0
-        return recent + sum(old.nbytes for old in (self.old_keys, self.old_values) if old)
+        parts = [self.keys, self.values] if self.is_initialized else []
+        parts += [self.old_keys, self.old_values] if self.stored else []
+        return sum(part.nbytes for part in parts)
 
 
 class PackedCache(Cache):
@@ -188,13 +183,12 @@ class PackedCache(Cache):
 
 
 def head_dim(config) -> int:
-    """Numbers that an attention head works on."""
-    explicit = getattr(config, "head_dim", None)
-    return explicit or config.hidden_size // config.num_attention_heads
+    """Return how many numbers an attention head works on."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int = 1, size: int = 2):
-    """Exact bytes of the cache of `batch` sequences of so many tokens, for a Llama-like config.
+    """Return the bytes of the cache of `batch` sequences of so many tokens, for a Llama-like config.
 
     spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2).
     """
@@ -208,10 +202,3 @@ def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int =
         row = packed_width(wide, spec.bits) + wide // group * 2 * STORED.itemsize
         total += heads * long * row
     return total
-
-
-def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric 8 bits, a scale a token: int8 of x's shape, and fp32 scale (..., 1)."""
-    scale = x.float().abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale > 0, scale, 1)
-    return (x.float() / scale).round_().to(torch.int8), scale

@@ -9,7 +9,7 @@ from ..data.examples import MATH, hold_out, make_examples
 from ..data.overlap import Overlap, find_overlap, words
 from ..data.rows import read_rows
 from ..data.sources import TRAINING_SETS, data_file, load_training_set
-from ..data.tokens import IGNORE, Example, collate, pad_id
+from ..data.tokens import IGNORE, Example, collate
 from ..evaluation.extraction import extract_answer
 from .profiles import Profile
 
@@ -162,7 +162,7 @@ def count_tokens(
     seen = [example.cut(max_length) for example in examples]
     supervised = padding = 0
     for start in range(0, len(seen), batch_size):
-        batch = collate(seen[start : start + batch_size], pad_id(tokenizer))
+        batch = collate(seen[start : start + batch_size])
         labels = batch["labels"] != IGNORE
         supervised += int(labels[:, 1:].sum())  # nothing predicts the first token
         padding += int((labels & (batch["attention_mask"] == 0)).sum())

@@ -22,7 +22,7 @@ from ..base.devices import dtype_name, resolve_dtype
 from ..base.hashes import content_hash
 from ..base.progress import Progress
 from ..data.examples import read_examples
-from ..data.tokens import IGNORE, Example, Pair, batches, pad_id
+from ..data.tokens import IGNORE, Example, Pair, batches
 from ..lora.inject import trainable_parameters
 from ..lora.layer import lora_layers
 from ..models.batches import check_tokens
@@ -114,10 +114,9 @@ def finetune(
         raise ValueError("no parameter requires a gradient; call inject_lora(model, ...) first")
     examples = _ready(examples, tokenizer, config)
     dev = [] if dev is None else _ready(dev, tokenizer, config)
-    loss = _Loss(model, tokenizer, config)
+    loss = _Loss(model, config)
     check_widths(model, loss.dtype)
-    padding = {pad_id(tokenizer)} if config.batch_size > 1 else set()
-    check_tokens(model, padding.union(*(example.input_ids for example in examples + dev)))
+    check_tokens(model, set().union(*(example.input_ids for example in examples + dev)))
 
     lengths = [len(example.input_ids) for example in examples]
     window = config.batch_size * config.accumulation  # examples in an optimizer step
@@ -163,7 +162,7 @@ def finetune(
 def validation_loss(model, tokenizer, examples: Iterable, config: TrainConfig) -> float:
     """Mean loss a supervised token over all examples (whatever read_examples takes), in config's
     compute dtype and lengths. Of several processes each takes its share; all must call it."""
-    return _Loss(model, tokenizer, config).mean(_ready(examples, tokenizer, config))
+    return _Loss(model, config).mean(_ready(examples, tokenizer, config))
 
 
 def _ready(examples: Iterable[Example | Pair], tokenizer, config: TrainConfig) -> list[Example]:
@@ -174,15 +173,15 @@ class _Loss:
     """The loss of a model on examples, in config's batches and compute dtype; of several
     processes each takes its share."""
 
-    def __init__(self, model, tokenizer, config: TrainConfig):
-        self.model, self.padding, self.size = model, pad_id(tokenizer), config.batch_size
+    def __init__(self, model, config: TrainConfig):
+        self.model, self.size = model, config.batch_size
         self.device = next(model.parameters()).device
         self.dtype = resolve_dtype(config.compute_dtype, self.device)
         self.chunk = chunk_for(model, self.dtype)
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Tensor]:
         """The losses of this process's batches, each summed over its supervised tokens."""
-        for _, batch in batches(processes.share(examples), self.size, self.padding, self.device):
+        for _, batch in batches(processes.share(examples), self.size, self.device):
             yield loss_sum(self.model, batch, self.dtype, self.chunk)
 
     @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qlora_lib.base.statistics import wilson
-from qlora_lib.evaluation.votes import token_probabilities
 from ..kit.picture import COLORS, interval, plain_ticks
+from .next_token import token_probabilities
 
 FP, MAJORITY, LIKELIHOOD, VERIFIER, WEIGHTED, BEST, MUTED = (
     COLORS[k] for k in ("fp", "gptq", "rtn", "lora", "other", "nf4", "muted"))

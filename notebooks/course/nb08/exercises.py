@@ -5,8 +5,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from qlora_lib.evaluation.votes import choose, token_probabilities
+from qlora_lib.evaluation.votes import choose
 from ..kit.exercise import Exercise, register
+from .next_token import token_probabilities
 
 # --- 1. The next token's probabilities ---------------------------------------------------
 

@@ -1,15 +1,13 @@
-"""Votes, scores and what k samples give, against slow and obvious versions."""
+"""Votes and scores, against slow and obvious versions."""
 
 import math
 from collections import Counter
 from fractions import Fraction
-from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from qlora_lib.evaluation.evaluate import evaluate
 from qlora_lib.evaluation.votes import (
@@ -18,43 +16,13 @@ from qlora_lib.evaluation.votes import (
     likelihood,
     log_likelihoods,
     majority,
-    pass_at_k,
     sample_answers,
-    token_probabilities,
     weighted_vote,
     with_scores,
 )
 from qlora_lib.generation.generate import Completion, Decoding, Generator, generator
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
-from tests.support.tensors import PROPERTY, normal
-
-# --- One token ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
-def test_token_probabilities_are_those_that_generate_draws_from(temperature, top_p):
-    logits = normal(5, 40, seed=1, std=3)
-    warped = TemperatureLogitsWarper(temperature)(None, logits)
-    warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
-    torch.testing.assert_close(
-        token_probabilities(logits, temperature, top_p), warped.softmax(-1), rtol=1e-5, atol=1e-7
-    )
-
-
-def test_temperature_zero_is_greedy_and_the_likeliest_token_always_stays():
-    logits = torch.tensor([1.0, 3.0, 3.0, 0.0])
-    assert token_probabilities(logits, 0).tolist() == [0, 1, 0, 0]
-    assert token_probabilities(logits, 1, 1e-6).tolist() == [0, 1, 0, 0]
-    for bad in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}):
-        with pytest.raises(ValueError, match="expected temperature >= 0"):
-            token_probabilities(logits, **bad)
-
-
-def test_top_p_1_cuts_no_token_though_sums_are_rounded():
-    logits = torch.cat([torch.tensor([20.0]), normal(511, std=2)])
-    assert (token_probabilities(logits, 1.0, 1.0) > 0).all()
-
+from tests.support.tensors import PROPERTY
 
 # --- Votes -------------------------------------------------------------------------------
 
@@ -177,22 +145,3 @@ def test_greedy_is_more_likely_than_a_hot_sample():
         for t in (0.0, 3.0)
     )
     assert sum(greedy) > sum(hot)
-
-
-# --- What k samples give -----------------------------------------------------------------
-
-
-@PROPERTY
-@given(st.integers(1, 9), st.data())
-def test_pass_at_k_is_the_mean_over_all_subsets(n, data):
-    right = data.draw(st.integers(0, n))
-    k = data.draw(st.integers(1, n))
-    verdicts = [i < right for i in range(n)]
-    subsets = list(combinations(verdicts, k))
-    assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
-@pytest.mark.parametrize("n, right, k", [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
-def test_pass_at_k_refuses(n, right, k):
-    with pytest.raises(ValueError, match="draw at least k"):
-        pass_at_k(n, right, k)

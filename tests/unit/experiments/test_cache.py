@@ -8,10 +8,18 @@ import torch
 from transformers import LlamaConfig
 
 from experiments import cache as experiments
-from experiments.cache import SCORES, SPECS, int8_attention, int8_scores, read, with_int8_scores
+from experiments.cache import (
+    SCORES,
+    SPECS,
+    int8_attention,
+    int8_scores,
+    read,
+    to_int8,
+    with_int8_scores,
+)
+from experiments.perplexity import perplexity
 from qlora_lib.base.paths import DATA
-from qlora_lib.evaluation.perplexity import perplexity
-from qlora_lib.generation.kv_cache import CacheSpec, cache_bytes, to_int8
+from qlora_lib.generation.kv_cache import CacheSpec, cache_bytes
 from tests.support.small_models import small_model
 from tests.support.tensors import normal, relative
 

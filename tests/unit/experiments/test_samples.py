@@ -4,11 +4,14 @@ from itertools import combinations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments.samples import (
     METHODS,
     cost,
     expected_at,
+    pass_at_k,
     pick,
     read_samples,
     right_at,
@@ -16,6 +19,7 @@ from experiments.samples import (
     vote_at_k,
 )
 from qlora_lib.evaluation.votes import choose
+from tests.support.tensors import PROPERTY
 
 ROWS = [
     {
@@ -85,3 +89,19 @@ def test_vote_at_k_is_near_the_mean_over_all_subsets_and_exact_for_all():
     assert vote_at_k(answers, right, 6, pick, 1, draw) == 1.0
     with pytest.raises(ValueError, match="expected 1 <= k"):
         vote_at_k(answers, right, 7, pick, 1, draw)
+
+
+@PROPERTY
+@given(st.integers(1, 9), st.data())
+def test_pass_at_k_is_the_mean_over_all_subsets(n, data):
+    right = data.draw(st.integers(0, n))
+    k = data.draw(st.integers(1, n))
+    verdicts = [i < right for i in range(n)]
+    subsets = list(combinations(verdicts, k))
+    assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize("n, right, k", [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
+def test_pass_at_k_refuses(n, right, k):
+    with pytest.raises(ValueError, match="draw at least k"):
+        pass_at_k(n, right, k)

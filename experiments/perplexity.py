@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..train.loss import chunk_for, token_losses
+from qlora_lib.train.loss import chunk_for, token_losses
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qlora_lib.evaluation.perplexity import perplexity
+from experiments.perplexity import perplexity
 from tests.support.small_models import small_model
 
 IDS = torch.randint(3, 300, (75,), generator=torch.Generator().manual_seed(0))
