@@ -1,4 +1,5 @@
-"""Exercises of notebook 05: new tokens, strict answers, Wilson's interval, a grader."""
+"""Exercises of notebook 05: new tokens, strict answers, a careful grader's reading, Wilson's
+interval, a grader."""
 import math
 import re
 from fractions import Fraction
@@ -6,8 +7,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from qlora_lib.data.gsm8k import NUMBER, to_number
+from qlora_lib.base.paths import DATA
 from qlora_lib.base.statistics import wilson
+from qlora_lib.data.gsm8k import NUMBER, to_number
+from qlora_lib.data.rows import read_jsonl
 from ..kit.exercise import Exercise, register
 
 # --- 1. The new tokens, cut by index -----------------------------------------------------
@@ -216,7 +219,94 @@ register(Exercise(
 ))
 
 
-# --- 3. Wilson's interval ----------------------------------------------------------------
+# --- 3. The reading of a careful grader --------------------------------------------------
+
+TWENTY = [row for row in read_jsonl(DATA / "completions.jsonl") if row.get("show")]
+
+
+def reading(i: int) -> tuple[float | None, float | None]:
+    return _number(TWENTY[i - 1]["strict"]), _number(TWENTY[i - 1]["flexible"])
+
+
+def _number(label: str | None) -> float | None:
+    """A label as a reader writes it: 18 or 1234.5."""
+    if label is None:
+        return None
+    value = Fraction(label)
+    return int(value) if value.denominator == 1 else float(value)
+
+
+# The policy (docs/EXTRACTION.md): section and words, which a test finds there.
+THINKING = ("1.1", "what stands between a tag whose name says think, thought or reason")
+UNENDED = ("1.1", "Thinking that never ends leaves only what stands before it")
+NEW_TURN = ("1.3", "A new turn ends the completion: a line that begins with a label for a new "
+                   "question")
+REPEATED = ("1.4", 'Its answer begins after "Answer:"')
+ONE_MORE = ("1.4", "If it then goes on to one more question, nobody can say which one was asked: "
+                   "no answer")
+DIGITS = ("2.1", "Digits of any script, with a sign, one decimal point, and the thousands marked "
+                 "by one of comma, space, thin space, underscore or apostrophe")
+COMMA = ("2.1", "A comma is a decimal sign where it can be nothing else: 1.234,50; 1 234,50")
+SIGN = ("2.3", "A sign is a hyphen or minus of any kind right before the number or its currency")
+LABEL = ("2.5", "a label (Step 2, Day 3:, the 2. that numbers a list)")
+STATED = ("3", 'the last statement "the answer is", "answer:" (also in other languages, as a key '
+               "of JSON")
+HEAD = ("3", "the number at the head of the span")
+IN_WORDS = ("3", "An answer in words says nothing, but then what stands before it is none either")
+CUT = ("3", "A box that is not closed may be cut within its number: no answer")
+BOXED = ("3", "2. the last `\\boxed{}`")
+LAST = ("3", "the last number, right of its `=`, and a bold one before a plain one of the same "
+             "line")
+REMARKS = ("3", "Remarks in round brackets and questions do not count")
+ASKING = ("3", "none where the text ends by asking how many or how much")
+TAUGHT = ("4", 'strict reads only `#### N` and "The answer is N", the formats that a model is '
+               "taught")
+CORRECTED = ("4", 'Of several "The answer is N" the last one counts: a correction')
+
+# For each completion, what is often read instead, and the rule that decides.
+MISREAD = {
+    1: {THINKING: [(17, 17), (17, 18)]},
+    2: {UNENDED: [(17, 17), (None, 17), (None, 9), (9, 9)]},
+    3: {TAUGHT: [(18, 18)], BOXED: [(None, None)]},
+    4: {CUT: [(None, 18), (None, 1), (18, 18), (1, 1)]},
+    5: {REMARKS: [(None, 9)], TAUGHT: [(18, 18)], LAST: [(None, None)]},
+    6: {LABEL: [(1, 1), (2, 2), (2, 18), (1, 18), (1, 2), (None, 1), (None, 2)],
+        TAUGHT: [(18, 18)], LAST: [(None, None), (None, 9)]},
+    7: {LAST: [(None, 9), (None, None)], TAUGHT: [(18, 18)]},
+    8: {STATED: [(None, 0.95), (None, None)], TAUGHT: [(18, 18)]},
+    9: {IN_WORDS: [(None, 3), (3, 3), (None, 18), (18, 18)]},
+    10: {CORRECTED: [(17, 17), (17, 18), (18, 17), (None, 18), (None, None)]},
+    11: {REMARKS: [(None, 2), (None, 9)], TAUGHT: [(18, 18)], LAST: [(None, None)]},
+    12: {ASKING: [(None, 16), (16, 16), (None, 3)]},
+    13: {DIGITS: [(1, 1), (234, 234), (None, 1), (None, 234), (None, None), (1, 1234)],
+         TAUGHT: [(None, 1234)]},
+    14: {SIGN: [(5, 5), (None, 5), (None, None), (None, -5)]},
+    15: {COMMA: [(None, 50), (None, 123450), (None, 1234), (None, 234.5), (None, None)],
+         TAUGHT: [(1234.5, 1234.5)]},
+    16: {HEAD: [(None, 9)], TAUGHT: [(18, 18)], STATED: [(None, None)]},
+    17: {DIGITS: [(None, None)], TAUGHT: [(18, 18)]},
+    18: {NEW_TURN: [(5, 5), (18, 5), (None, 5), (5, 18)], TAUGHT: [(None, 18)]},
+    19: {REPEATED: [(None, None), (None, 7), (None, 16)], TAUGHT: [(9, 9)]},
+    20: {ONE_MORE: [(None, 18), (None, 5), (18, 18), (5, 5)]},
+}
+
+
+def _misreading(where: int, read: tuple):
+    return lambda i: read if i == where else reading(i)
+
+
+register(Exercise(
+    name="reading",
+    reference=reading,
+    cases=[(lambda g, i=i: (i,), f"completion {i}, {row['kind']}")
+           for i, row in enumerate(TWENTY, 1)],
+    mistakes=[(_misreading(i, read), f"{i} is not {read}; rule {section}: \"{words}\"")
+              for i, rules in MISREAD.items()
+              for (section, words), reads in rules.items() for read in reads],
+))
+
+
+# --- 4. Wilson's interval ----------------------------------------------------------------
 
 Z = 1.959963984540054
 
@@ -287,7 +377,7 @@ register(Exercise(
 ))
 
 
-# --- 4. A grader -------------------------------------------------------------------------
+# --- 5. A grader -------------------------------------------------------------------------
 
 def grade(answers: list[str | None], golds: list[str]) -> tuple[int, int]:
     right = sum(a is not None and to_number(a) == to_number(g) for a, g in zip(answers, golds))

@@ -1,0 +1,64 @@
+"""Rows that have ended leave the batch, and the others answer as they do alone."""
+
+import pytest
+
+from qlora_lib.generation import generate
+from qlora_lib.generation.generate import Decoding, generator
+from qlora_lib.lora.inject import inject_lora, use_adapter
+from tests.support.lora_models import trained
+from tests.support.small_models import PAIRS, small_model, small_tokenizer
+
+PROMPTS = [prompt for prompt, _ in PAIRS[:12]]
+NEW = 40
+
+
+def talkative(monkeypatch):
+    """A model whose answers end at many different tokens, and the batch sizes it will see."""
+    model, tokenizer = small_model(), small_tokenizer()
+    monkeypatch.setattr(generate, "FEW", 1)
+    plain = generator(model, tokenizer, Decoding(max_new_tokens=NEW, stop=()))(PROMPTS)
+    said = {i for text in plain for i in tokenizer.encode(text, add_special_tokens=False)}
+    model.generation_config.eos_token_id = sorted(said)[::7]
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return model, tokenizer, seen
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_ended_rows_leave_the_batch_and_the_others_answer_as_alone(monkeypatch, bits):
+    model, tokenizer, seen = talkative(monkeypatch)
+    decoding = Decoding(max_new_tokens=NEW, batch_size=12, stop=(), cache_bits=bits)
+    answers = generator(model, tokenizer, decoding)(PROMPTS)
+    sizes, seen[:] = list(seen), []
+    assert sizes[0] == 12 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 3
+    lengths = [a.tokens for a in answers]
+    assert len(sizes) == max(lengths)  # one pass a token, whoever leaves
+    monkeypatch.setattr(generate, "FEW", 1000)
+    stay = generator(model, tokenizer, decoding)(PROMPTS)
+    assert answers == stay and lengths == [a.tokens for a in stay] and set(seen) == {12}
+    assert [a.finished for a in answers] == [a.finished for a in stay]
+
+
+def test_a_row_keeps_its_adapter_when_others_leave(monkeypatch):
+    model, tokenizer, seen = talkative(monkeypatch)
+    for name, seed in (("a", 1), ("b", 2)):
+        inject_lora(model, ("q_proj", "v_proj"), rank=2, adapter=name)
+        trained(model, name, seed=seed, std=0.3)
+    names = ["b", None, "a"] * 4
+    generate_all = generator(
+        model, tokenizer, Decoding(max_new_tokens=NEW, batch_size=12, stop=())
+    )
+    answers = generate_all(PROMPTS, names)
+    assert len(set(seen)) > 3
+    for prompt, name, answer in zip(PROMPTS, names, answers):
+        with use_adapter(model, name):
+            assert generate_all([prompt]) == [answer]
+
+
+def test_sampled_rows_stay(monkeypatch):
+    model, tokenizer, seen = talkative(monkeypatch)
+    decoding = Decoding(temperature=1.0, samples=2, max_new_tokens=NEW, batch_size=12, stop=())
+    generator(model, tokenizer, decoding)(PROMPTS)
+    assert set(seen) == {24}
