@@ -94,25 +94,34 @@ def check(name: str, mine: Callable | None) -> Callable:
     Raises ValueError for a name that no exercise has.
     """
     exercise = _find(name)
-    results = [_run(exercise, mine, case) for case in range(1, len(exercise.cases) + 1)]
+    return mine if judge(exercise, run(exercise, mine)) else exercise.reference
+
+
+def run(exercise: Exercise, function: Callable | None) -> list["Result"]:
+    """What the function does in each case."""
+    return [_run(exercise, function, case) for case in range(1, len(exercise.cases) + 1)]
+
+
+def judge(exercise: Exercise, results: list["Result"]) -> bool:
+    """Print the verdict on a function that did this; returns whether it passes."""
+    name = exercise.name
     if results[0].unsolved:
         print(f"… {name}: not solved yet ({results[0].unsolved}); going on with the reference")
-        return exercise.reference
-    targets = [_run(exercise, exercise.reference, case)
-               for case in range(1, len(exercise.cases) + 1)]
+        return False
+    targets = run(exercise, exercise.reference)
     for case, (got, want) in enumerate(zip(results, targets), 1):
         if problem := _problem(exercise, got, want):
             label = exercise.cases[case - 1][1]
             print(f"✗ {name}: case {case} of {len(results)} ({label}): {problem}; "
                   "going on with the reference")
             _explain(exercise, results, case, want)
-            return exercise.reference
+            return False
     print(f"✓ {name}: all {len(results)} cases pass; going on with yours")
-    return mine
+    return True
 
 
 @dataclass
-class _Result:
+class Result:
     """What one call did: its value or its error, and whether it wrote into its arguments."""
 
     value: Any = None
@@ -135,9 +144,9 @@ def _find(name: str) -> Exercise:
     return _EXERCISES[name]
 
 
-def _run(exercise: Exercise, function: Callable | None, case: int) -> _Result:
+def _run(exercise: Exercise, function: Callable | None, case: int) -> Result:
     if function is None:
-        return _Result()
+        return Result()
     arguments = example(exercise.name, case)
     before = copy.deepcopy(arguments)
     with torch.random.fork_rng(devices=[]):  # the notebook's own random numbers stay as they are
@@ -146,9 +155,9 @@ def _run(exercise: Exercise, function: Callable | None, case: int) -> _Result:
         try:
             value = function(*arguments)
         except Exception as error:
-            return _Result(error=error, wrote=_differ(before, arguments))
+            return Result(error=error, wrote=_differ(before, arguments))
     changed = exercise.changes(arguments) if exercise.changes else None
-    return _Result(value, wrote=_differ(before, arguments), changed=changed)
+    return Result(value, wrote=_differ(before, arguments), changed=changed)
 
 
 def _differ(before: Any, after: Any) -> bool:
@@ -165,7 +174,7 @@ def _differ(before: Any, after: Any) -> bool:
     return False
 
 
-def _problem(exercise: Exercise, got: _Result, want: _Result) -> str:
+def _problem(exercise: Exercise, got: Result, want: Result) -> str:
     """What is wrong with `got`, in words; empty if nothing is."""
     if got.error is not None:
         first_line = next(iter(str(got.error).splitlines()), "")
@@ -244,7 +253,7 @@ def _kind(value: Any) -> str:
         return type(value).__name__
 
 
-def _explain(exercise: Exercise, results: list[_Result], case: int, want: _Result) -> None:
+def _explain(exercise: Exercise, results: list[Result], case: int, want: Result) -> None:
     """Print the diagnosis of a known mistake, then yours beside the expected."""
     if diagnosis := _diagnosis(exercise, results, case):
         print(f"    {diagnosis}")
@@ -254,7 +263,7 @@ def _explain(exercise: Exercise, results: list[_Result], case: int, want: _Resul
     print(f"    try it: your_function(*example(\"{exercise.name}\", {case}))")
 
 
-def _diagnosis(exercise: Exercise, results: list[_Result], case: int) -> str:
+def _diagnosis(exercise: Exercise, results: list[Result], case: int) -> str:
     """The message of the mistake that does the same in all cases. With none such, as a guess, that
     of the mistake which does the same in the failing case and in the most others."""
     best, guess = 0, ""
@@ -268,7 +277,7 @@ def _diagnosis(exercise: Exercise, results: list[_Result], case: int) -> str:
     return guess
 
 
-def _alike(exercise: Exercise, a: _Result, b: _Result) -> bool:
+def _alike(exercise: Exercise, a: Result, b: Result) -> bool:
     if a.error is not None or b.error is not None:
         return type(a.error) is type(b.error)
     same = not _mismatch(a.value, b.value, exercise)

@@ -14,12 +14,27 @@ import sys
 from importlib import import_module
 
 ELSEWHERE = {"html": "pages", "student": "student", "grade": "grade"}  # with options of their own
+KILLED = 143  # what a process says that SIGTERM has ended
 
 
 def main(arguments: list[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(KILLED))  # so that a kill tidies up
+    try:
+        return _main(sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != KILLED:
+            raise  # argparse's
+        print("stopped; nothing runs any more, and what was not finished is gone",
+              file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else KILLED
+
+
+def _main(arguments: list[str]) -> int:
     from . import execute  # not above: the notebooks' processes import this file, but no torch
 
-    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in ELSEWHERE:
         return import_module(f".{ELSEWHERE[arguments[0]]}", __package__).main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m course.tools", description=__doc__,
@@ -45,23 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
         if name != "normal":
             command.add_argument("--timeout", type=int, help="seconds for one cell")
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill tidies up
-    try:
-        if given.command == "run":
-            return execute.run(given.names, given.profile,
-                               execute.parse_parameters(given.parameters), given.timeout,
-                               given.jobs, given.grid)
-        if given.command == "normal":
-            return execute.mend(given.names)
-        return {"store": execute.store, "solved": execute.solved}[given.command](
-            given.names, given.timeout or execute.CELL_SECONDS)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit) as stop:
-        print("stopped; nothing runs any more, and what was not finished is gone",
-              file=sys.stderr)
-        return 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+    if given.command == "run":
+        return execute.run(given.names, given.profile, execute.parse_parameters(given.parameters),
+                           given.timeout, given.jobs, given.grid)
+    if given.command == "normal":
+        return execute.mend(given.names)
+    return {"store": execute.store, "solved": execute.solved}[given.command](
+        given.names, given.timeout or execute.CELL_SECONDS)
 
 
 def count(text: str) -> int:

@@ -1,39 +1,59 @@
 """Check a folder of submissions: python -m course.tools grade FOLDER
 
 FOLDER holds a notebook, or a folder of notebooks, for each student. Of a notebook only the cells
-with an exercise are run, and before them what they need: imports, functions, values. The checks
-are those that answer in the notebook.
+with an exercise are run, and before them what they need: imports, functions, values.
 
-Each notebook is run in a process of its own, in an empty folder, for a limited time and in limited
-memory, so that what never ends or dies is one row of the table. That is no sandbox: a submission
-can read and write what you can. Grade strangers' work in a container.
+All notebooks are read before the first is run. Each exercise is run in a process of its own, which
+says what the student's function returns in the exercise's cases, as JSON; compared with the
+reference it is here. That process has limits on time, memory, files and processes, no terminal and
+no reference; see submission.py. On Linux it can open no file but the installed Python and the
+library, write none but in an empty folder, and start nothing; see confined.py. So one submission
+fails alone, whatever it does. What `LEFT` says stays possible.
 """
 import argparse
-import ast
 import contextlib
 import io
 import json
-import linecache
 import multiprocessing
 import os
 import re
+import shutil
 import signal
-import symtable
+import stat
+import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from textwrap import shorten
-
-from IPython.core.inputtransformer2 import TransformerManager
+from unittest import mock
 
 from ..kit import exercise as checks
+from .confined import SIGNALS, landlock, linux, seccomp
 from .normal_form import CHECK, notebooks, read
 from .normal_form import exercises as exercises_of
+from .plain_values import loads
+from .submission import ANSWERS, work
 
-SECONDS = 60          # for one notebook: loading takes a few, its exercises less than one
-MEMORY = 4 * 2**30    # bytes of data of one process
+SECONDS = 60      # for one exercise: it takes less than one
+LONGEST = 86_400  # seconds that can be asked for
+NOTEBOOKS = 40    # of one student
+LARGEST = 2**24   # bytes of a notebook
+READ = 2**22      # bytes of the answers to one exercise: what `dumps` can make of ten cases
 PASSED, UNSOLVED, WRONG, FAILED, MISSING = "passed", "not solved", "wrong", "failed", "missing"
+LEFT = ("copying a solution; returning what a function of qlora_lib computes; using the processor "
+        "until the time is up, and the disk that holds temporary files")
+LEFT_HERE = {  # where the system does not hold it back
+    "reading and changing all files that you can, the references too": lambda: not landlock(),
+    "starting processes, reaching the network": lambda: not seccomp(),
+    "stopping processes of yours": lambda: landlock() < SIGNALS,
+    "taking all memory": lambda: not linux(),
+}
+# A submission's: one thread, so that it starts none, and no GPU, whose kernels nothing stops.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+               "CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True)
@@ -47,173 +67,95 @@ class Row:
     says: str = ""
 
 
-# --- in the process of the submission -----------------------------------------------------
+# --- One exercise ------------------------------------------------------------------------
 
-def _names(statement: ast.stmt) -> tuple[set[str], set[str]]:
-    """Names that a statement of a module binds there, and names that it looks up there."""
-    table = symtable.symtable(ast.unparse(statement), "cell", "exec")
-    bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
-    bound |= _changed(statement)
-    if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
-        bound.add("*")
-    used, tables = {s.get_name() for s in table.get_symbols() if s.is_referenced()}, [table]
-    while tables:
-        inner = tables.pop().get_children()
-        used |= {s.get_name() for t in inner for s in t.get_symbols() if s.is_global()}
-        tables += inner
-    return bound, used
+def judged(exercise: checks.Exercise, answers: str | bytes) -> tuple[str, str]:
+    """(verdict, why) of an exercise whose function does what the answers say."""
+    if not answers:
+        return FAILED, "its process ended before it had answered"
+    try:
+        return _judged(exercise, answers)
+    except Exception as error:  # they may be anything
+        return FAILED, f"no answers that can be read: {type(error).__name__}: {error}"
 
 
-def _changed(statement: ast.stmt) -> set[str]:
-    """Names whose items or attributes a statement sets: `cache["one"] = 1`, `ns.one = 1`."""
-    found, nodes = set(), [statement]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue  # done when it is called
-        nodes += ast.iter_child_nodes(node)
-        if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
-            while isinstance(node, (ast.Subscript, ast.Attribute)):
-                node = node.value
-            found |= {node.id} if isinstance(node, ast.Name) else set()
-    return found
-
-
-def _python(source: str) -> str:
-    """The Python that IPython makes of a cell: magics become calls of get_ipython(). Of a cell
-    magic that runs its cell as it stands, what stands below it."""
-    first, _, below = source.partition("\n")
-    if re.match(r"%%(time|capture|prun)\b", first):
-        source = below
-    return TransformerManager().transform_cell(source)
-
-
-class _Shell:
-    """What get_ipython() gives: magics do nothing."""
-
-    def __getattr__(self, name: str):
-        return lambda *arguments, **named: None
-
-
-def needed(sources: list[str]) -> ast.Module:
-    """The last source, and before it the statements of the others that it needs.
-
-    A statement is needed if it binds a name that the last source, or a needed statement, looks up,
-    or if it sets an item or an attribute of one. Of an import only the needed names stay, and of
-    `import *` all. `check` is left to the caller. A source that is not Python (a cell that the
-    student broke) is left out, unless it is the last.
-    """
-    statements = []
-    for source in sources[:-1]:
-        with contextlib.suppress(SyntaxError):
-            statements += ast.parse(_python(source)).body
-    last = ast.parse(_python(sources[-1])).body
-    names = [_names(s) for s in statements]
-    wanted = set().union({"*"}, *(_names(s)[1] for s in last)) - {"check"}
-    kept: set[int] = set()
-    while new := {i for i, (bound, _) in enumerate(names) if i not in kept and bound & wanted}:
-        kept |= new
-        wanted |= set().union(*(names[i][1] for i in new)) - {"check"}
-    body = [statements[i] for i in sorted(kept)] + last
-    for statement in body[:len(kept)]:
-        if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            statement.names = [a for a in statement.names
-                               if (a.asname or a.name.partition(".")[0]) in wanted]
-    return ast.Module(body, type_ignores=[])
-
-
-def verdict(sources: list[str], name: str) -> tuple[str, str]:
-    """(verdict, why) of one exercise of a notebook whose code cells are `sources`."""
-    last = max(i for i, source in enumerate(sources) if name in CHECK.findall(source))
-    mine, said = [], io.StringIO()
-
-    def collect(asked, function=None):
-        if asked != name:   # an exercise before, whose result this one uses
-            return checks.check(asked, function)
-        mine.append(function)
-        return function
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            source = ast.unparse(needed(sources[:last + 1]))
-            # Where inspect finds it: on a GPU Triton compiles a kernel from its source.
-            linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
-            exec(compile(source, name, "exec"),
-                 {"check": collect, "__name__": "__main__", "get_ipython": _Shell,
-                  "display": lambda *shown, **named: None})
-            with contextlib.redirect_stdout(said):
-                passed = checks.check(name, mine[-1]) is mine[-1]
-        except BaseException as error:  # sys.exit and Ctrl-C of a student's code included
-            return FAILED, f"{type(error).__name__}: {error}"
-    said = said.getvalue()
-    if passed:
-        return PASSED, ""
-    if f"… {name}: not solved yet" in said:
+def _judged(exercise: checks.Exercise, answers: str | bytes) -> tuple[str, str]:
+    if isinstance(failure := json.loads(answers), str):
+        return FAILED, failure
+    results = loads(answers)
+    if len(results) != len(exercise.cases):
+        raise ValueError(f"{len(results)} answers to {len(exercise.cases)} cases")
+    if results[0].unsolved:
         return UNSOLVED, ""
-    problem = re.search(rf"^✗ {name}: (.*?); going on with the reference", said, re.M | re.S)
-    diagnosis = re.search(r"^    (?:diagnosis|perhaps): (.*)", said, re.M)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        if checks.judge(exercise, results):
+            return PASSED, ""
+    problem = re.search(r"^✗ \w+: (.*?); going on with the reference", said.getvalue(), re.S)
+    diagnosis = re.search(r"^    (?:diagnosis|perhaps): (.*)", said.getvalue(), re.M)
     return WRONG, (diagnosis or problem)[1]
 
 
-def _run(path: Path, names: list[str], out: Path) -> None:
-    """Append a line of JSON to `out` for each exercise of the notebook."""
-    import torch
+def grade_exercise(sources: list[str], name: str, seconds: float = SECONDS) -> tuple[str, str]:
+    """(verdict, why) of one exercise of a notebook whose code cells are `sources`."""
+    folder = tempfile.mkdtemp(prefix="submission-")
+    try:
+        with open(Path(folder, ANSWERS), "w+b") as file:  # this very file, whatever takes its name
+            process = _started(sources, name, folder, seconds)
+            try:
+                process.join(seconds)
+                endless = process.is_alive()
+            finally:
+                with contextlib.suppress(AttributeError, ProcessLookupError):  # killpg is POSIX
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                process.join()
+            answers = file.read(READ)
+    finally:
+        _remove(folder)
+    if endless:
+        return FAILED, f"no end after {seconds:g} s"
+    if process.exitcode:
+        return FAILED, f"its process died, exit code {process.exitcode}"
+    return judged(checks.registered()[name], answers)
 
-    if hasattr(os, "setsid"):  # with whatever it starts, it can be killed as a group
-        os.setsid()
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    torch.set_num_threads(1)
-    os.chdir(out.parent)
-    sources = code_cells(path)
-    for name in names:
-        line = json.dumps([name, *verdict(sources, name)])
-        with open(out, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+
+def _remove(folder: str) -> None:
+    with contextlib.suppress(OSError):  # folders so deep that Python gives up; Windows has no rm
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- in the process of the teacher --------------------------------------------------------
+def _started(*arguments) -> multiprocessing.Process:
+    """A process, forked if possible from a server that has loaded everything: then it costs little.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    with mock.patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=os.pathsep.join(sys.path)):
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload([f"{__package__}.server"])
+            forkserver.ensure_running()  # again, if a submission has ended it
+        process = context.Process(target=work, args=arguments)
+        process.start()
+    return process
+
+
+# --- All of them -------------------------------------------------------------------------
 
 def code_cells(path: Path) -> list[str]:
-    return [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+    """The sources of a notebook's code cells; some exception for what is none, or no plain file."""
+    with open(path, "rb", opener=_opened) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("no plain file")
+        text = file.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise ValueError(f"over {LARGEST / 2**20:g} MiB")
+    return ["".join(cell["source"]) for cell in json.loads(text)["cells"]
+            if cell["cell_type"] == "code"]
 
 
-def _context():
-    """Processes forked from a server that has loaded everything: a submission then costs little."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    own = f"{__package__}.grade"  # also when run as __main__
-    context.set_forkserver_preload([own, *checks.exercise_modules()])
-    return context
-
-
-def grade_notebook(path: Path, names: list[str], seconds: float) -> dict[str, tuple[str, str]]:
-    """(verdict, why) of each named exercise. One that stops the process is failed; the others
-    are then run in another process."""
-    results: dict[str, tuple[str, str]] = {}
-    left = list(names)
-    while left:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "verdicts.jsonl"
-            process = _context().Process(target=_run, args=(path.resolve(), left, out))
-            process.start()
-            process.join(seconds)
-            endless = process.is_alive()
-            with contextlib.suppress(AttributeError, ProcessLookupError):  # killpg is POSIX
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            process.join()
-            lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-        for line in lines:
-            name, *result = json.loads(line)
-            results[name] = tuple(result)
-        left = [name for name in left if name not in results]
-        if left:
-            results[left.pop(0)] = FAILED, (f"no end after {seconds:g} s" if endless else
-                                            f"its process died, exit code {process.exitcode}")
-    return {name: results[name] for name in names}
+def _opened(path: str, flags: int) -> int:
+    """Without following a link, and without waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def grade(folder: Path, course: list[list[str]], seconds: float = SECONDS) -> list[Row]:
@@ -226,14 +168,10 @@ def grade(folder: Path, course: list[list[str]], seconds: float = SECONDS) -> li
     if not folder.is_dir() or not (entries := _visible(folder, "*")):
         raise FileNotFoundError(f"no submissions in {folder}; expected a folder with a notebook, "
                                 "or a folder of notebooks, for each student")
-    rows = []
-    for entry in entries:
-        paths = _visible(entry, "**/*.ipynb") if entry.is_dir() else [entry]
-        if not paths:
-            rows.append(Row(entry.name, "-", "-", FAILED, "no notebook in this folder"))
-        for path in paths:
-            rows += _rows(entry.stem if entry.is_file() else entry.name, path, course, seconds)
-    return rows
+    stems = Counter(entry.stem for entry in entries)
+    found = [(entry.stem if stems[entry.stem] == 1 else entry.name, *notebook)
+             for entry in entries for notebook in _submitted(entry)]
+    return [row for submission in found for row in _rows(*submission, course, seconds)]
 
 
 def _visible(folder: Path, pattern: str) -> list[Path]:
@@ -242,45 +180,90 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
                   if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def _rows(student: str, path: Path, course: list[list[str]], seconds: float) -> list[Row]:
+def _submitted(entry: Path) -> list[tuple[str, list[str], str]]:
+    """(name, code cells, what is wrong with it) of each notebook of a student."""
     try:
-        there = {name for source in code_cells(path) for name in CHECK.findall(source)}
-    except Exception as error:  # whatever is wrong with the file, the next one is read
-        return [Row(student, path.stem, "-", FAILED,
-                    f"no notebook that can be read: {type(error).__name__}: {error}")]
+        if entry.is_symlink():
+            raise ValueError("it is a link")
+        paths = _visible(entry, "**/*.ipynb") if entry.is_dir() else [entry]
+        if not paths:
+            raise ValueError("no notebook in this folder")
+        if len(paths) > NOTEBOOKS:
+            raise ValueError(f"{len(paths)} notebooks in this folder, expected at most {NOTEBOOKS}")
+    except Exception as error:  # whatever is wrong with it, the next one is read
+        return [("-", [], str(error))]
+    found = []
+    for path in paths:
+        try:
+            found.append((path.stem, code_cells(path), ""))
+        except Exception as error:
+            found.append((path.stem, [],
+                          f"no notebook that can be read: {type(error).__name__}: {error}"))
+    return found
+
+
+def _rows(student: str, notebook: str, sources: list[str], problem: str, course: list[list[str]],
+          seconds: float) -> list[Row]:
+    if problem:
+        return [Row(student, notebook, "-", FAILED, problem)]
+    there = {name for source in sources for name in CHECK.findall(source)}
     asked = [name for names in course if there & set(names) for name in names]
     if not asked:
-        return [Row(student, path.stem, "-", FAILED, "no exercise of the course in it")]
-    results = grade_notebook(path, [name for name in asked if name in there], seconds)
-    return [Row(student, path.stem, name, *results.get(name, (MISSING, ""))) for name in asked]
+        return [Row(student, notebook, "-", FAILED, "no exercise of the course in it")]
+    return [Row(student, notebook, name, *(grade_exercise(sources, name, seconds)
+                                           if name in there else (MISSING, ""))) for name in asked]
+
+
+def shown(text: str) -> str:
+    """The text in characters that only show: a line's end or an escape sequence is spelt out."""
+    return "".join(c if c.isprintable() and c != "\\" else
+                   c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def table(rows: list[Row], width: int = 60) -> str:
     """The rows in columns, then how many exercises each student has solved."""
     lines = [("student", "notebook", "exercise", "verdict")]
-    lines += [(r.student, r.notebook, r.exercise, f"{r.verdict}: {shorten(r.says, width)}"
-               if r.says else r.verdict) for r in rows]
+    lines += [(shown(r.student), shown(r.notebook), r.exercise,
+               f"{r.verdict}: {shown(shorten(r.says, width))}" if r.says else r.verdict)
+              for r in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     text = ["  ".join([*(f"{cell:<{w}}" for cell, w in zip(line, widths)), line[3]])
             for line in lines]
     for student in dict.fromkeys(r.student for r in rows):
         own = [r.verdict for r in rows if r.student == student]
-        text.append(f"{student}: {own.count(PASSED)} of {len(own)} passed")
+        text.append(f"{shown(student)}: {own.count(PASSED)} of {len(own)} passed")
     return "\n".join(text)
+
+
+def left() -> str:
+    """What a submission can still do on this machine."""
+    return "; ".join([LEFT, *(text for text, holds in LEFT_HERE.items() if holds())])
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= LONGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected a number of seconds, more than 0 "
+                                     f"and at most {LONGEST}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.tools grade",
                                      description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="a notebook or a folder for each student")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for one notebook")
+    parser.add_argument("--seconds", type=seconds, default=SECONDS, help="for one exercise")
     given = parser.parse_args(arguments)
     try:
         course = [[name for _, name, _ in exercises_of(read(path))] for path in notebooks()]
-        print(table(grade(given.folder, course, given.seconds)))
-    except (ValueError, FileNotFoundError) as error:
+        text = table(grade(given.folder, course, given.seconds))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(f"What a submission can still do here: {left()}.")
     return 0
 
 
