@@ -47,7 +47,7 @@ def contestants(out: int, n: int, group: int, dtype: torch.dtype, peer: bool) ->
             layer = QuantizedLinear(part)
             layer.codes = part.codes.clone()
             if tiles:
-                layer.hold_tiles(True)
+                layer.lay_out(decoding=True)
             return layer
 
         return make

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.adapter_table import adapter_table
 from experiments.table import command_line
 from experiments.toy.tasks import load_task
 from qlora_lib.base.files import read_json, write_json_atomic
@@ -41,7 +42,6 @@ from qlora_lib.generation.generate import generator
 from qlora_lib.lora.combine import combine_adapters
 from qlora_lib.lora.files import ADAPTER, load_adapter, save_adapter
 from qlora_lib.lora.inject import (
-    adapter_table,
     delete_adapter,
     inject_lora,
     trainable_parameters,

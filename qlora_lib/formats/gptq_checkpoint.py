@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ..base.files import atomic_folder, read_json, write_json_atomic
 from ..layers.blocks import decoder_blocks
-from ..layers.linear import QuantizedLinear
+from ..layers.linear import QuantizedLinear, check_scales_are_frozen
 from ..lora.layer import lora_layers
-from ..lora.variants import check_scales_are_frozen
 from ..models.checkpoint import (
     INDEX,
     base_state,

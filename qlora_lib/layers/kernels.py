@@ -7,6 +7,7 @@ kernels, which read the packed copy itself (triton_kernels.py). Everything else,
 Triton too: some rows of the weight are made dense at a time, in the cache, and multiplied there.
 """
 
+import warnings
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.util import find_spec
@@ -110,9 +111,9 @@ def dense_matmul_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tens
     flat = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).to(work)  # (tokens, out)
     for rows, w in weight.pieces(work):
         if total is None:
-            several = rows.stop - rows.start < weight.shape[0]  # they are summed in fp32 at least
             total = flat[:, rows] @ w  # (tokens, in)
-            total = total.to(torch.promote_types(work, torch.float32)) if several else total
+            if len(w) < weight.shape[0]:  # several pieces are summed in fp32 at least
+                total = total.to(torch.promote_types(work, torch.float32))
         elif total.dtype == work:
             total.addmm_(flat[:, rows], w)
         else:
@@ -122,11 +123,21 @@ def dense_matmul_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tens
 
 @lru_cache
 def fused_kernels(device: torch.device):
-    """The module of Triton kernels on a GPU where Triton is installed, else None."""
+    """The module of Triton kernels on a GPU where Triton is installed and compiles, else None."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
-    from . import triton_kernels
+    try:
+        from . import triton_kernels
 
+        triton_kernels.try_out(device)
+    except Exception as error:  # no C compiler, no headers of Python, a GPU that Triton can't serve
+        warnings.warn(
+            f"Triton does not work here ({type(error).__name__}: {error}), so packed weights are "
+            "made dense for each product, which is slower; it needs a C compiler and Python's "
+            "headers (apt install gcc python3-dev)",
+            stacklevel=2,
+        )
+        return None
     return triton_kernels
 
 

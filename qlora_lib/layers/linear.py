@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,8 @@ Quantized = QuantizedTensor | NF4Tensor
 class _DequantizedMatmul(torch.autograd.Function):
     """y = x W^T with W dequantized for the product, and again for its gradient.
 
-    F.linear would save the dense W for backward: one full-precision weight a layer, alive
-    from the forward pass to the backward pass, and the memory saving is gone. Here
-    autograd saves nothing but the packed tensor that the layer holds anyway.
+    F.linear would save the dense W for backward. Here autograd saves nothing but the packed
+    tensor that the layer holds anyway.
     """
 
     @staticmethod
@@ -47,19 +47,21 @@ class QuantizedLinear(nn.Module):
         self.spec: QuantSpec | NF4Spec = quantized.spec
         self.out_features, self.in_features = quantized.shape
         self._kind = type(quantized)
-        for name in self._tensor_names():
+        self._packed = [f.name for f in fields(quantized) if f.name not in ("shape", "spec")]
+        for name in self._packed:
             self.register_buffer(name, getattr(quantized, name))
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("op_grids", None, persistent=False)  # see decoding_layout
 
-    def _tensor_names(self) -> tuple[str, ...]:
-        if self._kind is QuantizedTensor:
-            return ("codes", "scale", "zero_point", "g_idx")
-        return ("codes", "absmax", "nested_absmax", "offset")
+    def __getattr__(self, name: str):
+        if name == "weight":  # some models' forward reads it
+            raise AttributeError("a QuantizedLinear keeps no dense weight; dequantize() makes it. "
+                                 "Leave layers whose model reads .weight out of target_modules")  # fmt: skip
+        return super().__getattr__(name)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantized: Quantized) -> "QuantizedLinear":
-        """Take over a linear layer's bias and shape; raises ValueError if shapes differ."""
+        """The layer with a linear layer's bias; raises ValueError if shapes differ."""
         shape = (linear.out_features, linear.in_features)
         if tuple(quantized.shape) != shape:
             raise ValueError(f"the layer is {shape}, the quantized weight {tuple(quantized.shape)}")
@@ -68,7 +70,7 @@ class QuantizedLinear(nn.Module):
     @property
     def held(self) -> Quantized:
         """The packed weight as this layer's buffers hold it; a view on them, no copy."""
-        known = {name: getattr(self, name) for name in self._tensor_names()}
+        known = {name: getattr(self, name) for name in self._packed}
         known |= {"shape": torch.Size((self.out_features, self.in_features)), "spec": self.spec}
         if known["codes"].dim() == 3:  # the codes tell their own layout: 3 axes are tiles
             return Int4Tiles(**known, op_grids=self.op_grids)
@@ -81,12 +83,12 @@ class QuantizedLinear(nn.Module):
         return held.in_order() if isinstance(held, Int4Tiles) else held
 
     @torch.inference_mode(False)  # buffers must not become inference tensors
-    def hold_tiles(self, tiles: bool) -> None:
+    def lay_out(self, decoding: bool) -> None:
         """Change between the two layouts of the codes, where the int4 operator can serve this."""
         held = self.held
-        if tiles and (tiled := int4_tiles(held)) is not None:
+        if decoding and (tiled := int4_tiles(held)) is not None:
             self.op_grids, self.codes = tiled.op_grids, tiled.codes
-        elif not tiles and isinstance(held, Int4Tiles):
+        elif not decoding and isinstance(held, Int4Tiles):
             self.codes, self.op_grids = held.in_order().codes, None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,10 +106,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        kind, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        y = self.multiply(x, dtype)
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        y = self.multiply(x, torch.get_autocast_dtype(kind) if autocast else x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiply(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,14 +122,14 @@ class QuantizedLinear(nn.Module):
         destination[prefix + "codes"] = self.quantized.codes
 
     def _load_from_state_dict(self, *args):
-        self.hold_tiles(False)
+        self.lay_out(decoding=False)
         super()._load_from_state_dict(*args)
 
     def _apply(self, fn, recurse=True):
-        self.hold_tiles(False)  # tiles are for a CPU
+        self.lay_out(decoding=False)  # tiles are for a CPU
         # .half() and .to(dtype) cast all floating-point tensors of a module, but the scales were
         # rounded to their dtype before the codes were computed: move them, never cast.
-        packed = {id(getattr(self, name)) for name in self._tensor_names()}
+        packed = {id(getattr(self, name)) for name in self._packed}
 
         def move(t: Tensor) -> Tensor:
             new = fn(t)
@@ -138,6 +139,13 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.spec}"
+
+
+def check_scales_are_frozen(layers: dict[str, QuantizedLinear]) -> None:
+    """Raises ValueError when scales of these layers are trained: files hold them in fp16."""
+    for path, layer in layers.items():
+        if any(True for _ in layer.parameters()):
+            raise ValueError(f"the scales of {path} are being trained; call freeze_scales first")
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -170,16 +178,17 @@ def dense_pieces(layer: nn.Linear | QuantizedLinear) -> Iterator[tuple[slice, Te
 def decoding_layout(model: nn.Module):
     """Within it, layers that torch's int4 operator can serve (4-bit grids on a CPU, groups of
     32 to 256 in order) hold their codes in its layout, instead of ours: one copy either way.
+    Adapters hold a copy of A and B in the autocast dtype, made at the first call.
 
     A few tokens at a time in bf16, without gradients, are then several times as fast; everything
     else works as before, a little slower. The change and the way back cost about two
     dequantizations of each layer: worth it for decoding text, not for one forward pass.
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    layers = [m for m in model.modules() if hasattr(m, "lay_out")]
     try:
         for layer in layers:
-            layer.hold_tiles(True)
+            layer.lay_out(decoding=True)
         yield model
     finally:
         for layer in layers:
-            layer.hold_tiles(False)
+            layer.lay_out(decoding=False)

@@ -1,7 +1,7 @@
 """Products with a packed 4-bit weight in Triton: decode and multiply in one pass (W4A16).
 
 The packed codes are read once and decoded in registers, a tile at a time; no dense weight is
-ever written to memory. Read are the tensors of a QuantizedTensor as they are. Three kernels:
+ever written to memory. Three kernels:
 
 _vector    one token, the step of decoding: sums on ordinary cores
 _matrix    more tokens: tl.dot, on tensor cores
@@ -17,13 +17,11 @@ between several programs (split-K), whose partial sums are added at the end, in 
 
 On a GPU Triton compiles the kernels and times some tile sizes at the first call of a shape.
 Without one they run in Triton's interpreter, op by op in NumPy, thousands of times slower: to
-be read, stepped through and tested. The interpreter keeps bf16 as 16 bits without meaning:
-+, * and tl.dot of bf16 are wrong there, without an error, and casts to bf16 truncate instead
-of rounding. So everything here is computed in fp32, or in the dtype that DOT names.
+be read, stepped through and tested. Its +, * and tl.dot of bf16 are wrong, without an error, and
+casts to bf16 truncate. So everything here is computed in fp32, or in the dtype that DOT names.
 
 Not served (`serves` says so, kernels.py goes another way): act-order groups, NF4, other widths
-than 4 bits, groups that 32 does not divide. Tile sizes follow from what an H100 can hold and
-have not been timed on one: `make benchmark-gpu` does.
+than 4 bits, groups that 32 does not divide.
 """
 
 import os
@@ -177,6 +175,18 @@ def _backward(
     tl.store(dx + token[:, None] * n + feature[None, :], tl.interleave(even, odd), mask=mask)
 
 
+@triton.jit
+def _touch(x):
+    tl.store(x, 1.0)
+
+
+def try_out(device: torch.device) -> None:
+    """Compiles and runs the smallest of kernels; raises whatever keeps Triton from doing so."""
+    x = torch.zeros(1, device=device)
+    with torch.cuda.device_of(x):
+        _touch[(1,)](x)
+
+
 def unit_width(weight: QuantizedTensor) -> int | None:
     """Features of a unit, which lies in one group: 128, 64 or 32; None: no such unit."""
     n, groups = weight.shape[1], weight.scale.shape[1]
@@ -203,8 +213,8 @@ def _layout(weight: QuantizedTensor) -> dict:
 
 
 def _rows(x: Tensor, width: int, what: str) -> Tensor:
-    """x (..., width) -> (tokens, width), contiguous. Raises ValueError for another width, and
-    for a CPU's tensors where Triton was imported without its interpreter."""
+    """x (..., width) -> (tokens, width), contiguous; ValueError for another width, and for a
+    CPU's tensors where Triton was imported without its interpreter."""
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError("on a CPU these kernels need Triton's interpreter: set the environment "
                          "variable TRITON_INTERPRET=1 before Python starts")  # fmt: skip
@@ -213,16 +223,12 @@ def _rows(x: Tensor, width: int, what: str) -> Tensor:
     return x.reshape(-1, width).contiguous()
 
 
-def _dot_dtype(dtype: torch.dtype):
-    """The dtype of tl.dot's factors; see above for the interpreter and bf16."""
-    if dtype == torch.bfloat16 and not INTERPRETED:
-        return tl.bfloat16
-    return tl.float16 if dtype == torch.float16 else tl.float32
-
-
-def _about(tokens: int) -> int:
-    """Tile sizes are timed for 16, 64 and 256 tokens, not for each number of them."""
-    return FEW_TOKENS if tokens <= FEW_TOKENS else 64 if tokens <= 64 else 256
+def _of_tokens(tokens: int, dtype: torch.dtype) -> dict:
+    """What the kernels ask about several tokens in `dtype`, by their arguments' names."""
+    # Tile sizes are timed for 16, 64 and 256 tokens, not for each number of them.
+    about = FEW_TOKENS if tokens <= FEW_TOKENS else 64 if tokens <= 64 else 256
+    dot = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}
+    return {"tokens": tokens, "about": about, "DOT": dot.get(dtype, tl.float32)}
 
 
 def splits(out: int, tokens: int, units: int, device: torch.device) -> int:
@@ -250,24 +256,17 @@ def matmul(x: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     parts = -(-units // per_split)
     whole = parts == 1 and tokens > 1
     y = flat.new_empty(parts, tokens, out, dtype=dtype if whole else torch.float32)
-    if tokens == 1:
 
-        def programs(c):
-            return triton.cdiv(out, c["BLOCK_OUT"]), parts
+    def programs(c):
+        columns = (triton.cdiv(tokens, c["BLOCK_TOKENS"]),) if tokens > 1 else ()
+        return triton.cdiv(out, c["BLOCK_OUT"]), *columns, parts
 
-        with torch.cuda.device_of(x):  # Triton launches on the current GPU
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+        if tokens == 1:
             _vector[programs](x=flat, y=y, per_split=per_split, **layout)
-    else:
-
-        def programs(c):
-            columns = triton.cdiv(tokens, c["BLOCK_TOKENS"])
-            return triton.cdiv(out, c["BLOCK_OUT"]), columns, parts
-
-        with torch.cuda.device_of(x):
-            _matrix[programs](
-                x=flat, y=y, about=_about(tokens), tokens=tokens, per_split=per_split,
-                DOT=_dot_dtype(dtype), **layout,
-            )  # fmt: skip
+        else:
+            several = _of_tokens(tokens, dtype)
+            _matrix[programs](x=flat, y=y, per_split=per_split, **several, **layout)
     return (y[0] if parts == 1 else y.sum(0)).to(dtype).view(*x.shape[:-1], out)
 
 
@@ -282,8 +281,5 @@ def matmul_back(grad: Tensor, weight: QuantizedTensor) -> Tensor:
         return triton.cdiv(n, layout["WIDTH"]), triton.cdiv(tokens, c["BLOCK_TOKENS"])
 
     with torch.cuda.device_of(grad):
-        _backward[programs](
-            grad=flat, dx=dx, about=_about(tokens), tokens=tokens, DOT=_dot_dtype(grad.dtype),
-            **layout,
-        )  # fmt: skip
+        _backward[programs](grad=flat, dx=dx, **_of_tokens(tokens, grad.dtype), **layout)
     return dx.view(*grad.shape[:-1], n)

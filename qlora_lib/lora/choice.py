@@ -60,9 +60,9 @@ def chosen(layer):
 
 
 @contextmanager
-def choose(layers, choice: str | None | Rows):
-    """Within the block, calls of these layers use this choice."""
-    token = _chosen.set({**_chosen.get(), **dict.fromkeys(layers, choice)})
+def choose(choices: dict, only: bool = False):
+    """Within the block, calls of these layers use these choices; only: and no others."""
+    token = _chosen.set(choices if only else _chosen.get() | choices)
     try:
         yield
     finally:
@@ -72,9 +72,8 @@ def choose(layers, choice: str | None | Rows):
 def keep_choice(checkpoint):
     """A checkpoint function like the given one, recomputing with the adapter of the forward pass.
 
-    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's
-    own (CUDA), which inherits no context variable: the block would run with the default
-    adapter, and the gradients would be those of another model.
+    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's own
+    (CUDA), which inherits no context variable: the block would run with the default adapter.
     """
     if getattr(checkpoint, "keeps_choice", False):
         return checkpoint
@@ -83,11 +82,8 @@ def keep_choice(checkpoint):
         kept = _chosen.get()  # at the forward pass
 
         def run(*args, **kwargs):
-            token = _chosen.set(kept)
-            try:
+            with choose(kept, only=True):
                 return function(*args, **kwargs)
-            finally:
-                _chosen.reset(token)
 
         return checkpoint(run, *args, **kwargs)
 

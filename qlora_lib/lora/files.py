@@ -13,7 +13,7 @@ from ..base.files import atomic_folder, open_tensors, read_json
 from ..base.paths import ROOT
 from .fingerprint import base_fingerprint, residual_fingerprint
 from .inject import add_adapters
-from .layer import LoRAConfig, LoRALinear, lora_layers
+from .layer import LoRAConfig, LoRALinear, layers_with
 from .peft_config import describe, read_config
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -28,73 +28,55 @@ def save_adapter(
 ) -> None:
     """Write one adapter in PEFT's layout: adapter_model.safetensors, adapter_config.json.
 
-    dtype: of the stored tensors; bfloat16 halves the file, and is read back as fp32. Ranks
-    and alphas that differ by layer are written as PEFT's rank_pattern and alpha_pattern.
+    dtype: of the stored tensors; bfloat16 halves the file, and is read back as fp32.
     PiSSA over a dense base is written as what it learned, B A - (B A at step 0): plain LoRA of
     rank 2 r for the original model (PEFT converts in the same way). Over a quantized base,
-    LoftQ and PiSSA fit that base alone, which the file names by a hash: keep it too
-    (save_quantized).
+    LoftQ and PiSSA fit that base alone, which the file names by a hash: keep it too.
     Raises ValueError when the model has no adapter of that name, when its layers differ in
     dropout, use_rslora or use_dora, for which PEFT has one value, when PiSSA's difference would
     be stored in 16 bits, and when the folder holds other files.
     """
-    layers = {n: m for n, m in lora_layers(model).items() if adapter in m.configs}
+    layers = layers_with(model, adapter)
     if not layers:
         raise ValueError(f"the model has no adapter {adapter!r} to save")
-    difference = any(_learned_is_a_difference(layer, adapter) for layer in layers.values())
-    if difference and dtype != torch.float32:
-        raise ValueError(
-            f"dtype={dtype}: what PiSSA learned is a small difference of two large products, "
-            "which 16 bits would lose; save it as float32"
-        )
+    residual = {path: m for path, m in layers.items() if m.residual_of == adapter}
+    packed = {path: m for path, m in residual.items() if m.start is None}
+    if dtype != torch.float32 and len(packed) < len(residual):
+        raise ValueError(f"dtype={dtype}: what PiSSA learned is a small difference of two large "
+                         "products, which 16 bits would lose; save it as float32")  # fmt: skip
     state, configs, metadata = {}, {}, {"format": "pt", "base": base_fingerprint(model)}
     for path, layer in layers.items():
         key = f"base_model.model.{path}"
         configs[path], b, a = _update(layer, adapter)
-        state[f"{key}.lora_A.weight"] = a.to(dtype).contiguous()
-        state[f"{key}.lora_B.weight"] = b.to(dtype).contiguous()
+        state |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
         if adapter in layer.magnitude:
-            magnitude = layer.magnitude[adapter].detach().cpu()
-            state[f"{key}.{MAGNITUDE}"] = magnitude.to(dtype).contiguous()
-    residual = {p: m for p, m in layers.items() if m.residual_of == adapter and not m.start}
-    if residual:
-        metadata |= {"init": layers[next(iter(residual))].configs[adapter].init}
-        metadata |= {"residual base": residual_fingerprint(residual)}
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _portable(getattr(model.config, "_name_or_path", "")),
-        **describe(model, configs),
-    }
+            state[f"{key}.{MAGNITUDE}"] = layer.magnitude[adapter].detach()
+    state = {name: t.cpu().to(dtype).contiguous() for name, t in state.items()}
+    if packed:
+        metadata["init"] = next(iter(packed.values())).configs[adapter].init
+        metadata["residual base"] = residual_fingerprint(packed)
+    name = getattr(model.config, "_name_or_path", "")
+    if Path(name).is_relative_to(ROOT):  # a folder of this repository as seen from its root
+        name = Path(name).relative_to(ROOT).as_posix()
+    described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name}
+    described |= describe(model, configs)
     with atomic_folder(folder, ADAPTER_CONFIG) as scratch:
         save_file(state, scratch / ADAPTER, metadata=metadata)
-        (scratch / ADAPTER_CONFIG).write_text(
-            json.dumps(described, indent=1) + "\n", encoding="utf-8"
-        )
-
-
-def _learned_is_a_difference(layer: LoRALinear, adapter: str) -> bool:
-    """Whether this adapter began as a part of the dense weight (PiSSA)."""
-    return layer.residual_of == adapter and layer.start is not None
+        text = json.dumps(described, indent=1) + "\n"
+        (scratch / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _update(layer: LoRALinear, adapter: str) -> tuple[LoRAConfig, Tensor, Tensor]:
-    """Configuration, B and A (on the CPU) of what an adapter adds to the original weight."""
-    config = layer.configs[adapter]
-    b, a = layer.lora_B[adapter].detach().cpu(), layer.lora_A[adapter].detach().cpu()
-    if not _learned_is_a_difference(layer, adapter):
+    """Configuration, B and A of what an adapter adds to the original weight."""
+    config, b, a = layer.configs[adapter], layer.lora_B[adapter], layer.lora_A[adapter]
+    b, a = b.detach(), a.detach()
+    if layer.residual_of != adapter or layer.start is None:
         return config, b, a
     b0, a0 = layer.start  # W = residual + scaling * B0 A0, hence B A - B0 A0 on top of W
     # Twice the rank; alpha so that the scaling stays.
     alpha = config.alpha * (math.sqrt(2) if config.use_rslora else 2)
     config = replace(config, rank=2 * config.rank, alpha=alpha, init="kaiming")
-    return config, torch.cat([b, -b0], dim=1), torch.cat([a, a0], dim=0)
-
-
-def _portable(name: str) -> str:
-    """A model's name; a folder of this repository as seen from its root."""
-    path = Path(name)
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else name
+    return config, torch.cat([b.cpu(), -b0], dim=1), torch.cat([a.cpu(), a0], dim=0)
 
 
 def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
@@ -121,20 +103,16 @@ def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
 def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default") -> list[str]:
     """Read an adapter in PEFT's layout and put it on the model, frozen.
 
-    One that was saved here names its base by a hash, and another base is refused. One that
-    PEFT saved has no such mark: then ranks and shapes are all that is checked, and beside
-    other weights of the same shapes it loads and gives nonsense.
-    Returns the paths of the adapted layers. Raises FileNotFoundError for a missing file,
-    ValueError for a corrupt file, an adapter for another base, rank or shape, LoftQ's and
-    PiSSA's beside another quantized base than their own, and settings that this package does
-    not have (peft_config.py).
+    One that was saved here names its base by a hash; of one that PEFT saved, ranks and shapes
+    are all that is checked. Returns the paths of the adapted layers. Raises FileNotFoundError for
+    a missing file, ValueError for a corrupt file, an adapter for another base, rank or shape,
+    LoftQ's and PiSSA's beside another quantized base than their own, and settings that this
+    package does not have (peft_config.py).
     """
     folder = Path(folder)
     described = read_json(folder / ADAPTER_CONFIG)
     with open_tensors(folder / ADAPTER) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
-        # "base": the fingerprint of the base that it was trained on, where it names one; "init"
-        # and "residual base": where it fits one quantized base alone.
         marks = file.metadata() or {}
     base, own = marks.get("base"), base_fingerprint(model)
     if base is not None and base != own:
@@ -144,14 +122,13 @@ def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default")
         )
     configs = read_config(folder / ADAPTER_CONFIG, described, model)
     residual = marks.get("residual base")
-    if residual is not None:
-        own = residual_fingerprint({path: model.get_submodule(path) for path in configs})
-        if own != residual:
-            raise ValueError(
-                f"{folder}: init={marks.get('init')!r} made this adapter together with its "
-                f"quantized base ({residual}; this model's is {own}), and it fits no other; "
-                "load the base that was saved beside it (save_quantized, load_quantized)"
-            )
+    own = residual and residual_fingerprint({path: model.get_submodule(path) for path in configs})
+    if own != residual:
+        raise ValueError(
+            f"{folder}: init={marks.get('init')!r} made this adapter together with its "
+            f"quantized base ({residual}; this model's is {own}), and it fits no other; "
+            "load the base that was saved beside it (save_quantized, load_quantized)"
+        )
     wanted = {path: _tensors(folder, state, model, path, c) for path, c in configs.items()}
     _drop_copies_of_the_base(folder, state, model)
     if state:
@@ -172,15 +149,11 @@ def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default")
 
 def _drop_copies_of_the_base(folder: Path, state: dict, model: nn.Module) -> None:
     """PEFT stores embeddings and head whole when one of them is adapted; they must be ours."""
-    for path, module in model.named_modules():
-        if not isinstance(getattr(module, "weight", None), nn.Parameter):
-            continue
-        path = path.removesuffix(".base")  # a layer that has an adapter already
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        path = name.removesuffix(".weight").removesuffix(".base")  # it may have an adapter already
         for key in (f"base_model.model.{path}{kind}.weight" for kind in ("", ".base_layer")):
             theirs = state.pop(key, None)
-            if theirs is not None and not torch.equal(
-                theirs.to(module.weight), module.weight.detach()
-            ):
+            if theirs is not None and not torch.equal(theirs.to(weight), weight):
                 raise ValueError(
                     f"{folder}: {key} is not the weight of this model; load the base that the "
                     "adapter was trained on (with its vocabulary, if that was enlarged)"
@@ -189,19 +162,17 @@ def _drop_copies_of_the_base(folder: Path, state: dict, model: nn.Module) -> Non
 
 def _tensors(folder: Path, state: dict, model: nn.Module, path: str, config: LoRAConfig):
     """A (rank, in), B (out, rank) and DoRA's magnitude (out,) of a layer, taken out of `state`."""
-    layer, tensors = model.get_submodule(path), []
-    wanted = {
-        "lora_A.weight": (config.rank, layer.in_features),
-        "lora_B.weight": (layer.out_features, config.rank),
-    }
-    wanted |= {MAGNITUDE: (layer.out_features,)} if config.use_dora else {}
+    layer, tensors, rank = model.get_submodule(path), [], config.rank
+    out, n = layer.out_features, layer.in_features
+    wanted = {"lora_A.weight": (rank, n), "lora_B.weight": (out, rank)}
+    wanted |= {MAGNITUDE: (out,)} if config.use_dora else {}
     for part, shape in wanted.items():
         key = f"base_model.model.{path}.{part}"
         tensor = state.pop(key, None)
         if tensor is None or tuple(tensor.shape) != shape:
             got = "nothing" if tensor is None else tuple(tensor.shape)
             raise ValueError(
-                f"{folder}: {key} should be {shape}, found {got}; the rank is r={config.rank} of "
+                f"{folder}: {key} should be {shape}, found {got}; the rank is r={rank} of "
                 f"{ADAPTER_CONFIG}, the other size is this model's: is it the adapter's base?"
             )
         if not tensor.is_floating_point() or not tensor.isfinite().all():

@@ -12,9 +12,8 @@ from .targets import linear_layers
 def base_fingerprint(model: nn.Module) -> str:
     """A hash of the base's parameters outside of linear layers: embeddings and norms.
 
-    It names the model whatever its linears are stored in, so that an adapter trained on
-    a 4-bit base is recognised on the dense one. Values are hashed as what bf16 and fp16
-    can both hold, so that weights published in either are recognised in every dtype.
+    It names the model whatever its linears are stored in: packed or dense. Values are hashed as
+    what bf16 and fp16 can both hold, so that a model is recognised in every dtype.
     """
     digest, linears = hashlib.sha256(), tuple(f"{path}." for path in linear_layers(model))
     for name, p in sorted(model.named_parameters()):
@@ -34,8 +33,8 @@ def residual_fingerprint(layers: dict[str, nn.Module]) -> str:
             return "dense"
         digest.update(f"{path}{base.spec}".encode())
         for name, tensor in base.named_buffers():
-            if name == "bias":  # it takes the dtype of the model
-                continue
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            if name != "bias":  # it takes the dtype of the model
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                flat = tensor.cpu().contiguous().view(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,10 +1,8 @@
 """Adapters that start from the base: LoftQ and PiSSA.
 
 Plain LoRA starts at B = 0 and leaves the base alone. These two take the dense weight W apart,
-    W  ~  base + B A,      B (out, r), A (r, in), from the largest singular triplets,
-so that the adapter holds from step 0 what matters most in W (PiSSA), or in the error that
-quantization makes (LoftQ). The base is then a residual: without its adapter it is no model
-that anybody trained, and no other adapter fits it.
+    W  ~  base + B A,      B (out, r), A (r, in), from the largest singular triplets.
+The base is then a residual: without its adapter it is no model that anybody trained.
 """
 
 import torch
@@ -26,8 +24,7 @@ def pissa(
     """PiSSA (Meng et al. 2024, arXiv 2404.02948, eq. 2-4): B A is the principal part of W.
 
     weight (out, in). Returns (base, B, A): the residual W - B A, dense fp32, or quantized
-    as `spec` says (QPiSSA: without its largest directions W has a smaller range, and is
-    rounded less).
+    as `spec` says (QPiSSA).
     """
     b, a = low_rank(weight.detach(), rank)
     with torch.autocast(weight.device.type, enabled=False):

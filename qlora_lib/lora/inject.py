@@ -1,15 +1,13 @@
-"""Adapters on a model: which layers get them, which one a call uses, what they take.
+"""Adapters on a model: which layers get them, and which one a call uses.
 
 layer.py has the layer and its equation, choice.py the choice of a call.
 """
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import nn
 
-from ..layers.linear import QuantizedLinear
 from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
 from .choice import Rows, choose, keep_choice
@@ -17,14 +15,14 @@ from .init import RESIDUAL_INITS
 from .layer import (
     LoRAConfig,
     LoRALinear,
-    adapter_names,
     check_adapter,
     check_dense,
     check_names,
+    layers_with,
     lora_layers,
     named,
 )  # fmt: skip
-from .targets import ATTENTION, find_linears, linear_layers, replace_module
+from .targets import ATTENTION, find_linears, replace_module
 
 
 @contextmanager
@@ -32,17 +30,14 @@ def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
     """Within the block, calls use this adapter (None: the base alone), or one a row.
 
     A list gives each row of the batch an adapter by name, or None. The base's product is
-    computed once for all rows, then each adapter's on its rows; a row gets what it gets alone but
-    for the last bits. The first axis of what the layers see must be the batch, one row a name;
-    else the call raises ValueError. Where generate() repeats rows (num_return_sequences=k),
-    repeat each name k times. Not handled: models that regroup rows between layers, as mixtures
-    of experts do.
+    computed once for all rows, then each adapter's on its rows. The first axis of what the layers
+    see must be the batch, one row a name; else the call raises ValueError. Where generate()
+    repeats rows (num_return_sequences=k), repeat each name k times. Not handled: models that
+    regroup rows between layers, as mixtures of experts do.
 
-    The choice belongs to the block: other threads and asyncio tasks keep theirs. A block of
-    the model under gradient checkpointing is recomputed with the adapter of its forward pass,
-    wherever and whenever backward runs. Where you call torch's `checkpoint` yourself, wrap it
-    in `keep_choice`. Raises ValueError when the model has no adapter of that name, and for
-    an empty list.
+    Other threads and asyncio tasks keep their choice. Gradient checkpointing recomputes a block
+    with the adapter of its forward pass; where you call torch's `checkpoint` yourself, wrap it
+    in `keep_choice`. Raises ValueError for an unknown adapter and for an empty list.
     """
     rows = not (name is None or isinstance(name, str))
     check_names(model, *(name if rows else [name]))
@@ -53,7 +48,7 @@ def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
             kept = keep_choice(module._gradient_checkpointing_func)
             module._gradient_checkpointing_func = kept
     choice = Rows(name, next(model.parameters()).device) if rows else name
-    with choose(lora_layers(model).values(), choice):
+    with choose(dict.fromkeys(lora_layers(model).values(), choice)):
         yield model
 
 
@@ -72,20 +67,17 @@ def inject_lora(
     """Freeze the model and put an adapter on each target layer.
 
     target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). rank: one for all, or
-    {path: rank} with a rank a layer (as `allocate_ranks` returns): targets that it leaves out
-    get no adapter; alpha is one, so that their scaling alpha / rank differs, as with PEFT's
-    rank_pattern. use_dora: train each row's length apart (layer.weight_norm), at the price
-    of about one more dequantization of the weight a call.
+    {path: rank} (as `allocate_ranks` returns): targets that it leaves out get no adapter; alpha
+    is one, so that their scaling alpha / rank differs, as with PEFT's rank_pattern. use_dora:
+    train each row's length apart (layer.weight_norm), for one more dequantization a call.
     init: with "kaiming" and "gaussian" the outputs do not change. "loftq" and "pissa" take dense
-    layers, and replace their bases by residuals, quantized as `spec` says ("pissa" alone does
-    without: a dense residual); outputs change by what rounding leaves (init.py). Calling
-    it again with the same configuration changes nothing; with other targets it adds those to the
-    adapter, which is trained in all its layers (settings may differ by layer). The model's first
-    adapter becomes the default of calls; later ones leave the default as it is (`set_adapter`,
-    `use_adapter`). Random draws come from torch's global generator. Returns the paths of the
-    target layers. Raises ValueError, before anything is changed, for targets that match nothing,
-    a rank out of range or of a path that is no target, a name in use, a spec with other inits,
-    DoRA with "loftq" or "pissa", and layers that these two can't take.
+    layers, and replace their bases by residuals, quantized as `spec` says (init.py).
+    Calling it again with other targets adds those to the adapter, which is trained in all its
+    layers; with the same it changes nothing. The model's first adapter becomes the default of
+    calls. Random draws come from torch's global generator. Returns the paths of the target
+    layers. Raises ValueError, before anything is changed, for targets that match nothing, a rank
+    out of range or of a path that is no target, a name in use, a spec with other inits, DoRA with
+    "loftq" or "pissa", and layers that these two can't take.
     """
     found = find_linears(model, target_modules)
     ranks = rank if isinstance(rank, dict) else dict.fromkeys(found, rank)
@@ -95,50 +87,53 @@ def inject_lora(
             f"rank names {len(ranks)} layers, and {strange[:2] or 'none of them'} is not among "
             f"target_modules={target_modules!r}; give paths of target layers"
         )
-    found = {path: m for path, m in found.items() if path in ranks}
     configs = {
-        path: LoRAConfig(ranks[path], alpha, dropout, init, use_rslora, use_dora) for path in found
+        path: LoRAConfig(ranks[path], alpha, dropout, init, use_rslora, use_dora)
+        for path in found
+        if path in ranks
     }
-    new = [path for path, m in found.items() if adapter not in getattr(m, "configs", {})]
+    split = []  # layers to take apart
     if init in RESIDUAL_INITS:
-        for path in new:
-            check_dense(path, found[path], configs[path], spec)
+        split = [path for path in configs if adapter not in getattr(found[path], "configs", {})]
     elif spec is not None:
         raise ValueError(f"spec={spec} goes with {RESIDUAL_INITS}; quantize_model quantizes first")
+    for path in split:
+        check_dense(path, found[path], configs[path], spec)
     layers = add_adapters(model, configs, adapter)
-    for path in new if init in RESIDUAL_INITS else ():
+    for path in split:
         layers[path].take_apart(adapter, spec)
     model.requires_grad_(False)  # embeddings, norms and head too
     for layer in lora_layers(model).values():  # those of earlier calls too
         for p in layer.parameters_of(adapter):
             p.requires_grad_(True)
-    return list(found)
+    return list(configs)
 
 
 def add_adapters(
     model: nn.Module, configs: dict[str, LoRAConfig], adapter: str
 ) -> dict[str, LoRALinear]:
-    """Put an adapter on the linear layers at these paths, each with its own configuration.
+    """Put an adapter on the linear layers at these paths, each with its own configuration; returns
+    the layers.
 
     The model's default stays what it is, on layers that are new to adapters too; the first
     adapter of a model becomes its default. Raises ValueError, with the layer's path, before the
     first layer is changed.
     """
+    layers = {path: model.get_submodule(path) for path in configs}
     for path, config in configs.items():
         with named(path):
-            check_adapter(model.get_submodule(path), adapter, config)
+            check_adapter(layers[path], adapter, config)
     have = lora_layers(model).values()
     default = next((m.active for m in have if m.active), None) if have else adapter
     for path, config in configs.items():
-        layer = model.get_submodule(path)
-        if isinstance(layer, LoRALinear):
-            layer.add(adapter, config)
+        if isinstance(layers[path], LoRALinear):
+            layers[path].add(adapter, config)
         else:
-            layer = LoRALinear(layer)
-            layer.add(adapter, config)
-            layer.active = default
-            replace_module(model, path, layer)
-    return {path: model.get_submodule(path) for path in configs}
+            layers[path] = LoRALinear(layers[path])
+            layers[path].add(adapter, config)
+            layers[path].active = default
+            replace_module(model, path, layers[path])
+    return layers
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -149,9 +144,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """
     check_names(model, name)
     layers = lora_layers(model)
-    for path, layer in layers.items():
-        if layer.merged is not None:
-            raise ValueError(f"{path} is merged with its adapter; call unmerge_lora first")
+    check_not_merged(layers)
     for layer in layers.values():
         layer.active = name
 
@@ -165,7 +158,7 @@ def delete_adapter(model: nn.Module, name: str) -> list[str]:
     initialization (PiSSA, LoftQ) the base was made: that base is no model by itself.
     """
     check_names(model, name)
-    layers = {path: m for path, m in lora_layers(model).items() if name in m.configs}
+    layers = layers_with(model, name)
     for path, layer in layers.items():
         if layer.residual_of == name:
             raise ValueError(
@@ -173,8 +166,7 @@ def delete_adapter(model: nn.Module, name: str) -> list[str]:
                 f"adapter {name!r}, and the base alone is no model; keep it, merge it "
                 "(merge_lora(unload=True)), or load the model again"
             )
-        if layer.merged is not None:
-            raise ValueError(f"{path} is merged with its adapter; call unmerge_lora first")
+    check_not_merged(layers)
     for layer in lora_layers(model).values():  # those without it too
         layer.active = None if layer.active == name else layer.active
     for path, layer in layers.items():
@@ -184,41 +176,11 @@ def delete_adapter(model: nn.Module, name: str) -> list[str]:
     return list(layers)
 
 
-@dataclass(frozen=True)
-class AdapterRow:
-    """What one adapter takes; the row of name None is the base that all share."""
-
-    name: str | None
-    ranks: tuple[int, ...]  # that occur, in order; of the base none
-    layers: int  # linear layers that it is in; of the base: that there are
-    parameters: int  # of a quantized weight: its elements
-    nbytes: int  # as held in memory
-
-
-def adapter_table(model: nn.Module) -> list[AdapterRow]:
-    """The base, then each adapter in the order in which they were added: sizes in memory.
-
-    The base counts all that is not an adapter, embeddings and norms too, tied weights once;
-    dense copies made by merge_lora are left out.
-    """
-    layers, rows, own = lora_layers(model), [], set()
-    for name in adapter_names(model):
-        having = [m for m in layers.values() if name in m.configs]
-        tensors = [t for m in having for t in m.parameters_of(name)]
-        own |= {id(t) for t in tensors}
-        ranks = tuple(sorted({m.configs[name].rank for m in having}))
-        count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
-        rows.append(AdapterRow(name, ranks, len(having), count, size))
-    linears = linear_layers(model)
-    packed = [getattr(m, "base", m) for m in linears.values()]
-    packed = [m for m in packed if isinstance(m, QuantizedLinear)]
-    for module in [*packed, *(m.merged for m in layers.values() if m.merged is not None)]:
-        own |= {id(t) for t in [*module.parameters(), *module.buffers()]}
-    dense = [t for t in model.parameters() if id(t) not in own]
-    rest = dense + [t for t in model.buffers() if id(t) not in own]
-    count = sum(t.numel() for t in dense) + sum(m.out_features * m.in_features for m in packed)
-    size = sum(t.nbytes for t in rest) + sum(m.nbytes for m in packed)
-    return [AdapterRow(None, (), len(linears), count, size), *rows]
+def check_not_merged(layers: dict[str, LoRALinear]) -> None:
+    """Raises ValueError for layers, by path, of which one is merged."""
+    for path, layer in layers.items():
+        if layer.merged is not None:
+            raise ValueError(f"{path} is merged with its adapter; call unmerge_lora first")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

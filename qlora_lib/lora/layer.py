@@ -4,11 +4,10 @@ Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
 with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
 
 Beside PEFT 0.21.2 (tuners/lora/layer.py, dora.py and bnb.py, 3,644 lines; here this file,
-choice.py and init.py, 471): adapter files go there and back to the bit, logits and gradients
-agree to 1e-5 (tests/interop/test_peft.py), DoRA's and PiSSA's to 1e-4 (test_peft_variants.py,
-test_peft_init.py); not to the bit, for here the scaling is a part of one product. An adapter is
-chosen for a call, not set on the model. Left out: embeddings, convolutions and bare parameters,
-a bias beside B, other quantizers' layers, other initializations.
+choice.py and init.py, 440): adapter files go there and back to the bit, logits and gradients
+agree to 1e-5, DoRA's and PiSSA's to 1e-4, for here the scaling is a part of one product. An
+adapter is chosen for a call, not set on the model. Left out: embeddings, convolutions and bare
+parameters, a bias beside B, other quantizers' layers, other initializations.
 """
 
 import math
@@ -26,6 +25,7 @@ from .init import RESIDUAL_INITS, loftq, pissa
 
 INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
 TINY = torch.finfo(torch.float32).tiny
+MERGED = object()  # what a call uses where base and adapter are one layer
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class LoRAConfig:
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r} is not one of {INITS}")
         if self.use_dora and self.init in RESIDUAL_INITS:
-            raise ValueError(
-                f"use_dora starts from the lengths of the whole weight, init={self.init!r} from a "
-                "residual; take init='kaiming', or leave use_dora out"
-            )
+            raise ValueError(f"use_dora needs the whole weight, which init={self.init!r} takes "
+                             "apart; take init='kaiming', or leave use_dora out")  # fmt: skip
 
     @property
     def scaling(self) -> float:
@@ -71,9 +69,7 @@ def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
     if not name or "." in name:  # names of parameters can't hold a dot
         raise ValueError(f"adapter={name!r} must be a name without dots")
     if hasattr(nn.ParameterDict, name):  # a parameter of that name would hide it
-        raise ValueError(
-            f"adapter={name!r} is the name of a method of torch's modules; take another"
-        )
+        raise ValueError(f"adapter={name!r} is the name of a method of torch; take another")
     taken = layer.configs.get(name, config) if isinstance(layer, LoRALinear) else config
     if taken != config:
         raise ValueError(f"adapter {name!r} exists with {taken}, not {config}")
@@ -82,6 +78,11 @@ def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
             f"the base is what init left beside adapter {layer.residual_of!r}, no model by itself; "
             "merge that one first (merge_lora(unload=True)), or start from a fresh model"
         )
+    check_rank(layer, config)
+
+
+def check_rank(layer: nn.Module, config: LoRAConfig) -> None:
+    """Raises ValueError for a rank above the layer's own."""
     shape = (layer.out_features, layer.in_features)
     if config.rank > min(shape):
         raise ValueError(f"rank={config.rank} exceeds the rank of a layer {shape}")
@@ -128,6 +129,7 @@ class LoRALinear(nn.Module):
     merged    None, or the layer that stands for base and adapter together
     residual_of  None, or the adapter that `take_apart` made together with the base
     start     None, or B and A at step 0 of that adapter, beside a dense base
+    casts     None, or while text is decoded (`decoding_layout`), A and B in the autocast dtype
     """
 
     def __init__(self, base: nn.Linear | QuantizedLinear):
@@ -142,14 +144,37 @@ class LoRALinear(nn.Module):
         self.merged: nn.Module | None = None
         self.residual_of: str | None = None
         self.start: tuple[Tensor, Tensor] | None = None
+        self.casts: dict | None = None
+
+    def __getattr__(self, name: str):
+        # No property: nn.Module would hide what its AttributeError says.
+        return self._weight() if name == "weight" else super().__getattr__(name)
+
+    def _weight(self) -> Tensor:
+        """`weight` (out, in), which some models' forward reads: what a call now multiplies by, the
+        base's with the adapter's update, whose gradients reach A and B. Raises AttributeError
+        for a base that keeps no dense weight, and where rows have adapters of their own."""
+        name = self._choice()
+        if isinstance(name, Rows):
+            raise AttributeError("no single weight: use_adapter gave each row an adapter")
+        if name is MERGED or name not in self.configs:
+            return (self.merged if name is MERGED else self.base).weight
+        config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
+        weight = self.base.weight
+        moved = weight + config.scaling * (b @ a)
+        if config.use_dora:
+            length = weight_norm(self.base, b, a, config.scaling)
+            moved = (self.magnitude[name] / length).unsqueeze(1) * moved
+        return moved.to(weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias (out,); merging leaves it as it is."""
+        return self.base.bias
 
     def add(self, name: str, config: LoRAConfig) -> None:
         """Add an adapter, B = 0. A layer's first one becomes its default (`active`), later ones
-        leave the default as it is (None, the base alone, too).
-
-        Raises ValueError for a name in use with another configuration and for a rank
-        above the layer's own.
-        """
+        leave the default as it is (None, the base alone, too). Raises what check_adapter does."""
         check_adapter(self, name, config)
         if name in self.configs:
             return
@@ -166,10 +191,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def take_apart(self, name: str, spec: QuantSpec | NF4Spec | None) -> None:
-        """Split the dense base into a residual, quantized as `spec` says, and adapter `name`.
-
-        The adapter's configuration says how, "loftq" or "pissa"; `check_dense` is for before.
-        """
+        """Split the dense base into a residual, quantized as `spec` says, and adapter `name`, by
+        the "loftq" or "pissa" of its configuration; `check_dense` is for before."""
         config, linear = self.configs[name], self.base
         split = loftq if config.init == "loftq" else pissa
         base, b, a = split(linear.weight.detach(), config.rank, spec)
@@ -188,6 +211,7 @@ class LoRALinear(nn.Module):
     def put(self, name: str, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
         """Store an adapter's factors as new parameters, over any that have its name."""
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
+        self.lay_out(decoding=self.casts is not None)  # no casts of another's
         if config.use_dora:  # with B = 0 the lengths are those of W: nothing changes at step 0
             norm = weight_norm(self.base, b, a, config.scaling)
             self.magnitude[name] = nn.Parameter(norm)
@@ -207,9 +231,8 @@ class LoRALinear(nn.Module):
     def delta(self, name: str, weight: Tensor | None = None) -> Tensor:
         """What the adapter adds to the weight of this layer's base: scaling * B A, fp32 (out, in).
 
-        With PiSSA and LoftQ the base is the residual that they left, so this is the update of the
-        residual, not of the original weight. With use_dora the update depends on the weight that
-        it is added to, `weight` (out, in; None: the base's):
+        With PiSSA and LoftQ that is the update of the residual. With use_dora it depends on the
+        weight that it is added to, `weight` (out, in; None: the base's):
             W' - W,   W' = m (W + scaling * B A) / ||W + scaling * B A||
         """
         config = self.configs[name]
@@ -223,56 +246,56 @@ class LoRALinear(nn.Module):
         length = moved.norm(dim=1).clamp(min=TINY)
         return (self.magnitude[name].detach() / length).unsqueeze(1) * moved - weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
+    def _choice(self):
+        """What a call uses: an adapter's name, None for the base alone, Rows, or MERGED."""
         choice = chosen(self)
         if choice is DEFAULT:
-            if self.merged is not None:
-                return self.merged(x)
-            choice = self.active
+            return self.active if self.merged is None else MERGED
+        return choice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        choice = self._choice()
+        if choice is MERGED:
+            return self.merged(x)
         y = self.base(x)
         if not isinstance(choice, Rows):
             return self._adapted(choice, x, y)
         choice.check(x)
-        if self._fits_in_place(choice, x, y):
-            for name, rows in choice.groups:
-                if name in self.configs:
-                    self._add_in_place(name, x[rows], y[rows])
+        if self._added_in_place(choice, x, y):
             return y
-        parts = [self._adapted(name, x[rows], y[rows]) for name, rows in choice.groups]
-        return choice.join(parts)
+        return choice.join([self._adapted(name, x[rows], y[rows]) for name, rows in choice.groups])
 
-    def _fits_in_place(self, choice: Rows, x: Tensor, y: Tensor) -> bool:
-        """Whether the rows' updates can be added into y: without gradients, in fp32, plain."""
-        names = [name for name, _ in choice.groups if name in self.configs]
-        return (
-            not (torch.is_grad_enabled() or self.training)
-            and not torch.is_autocast_enabled(x.device.type)
-            and x.dtype == y.dtype == torch.float32
-            and y.is_contiguous()
-            and all(isinstance(rows, slice) for _, rows in choice.groups)
-            and not any(self.configs[name].use_dora for name in names)
-        )
-
-    def _add_in_place(self, name: str, x: Tensor, y: Tensor) -> None:
-        """y += scaling * (x A^T) B^T in one operation: decoding a few rows an adapter, the time
-        goes to calling operations and to moving activations, not to multiplying."""
-        h = x.flatten(0, -2) @ self.lora_A[name].t()  # (rows * tokens, rank)
-        y = y.flatten(0, -2)  # a view: y[rows] is contiguous
-        y.addmm_(h, self.lora_B[name].t(), alpha=self.configs[name].scaling)
+    def _added_in_place(self, choice: Rows, x: Tensor, y: Tensor) -> bool:
+        """Whether the rows' updates were added into y: without gradients, in fp32, plain. With few
+        rows an adapter, calling operations and moving activations takes the time."""
+        groups = [(name, rows) for name, rows in choice.groups if name in self.configs]
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if torch.is_grad_enabled() or self.training or autocast or not y.is_contiguous():
+            return False
+        if not x.dtype == y.dtype == torch.float32:
+            return False
+        if any(self.configs[n].use_dora or not isinstance(rows, slice) for n, rows in groups):
+            return False
+        for name, rows in groups:
+            h = x[rows].flatten(0, -2) @ self.lora_A[name].t()  # (rows * tokens, rank)
+            part = y[rows].flatten(0, -2)  # a view
+            part.addmm_(h, self.lora_B[name].t(), alpha=self.configs[name].scaling)
+        return True
 
     def _adapted(self, name: str | None, x: Tensor, y: Tensor) -> Tensor:
         """y = base(x), with what an adapter adds."""
         if name not in self.configs:  # None, or an adapter that leaves this layer alone
             return y
-        config, a, b = self.configs[name], self.lora_A[name], self.lora_B[name]
+        config, (a, b) = self.configs[name], self._factors(name, x.device.type)
         # Autocast casts for itself; a cast here would give every layer a copy of x to keep.
         h = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
         h = nn.functional.dropout(h, config.dropout, self.training)
         h = h @ a.t()  # (..., in) -> (..., rank): thin first, B A is never formed
         if config.use_dora:
             update = config.scaling * (h @ b.t())  # (..., rank) -> (..., out)
-            ratio = self.magnitude[name] / weight_norm(self.base, b, a, config.scaling)  # (out,)
+            length = weight_norm(self.base, self.lora_B[name], self.lora_A[name], config.scaling)
+            ratio = self.magnitude[name] / length  # (out,)
             product = y if self.base.bias is None else y - self.base.bias  # x W^T alone
             return y + ((ratio - 1) * product + ratio * update).to(y.dtype)
         if y.dtype != h.dtype:
@@ -280,6 +303,21 @@ class LoRALinear(nn.Module):
         # One operation: a product, a scaling and a sum would each pass over (tokens, out) numbers.
         flat = y.reshape(-1, len(b)), h.reshape(-1, len(a))  # (tokens, out), (tokens, rank)
         return torch.addmm(*flat, b.t(), alpha=config.scaling).view(y.shape)
+
+    def _factors(self, name: str, device: str) -> tuple[Tensor, Tensor]:
+        """A and B; while text is decoded, as autocast casts them, which else it does at each
+        token: what it multiplies by is a view, whose cast it does not keep."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        if self.casts is None or torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+            return a, b
+        dtype = torch.get_autocast_dtype(device)
+        if (name, dtype) not in self.casts:
+            self.casts[name, dtype] = a.to(dtype), b.to(dtype)
+        return self.casts[name, dtype]
+
+    def lay_out(self, decoding: bool) -> None:
+        """Begin or end to hold A and B cast (see `decoding_layout`); they must not change then."""
+        self.casts = {} if decoding else None
 
 
 @torch.no_grad()
@@ -295,9 +333,8 @@ def weight_norm(base: nn.Module, b: Tensor, a: Tensor, scaling: float) -> Tensor
 
     DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) trains length and direction apart:
         W' = m (W + B A) / ||W + B A||,
-    m (out,) the trained magnitude, at step 0 the lengths of W. Section 4.3: the norm follows
-    the update but counts as a constant in backward, which saves the memory of its graph;
-    hence no gradient here. The sum is formed some rows at a time.
+    m (out,) the trained magnitude, at step 0 the lengths of W. Section 4.3: the norm counts as
+    a constant in backward; hence no gradient here. The sum is formed some rows at a time.
     """
     norms = []
     with torch.autocast(a.device.type, enabled=False):
@@ -309,6 +346,11 @@ def weight_norm(base: nn.Module, b: Tensor, a: Tensor, scaling: float) -> Tensor
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Every LoRALinear by its module path."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def layers_with(model: nn.Module, adapter: str) -> dict[str, LoRALinear]:
+    """The layers that have this adapter, by path."""
+    return {path: m for path, m in lora_layers(model).items() if adapter in m.configs}
 
 
 def adapter_names(model: nn.Module) -> list[str]:

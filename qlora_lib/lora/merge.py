@@ -1,8 +1,7 @@
 """Merging an adapter into weights: dense, packed again, or those of the original model.
 
-Three results that are not the same model. The adapter was trained beside the *base*, so base
-plus update is what was trained: dense weights hold it (to rounding), packed ones lose the part
-of it that is smaller than their step. The original 16-bit weights are another base.
+The adapter was trained beside the *base*: dense weights hold base plus update (to rounding),
+packed ones lose what is smaller than their step, and the original weights are another base.
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.linear import QuantizedLinear, dense_weight, frozen_linear
-from ..quant.gptq import GPTQOptions, gptq_quantize
+from ..quant.gptq import GPTQOptions
 from ..quant.hessian import Hessian
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
@@ -49,20 +48,19 @@ def merge_lora(
     the model's dtype), "rtn" or "gptq": quantized again with the base's own spec, to the
     nearest level, or by GPTQ, which needs the layers' Hessians by path (`merge_hessians`)
     and has no NF4. The base is kept for `unmerge_lora`, unless `unload`, which leaves plain
-    layers. Returns what each layer lost; `merge_report` measures what the logits lose. Raises
-    ValueError, and then leaves the model as it was, for an unknown `into`, for re-quantizing a
-    dense base, missing Hessians, GPTQ into NF4, and weights or a Hessian that can't be used.
+    layers. Returns what each layer lost. Raises ValueError, and then leaves the model as it was,
+    for an unknown `into`, for re-quantizing a dense base, missing Hessians, GPTQ into NF4, and
+    weights or a Hessian that can't be used.
     """
     if into not in ("dense", "rtn", "gptq"):
         raise ValueError(f"into={into!r} must be 'dense', 'rtn' or 'gptq'")
-    layers = active_layers(model)
-    if into != "dense":  # all of them before the first is changed
-        for path, layer in layers.items():
-            _check_requantize(path, layer.base, into, hessians or {})
+    layers, hessians = active_layers(model), hessians or {}
+    for path, layer in layers.items():  # all of them before the first takes its time
+        _check_merge(path, layer.base, into, hessians)
     dtype, done = next(model.parameters()).dtype, {}
     for path, layer in layers.items():
         with named(path):
-            done[path] = _merge_layer(path, layer, into, dtype, hessians or {}, options)
+            done[path] = _merge_layer(path, layer, into, dtype, hessians.get(path), options)
     for path, (merged, _) in done.items():  # all or none
         layers[path].merged = merged
         if unload:
@@ -87,12 +85,9 @@ def unmerge_lora(model: nn.Module) -> None:
 def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalRow]:
     """Add the active adapters of `model` to the dense weights of `original`, in place.
 
-    For an adapter trained beside a quantized base this is *another model* than the trained one.
-    Training saw W_base = W + error, and what of the update answers to that error has nothing to
-    answer to here: W + update is neither the trained W_base + update (merge_lora into "dense"
-    gives that) nor what fine-tuning the dense model would have given. It is what merging with
-    PEFT onto the 16-bit checkpoint gives, and a common way to serve; measure it before you
-    trust it.
+    For an adapter trained beside a quantized base this is *another model* than the trained one:
+    training saw W_base = W + error, and what of the update answers to that error has nothing to
+    answer to here. Merging with PEFT onto the 16-bit checkpoint gives the same.
 
     Of PiSSA over a dense base what it learned is added, B A - (B A at step 0), as save_adapter
     writes it. Over a quantized base, PiSSA and LoftQ fit that base alone.
@@ -108,7 +103,7 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
             "`original` is another model: its embeddings and norms differ from those of the "
             "adapter's base; load the checkpoint that the base was quantized from"
         )
-    linears = dict(original.named_modules())
+    linears, rows = dict(original.named_modules()), []
     for path, layer in layers.items():
         if layer.residual_of == layer.active and layer.start is None:
             raise ValueError(
@@ -116,29 +111,27 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
                 "(LoftQ, PiSSA), and fits no other; merge it into that one, merge_lora(model)"
             )
         linear, shape = linears.get(path), (layer.out_features, layer.in_features)
-        if type(linear) is not nn.Linear or tuple(linear.weight.shape) != shape:
-            found = "nothing" if linear is None else type(linear).__name__
-            found += f" {tuple(linear.weight.shape)}" if type(linear) is nn.Linear else ""
-            raise ValueError(
-                f"{path}: `original` should hold a dense Linear {shape}, found {found}; give the "
-                "dense model, without adapters"
-            )
-    rows = []
+        dense = type(linear) is nn.Linear
+        if not dense or tuple(linear.weight.shape) != shape:
+            found = tuple(linear.weight.shape) if dense else type(linear).__name__
+            raise ValueError(f"{path}: `original` should hold a dense Linear {shape}, found "
+                             f"{found}; give the dense model, without adapters")  # fmt: skip
     for path, layer in layers.items():
-        weight = linears[path].weight.detach()
+        linear = linears[path]
+        weight = linear.weight.detach().float()
         update, base = (t.to(weight.device) for t in _learned(layer, weight))  # (out, in)
-        target = weight.float() + update
-        gap = weight.float() - base
+        target = weight + update
+        stored = target.to(linear.weight.dtype)
         # A parameter of its own: in place, weights tied to the embeddings would drag them along.
-        stored = target.to(weight.dtype)
-        linears[path].weight = nn.Parameter(stored, linears[path].weight.requires_grad)
-        row = _row(path, update, weight.float(), target - stored.float())
-        rows.append(OriginalRow(path, row.update_norm, row.lost, float(gap.norm() / _size(update))))
+        linear.weight = nn.Parameter(stored, linear.weight.requires_grad)
+        gap = (weight - base).norm() / _size(update)
+        row = _row(path, update, weight, target - stored.float())
+        rows.append(OriginalRow(**vars(row), base_gap=float(gap)))
     return rows
 
 
-def _check_requantize(path: str, base: nn.Module, into: str, hessians: dict) -> None:
-    if not isinstance(base, QuantizedLinear):
+def _check_merge(path: str, base: nn.Module, into: str, hessians: dict) -> None:
+    if into != "dense" and not isinstance(base, QuantizedLinear):
         raise ValueError(f"{path} is dense; merge into='dense', then quantize the model")
     if into == "gptq" and isinstance(base.spec, NF4Spec):
         raise ValueError(f"{path} is NF4, which GPTQ does not make; merge into='rtn' or 'dense'")
@@ -156,7 +149,7 @@ def _learned(layer: LoRALinear, weight: Tensor) -> tuple[Tensor, Tensor]:
     return update, base
 
 
-def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module, MergeRow]:
+def _merge_layer(path, layer, into, dtype, hessian, options) -> tuple[nn.Module, MergeRow]:
     base, update = layer.base, layer.delta(layer.active)
     dense = dense_weight(base)  # (out, in)
     target = dense + update
@@ -164,19 +157,17 @@ def _merge_layer(path, layer, into, dtype, hessians, options) -> tuple[nn.Module
         if not isinstance(base, QuantizedLinear):
             dtype = base.weight.dtype
         merged = frozen_linear(target.to(dtype), base.bias)
-    elif into == "gptq":
-        new = gptq_quantize(target, hessians[path], base.spec, options)
-        merged = QuantizedLinear(new, base.bias)
     else:
-        merged = QuantizedLinear(Recipe(base.spec).quantize(target), base.bias)
+        recipe = Recipe(base.spec, options if into == "gptq" else None)
+        merged = QuantizedLinear(recipe.quantize(target, hessian), base.bias)
     return merged, _row(path, update, dense, target - dense_weight(merged))
 
 
-def _size(update: Tensor) -> Tensor:
-    """|update|, never 0: an untrained adapter has lost nothing."""
-    return update.norm().clamp(min=torch.finfo(torch.float32).tiny)
+def _size(matrix: Tensor) -> Tensor:
+    """|matrix|, never 0: an untrained adapter has lost nothing."""
+    return matrix.norm().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _row(path: str, update: Tensor, weight: Tensor, missing: Tensor) -> MergeRow:
-    size = _size(update)
-    return MergeRow(path, float(size / weight.norm()), float(missing.norm() / size))
+    share = update.norm() / _size(weight)
+    return MergeRow(path, float(share), float(missing.norm() / _size(update)))

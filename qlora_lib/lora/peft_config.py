@@ -6,11 +6,12 @@ paths, `rank_pattern` and `alpha_pattern` give some of them a rank and an alpha 
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
-from .layer import LoRAConfig, lora_layers
+from .layer import LoRAConfig, lora_layers, named
 from .targets import linear_layers
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
@@ -63,24 +64,22 @@ def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRA
     ValueError, by name, for settings that would change the result and are not supported here,
     for unknown settings that are not empty, for missing ones, and when no layer matches.
     """
-    _refuse(path, described)
-    targets = _targets(path, described, model)
     configs = {}
-    for name in targets:
-        rank, alpha = (
-            _by_pattern(path, described, key, name, described[default])
-            for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
-        if type(rank) is not int or type(alpha) not in (int, float):
-            raise ValueError(f"{path}: rank {rank!r} and alpha {alpha!r} of {name} must be numbers")
-        configs[name] = LoRAConfig(
-            rank=rank,
-            alpha=alpha,
-            dropout=described.get("lora_dropout") or 0.0,
-            init="gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming",
-            use_rslora=described.get("use_rslora") or False,
-            use_dora=described.get("use_dora") or False,
-        )
+    with named(str(path)):
+        _refuse(described)
+        for name in _targets(described, model):
+            rank = _by_pattern(described.get("rank_pattern"), name, described["r"])
+            alpha = _by_pattern(described.get("alpha_pattern"), name, described["lora_alpha"])
+            if type(rank) is not int or type(alpha) not in (int, float):
+                raise ValueError(f"rank {rank!r} and alpha {alpha!r} of {name} must be numbers")
+            configs[name] = LoRAConfig(
+                rank=rank,
+                alpha=alpha,
+                dropout=described.get("lora_dropout") or 0.0,
+                init="gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming",
+                use_rslora=described.get("use_rslora") or False,
+                use_dora=described.get("use_dora") or False,
+            )
     return configs
 
 
@@ -94,16 +93,13 @@ def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
     for field in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(config, field) for config in configs.values()}
         if len(values) > 1:
-            raise ValueError(
-                f"the layers differ in {field}, {sorted(values)}; PEFT's file holds one value: "
-                "put the layers into adapters of their own"
-            )
-    first = next(iter(configs.values()))
+            raise ValueError(f"the layers differ in {field}, {sorted(values)}; PEFT's file holds "
+                             "one value: put the layers into adapters of their own")  # fmt: skip
+    first, inits = next(iter(configs.values())), {config.init for config in configs.values()}
     rank, alpha = (
         Counter(getattr(config, field) for config in configs.values()).most_common(1)[0][0]
         for field in ("rank", "alpha")
     )
-    inits = {config.init for config in configs.values()}
     described = {
         "r": rank,
         "lora_alpha": alpha,
@@ -127,105 +123,99 @@ def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
     raise ValueError(f"PEFT's patterns cannot tell the layers {sorted(configs)} apart; rename them")
 
 
-def _refuse(path: Path, described: dict) -> None:
+def _refuse(described: dict) -> None:
     if described.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is a {described.get('peft_type')} adapter; only LORA is read")
+        raise ValueError(f"this is a {described.get('peft_type')} adapter; only LORA is read")
     for key, value in described.items():
         if key in READ | HARMLESS or not value or (key, value) == ("bias", "none"):
             continue
         why = REFUSED.get(key, "a setting that this version does not know")
-        raise ValueError(f"{path}: {key}={value!r} is not supported ({why}); {INSTEAD}")
+        raise ValueError(f"{key}={value!r} is not supported ({why}); {INSTEAD}")
     init = described.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise ValueError(
-            f"{path}: init_lora_weights={init!r} is not supported (it changes the base, so that "
-            "the adapter does not fit the whole one); save the adapter again with PEFT's "
-            "path_initial_model_for_weight_conversion"
+            f"init_lora_weights={init!r} is not supported (it changes the base); save the adapter "
+            "again with PEFT's path_initial_model_for_weight_conversion"
         )
     for key, kinds in KINDS.items():
         if not isinstance(described.get(key), (*kinds, type(None))):
             names = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{path}: {key}={described[key]!r} should be {names}")
+            raise ValueError(f"{key}={described[key]!r} should be {names}")
     lacking = [key for key in REQUIRED if described.get(key) in (None, [], "")]
     if lacking:
-        raise ValueError(f"{path} lacks {lacking}; save the adapter again")
+        raise ValueError(f"the file lacks {lacking}; save the adapter again")
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        given = described.get(key) or []
+        _check_expressions(key, given if isinstance(given, dict) else [given])
+    _check_expressions("layers_pattern", _layer_lists(described))
 
 
-def _targets(path: Path, described: dict, model: nn.Module) -> list[str]:
+def _check_expressions(key: str, expressions: Iterable) -> None:
+    for expression in expressions:
+        try:
+            re.compile(expression if isinstance(expression, str) else "")
+        except re.error as error:
+            what = f"{key} holds {expression!r}, no valid regular expression ({error})"
+            raise ValueError(what) from None
+
+
+def _targets(described: dict, model: nn.Module) -> list[str]:
     """Paths of the linear layers that are chosen; ValueError for other kinds of modules."""
     targets, linears = described["target_modules"], linear_layers(model)
-    if isinstance(targets, str) and (
-        described.get("layers_to_transform") is not None or described.get("layers_pattern")
-    ):
-        raise ValueError(
-            f"{path}: layers_to_transform and layers_pattern go with a list of target_modules; "
-            f"put the layers into the expression {targets!r}"
-        )
+    numbered = described.get("layers_to_transform") is not None or described.get("layers_pattern")
+    if isinstance(targets, str) and numbered:
+        raise ValueError("layers_to_transform and layers_pattern go with a list of target_modules; "
+                         f"put the layers into the expression {targets!r}")  # fmt: skip
     if isinstance(targets, str) and targets.lower() == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = [name for name, layer in linears.items() if layer is not head]
     else:
         adapted = lora_layers(model)  # what is inside of them was chosen with them
         names = [n for n, _ in model.named_modules() if n and n.rpartition(".")[0] not in adapted]
-        chosen = [name for name in names if _is_target(path, described, name)]
-    chosen = [name for name in chosen if not _is_excluded(path, described, name)]
+        chosen = [name for name in names if _is_target(described, name)]
+    excluded = described.get("exclude_modules") or []
+    chosen = [name for name in chosen if not _fits(excluded, name)]
     others = [name for name in chosen if name not in linears]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
-        raise ValueError(
-            f"{path}: target_modules={targets!r} choose {others[0]} ({kind}); adapters go on "
-            "linear layers only: name these"
-        )
+        raise ValueError(f"target_modules={targets!r} choose {others[0]} ({kind}); adapters go on "
+                         "linear layers only: name these")  # fmt: skip
     if not chosen:
         short = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(
-            f"{path}: target_modules={targets!r} choose no linear layer of this model, which has "
-            f"{short}; is it the adapter's base?"
-        )
+        raise ValueError(f"target_modules={targets!r} choose no linear layer of this model, which "
+                         f"has {short}; is it the adapter's base?")  # fmt: skip
     return chosen
 
 
-def _is_target(path: Path, described: dict, name: str) -> bool:
+def _fits(given: str | list[str], name: str) -> bool:
     """A string is an expression for whole paths; in a list are paths or their last components."""
-    targets = described["target_modules"]
-    if isinstance(targets, str):
-        return bool(_match(path, "target_modules", re.fullmatch, targets, name))
-    if name in targets:  # a whole path needs no layer number
-        return True
-    if not any(name.endswith(f".{target}") for target in targets):
+    if isinstance(given, str):
+        return bool(re.fullmatch(given, name))
+    return any(name == end or name.endswith(f".{end}") for end in given)
+
+
+def _is_target(described: dict, name: str) -> bool:
+    targets, layers = described["target_modules"], described.get("layers_to_transform")
+    # An expression, or a whole path in a list, needs no layer number.
+    if isinstance(targets, str) or name in targets or layers in (None, []):
+        return _fits(targets, name)
+    if not _fits(targets, name):
         return False
-    layers = described.get("layers_to_transform")
-    if layers is None or layers == []:
-        return True
-    given = described.get("layers_pattern") or []
-    patterns = [rf"(?:.*?\.)?{p}" for p in ([given] if isinstance(given, str) else given)]
+    patterns = [rf"(?:.*?\.)?{p}" for p in _layer_lists(described)]
     for pattern in patterns or [r".*?\.[^.]*"]:  # the name of the list of blocks, or any
         # The first number after it: in layers.1.experts.0 the 1.
-        pattern = rf"{pattern}\.(?P<index>\d+)\."
-        found = _match(path, "layers_pattern", re.match, pattern, name)
-        if found:
+        if found := re.match(rf"{pattern}\.(?P<index>\d+)\.", name):
             return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 
-def _is_excluded(path: Path, described: dict, name: str) -> bool:
-    excluded = described.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        return bool(_match(path, "exclude_modules", re.fullmatch, excluded, name))
-    return any(name == e or name.endswith(f".{e}") for e in excluded)
+def _layer_lists(described: dict) -> list[str]:
+    """Expressions for the name of the list of decoder blocks."""
+    given = described.get("layers_pattern") or []
+    return [given] if isinstance(given, str) else given
 
 
-def _by_pattern(path: Path, described: dict, key: str, name: str, default):
+def _by_pattern(patterns: dict | None, name: str, default):
     """The value of the first pattern that fits the end of the path, after a dot or whole."""
-    for pattern, value in (described.get(key) or {}).items():
-        if _match(path, key, re.match, rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _match(path: Path, key: str, match, pattern: str, name: str):
-    try:
-        return match(pattern, name)
-    except re.error as error:
-        message = f"{path}: {key} holds {pattern!r}, no valid regular expression ({error})"
-        raise ValueError(message) from None
+    fitting = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", name))
+    return next(fitting, default)

@@ -21,10 +21,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     """Linear layers, dense or quantized, by path: the targets.
 
-    target_modules: "all" or "attention" (blocks.py says which these are in any family), or
-    last path components. Whole components are compared: "k_proj" does not match
-    "block_proj". Layers inside a LoRALinear are found under the LoRALinear's path. Raises
-    ValueError, listing what the model has, when a target matches nothing.
+    target_modules: "all" or "attention" (blocks.py says which these are in any family), or last
+    path components, compared whole: "k_proj" does not match "block_proj". Raises ValueError,
+    listing what the model has, when a target matches nothing.
     """
     linears = linear_layers(model)
     if target_modules in WORDS:

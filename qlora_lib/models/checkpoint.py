@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from ..base.devices import default_device, resolve_dtype
 from ..base.files import atomic_folder, open_tensors, read_json, write_json_atomic
-from ..layers.linear import Quantized, QuantizedLinear
+from ..layers.linear import Quantized, QuantizedLinear, check_scales_are_frozen
 from ..lora.layer import lora_layers
 from ..lora.targets import replace_module
-from ..lora.variants import check_scales_are_frozen
 from ..quant.grid import QuantizedTensor, QuantSpec
 from ..quant.nf4 import NF4Spec, NF4Tensor
 from .conv1d import linear_from_conv1d

@@ -5,18 +5,15 @@ trial is stored at once, and a search that was killed goes on where it stopped.
 
 What "optimal" means here: the candidate with the fewest trained parameters that does not lose
 to the best one. It loses if McNemar's exact test on the same dev questions, all seeds together,
-gives p < 0.05. Not losing is no proof of being equal: the interval of the difference says how
-much may be hidden. Seeds share their questions, so p is somewhat too small, which favors more
-parameters.
+gives p < 0.05. Not losing is no proof of being equal; and seeds share their questions, so p is
+somewhat too small, which favors more parameters.
 
 Hopeless candidates stop early: all are first trained with the first seed for a quarter of the
-steps, and those whose dev loss is then more than 4 times the lowest get no full training.
-Such a rule is a guess: who learns late is stopped with those who never learn. Stored losses tell
-afterwards what it did, or would have done.
+steps, and those whose dev loss is then more than 4 times the lowest get no full training: a
+guess, which stops who learns late with those who never learn.
 
 One learning rate and alpha = 2 rank for all candidates: under Adam small ranks then take smaller
-steps (see `prepare`) and learn later. So what is compared is rank and step size together. To
-compare ranks alone, tune the rate or alpha for each, Trial(lr=, alpha=).
+steps (see `prepare`) and learn later. To compare ranks alone, tune Trial(lr=, alpha=) for each.
 """
 
 import copy
@@ -34,19 +31,18 @@ from ..base.paths import short_path
 from ..base.stamp import stamp
 from ..base.statistics import wilson
 from ..data.examples import read_examples
-from ..data.tokens import Example, Pair
+from ..data.tokens import Pair
 from ..evaluation.comparison import Comparison, compare_verdicts
 from ..evaluation.tasks import Task, score
 from ..generation.generate import generator
 from ..layers.blocks import linears_in_blocks
 from ..lora.inject import inject_lora, trainable_parameters
-from ..lora.targets import find_linears, linear_layers
+from ..lora.targets import linear_layers
 from ..models.fingerprint import fingerprint
 from ..models.quantize import quantized_layers
 from ..train.config import TrainConfig
 from ..train.finetune import finetune, validation_loss
 
-PLACES = ("all", "attention", "mlp", "embeddings")
 LEVEL = 0.05  # of McNemar's test
 
 
@@ -58,9 +54,9 @@ class Trial:
     the first so many pairs of the search alone; None: on all. alpha None: 2 rank.
     """
 
-    method: str = "lora"  # or "full": every weight, or the embeddings alone
+    method: str = "lora"  # or "full": every weight ("all"), or the "embeddings" alone
     rank: int | None = 8
-    target_modules: str | tuple[str, ...] = "all"  # or one of PLACES
+    target_modules: str | tuple[str, ...] = "all"  # "attention", "mlp", or names
     lr: float | None = None
     steps: int | None = None
     epochs: int | None = None
@@ -75,9 +71,15 @@ class Trial:
             raise ValueError(f"rank={self.rank} must be at least 1")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}; give one of them")
+        if self.method == "full" and self.target_modules not in ("all", "embeddings"):
+            raise ValueError(f"method='full' trains 'all' or 'embeddings', not {self.where}")
         if self.method == "lora" and self.target_modules == "embeddings":
-            raise ValueError("embeddings are trained whole: Trial(method='full', rank=None, "
-                             "target_modules='embeddings')")  # fmt: skip
+            raise ValueError("embeddings are trained whole: Trial('full', None, 'embeddings')")
+
+    @property
+    def where(self) -> str:
+        where = self.target_modules
+        return where if isinstance(where, str) else "+".join(where)
 
     def config(self, base: TrainConfig) -> TrainConfig:
         """The search's settings with this trial's."""
@@ -87,9 +89,7 @@ class Trial:
         return replace(base, **{name: value for name, value in own.items() if value is not None})
 
     def __str__(self) -> str:
-        where = self.target_modules
-        where = where if isinstance(where, str) else "+".join(where)
-        words = [self.method, where] + ([f"r={self.rank}"] if self.method == "lora" else [])
+        words = [self.method, self.where] + ([f"r={self.rank}"] if self.method == "lora" else [])
         for name in ("alpha", "lr", "steps", "epochs", "examples"):
             if getattr(self, name) is not None:
                 words.append(f"{name}={getattr(self, name):g}")
@@ -108,10 +108,8 @@ def prepare(model, trial: Trial) -> int:
     if trial.method == "full":
         if quantized_layers(model) and places != "embeddings":
             raise ValueError("quantized weights can't be trained; method='lora' trains beside them")
-        model.requires_grad_(places == "all")
-        if places != "all":
-            for module in _whole(model, places):
-                module.requires_grad_(True)
+        model.requires_grad_(False)
+        (model if places == "all" else model.get_input_embeddings()).requires_grad_(True)
     else:
         torch.manual_seed(trial.seed)
         names = mlp_names(model) if places == "mlp" else places
@@ -120,16 +118,10 @@ def prepare(model, trial: Trial) -> int:
     return sum(p.numel() for p in trainable_parameters(model).values())
 
 
-def _whole(model, places) -> list[torch.nn.Module]:
-    if places == "embeddings":
-        return [model.get_input_embeddings()]
-    return list(find_linears(model, mlp_names(model) if places == "mlp" else places).values())
-
-
 def mlp_names(model) -> tuple[str, ...]:
     """Last path components of the blocks' linears outside of attention."""
     linears = linear_layers(model)
-    attention = set(linears_in_blocks(model, linears, "attention"))
+    attention = linears_in_blocks(model, linears, "attention")
     rest = [p for p in linears_in_blocks(model, linears, "all") if p not in attention]
     return tuple(dict.fromkeys(path.rpartition(".")[2] for path in rest))
 
@@ -184,7 +176,11 @@ class Search:
 
         With trial.examples also train_loss: of these examples, measured as the dev loss is.
         """
-        examples = self._examples(trial)
+        n = len(self.train) if trial.examples is None else trial.examples
+        if not 1 <= n <= len(self.train):
+            raise ValueError(f"examples={n}; the search has {len(self.train)} train pairs, so "
+                             f"expected 1 to {len(self.train)}")  # fmt: skip
+        examples = self.train[:n]
         model = copy.deepcopy(self.model)
         parameters = prepare(model, trial)
         config = trial.config(self.config)
@@ -202,14 +198,6 @@ class Search:
         if trial.examples is not None:
             row["train_loss"] = validation_loss(model, self.tokenizer, examples, config)
         return model, row
-
-    def _examples(self, trial: Trial) -> list[Example]:
-        """What a trial trains on."""
-        n = len(self.train) if trial.examples is None else trial.examples
-        if not 1 <= n <= len(self.train):
-            raise ValueError(f"examples={n}; the search has {len(self.train)} train pairs, so "
-                             f"expected 1 to {len(self.train)}")  # fmt: skip
-        return self.train[:n]
 
 
 @dataclass(frozen=True)
@@ -254,11 +242,11 @@ class RankSearch:
                 continue
             low, high = c.interval
             line += f"{100 * c.accuracy:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"
-            gap, (low, high) = difference(c, self.best), difference(c, self.best).interval
+            gap = difference(c, self.best)
+            low, high = gap.interval
             line += f"   {100 * gap.difference:+5.1f} [{100 * low:+5.1f}, {100 * high:+5.1f}]"
-            line += f" {gap.p:8.1e}"
             mark = " best" * (c is self.best) + " optimal" * (c is self.optimal)
-            lines.append(line + mark)
+            lines.append(f"{line} {gap.p:8.1e}{mark}")
         return "\n".join(lines)
 
 
@@ -274,11 +262,9 @@ def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, Candidate]:
     if not order:
         raise ValueError("there are no candidates to choose from")
     best = max(order, key=lambda c: c.accuracy)  # of equals the first
-
-    def loses(c: Candidate) -> bool:
-        return c.accuracy < best.accuracy and difference(c, best).p < LEVEL
-
-    return best, next(c for c in order if not loses(c))
+    return best, next(
+        c for c in order if c.accuracy == best.accuracy or difference(c, best).p >= LEVEL
+    )
 
 
 def find_optimal_rank(
@@ -289,11 +275,10 @@ def find_optimal_rank(
 ) -> RankSearch:  # fmt: skip
     """Train adapters of these ranks on these targets, and choose on dev (see above).
 
-    model: dense or quantized, left as it is. target_modules: several of PLACES (not
-    embeddings), or tuples of names. config needs max_steps where `hopeless` is used: candidates
-    whose dev loss after rung * max_steps exceeds `hopeless` times the lowest are stopped; None:
-    none is. Raises ValueError for no ranks or seeds, a rank below 1, and a stored search of
-    other data.
+    model: dense or quantized, left as it is. target_modules: some of "all", "attention", "mlp"
+    and tuples of names. config needs max_steps where `hopeless` is used: candidates whose dev
+    loss after rung * max_steps exceeds `hopeless` times the lowest are stopped; None: none is.
+    Raises ValueError for no ranks or seeds, a rank below 1, and a stored search of other data.
     """
     if not ranks or not seeds or not target_modules:
         raise ValueError("give at least one rank, one seed and one set of target modules")
@@ -324,25 +309,21 @@ def rank_search(rows: Iterable[dict]) -> RankSearch:
     for row in rows:
         where = row["trial"]["target_modules"]
         where = where if isinstance(where, str) else tuple(where)
-        settings.setdefault((where, row["trial"]["rank"]), []).append(row)
-    whole = {k: [row for row in own if "right" in row] for k, own in settings.items()}
-    found = [_candidate(own) for own in whole.values() if own]
-    stopped = [_candidate(own) for k, own in settings.items() if not whole[k]]
+        settings.setdefault((row["trial"]["rank"], where), []).append(row)
+    found, stopped = [], []
+    for (rank, where), own in settings.items():
+        whole = [row for row in own if "right" in row]
+        seeds = whole or own
+        candidate = Candidate(
+            rank=rank,
+            target_modules=where,
+            parameters=seeds[0]["parameters"],
+            seconds=sum(row["seconds"] for row in seeds),
+            right="".join(row["right"] for row in whole),
+            by_seed=tuple(row["accuracy"] for row in whole),
+            dev_loss=sum(row["dev_loss"] for row in seeds) / len(seeds),
+        )
+        (found if whole else stopped).append(candidate)
     best, optimal = choose(found)
     order = [sorted(some, key=lambda c: c.parameters) for some in (found, stopped)]
     return RankSearch(order[0], best, optimal, order[1])
-
-
-def _candidate(rows: Sequence[dict]) -> Candidate:
-    """The candidate that the rows of one setting, one for each seed, make together."""
-    trial = rows[0]["trial"]
-    where = trial["target_modules"]
-    return Candidate(
-        rank=trial["rank"],
-        target_modules=where if isinstance(where, str) else tuple(where),
-        parameters=rows[0]["parameters"],
-        seconds=sum(row["seconds"] for row in rows),
-        right="".join(row.get("right", "") for row in rows),
-        by_seed=tuple(row["accuracy"] for row in rows if "accuracy" in row),
-        dev_loss=sum(row["dev_loss"] for row in rows) / len(rows),
-    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import processes
-from ..lora.variants import lora_plus_groups
+from ..lora.lora_plus import lora_plus_groups
 from .config import TrainConfig, learning_rate
 
 

@@ -14,7 +14,7 @@ from qlora_lib.lora.inject import trainable_parameters
 from qlora_lib.lora.layer import lora_layers
 from qlora_lib.lora.merge import merge_lora
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
-from qlora_lib.lora.variants import lora_plus_groups
+from qlora_lib.lora.lora_plus import lora_plus_groups
 from tests.support.small_models import small_model
 from tests.support.tensors import normal, relative
 

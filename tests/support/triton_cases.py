@@ -80,4 +80,5 @@ if __name__ == "__main__":
         print(json.dumps(compiled_for_h100(triton_kernels)))
     else:
         assert triton_kernels.INTERPRETED
+        triton_kernels.try_out(torch.device("cpu"))
         print(json.dumps([error(triton_kernels, case) for case in CASES]))

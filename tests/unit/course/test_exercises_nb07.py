@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from course.nb07 import exercises as nb07
-from qlora_lib.lora.combine import allocate_ranks, combine_adapters, prune_adapter
+from course.nb07.prune import allocate_ranks, prune_adapter
+from qlora_lib.lora.combine import combine_adapters
 from qlora_lib.lora.inject import inject_lora, use_adapter
 from qlora_lib.lora.layer import lora_layers
 

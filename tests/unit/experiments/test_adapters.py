@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from experiments.adapter_table import adapter_table
 from experiments.adapters import (
     ADAPTERS,
     EPOCHS,
@@ -22,7 +23,7 @@ from experiments.adapters import (
 )
 from qlora_lib.base.statistics import wilson
 from qlora_lib.data.tokens import collate, encode_example, pad_id
-from qlora_lib.lora.inject import adapter_table, inject_lora, trainable_parameters
+from qlora_lib.lora.inject import inject_lora, trainable_parameters
 from qlora_lib.runs.profiles import load_profile
 from qlora_lib.search.rank_search import Search, Trial, read_rank_search
 from tests.support.small_models import PAIRS, small_model, small_tokenizer

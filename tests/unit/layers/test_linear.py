@@ -251,3 +251,12 @@ def test_to_linear_is_the_dequantized_layer(kind):
     assert torch.equal(back.weight, dense.weight) and torch.equal(back.bias, dense.bias)
     assert not back.weight.requires_grad
     assert layer.to_linear(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_who_reads_the_weight_is_told_what_to_do():
+    layer = QuantizedLinear(quantize_rtn(normal(8, 64), QuantSpec(4, 32)))
+    assert not hasattr(layer, "weight")  # as code that asks first expects
+    with pytest.raises(AttributeError, match=r"no dense weight; dequantize\(\) makes it"):
+        layer.weight
+    with pytest.raises(AttributeError, match="has no attribute 'wait'"):
+        layer.wait

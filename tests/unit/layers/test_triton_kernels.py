@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qlora_lib import layers
 from qlora_lib.base.paths import ROOT
 from qlora_lib.layers import kernels
 from qlora_lib.layers.linear import QuantizedLinear
@@ -154,3 +155,34 @@ def test_without_a_gpu_or_without_triton_there_are_no_fused_kernels(monkeypatch)
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert kernels.fused_kernels(torch.device("cuda")) is None
     kernels.fused_kernels.cache_clear()
+
+
+@needs_gpu
+@needs_triton
+def test_the_trial_kernel_runs_on_a_gpu():
+    assert kernels.fused_kernels(torch.device("cuda")) is not None
+
+
+def test_without_a_c_compiler_one_warning_says_so_and_the_dense_way_is_taken(monkeypatch):
+    """Triton compiles at the first launch: that it is installed says nothing."""
+    asked = []
+
+    def try_out(device):
+        asked.append(device)
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    broken = SimpleNamespace(try_out=try_out)  # without matmul: whoever took it would fail
+    monkeypatch.setitem(sys.modules, "qlora_lib.layers.triton_kernels", broken)
+    monkeypatch.setattr(layers, "triton_kernels", broken, raising=False)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+    cuda, real = torch.device("cuda"), kernels.fused_kernels
+    monkeypatch.setattr(kernels, "fused_kernels", lambda device: real(cuda))
+    real.cache_clear()
+    layer = QuantizedLinear(quantize_rtn(normal(8, 64), QuantSpec(4, 32, clip_search=False)))
+    x = normal(2, 64).requires_grad_()
+    with pytest.warns(UserWarning, match="Failed to find C compiler.*apt install gcc") as caught:
+        for _ in range(3):
+            layer(x).sum().backward()
+    assert len(caught) == 1 and asked == [cuda]
+    assert relative(layer(x), x @ layer.dequantize().T) < 1e-6
+    real.cache_clear()

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from qlora_lib import inject_lora, use_adapter
-from qlora_lib.lora.combine import prune_adapter
 from qlora_lib.lora.files import load_adapter, save_adapter
-from qlora_lib.lora.inject import adapter_table, delete_adapter, set_adapter
+from qlora_lib.lora.inject import delete_adapter, set_adapter
 from qlora_lib.lora.layer import adapter_names, lora_layers
 from qlora_lib.lora.targets import ALL_LINEAR
 from tests.support.lora_models import IDS, adapted, base_of, family, logits, under
@@ -80,28 +79,8 @@ def test_a_merged_adapter_is_unmerged_before_it_is_deleted():
     merge_lora(model)
     with pytest.raises(ValueError, match="merged.*unmerge_lora"):
         delete_adapter(model, "default")
-    with pytest.raises(ValueError, match="merged.*unmerge_lora"):
-        prune_adapter(model, "default", 2)
     unmerge_lora(model)
     assert len(delete_adapter(model, "default")) == 14
-
-
-def test_the_table_adds_up():
-    model = family("grid4", ranks=(4, 2))
-    inject_lora(model, ("q_proj",), rank=6, adapter="q")
-    base, a, b, q = adapter_table(model)
-    bare = base_of("grid4")
-    want = {id(t): t.nbytes for t in [*bare.parameters(), *bare.buffers()]}
-    assert (base.name, base.ranks, base.layers) == (None, (), 15)  # 14 and the head
-    assert base.nbytes == sum(want.values())
-    assert base.parameters == sum(p.numel() for p in small_model().parameters())
-    assert (a.name, a.ranks, a.layers) == ("a", (4,), 14)
-    count = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
-    assert (a.parameters, a.nbytes) == (count, 4 * count) and b.parameters == count // 2
-    assert (q.ranks, q.layers, q.parameters) == ((6,), 2, 2 * 6 * 128)
-    prune_adapter(model, "a", {p: 1 + i % 2 for i, p in enumerate(lora_layers(model))})
-    assert adapter_table(model)[1].ranks == (1, 2)
-    assert adapter_table(small_model())[0].parameters == base.parameters
 
 
 def test_two_adapters_of_one_name_with_other_settings_are_refused():

@@ -1,42 +1,15 @@
-"""Variants of what is trained, and how fast: LoRA+ and PEQA. (DoRA, rsLoRA: layer.py; PiSSA,
-LoftQ: init.py.)"""
+"""PEQA: no B A at all; the scales of a quantized model are trained, its codes stay."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.kernels import product, product_back
-from ..layers.linear import Quantized, QuantizedLinear
-from ..quant.grid import SCALE_DTYPE, QuantizedTensor, row_slices
-from ..quant.nf4 import NF4Spec
-from .targets import replace_module
-
-
-def lora_plus_groups(parameters: dict[str, nn.Parameter], lr: float, ratio: float) -> list[dict]:
-    """Parameter groups for an optimizer: B learns `ratio` times as fast as A.
-
-    LoRA+ (Hayou et al. 2024, arXiv 2402.12354, section 4):  lr_B = ratio * lr_A. In a wide model
-    one rate for both lets A or B hardly learn, as B starts at 0; the paper recommends about 16
-    with lr_A small.
-
-    parameters: by name, as `trainable_parameters` returns them. DoRA's magnitudes go with B,
-    as in PEFT; all others with A. Each group has "params", "lr" and "lr_ratio", by which a
-    schedule multiplies its rate. Raises ValueError for a ratio that is not above 0, and when
-    there is no B.
-    """
-    if not 0 < ratio < float("inf"):
-        raise ValueError(f"ratio={ratio} must be a number above 0; LoRA+ recommends about 16")
-    fast = [n for n in parameters if ".lora_B." in f".{n}" or ".magnitude." in f".{n}"]
-    if not any(".lora_B." in f".{n}" for n in fast):
-        raise ValueError("there is no lora_B among the parameters; call inject_lora first")
-    slow = [n for n in parameters if n not in set(fast)]
-    groups = [(slow, 1.0), (fast, float(ratio))]
-    return [
-        {"params": [parameters[n] for n in names], "lr": lr * r, "lr_ratio": r}
-        for names, r in groups
-        if names
-    ]
+from qlora_lib.layers.kernels import product, product_back
+from qlora_lib.layers.linear import Quantized, QuantizedLinear
+from qlora_lib.lora.targets import replace_module
+from qlora_lib.quant.grid import SCALE_DTYPE, QuantizedTensor, row_slices
+from qlora_lib.quant.nf4 import NF4Spec
 
 
 class PEQALinear(QuantizedLinear):
@@ -136,10 +109,3 @@ def freeze_scales(model: nn.Module) -> list[str]:
         packed = replace(layer.quantized, scale=stored[path])
         replace_module(model, path, QuantizedLinear(packed, layer.bias).train(layer.training))
     return list(layers)
-
-
-def check_scales_are_frozen(layers: dict[str, QuantizedLinear]) -> None:
-    """Raises ValueError when scales of these layers are trained: files hold them in fp16."""
-    for path, layer in layers.items():
-        if isinstance(layer, PEQALinear):
-            raise ValueError(f"the scales of {path} are being trained; call freeze_scales first")

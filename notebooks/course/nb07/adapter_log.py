@@ -9,9 +9,9 @@ import os
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..base.paths import short_path
-from ..base.statistics import wilson
-from ..data.rows import read_rows
+from qlora_lib.base.paths import short_path
+from qlora_lib.base.statistics import wilson
+from qlora_lib.data.rows import read_rows
 
 FIELDS = ("task", "adapter", "split", "n", "correct", "score", "interval", "time")
 SPLITS = ("dev", "test")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from course.nb07.adapter_log import AdapterLog
 from qlora_lib.base.statistics import wilson
-from qlora_lib.search.adapter_log import AdapterLog
 
 
 @pytest.fixture
