@@ -30,14 +30,8 @@ from ..lora.init import RESIDUAL_INITS
 from ..lora.inject import inject_lora, set_adapter, trainable_parameters
 from ..lora.layer import lora_layers
 from ..lora.targets import find_linears
-from ..models.checkpoint import (
-    QUANTIZATION,
-    WEIGHTS,
-    base_state,
-    config_of,
-    save_generation_config,
-    save_quantized,
-)
+from ..models.checkpoint import QUANTIZATION, WEIGHTS, base_state, config_of, save_quantized
+from ..models.checkpoint import save_generation_config
 from ..models.quantize import apply_recipe, quantized_layers
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
@@ -51,6 +45,15 @@ METHODS = ("full", "lora", "qlora")
 Callback = Callable[[dict], None]
 
 
+def _with_defaults(lora: dict) -> dict:
+    lora = {"target_modules": "all", "rank": 16} | lora
+    if "alpha" not in lora:
+        if isinstance(lora["rank"], dict):
+            raise ValueError("a rank a layer needs one alpha for all of them; give alpha=")
+        lora["alpha"] = 2 * lora["rank"]
+    return lora
+
+
 class Finetuner:
     """A model that learns by one of three methods.
 
@@ -58,12 +61,10 @@ class Finetuner:
     itself (then give `tokenizer`): it is changed in place, and the adapter becomes its default.
     method: "full" trains every weight, in fp32; "lora" an adapter beside dense weights; "qlora"
     beside quantized ones: quantized here to `spec` (NF4, or a QuantSpec rounded to nearest) or by
-    the plan's recipe, unless the model that is handed over already is (by GPTQ, say). folder: for
-    the base, metrics.jsonl, checkpoints and the result (run_folder.py); None: nothing is kept on
-    disk. Further keywords go to inject_lora, such as rank, alpha, target_modules and init.
-    Raises ValueError for another method, a module without a tokenizer, LoRA's settings with
-    "full", a quantized model with "full" or "lora", and an init that does not go with the
-    base; and what the parts raise.
+    the plan's recipe, unless the model that is handed over already is (by GPTQ, say). folder: of
+    the run (run_folder.py); None: nothing is kept on disk. Further keywords go to inject_lora,
+    such as rank, alpha, target_modules and init. Raises ValueError for settings that do not go
+    together or with the model, and what the parts raise.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class Finetuner:
         self.plan = model if isinstance(model, BasePlan) else None
         if self.plan:
             self.recipe = self.plan.recipe
-        self.lora = self._with_defaults(lora) if method != "full" else {}
+        self.lora = _with_defaults(lora) if method != "full" else {}
+        # Whether the adapter takes its start out of the dense weights
+        self.residual = self.lora.get("init") in RESIDUAL_INITS
         self._check()
         if self.plan is None and tokenizer is None:
             raise ValueError("a model that is handed over needs its tokenizer too")
-        if self.plan and method == "qlora" and not self._residual:
+        if self.plan and method == "qlora" and not self.residual:
             model, own = quantized_base(self.plan, self.folder)
         else:
             model, own = self.plan.dense() if self.plan else (model, tokenizer)
@@ -104,24 +107,10 @@ class Finetuner:
             self._inject()
             set_adapter(model, adapter)  # what is trained is what calls use
 
-    @staticmethod
-    def _with_defaults(lora: dict) -> dict:
-        lora = {"target_modules": "all", "rank": 16} | lora
-        if "alpha" not in lora:
-            if isinstance(lora["rank"], dict):
-                raise ValueError("a rank a layer needs one alpha for all of them; give alpha=")
-            lora["alpha"] = 2 * lora["rank"]
-        return lora
-
-    @property
-    def _residual(self) -> bool:
-        """Whether the adapter takes its start out of the dense weights."""
-        return self.lora.get("init") in RESIDUAL_INITS
-
     def _check(self) -> None:
         """Refuse inits that don't go with the base, and places that could not be written at the
         end, before anything is loaded."""
-        taken_apart = self._residual and self.method == "qlora"
+        taken_apart = self.residual and self.method == "qlora"
         if taken_apart and self.plan and self.recipe.method == "gptq":
             raise ValueError(
                 f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's codes are "
@@ -146,16 +135,15 @@ class Finetuner:
                 f"the model is quantized: method='qlora' trains beside it, {self.method!r} needs "
                 "dense weights"
             )
-        elif self.method == "qlora" and not self._residual:
+        elif self.method == "qlora" and not self.residual:
             apply_recipe(model, self.recipe)
 
     def _inject(self) -> None:
         """Add the adapter; where it starts from the weights, the base becomes what it leaves."""
-        targets, lora = self.lora["target_modules"], dict(self.lora)
-        if not self._residual or self.method == "lora":
+        lora, recipe = self.lora, self.recipe
+        if not self.residual or self.method == "lora":
             self.layers = inject_lora(self.model, adapter=self.adapter, **lora)
             return
-        recipe = self.recipe
         if self.plan:
             print(f"base: {short_path(Path(self.plan.model))} taken apart by {lora['init']}, "
                   f"quantized with {recipe.method}")  # fmt: skip
@@ -169,7 +157,7 @@ class Finetuner:
             processes.agree("the residual base", residual_fingerprint(lora_layers(self.model)))
         if self.folder is not None and processes.first():
             save_quantized(self.model, self.tokenizer, self.folder / BASE)
-            how = {"init": lora["init"], "rank": lora["rank"], "targets": targets}
+            how = {k: lora[k] for k in ("init", "rank")} | {"targets": lora["target_modules"]}
             said = self.plan.record() if self.plan else recipe.as_json()
             write_json_atomic(self.folder / BASE / RECIPE, said | {"residual": how})
 
@@ -181,9 +169,8 @@ class Finetuner:
 
         train, dev: as read_examples takes them; without dev the last tenth of train is held out
         (at most 256), with an empty one nothing is. callback: called with each step's metrics, or
-        several that are. Before the first step, saving and reading back is tried in the folder.
-        Raises ValueError for no examples, for fewer than two without a dev set, and for a folder
-        that can't be written.
+        several that are. Before the first step, saving is tried. Raises ValueError for no
+        examples, fewer than two without a dev set, and a folder that can't be written.
         """
         train = read_examples(train, self.tokenizer)
         if dev is None:
@@ -280,11 +267,8 @@ class Finetuner:
         return load_run(folder, model, tokenizer, **options)
 
     def generate(self, prompts: Sequence[str], **decoding) -> list:
-        """Completions of the prompts; keywords are those of Decoding.
-
-        They end before "Question:", as answers to gsm8k.PROMPT should; for chats and prompts of
-        your own give stop=().
-        """
+        """Completions of the prompts, up to "Question:" as answers to gsm8k.PROMPT should be; for
+        chats and prompts of your own give stop=(). Keywords are those of Decoding."""
         return generator(self.model, self.tokenizer, Decoding(**decoding))(prompts)
 
     def score(self, task: Task, pairs: Sequence[Pair]) -> Score:
