@@ -1,13 +1,10 @@
 """Adam with its two moments in 8 bits: 2.03 bytes a parameter instead of 8.
 
 Dettmers et al. 2022 (arXiv 2110.02861): each moment is stored as 8-bit codes of the dynamic
-map, signed for the first and unsigned for the second, in blocks of 256 that each have an
-absmax of their own. What is rounded is the memory of past gradients, never the present one.
-Layout, blocks and the limit of 4096 elements are those of bitsandbytes' AdamW8bit.
-
-One rule is not theirs: a second moment above 0 is never rounded to 0, but up to the lowest
-level, 3e-7 of its block's absmax. With 0 stored, one gradient much smaller than those before
-it would leave the first moment divided by next to nothing.
+map, signed for the first and unsigned for the second, in blocks of 256 with an absmax each, as
+bitsandbytes' AdamW8bit does. One rule is not theirs: a second moment above 0 is rounded up to the
+lowest level, 3e-7 of its block's absmax, and never to 0: one gradient much smaller than those
+before it would leave the first moment divided by next to nothing.
 """
 
 import math
@@ -33,12 +30,11 @@ class Adam8bit(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
             raise ValueError(
-                f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: expected "
-                "lr >= 0, 0 <= beta < 1, eps > 0, weight_decay >= 0"
+                f"{settings}: expected lr >= 0, 0 <= beta < 1, eps > 0, weight_decay >= 0"
             )
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings)
 
     def load_state_dict(self, state_dict: dict) -> None:

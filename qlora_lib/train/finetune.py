@@ -100,10 +100,9 @@ def finetune(
     generator at each step. Parameters of 16 bits become fp32, and stay so unless others are
     frozen in 16 bits (mode.py).
 
-    In several processes, all call it with the same arguments and the same frozen weights:
-    each takes its share of every step's examples and gradients are summed, so that the steps
-    are those of one process but for rounding (and for dropout's masks). The first process
-    writes the files; parameters start as its own; each returns the same history.
+    Several processes, each called with the same arguments and frozen weights, share the examples
+    of a step and sum the gradients: the steps are those of one process but for rounding (and for
+    dropout's masks). The first writes the files; parameters start as its own.
 
     Raises ValueError for no examples, nothing to train (with a LoRA+ ratio: no B), a prompt that
     fills max_length, a token that the model does not have, a checkpoint of another run, processes
@@ -170,8 +169,7 @@ def _ready(examples: Iterable[Example | Pair], tokenizer, config: TrainConfig) -
 
 
 class _Loss:
-    """The loss of a model on examples, in config's batches and compute dtype; of several
-    processes each takes its share."""
+    """A model's loss on examples, in config's batches and dtype; processes share them."""
 
     def __init__(self, model, config: TrainConfig):
         self.model, self.size = model, config.batch_size
@@ -200,8 +198,7 @@ def supervised(examples: Sequence[Example]) -> int:
 
 
 def _start(stepper: Stepper, identity: dict, config: TrainConfig, history: History) -> Path | None:
-    """Put the last checkpoint back where the run goes on, and the first process's parameters into
-    all; returns the folder that this process writes to."""
+    """Put back the last checkpoint, if the run goes on; returns where this process writes."""
     folder = None if config.folder is None else Path(config.folder)
     if config.resume:
         history.steps = load_last(folder, stepper, identity)

@@ -35,9 +35,8 @@ class AllocationMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
             if storage._cdata in given or storage in self._known:
                 continue  # a view, or written in place
             self._known.add(storage)
@@ -51,8 +50,8 @@ class AllocationMeter(TorchDispatchMode):
         self.alive -= nbytes
 
 
-def _tensors(nested) -> list[Tensor]:
-    return [x for x in tree_iter(nested) if isinstance(x, Tensor)]
+def _storages(nested) -> list:
+    return [x.untyped_storage() for x in tree_iter(nested) if isinstance(x, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Measurement:
     """Bytes by part, predicted and measured; "peak" is what was alive at once."""
 
     predicted: dict[str, int]
-    measured: dict[str, int]
+    measured: dict[str, int]  # of the same parts
 
     @property
     def ratio(self) -> float:
@@ -134,13 +133,11 @@ def _stored(model) -> dict[str, int]:
 
 def _state_bytes(optimizer) -> int:
     """Bytes of the optimizer's moments; its step counters, 4 bytes a tensor, lie on the CPU."""
-    states = optimizer.state.values()
-    return sum(t.nbytes for s in states for k, t in s.items() if k != "step")
+    return sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k != "step")
 
 
 def random_step(ledger, model, optimizer) -> Callable[[], None]:
-    """A training step (forward, backward, optimizer) on random tokens, all of them supervised, of
-    the ledger's batch, length and compute dtype."""
+    """A training step on random tokens, all supervised, as the ledger describes it."""
     draw = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (ledger.batch, ledger.seq), generator=draw).to(model.device)
@@ -199,5 +196,5 @@ def check_fits(ledger, device: torch.device | str) -> None:
         raise NotEnoughMemory(
             f"training needs {ledger.peak / 1e9:.2f} GB at its peak, and {device} has "
             f"{free / 1e9:.2f} GB free; take fewer or shorter sequences at a time, gradient "
-            f"checkpointing, a quantized base or a smaller model, or free some memory\n{ledger}"
+            f"checkpointing, a quantized base or a smaller model\n{ledger}"
         )

@@ -63,11 +63,8 @@ def save_last(folder: Path, stepper: Stepper, identity: dict, step: int) -> None
 
 def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
     """Put parameters, optimizer and scaler back; returns the metrics up to that step, [] where
-    there is no checkpoint yet.
-
-    What an older checkpoint does not say counts as equal. Raises ValueError, naming what differs,
-    for the checkpoint of another run, and for a damaged one.
-    """
+    there is no checkpoint yet. Raises ValueError, naming what differs, for the checkpoint of
+    another run (what an older one does not say counts as equal), and for a damaged one."""
     path = folder / "last.safetensors"
     if not path.exists():
         return []
@@ -82,21 +79,20 @@ def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
     if len(lines) < state["step"]:
         raise ValueError(f"{folder}/metrics.jsonl lacks steps before {path}; start the run anew")
     _copy_parameters(path, tensors, stepper.parameters)
-    for key, value in tensors.items():
-        key, _, name = key.partition("/")
+    for name, value in tensors.items():
+        key, _, name = name.partition("/")
         if key != "parameter":
+            p = stepper.parameters[name]
             # AdamW keeps its step counter on the CPU, the moments beside the parameter.
-            parameter = stepper.parameters[name]
-            place = value.device if key == "step" else parameter.device
-            stepper.optimizer.state[parameter][key] = value.to(place)
+            stepper.optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     stepper.scaler.load_state_dict(state["scaler"])
     return [json.loads(line) for line in lines[: state["step"]]]  # later ones come again
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     with whole_file(path) as part:
-        save_file(tensors, part, {"json": json.dumps(metadata)})
+        whole = {name: t.detach().contiguous() for name, t in tensors.items()}
+        save_file(whole, part, {"json": json.dumps(metadata)})
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -107,10 +103,8 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict]:
             metadata = json.loads(file.metadata()["json"])
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is damaged or no checkpoint of this package ({error}); "
-            "delete it and start the run anew"
-        ) from error
+        raise ValueError(f"{path} is damaged or no checkpoint of this package ({error}); delete it "
+                         "and start the run anew") from error  # fmt: skip
 
 
 @torch.no_grad()
@@ -118,9 +112,7 @@ def _copy_parameters(path: Path, tensors: dict[str, Tensor], parameters: Paramet
     saved = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith("parameter/")}
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
         strange = sorted(set(saved) ^ set(parameters))[:3] or "the same names, other shapes"
-        raise ValueError(
-            f"{path} holds other parameters than this model trains ({strange}...); "
-            "inject the adapter with the rank and targets of that run"
-        )
+        raise ValueError(f"{path} holds other parameters than this model trains ({strange}...); "
+                         "inject the adapter with the rank and targets of that run")  # fmt: skip
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])

@@ -73,6 +73,6 @@ class Stepper:
         if not math.isfinite(value):
             raise ValueError(
                 f"the {what} is not finite at step {step} (lr={self.config.lr}, compute_dtype="
-                f"{self.config.compute_dtype}); try a lower lr, a longer warm-up (warmup_ratio), "
-                "or fp32, and look for NaN in the model's weights"
+                f"{self.config.compute_dtype}); try a lower lr, a longer warmup_ratio or fp32, and "
+                "look for NaN in the model's weights"
             )
