@@ -143,7 +143,9 @@ def open_run(opened: Opened, dense: bool, adapter: bool):
         found = f"the adapter in {short_path(folder)} was trained on a "
         if dense:
             raise ValueError(found + "quantized base; leave out --dense")
-        raise ValueError(f"{found}dense base: its layers are not quantized; give --dense, or {remedy}")
+        raise ValueError(
+            f"{found}dense base: its layers are not quantized; give --dense, or {remedy}"
+        )
     where = {"device": opened.device, "compute_dtype": opened.compute_dtype}
     if dense:
         model, tokenizer = opened.profile.load(**where)

@@ -1,4 +1,4 @@
-"""`python -m qlora_lib memory`: what training would take, part by part, before anything is loaded."""
+"""`python -m qlora_lib memory`: what training would take, part by part, without loading it."""
 
 from .common import grid, open_options, positive
 

@@ -15,6 +15,7 @@ from ..base import processes
 from ..base.files import whole_file, write_json_atomic
 from ..base.hashes import changes, content_hash
 from ..base.paths import short_path
+from ..base.progress import Progress
 from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
 from ..data.rows import listed, read_jsonl
@@ -246,6 +247,7 @@ def evaluate(
             for i, said in enumerate(completions, start)
         ]
 
+    progress = Progress("evaluating", len(problems), "questions", len(done))
     starts = range(len(done), len(problems), chunk)
     for i in range(0, len(starts), processes.world()):
         own = processes.share(starts[i : i + processes.world()])  # one chunk, or none at the end
@@ -256,6 +258,8 @@ def evaluate(
                 # ASCII: a completion may hold half a surrogate pair, which UTF-8 cannot write.
                 stream.writelines(json.dumps(prediction.row()) + "\n" for prediction in new)
         done += new
+        speed = sum(p.tokens for p in new) / max(sum(p.seconds for p in new), 1e-9)
+        progress(len(done), f"{sum(p.strict for p in done)} right, {speed:,.0f} tokens/s")
         for prediction in new if callback else ():
             callback(prediction)
     report = EvalReport.count(done, info)

@@ -13,6 +13,7 @@ import torch
 
 from ..base.devices import dtype_name
 from ..base.paths import short_path
+from ..base.progress import Progress
 from ..data.rows import listed
 from ..data.tokens import PAD, by_length, encode_prompt, pad
 from ..layers.linear import decoding_layout
@@ -119,6 +120,7 @@ class ModelGenerator(Generator):
             check_names(model, *adapters)
         encoded = self.check(prompts)
         results: list = [None] * len(prompts)
+        progress, done = Progress("answering", len(prompts), "prompts"), 0
         was_training = model.training
         model.eval()
         try:
@@ -131,6 +133,8 @@ class ModelGenerator(Generator):
                     batch = self._answer([encoded[i] for i in chosen], names)
                     for i, said in zip(chosen, batch):
                         results[i] = said if decoding.samples > 1 else said[0]
+                    done += len(chosen)
+                    progress(done)
         finally:
             model.train(was_training)
         return results

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
 from ..layers.linear import QuantizedLinear
 from ..lora.layer import LoRALinear, lora_layers
@@ -108,15 +108,17 @@ def apply_recipe(
                 "first)"
             )
 
+    progress = Progress(f"quantizing with {recipe.method}", len(targets), "layers")
+
     def swap(path: str, hessian: Hessian | None) -> LayerReport:
         layer, row = quantize_layer(path, targets[path], recipe, hessian)
         replace_module(model, path, layer)
         del targets[path]  # the dense weight goes as soon as its layer is done
+        progress(progress.total - len(targets), path)
         return row
 
     if not calibration:
-        bar = tqdm(list(targets), desc=recipe.method, disable=None)
-        return [swap(path, None) for path in bar]
+        return [swap(path, None) for path in list(targets)]
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -133,7 +135,7 @@ def _quantize_blocks(model, batches, targets, swap, recipe: Recipe) -> list[Laye
     calls = BlockCalls(model, blocks, batches)
     dense_calls = BlockCalls(model, blocks, batches) if recipe.matches_dense else None
     report = []
-    for i, block in enumerate(tqdm(blocks, desc=f"{recipe.method}, blocks", disable=None)):
+    for i, block in enumerate(blocks):
         layers = {p: m for p, m in targets.items() if p.startswith(f"{path_of_blocks}.{i}.")}
         dense = (copy.deepcopy(block), dense_calls) if dense_calls else None
         report += quantize_block(i, block, layers, calls, swap, dense, recipe.needs_halves)

@@ -17,12 +17,12 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..base.devices import dtype_name
 from ..base.files import (
@@ -34,6 +34,7 @@ from ..base.files import (
     write_json_atomic,
 )
 from ..base.hashes import content_hash
+from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
 from ..lora.targets import find_linears, replace_module
 from ..quant.gptq import GPTQOptions
@@ -99,17 +100,17 @@ class StreamedModel:
 
     def __init__(self, folder: Path, device=None, compute_dtype="auto", limit: int | None = None):
         config = read_json(folder / "config.json")
-        count = config.get("num_hidden_layers", 0)
+        blocks = config.get("num_hidden_layers", 0)
         if config.get("quantization_config") or (folder / QUANTIZATION).is_file():
             raise ValueError(f"{folder} is quantized already; name the dense model's folder")
-        if limit is not None and not 1 <= limit <= count:
-            raise ValueError(f"blocks={limit}, but {folder} has {count}")
+        if limit is not None and not 1 <= limit <= blocks:
+            raise ValueError(f"blocks={limit}, but {folder} has {blocks}")
         only = {} if limit is None else {"num_hidden_layers": limit}
         self.folder = folder
         self.model, self.dtype, self.device = empty_model(folder, device, compute_dtype, **only)
         self.model.eval()
         self.path, self.blocks = decoder_blocks(self.model)
-        self.names = self._check_tensors(range(limit or count, count))
+        self.names = self._check_tensors(range(limit or blocks, blocks))
         named = self.model.named_parameters(remove_duplicate=False)
         self.parameters = sum(p.numel() for n, p in named if n in self.names)
 
@@ -249,23 +250,20 @@ def quantize_checkpoint(
     if (out / REPORT).is_file() and read_json(out / REPORT)["made_from"] == made_from:
         return _rows(read_json(out / REPORT))  # finished before
     with atomic_folder(out, QUANTIZATION, keep=True) as scratch:
-        count = len(streamed.blocks)
-        output = _Output(scratch, made_from, count)
+        output = _Output(scratch, made_from, len(streamed.blocks))
         done = len(output.rows)
-        with tqdm(total=len(targets), initial=done, unit="layer", disable=None) as bar:
+        say = Progress(f"quantizing with {method}", len(targets), "layers", done)
+        numbers = count(done + 1)
 
-            def quantize(path: str, layer: nn.Linear, hessian) -> LayerReport:
-                new, row = quantize_layer(path, layer, recipe, hessian)
-                replace_module(streamed.model, path, new)
-                error = "" if row.output_error is None else f": output error {row.output_error:.4f}"
-                bar.set_description(f"{method}, block {streamed.block_of(path) + 1} of {count}")
-                bar.set_postfix_str(path.rpartition(".")[2] + error)
-                bar.update()
-                if progress:
-                    progress(row)
-                return row
+        def quantize(path: str, layer: nn.Linear, hessian) -> LayerReport:
+            new, row = quantize_layer(path, layer, recipe, hessian)
+            replace_module(streamed.model, path, new)
+            say(next(numbers), path)
+            if progress:
+                progress(row)
+            return row
 
-            _quantize_blocks(streamed, output, targets, quantize, calibration, recipe, spill)
+        _quantize_blocks(streamed, output, targets, quantize, calibration, recipe, spill)
         output.finish(streamed.parameters)
         packed = {row.name for row in output.rows}
         specs = {path: spec for path in targets if path in packed}

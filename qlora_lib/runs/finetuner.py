@@ -30,8 +30,9 @@ from ..lora.init import RESIDUAL_INITS
 from ..lora.inject import inject_lora, set_adapter, trainable_parameters
 from ..lora.layer import lora_layers
 from ..lora.targets import find_linears
-from ..models.checkpoint import QUANTIZATION, WEIGHTS, base_state, config_of, save_quantized
-from ..models.checkpoint import save_generation_config
+from ..models.checkpoint import (
+    QUANTIZATION, WEIGHTS, base_state, config_of, save_generation_config, save_quantized,
+)  # fmt: skip
 from ..models.quantize import apply_recipe, quantized_layers
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
@@ -118,7 +119,7 @@ class Finetuner:
             )
         if self.lora.get("init") == "loftq" and self.method == "lora":
             raise ValueError(
-                "init loftq mends what quantization breaks, and a dense base has nothing quantized; "
+                "init loftq mends what quantization breaks, a dense base has nothing quantized; "
                 "take nf4 or rtn (or init pissa, which takes a dense base too)"
             )
         if self.folder and self.method != "full":

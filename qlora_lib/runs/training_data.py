@@ -1,13 +1,13 @@
 """What a run trains on: read, encoded, checked against the test set, counted."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..base.paths import short_path
 from ..data.examples import MATH, hold_out, make_examples
 from ..data.overlap import Overlap, find_overlap, words
-from ..data.rows import read_rows
+from ..data.rows import listed, read_rows
 from ..data.sources import TRAINING_SETS, data_file, load_training_set
 from ..data.tokens import IGNORE, Example, collate
 from ..evaluation.extraction import extract_answer
@@ -135,13 +135,8 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
         dev = read(dev, "dev problem")[1] if dev else []
         return f"the problems of profile {profile.name}", form, train, dev
     if not isinstance(source, (str, Path)):
-        rows, kind = list(source), type(source).__name__
-        if isinstance(source, Mapping) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(
-                f"a {kind} gives no rows with fields; give a file, a list of rows or one split of "
-                "a dataset, such as data['train']"
-            )
-        return f"a {kind} of rows", *read(rows, "row"), None
+        rows = read(listed(source, "rows to train on", dict), "row")
+        return f"a {type(source).__name__} of rows", *rows, None
     if source in TRAINING_SETS:
         return source, *read(load_training_set(source), f"{source}, row"), None
     path = Path(source)

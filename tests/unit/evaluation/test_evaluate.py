@@ -356,3 +356,12 @@ def test_prompt_that_fills_the_context_is_an_error():
     generate = generator(small_model(), small_tokenizer(), Decoding(max_new_tokens=10))
     with pytest.raises(ValueError, match="context of 256"):
         generate(["Ava " * 300])
+
+
+def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("qlora_lib.base.progress.EVERY", 0.0)  # as if a chunk took a minute
+    n = len(PROBLEMS)
+    evaluate(lambda asked: ["#### 1"] * len(asked), PROBLEMS, chunk=n - 1, canaries=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "questions" in line]
+    assert lines[0].startswith(f"evaluating: {n - 1} of {n} questions, ") and len(lines) == 2
+    assert " right, " in lines[0] and "tokens/s" in lines[0] and lines[0].endswith(" left")

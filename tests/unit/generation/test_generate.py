@@ -62,3 +62,12 @@ def test_sampled_rows_stay(monkeypatch):
     decoding = Decoding(temperature=1.0, samples=2, max_new_tokens=NEW, batch_size=12, stop=())
     generator(model, tokenizer, decoding)(PROMPTS)
     assert set(seen) == {24}
+
+
+def test_a_long_answer_says_how_many_prompts_are_done(monkeypatch, capsys):
+    monkeypatch.setattr("qlora_lib.base.progress.EVERY", 0.0)  # as if a batch took a minute
+    generator(small_model(), small_tokenizer(), Decoding(max_new_tokens=2, batch_size=8))(PROMPTS)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(", ")[0] for line in lines] == [
+        "answering: 8 of 12 prompts", "answering: 12 of 12 prompts"
+    ]  # fmt: skip

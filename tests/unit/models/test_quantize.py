@@ -310,3 +310,12 @@ def test_decoder_blocks_are_found_or_named():
     odd.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match="LlamaForCausalLM has no list of 5 decoder blocks"):
         decoder_blocks(odd)
+
+
+def test_long_quantizing_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("qlora_lib.base.progress.EVERY", 0.0)  # as if each layer took a minute
+    model = small_model()
+    quantize_model(model, None, QuantSpec(4, 32), "rtn")
+    lines = capsys.readouterr().err.splitlines()
+    first = next(iter(quantized_layers(model)))
+    assert len(lines) == 14 and lines[0].startswith(f"quantizing with rtn: 1 of 14 layers, {first}")
