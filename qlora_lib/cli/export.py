@@ -32,10 +32,9 @@ def export(args) -> None:
     folder, base = opened.folder, opened.base("quantize")
     adapter = trained_adapter(folder)
     if args.merge and adapter is None:
-        raise FileNotFoundError(
-            f"{short_path(folder)} holds no adapter that was trained on a quantized base; "
-            f"leave out --merge, or {opened.command('finetune')}"
-        )
+        remedy = f"leave out --merge, or {opened.command('finetune')}"
+        raise FileNotFoundError(f"{short_path(folder)} holds no adapter that was trained on a "
+                                f"quantized base; {remedy}")  # fmt: skip
     if adapter:
         check_base(folder)
     model, tokenizer = load_quantized(base, opened.device, opened.compute_dtype)
@@ -83,10 +82,8 @@ def merge_adapter(model, tokenizer, adapter: Path, args, opened: Opened) -> None
         hessians = merge_hessians(model, batches, options.needs_halves)
     rows = merge_lora(model, args.merge, hessians, options, unload=True)
     lost = [row.lost for row in rows]
-    print(
-        f"merged into {len(rows)} layers by {args.merge}; rounding error over the adapter's "
-        f"update: {sum(lost) / len(lost):.2f} on average, {max(lost):.2f} at most"
-    )
+    print(f"merged into {len(rows)} layers by {args.merge}; rounding error over the adapter's "
+          f"update: {sum(lost) / len(lost):.2f} on average, {max(lost):.2f} at most")  # fmt: skip
 
 
 def calibration(opened: Opened, args, tokenizer, recipe: dict) -> list:
@@ -110,12 +107,10 @@ def calibration(opened: Opened, args, tokenizer, recipe: dict) -> list:
 
 
 def serve_command(folder: Path, adapter: Path | None = None) -> str:
-    """The vLLM command line for an exported folder, with an adapter beside it or without.
-
-    float16: vLLM's kernel for grids with zero-points has no bf16.
-    """
+    """The vLLM command line for an exported folder, with an adapter beside it or without."""
     from ..base.files import read_json
 
+    # vLLM's kernel for grids with zero-points has no bf16.
     words = ["vllm", "serve", str(folder), "--dtype", "float16"]
     if adapter:
         rank = read_json(adapter / "adapter_config.json")["r"]

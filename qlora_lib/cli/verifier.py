@@ -57,9 +57,10 @@ def train(args) -> None:
     steps = train_verifier(verifier, asked, said, right, config)
     out = opened.folder / "verifier"
     verifier.save(out)
-    how = {"decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right)}
-    how |= {"loss": steps[-1]["loss"], "stamp": stamp(args.seed)}
-    write_json_atomic(out / "verifier.json", how)
+    write_json_atomic(out / "verifier.json", {
+        "decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right),
+        "loss": steps[-1]["loss"], "stamp": stamp(args.seed),
+    })  # fmt: skip
     print(f"verifier saved to {short_path(out)}")
 
 

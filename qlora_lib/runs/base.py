@@ -8,6 +8,7 @@ that are 4-bit already (a checkpoint of bitsandbytes) are taken as they are, as 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -47,19 +48,15 @@ class BasePlan:
 
     def record(self) -> dict:
         """What recipe.json says of a base that this plan makes, but for the calibration's hash."""
-        said = self.recipe.as_json() | {
-            "weights": weights_id(self.model),
-            "compute_dtype": self.compute_dtype,
-        }
+        said = {"weights": weights_id(self.model), "compute_dtype": self.compute_dtype}
         if self.recipe.method == "gptq" and self.calibrated_on:
             said["calibrated_on"] = self.calibrated_on
-        return said
+        return self.recipe.as_json() | said
 
     def dense(self):
         """(model, tokenizer) as its weights come, before anything is quantized here."""
-        if self.load is not None:
-            return self.load()
-        return load_model(self.model, self.device, self.compute_dtype)
+        load = self.load or partial(load_model, self.model, self.device, self.compute_dtype)
+        return load()
 
     def batches(self, tokenizer) -> Batches | None:
         """What GPTQ is calibrated on, tokenized once; None for other methods."""
@@ -77,10 +74,7 @@ class BasePlan:
 
 
 def quantized_base(plan: BasePlan, folder: Path | None):
-    """(model, tokenizer) of the base that `make_base` makes in `folder`, or finds there.
-
-    folder: None keeps nothing on disk.
-    """
+    """(model, tokenizer) of the base in `folder`, made first if need be; None: not kept on disk."""
     if folder is None:
         return _quantize(plan)
     made = make_base(plan, folder)
@@ -88,12 +82,10 @@ def quantized_base(plan: BasePlan, folder: Path | None):
 
 
 def make_base(plan: BasePlan, folder: Path):
-    """See that `folder`/base is what the plan makes: keep it, or make it.
+    """See that `folder`/base is what the plan makes: keep it, or make it, in the first process.
 
-    Returns (model, tokenizer) where they are in memory anyway, else None. The first process
-    works, while the others wait. A streamed model of the hub is downloaded first, and a killed
-    run of it goes on. Raises FileNotFoundError where there are no weights, and what check_place
-    and quantizing raise.
+    Returns (model, tokenizer) where they are in memory anyway, else None. Raises
+    FileNotFoundError where there are no weights, and what check_place and quantizing raise.
     """
     base, made = Path(folder) / BASE, []
 
@@ -104,8 +96,8 @@ def make_base(plan: BasePlan, folder: Path):
         check_place(base, QUANTIZATION)
         # A file of GGUF, or weights that are packed already, can only be read whole.
         stream = plan.stream and not (gguf_file(plan.model) or is_quantized(plan.model))
-        print(f"base: {'streaming' if stream else 'quantizing'} {short_path(Path(plan.model))} "
-              f"with {plan.recipe.method}")  # fmt: skip
+        how = "streaming" if stream else "quantizing"
+        print(f"base: {how} {short_path(Path(plan.model))} with {plan.recipe.method}")
         if stream:
             tokenizer = _stream(plan, base)
         else:
@@ -152,10 +144,9 @@ def _quantize(plan: BasePlan, base: Path | None = None):
         specs = ", ".join(sorted({str(layer.spec) for layer in layers.values()}))
         print(f"  its weights are quantized already, {specs}: taken as they are")
     elif layers:
-        raise ValueError(
-            f"{short_path(Path(plan.model))} holds NF4 weights, which {plan.recipe.method} can't "
-            "quantize again; give --method nf4 to take them as they are, or dense weights"
-        )
+        name = short_path(Path(plan.model))
+        raise ValueError(f"{name} holds NF4 weights, which {plan.recipe.method} can't quantize "
+                         "again; give --method nf4 to take them as they are, or dense weights")
     else:
         report = apply_recipe(model, plan.recipe, plan.batches(tokenizer))
     if base is not None:
@@ -176,17 +167,15 @@ def _stream(plan: BasePlan, base: Path):
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"streaming reads a folder with config.json, {plan.model} is none")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    how = {} if recipe.options is None else {"options": recipe.options}
+    how = {"options": recipe.options} if recipe.options else {}
     quantize_checkpoint(
         source, base, recipe.spec, plan.batches(tokenizer), recipe.method, **how,
         target_modules=recipe.targets, compute_dtype=plan.compute_dtype, device=plan.device,
         spill=plan.spill, progress=_show,
     )  # fmt: skip
     made = read_json(base / REPORT)
-    print(
-        f"  {made['weight_bytes']:,} bytes for {made['parameters']:,} parameters, "
-        f"{made['bits_per_parameter']:.2f} bits each, saved to {short_path(base)}"
-    )
+    print(f"  {made['weight_bytes']:,} bytes for {made['parameters']:,} parameters, "
+          f"{made['bits_per_parameter']:.2f} bits each, saved to {short_path(base)}")  # fmt: skip
     return tokenizer
 
 

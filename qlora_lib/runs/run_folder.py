@@ -28,10 +28,9 @@ OLD = Path("result") / "finetuner.json"  # where Finetuner kept its result befor
 def read_run(folder: Path) -> dict:
     """What run.json says; of older runs, whose entries were fewer, the same.
 
-    Entries: trained ("full", "lora" or "qlora"), method (of the base's quantization, "none" for
-    a dense one), model (a name, None for a module that was handed over), adapter (its name),
-    path (of what was trained, in the folder), and whatever else was kept. Raises
-    FileNotFoundError where there is no finished run.
+    Entries: trained ("full", "lora" or "qlora"), method (of the base's quantization, or "none"),
+    model (a name, None for a module that was handed over), adapter (its name), path (of what was
+    trained), and whatever else was kept. Raises FileNotFoundError for no finished run.
     """
     if (folder / ABOUT).is_file():
         said = read_json(folder / ABOUT)
@@ -48,10 +47,7 @@ def read_run(folder: Path) -> dict:
 
 
 def check_base(folder: Path) -> None:
-    """Raises ValueError where `folder`/base is not the one that its adapter was trained on.
-
-    Runs from before run.json said so pass.
-    """
+    """Raises ValueError where run.json says that the adapter was trained on another base."""
     then, now = read_run(folder).get("base"), read_recipe(folder)
     if then and now and (changed := changes(then, now)):
         raise ValueError(
@@ -65,9 +61,8 @@ def load_base(folder: Path, device=None, compute_dtype: str = "auto"):
     model, tokenizer = load_quantized(folder / BASE, device, compute_dtype)
     dense = sorted(set(find_linears(model, "all")) - set(quantized_layers(model)))
     if dense:
-        raise ValueError(
-            f"{short_path(folder / BASE)}: {len(dense)} layers are not quantized, such as {dense[0]}"
-        )
+        raise ValueError(f"{short_path(folder / BASE)}: {len(dense)} layers are not quantized, "
+                         f"such as {dense[0]}")  # fmt: skip
     return model, tokenizer
 
 
@@ -87,7 +82,7 @@ def load_run(folder: Path | str, model=None, tokenizer=None, device=None, comput
         check_base(folder)
         model, tokenizer = load_base(folder, *where)
     elif model is None and about["model"] is None:
-        raise ValueError(f"{here}: the base was handed over as a module; give model= and tokenizer=")
+        raise ValueError(f"{here}: its base was handed over as a module; give model=, tokenizer=")
     elif model is None:
         model, tokenizer = load_model(about["model"], *where)
     if "recipe" in about and not quantized_layers(model):

@@ -1,10 +1,8 @@
 """The loss of next-token prediction, without all logits at once.
 
-With a vocabulary of 32,000 the logits of a batch and their fp32 copy can outweigh all other
-activations. Here the decoder gives hidden states, those of supervised positions are chosen,
-and head and cross-entropy follow CHUNK positions at a time; backward computes each chunk's
-logits anew (Chen et al. 2016, arXiv 1604.06174: checkpointing), so that those of one chunk
-are alive at any time.
+The logits of a batch and their fp32 copy can outweigh all other activations. Here head and
+cross-entropy follow for CHUNK supervised positions at a time, and backward computes each chunk's
+logits anew (Chen et al. 2016, arXiv 1604.06174: checkpointing): one chunk's are alive at any time.
 """
 
 import torch
@@ -21,19 +19,16 @@ def loss_sum(
 ) -> Tensor:
     """Cross-entropy summed over the supervised tokens of a batch, fp32 scalar.
 
-    batch: input_ids, attention_mask, labels, int64 (batch, seq). Computes in `dtype`.
-    chunk: positions whose logits are alive together; None takes the model's own forward
-    pass, with the logits of all positions (`chunk_for` says which a model needs).
+    batch: input_ids, attention_mask, labels, int64 (batch, seq). Computes in `dtype`. chunk: as
+    chunk_for says; None takes the model's own forward pass, with the logits of all positions.
     """
     return sum(_losses(model, batch, dtype, chunk, "sum"))
 
 
 @torch.no_grad()
 def token_losses(model, batch: dict[str, Tensor], chunk: int | None) -> list[Tensor]:
-    """-log p of each supervised token, given those before it: fp32 (supervised,) for each row.
-
-    batch and chunk as in loss_sum; logits in the model's own dtype.
-    """
+    """-log p of each supervised token, given those before it: fp32 (supervised,) for each row;
+    batch and chunk as in loss_sum, logits in the model's own dtype."""
     counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
     return list(torch.cat(_losses(model, batch, torch.float32, chunk, "none")).split(counts))
 

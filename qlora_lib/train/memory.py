@@ -87,11 +87,11 @@ def memory_ledger(
 
     config: a transformers config, of a decoder whose linears have Llama's names (of several
     modalities, the text's). method: "full" trains every parameter, in fp32; "lora" adapters of
-    `rank` on `targets` over a dense base; "qlora" the same over decoder linears stored as
-    `spec` says. batch sequences of seq tokens at a time. compute_dtype: bf16, fp16 or fp32,
-    of frozen dense weights and activations. optimizer: "adamw" or "adam8bit". logit_tokens:
-    tokens whose logits exist at once; None: all, and never more. Raises ValueError for another
-    method, dtype, optimizer or kind of decoder, and for targets that match nothing.
+    `rank` on `targets` over a dense base; "qlora" the same over linears stored as `spec` says.
+    batch: sequences of seq tokens at a time. compute_dtype: bf16, fp16 or fp32, of frozen dense
+    weights and activations. optimizer: "adamw" or "adam8bit". logit_tokens: tokens whose logits
+    exist at once; None: all. Raises ValueError for another method, dtype, optimizer or kind of
+    decoder, and for targets that match nothing.
     """
     _check("method", method, METHODS)
     _check("optimizer", optimizer, OPTIMIZERS)
@@ -276,8 +276,7 @@ def _model_shapes(config_json: str, kind) -> tuple[list[int], dict[str, tuple[in
     try:
         linears = find_linears(model, ALL_LINEAR)
     except ValueError as error:
-        kind = model.config.model_type
-        raise ValueError(f"the ledger knows decoders whose linears are named as Llama's, and not "
-                         f"{kind}: {error}") from None  # fmt: skip
+        raise ValueError("the ledger knows decoders whose linears are named as Llama's, and not "
+                         f"{model.config.model_type}: {error}") from None  # fmt: skip
     shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
     return [p.numel() for p in model.parameters()], shapes
