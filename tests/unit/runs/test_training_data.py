@@ -169,8 +169,8 @@ def test_counts_are_those_of_the_batches(monkeypatch):
     assert count.supervised == 3 + 6 + 5 and count.padding_labels == 0
     real = training_data.collate
 
-    def wrong(batch, pad):  # as where padding is the end token, and labels are the ids
-        made = real(batch, pad)
+    def wrong(batch):  # as where padding is the end token, and labels are the ids
+        made = real(batch)
         return made | {"labels": made["input_ids"]}
 
     monkeypatch.setattr(training_data, "collate", wrong)
