@@ -28,6 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works without an installation
 
+from experiments.measured_step import measure_step, random_step  # noqa: E402
 from experiments.step import SEED, SPECS, random_packed_model  # noqa: E402
 from qlora_lib.base.devices import (
     dtype_name,
@@ -44,7 +45,7 @@ from qlora_lib.models.load import load_model  # noqa: E402
 from qlora_lib.models.quantize import quantize_model  # noqa: E402
 from qlora_lib.quant.recipe import Recipe  # noqa: E402
 from qlora_lib.train.loss import CHUNK  # noqa: E402
-from qlora_lib.train.measure import NotEnoughMemory, check_fits, random_step  # noqa: E402
+from qlora_lib.train.measure import NotEnoughMemory, check_fits  # noqa: E402
 from qlora_lib.train.memory import memory_ledger  # noqa: E402
 from qlora_lib.train.mode import training_mode  # noqa: E402
 
@@ -104,7 +105,7 @@ def training(model, config, spec, seq: int, repeats: int, skipped: list[str]) ->
         step = random_step(ledger, model, optimizer)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        result = ledger.measure(model, step, optimizer)
+        result = measure_step(ledger, model, step, optimizer)
         reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
         with training_mode(model, checkpointing):
             took = seconds(step, device, repeats)

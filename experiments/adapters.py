@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from experiments.adapter_table import adapter_table
+from experiments.measured_step import AllocationMeter
 from experiments.table import command_line
 from experiments.toy.tasks import load_task
 from qlora_lib.base.files import read_json, write_json_atomic
@@ -54,7 +55,6 @@ from qlora_lib.search.rank_search import Search, Trial, find_optimal_rank
 from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import finetune
 from qlora_lib.train.loss import loss_sum
-from qlora_lib.train.measure import AllocationMeter
 from qlora_lib.train.mode import training_mode
 
 RESULTS, ADAPTERS = DATA / "results", DATA / "tiny-adapters"

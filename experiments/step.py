@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.measured_step import measure_step, random_step
 from experiments.peak_memory import PeakMemory
 from experiments.table import command_line
 from qlora_lib.base.devices import DTYPES, dtype_name, resolve_dtype
@@ -34,7 +35,6 @@ from qlora_lib.models.checkpoint import fill
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
 from qlora_lib.quant.recipe import Recipe
-from qlora_lib.train.measure import random_step
 from qlora_lib.train.memory import memory_ledger
 
 RESULT = DATA / "results" / "llama2-7b-shape-step.json"
@@ -92,7 +92,8 @@ def measure_shape(config, spec, seq: int, rank: int, compute_dtype: str, seed: i
     for name, p in parameters.items():
         p.register_post_accumulate_grad_hook(partial(see, name))
     with PeakMemory() as memory:
-        result = ledger.measure(model, random_step(ledger, model, optimizer), optimizer)
+        step = random_step(ledger, model, optimizer)
+        result = measure_step(ledger, model, step, optimizer)
     idle = [name for name, learns in learning.items() if not learns]
     if idle or len(learning) != len(parameters):
         raise ValueError(f"{len(idle)} adapter tensors have no gradient, such as {idle[:1]}")

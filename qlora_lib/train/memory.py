@@ -19,7 +19,7 @@ from ..lora.targets import ALL_LINEAR, find_linears
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
 from .config import OPTIMIZERS
-from .measure import Measurement, available_memory, measure_step
+from .measure import available_memory
 
 METHODS = ("full", "lora", "qlora")
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # blocks whose activations are counted, not estimated
@@ -56,10 +56,6 @@ class MemoryLedger:
     def peak(self) -> int:
         in_backward = self.parts["dequantized layer"] + self.recomputed
         return self.total - min(self.parts["logits"], in_backward)
-
-    def measure(self, model, step=None, optimizer=None) -> Measurement:
-        """What two training steps of `model` took, beside the prediction; see `measure_step`."""
-        return measure_step(self, model, step, optimizer)
 
     @property
     def bits_per_parameter(self) -> float:

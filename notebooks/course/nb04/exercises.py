@@ -4,11 +4,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from experiments.measured_step import AllocationMeter
 from qlora_lib import QuantizedTensor, QuantSpec, quantize_rtn
 from qlora_lib.data.tokens import IGNORE
-from qlora_lib.train.measure import AllocationMeter
-from ..kit.exercise import Exercise, register
 
+from ..kit.exercise import Exercise, register
 
 # --- 1. What training keeps --------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from transformers import (
     LlamaForCausalLM,
 )  # fmt: skip
 
+from experiments.measured_step import AllocationMeter
 from qlora_lib.data.tokens import collate, encode_example
 from qlora_lib.lora.inject import inject_lora, trainable_parameters
 from qlora_lib.train.loss import CHUNK, chunk_for, loss_sum, token_losses
-from qlora_lib.train.measure import AllocationMeter
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
 TINY = {

@@ -13,6 +13,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from experiments.measured_step import AllocationMeter
 from qlora_lib import (
     Decoding,
     NF4Spec,
@@ -30,7 +31,6 @@ from qlora_lib import (
 from qlora_lib.base.devices import DTYPES
 from qlora_lib.generation.kv_cache import CacheSpec
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
-from qlora_lib.train.measure import AllocationMeter
 from qlora_lib.train.memory import PARTS, moments_bytes, packed_bytes
 from tests.support.memory_models import BATCH, RANK, SEQ, SMALL, SPEC, model_of
 from tests.support.small_models import small_model, small_tokenizer
