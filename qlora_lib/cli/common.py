@@ -83,10 +83,11 @@ class Opened:
         from ..base.paths import short_path
         from ..runs.run_folder import BASE
 
-        if not (self.folder / BASE).is_dir():
-            there = short_path(self.folder / BASE)
-            raise FileNotFoundError(f"there is no quantized base {there}; {self.command(remedy)}")
-        return self.folder / BASE
+        base = self.folder / BASE
+        if not base.is_dir():
+            remedy = self.command(remedy)
+            raise FileNotFoundError(f"there is no quantized base {short_path(base)}; {remedy}")
+        return base
 
 
 def open_options(args) -> Opened:
@@ -106,9 +107,7 @@ def open_options(args) -> Opened:
 
 def read_data_option(args) -> tuple[str | None, str | None, str | None]:
     """(kind of problems, None for the profile's; their folder; what to train on, None for them).
-
-    Sets that are only for training go with GSM8K's problems, your own files with the profile's.
-    """
+    Sets that are only for training go with GSM8K's problems, your own files with the profile's."""
     from ..data.sources import TRAINING_SETS, holds_problems
 
     data, gsm8k = args.data, os.environ.get("GSM8K_DIR")
@@ -143,9 +142,8 @@ def open_run(opened: Opened, dense: bool, adapter: bool):
         found = f"the adapter in {short_path(folder)} was trained on a "
         if dense:
             raise ValueError(found + "quantized base; leave out --dense")
-        raise ValueError(
-            f"{found}dense base: its layers are not quantized; give --dense, or {remedy}"
-        )
+        raise ValueError(f"{found}dense base: its layers are not quantized; give --dense, or "
+                         f"{remedy}")  # fmt: skip
     where = {"device": opened.device, "compute_dtype": opened.compute_dtype}
     if dense:
         model, tokenizer = opened.profile.load(**where)

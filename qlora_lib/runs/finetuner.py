@@ -113,15 +113,11 @@ class Finetuner:
         end, before anything is loaded."""
         taken_apart = self.residual and self.method == "qlora"
         if taken_apart and self.plan and self.recipe.method == "gptq":
-            raise ValueError(
-                f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's codes are "
-                "made by calibration, for the whole W and its inputs; take nf4 or rtn"
-            )
+            raise ValueError(f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's "
+                             "codes are made by calibration of the whole W; take nf4 or rtn")
         if self.lora.get("init") == "loftq" and self.method == "lora":
-            raise ValueError(
-                "init loftq mends what quantization breaks, a dense base has nothing quantized; "
-                "take nf4 or rtn (or init pissa, which takes a dense base too)"
-            )
+            raise ValueError("init loftq mends what quantization breaks, and a dense base has "
+                             "nothing quantized; take nf4 or rtn, or init pissa")  # fmt: skip
         if self.folder and self.method != "full":
             check_place(self.folder / ADAPTER, ADAPTER_CONFIG)
         if self.folder and taken_apart:
@@ -132,10 +128,8 @@ class Finetuner:
         if self.method == "qlora" and quantized_layers(model):
             self.recipe = None  # it was given so
         elif quantized_layers(model):
-            raise ValueError(
-                f"the model is quantized: method='qlora' trains beside it, {self.method!r} needs "
-                "dense weights"
-            )
+            raise ValueError("the model is quantized: method='qlora' trains beside it, "
+                             f"{self.method!r} needs dense weights")  # fmt: skip
         elif self.method == "qlora" and not self.residual:
             apply_recipe(model, self.recipe)
 
@@ -180,7 +174,7 @@ class Finetuner:
             train, dev = hold_out(train, at_least=1)
         elif dev:
             dev = read_examples(dev, self.tokenizer)
-        callbacks = [callback] if callable(callback) else list(callback)
+        callbacks = [callback] if callable(callback) else callback
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch)
             if self.folder is not None:
@@ -196,10 +190,8 @@ class Finetuner:
         return self.history
 
     def try_saving(self) -> None:
-        """Save into the folder, read back, remove: what would fail at the end fails now.
-
-        Raises ValueError where the folder can't be written or gives back something else.
-        """
+        """Save into the folder, read back, remove: what would fail at the end fails now, with a
+        ValueError."""
         trial, found = self.folder / "trial", 0
         try:
             self._write(trial)
@@ -207,9 +199,8 @@ class Finetuner:
                 with open_tensors(file) as tensors:
                     found += len([tensors.get_slice(n).get_shape() for n in tensors.keys()])
         except OSError as error:
-            raise ValueError(
-                f"{short_path(self.folder)} can't hold the result ({error}); name another folder"
-            ) from error
+            raise ValueError(f"{short_path(self.folder)} can't hold the result ({error}); name "
+                             "another folder") from error  # fmt: skip
         finally:
             if trial.is_dir():
                 shutil.rmtree(trial)
@@ -233,11 +224,8 @@ class Finetuner:
             self.tokenizer.save_pretrained(scratch)
 
     def save(self, folder: str | Path | None = None, **facts) -> Path:
-        """Write the result: the model (full) or the adapter, and run.json. Returns the folder.
-
-        facts: further entries of run.json. Raises ValueError without a folder, here or when the
-        tuner was made.
-        """
+        """Write the result: the model (full) or the adapter, and run.json with further `facts`.
+        Returns the folder; ValueError for none, here or when the tuner was made."""
         folder = Path(folder) if folder is not None else self.folder
         if folder is None:
             raise ValueError("there is no folder to save in; give one")

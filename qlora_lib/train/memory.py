@@ -109,9 +109,12 @@ def memory_ledger(
         copied = sum(map(math.prod, linears.values())) + config.vocab_size * config.hidden_size
     else:
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        sizes, wide = _adapter_sizes(linears, rank, targets), size
-        parts["adapters"] = 4 * sum(sizes)
-        copied = sum(sizes)
+        missing = set(targets) - set(map(_last, linears))
+        if missing or not targets:
+            raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
+        # Of A (rank, in) and B (out, rank)
+        sizes = [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
+        parts["adapters"], copied, wide = 4 * sum(sizes), sum(sizes), size
     trained, copies = sum(sizes), copied * size if size < 4 else 0
     parts["gradients"] = 4 * trained
     parts["optimizer"] = moments_bytes(sizes, optimizer)
@@ -200,14 +203,6 @@ def _base_bytes(counts, linears, spec, size: int) -> dict[str, int]:
         "packed weights": sum(codes for codes, _ in stored),
         "scales": sum(scales for _, scales in stored),
     }
-
-
-def _adapter_sizes(linears, rank: int, targets: tuple[str, ...]) -> list[int]:
-    """Parameters of A (rank, in) and of B (out, rank) of each linear that is a target."""
-    missing = set(targets) - set(map(_last, linears))
-    if missing or not targets:
-        raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
-    return [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
 
 
 def moments_bytes(counts: list[int], optimizer: str) -> int:

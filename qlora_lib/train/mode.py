@@ -12,14 +12,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def check_widths(model, compute_dtype: torch.dtype) -> None:
-    """Raises ValueError where parameters, which are trained in fp32, would meet frozen layers of
-    16 bits outside of autocast, which alone joins them."""
+    """Raises ValueError where trained parameters, in fp32, would meet frozen layers of 16 bits
+    outside of autocast, which alone joins them."""
     half = {p.requires_grad: n for n, p in model.named_parameters() if p.dtype in HALF}
     if len(half) == 2 and compute_dtype == torch.float32:
-        raise ValueError(
-            f"{half[True]} is to be trained, in fp32, beside frozen weights of 16 bits such as "
-            f"{half[False]}; give the dtype of these as compute_dtype, or load the model in fp32"
-        )
+        raise ValueError(f"{half[True]} is trained, in fp32, beside frozen weights of 16 bits such "
+                         f"as {half[False]}; give their compute_dtype, or load the model in fp32")
 
 
 @contextmanager

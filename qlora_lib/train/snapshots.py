@@ -1,8 +1,7 @@
 """What a training run keeps: its metrics, and checkpoints of one safetensors file each.
 
-`last.safetensors` holds "parameter/NAME" and AdamW's state as "exp_avg/NAME" and so on,
-with the step, the loss scaler and the run's identity as JSON in the file's metadata.
-One file, because two cannot be renamed at once. No pickle.
+`last.safetensors` holds "parameter/NAME" and AdamW's state as "exp_avg/NAME" and so on; step, loss
+scaler and the run's identity are its metadata, as JSON: two files could not be renamed at once.
 """
 
 import json
@@ -27,10 +26,8 @@ def save_parameters(path: Path, parameters: Parameters, metadata: dict) -> None:
 
 
 def load_parameters(path: str | Path, parameters: Parameters) -> dict:
-    """Copy a checkpoint's parameters into `parameters`, in place; returns its metadata.
-
-    Raises FileNotFoundError, and ValueError for a damaged file or for other names or shapes.
-    """
+    """Copy a checkpoint's parameters into `parameters`, in place; returns its metadata. Raises
+    FileNotFoundError, and ValueError for a damaged file or for other names or shapes."""
     tensors, metadata = _load(Path(path))
     _copy_parameters(Path(path), tensors, parameters)
     return metadata

@@ -1,7 +1,5 @@
-"""One optimizer step: learning rate, gradients of all processes, clipping, update.
-
-Fine-tuning and the verifier's training take their steps here; what they differ in is the loss.
-"""
+"""One optimizer step, of fine-tuning and of the verifier's training: learning rate, gradients of
+all processes, clipping, update."""
 
 import math
 from collections.abc import Iterable
