@@ -47,7 +47,7 @@ from qlora_lib.quant.recipe import Recipe  # noqa: E402
 from qlora_lib.train.loss import CHUNK  # noqa: E402
 from qlora_lib.train.measure import NotEnoughMemory, check_fits  # noqa: E402
 from qlora_lib.train.memory import memory_ledger  # noqa: E402
-from qlora_lib.train.mode import training_mode  # noqa: E402
+from qlora_lib.train.step import training_mode  # noqa: E402
 
 RANK = 16
 # (batch, gradient checkpointing)

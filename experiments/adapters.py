@@ -55,7 +55,7 @@ from qlora_lib.search.rank_search import Search, Trial, find_optimal_rank
 from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import finetune
 from qlora_lib.train.loss import loss_sum
-from qlora_lib.train.mode import training_mode
+from qlora_lib.train.step import training_mode
 
 RESULTS, ADAPTERS = DATA / "results", DATA / "tiny-adapters"
 BASE, SEED = QuantSpec(bits=4, group_size=64), 0

@@ -13,8 +13,7 @@ from qlora_lib.base.devices import DTYPES
 from qlora_lib.lora.inject import trainable_parameters
 from qlora_lib.models.quantize import quantized_layers
 from qlora_lib.train.loss import loss_sum
-from qlora_lib.train.mode import training_mode
-from qlora_lib.train.step import make_optimizer
+from qlora_lib.train.step import make_optimizer, training_mode
 
 WORKING = "activations, logits, one layer"  # what lives only within a step
 

@@ -72,7 +72,6 @@ class Opened:
     source: str | None  # what to train on; None: the profile's problems
     device: str | None
     compute_dtype: str
-    seed: int
 
     def command(self, name: str) -> str:
         """A command for this profile, as errors advise it."""
@@ -99,10 +98,9 @@ def open_options(args) -> Opened:
     disable_progress_bar()
     problems, folder, source = read_data_option(args)
     profile = load_profile(args.profile, args.model, folder, problems)
-    return Opened(
-        profile, args.folder or Path("checkpoints") / profile.name, source, args.device,
-        args.compute_dtype or profile.compute_dtype, args.seed,
-    )  # fmt: skip
+    folder = args.folder or Path("checkpoints") / profile.name
+    dtype = args.compute_dtype or profile.compute_dtype
+    return Opened(profile, folder, source, args.device, dtype)
 
 
 def read_data_option(args) -> tuple[str | None, str | None, str | None]:

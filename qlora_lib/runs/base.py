@@ -155,7 +155,8 @@ def _quantize(plan: BasePlan, base: Path | None = None):
         save_quantized(model, tokenizer, base)
         before = sum(row.bytes_before for row in report)
         after = sum(layer.quantized.nbytes for layer in quantized_layers(model).values())
-        print(f"  {f'{before:,} -> ' if report else ''}{after:,} bytes, saved to {short_path(base)}")
+        was = f"{before:,} -> " if report else ""
+        print(f"  {was}{after:,} bytes, saved to {short_path(base)}")
     return model, tokenizer
 
 

@@ -30,9 +30,7 @@ from ..lora.init import RESIDUAL_INITS
 from ..lora.inject import inject_lora, set_adapter, trainable_parameters
 from ..lora.layer import lora_layers
 from ..lora.targets import find_linears
-from ..models.checkpoint import (
-    QUANTIZATION, WEIGHTS, base_state, config_of, save_generation_config, save_quantized,
-)  # fmt: skip
+from ..models import checkpoint
 from ..models.quantize import apply_recipe, quantized_layers
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
@@ -121,7 +119,7 @@ class Finetuner:
         if self.folder and self.method != "full":
             check_place(self.folder / ADAPTER, ADAPTER_CONFIG)
         if self.folder and taken_apart:
-            check_place(self.folder / BASE, QUANTIZATION)
+            check_place(self.folder / BASE, checkpoint.QUANTIZATION)
 
     def _quantize(self, model) -> None:
         """A dense module is quantized here if it is to be, and if no adapter takes it apart."""
@@ -151,7 +149,7 @@ class Finetuner:
         if processes.world() > 1:  # each has made it; adapters are copied, this must be the same
             processes.agree("the residual base", residual_fingerprint(lora_layers(self.model)))
         if self.folder is not None and processes.first():
-            save_quantized(self.model, self.tokenizer, self.folder / BASE)
+            checkpoint.save_quantized(self.model, self.tokenizer, self.folder / BASE)
             how = {k: lora[k] for k in ("init", "rank")} | {"targets": lora["target_modules"]}
             said = self.plan.record() if self.plan else recipe.as_json()
             write_json_atomic(self.folder / BASE / RECIPE, said | {"residual": how})
@@ -214,13 +212,13 @@ class Finetuner:
             folder.mkdir(parents=True, exist_ok=True)
             save_adapter(self.model, folder / ADAPTER, self.adapter)
             return
-        state = base_state(self.model)
+        state = checkpoint.base_state(self.model)
         with atomic_folder(folder / MODEL, "config.json") as scratch:
-            save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
-            config = config_of(self.model, state)
+            save_file(state, scratch / checkpoint.WEIGHTS, metadata={"format": "pt"})
+            config = checkpoint.config_of(self.model, state)
             config.dtype = self.model.dtype
             config.save_pretrained(scratch)
-            save_generation_config(self.model, scratch)
+            checkpoint.save_generation_config(self.model, scratch)
             self.tokenizer.save_pretrained(scratch)
 
     def save(self, folder: str | Path | None = None, **facts) -> Path:

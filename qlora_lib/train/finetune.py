@@ -29,9 +29,8 @@ from ..models.batches import check_tokens
 from ..models.fingerprint import frozen_hash
 from .config import TrainConfig, schedule
 from .loss import chunk_for, loss_sum
-from .mode import check_widths, training_mode
 from .snapshots import add_metrics, load_last, save_last, save_parameters, start_metrics
-from .step import Stepper
+from .step import Stepper, check_widths, training_mode
 
 
 @dataclass
@@ -98,7 +97,7 @@ def finetune(
     `metrics.jsonl`, a line a step; `last.safetensors` (parameters and optimizer, to resume
     from); `best.safetensors` (parameters at the lowest dev loss). Reseeds torch's global
     generator at each step. Parameters of 16 bits become fp32, and stay so unless others are
-    frozen in 16 bits (mode.py).
+    frozen in 16 bits (`training_mode`).
 
     Several processes, each called with the same arguments and frozen weights, share the examples
     of a step and sum the gradients: the steps are those of one process but for rounding (and for
@@ -151,8 +150,9 @@ def finetune(
                 if step % config.save_every == 0 or step == total:
                     save_last(folder, stepper, identity, step)
             if config.progress:
-                progress(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} "
-                         f"tokens/s, {metrics['peak_memory'] / 1e9:.1f} GB at the peak")  # fmt: skip
+                speed, peak = metrics["tokens_per_second"], metrics["peak_memory"] / 1e9
+                progress(step, f"loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s, {peak:.1f} GB "
+                         "at the peak")  # fmt: skip
             if callback:
                 callback(metrics)
     return history

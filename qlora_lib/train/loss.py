@@ -7,6 +7,7 @@ logits anew (Chen et al. 2016, arXiv 1604.06174: checkpointing): one chunk's are
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from ..data.tokens import IGNORE
@@ -41,13 +42,13 @@ def _losses(model, batch, dtype: torch.dtype, chunk: int | None, reduction: str)
     with _autocast(targets.device, dtype):
         if chunk is None:
             logits = model(**inputs, use_cache=False).logits  # (batch, seq, vocab)
-            return [_cross_entropy(logits[:, :-1][kept], targets[kept], reduction)]
+            return [cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction=reduction)]
         hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         hidden = hidden[:, :-1][kept]  # (batch, seq, hidden) -> (supervised, hidden)
         parts = list(zip(hidden.split(chunk), targets[kept].split(chunk)))
 
         def part_loss(hidden: Tensor, targets: Tensor) -> Tensor:
-            return _cross_entropy(_logits(model, hidden), targets, reduction)
+            return cross_entropy(_logits(model, hidden).float(), targets, reduction=reduction)
 
         if len(parts) == 1 or not torch.is_grad_enabled():
             return [part_loss(*part) for part in parts]  # its backward comes next, or none
@@ -84,7 +85,3 @@ def _logits(model, hidden: Tensor) -> Tensor:
     logits = model.get_output_embeddings()(hidden)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)  # Gemma 2 and later
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)

@@ -18,7 +18,7 @@ from qlora_lib.lora.layer import lora_layers
 from qlora_lib.lora.targets import ALL_LINEAR
 from qlora_lib.models.quantize import quantize_model
 from qlora_lib.quant.grid import QuantSpec
-from qlora_lib.train import adam8bit, mode, snapshots
+from qlora_lib.train import adam8bit, snapshots, step
 from qlora_lib.train.config import TrainConfig, epoch_order, learning_rate, schedule
 from qlora_lib.train.finetune import finetune, validation_loss
 from qlora_lib.train.snapshots import load_parameters
@@ -67,7 +67,7 @@ def test_loss_falls_and_only_adapters_move(quantized):
 @pytest.mark.parametrize("quantized", [False, True])
 def test_checkpointing_changes_no_gradient(quantized, monkeypatch):
     calls = []
-    monkeypatch.setattr(mode, "checkpoint", lambda *a, **k: calls.append(k) or checkpoint(*a, **k))
+    monkeypatch.setattr(step, "checkpoint", lambda *a, **k: calls.append(k) or checkpoint(*a, **k))
     plain, checkpointed = adapted(quantized), adapted(quantized)
     one = run(plain, config(max_steps=2))
     two = run(checkpointed, config(max_steps=2, gradient_checkpointing=True))
@@ -85,7 +85,7 @@ def test_checkpointing_keeps_the_adapter_that_was_chosen_before_training():
     model = adapted()
     inject_lora(model, ALL_LINEAR, rank=2, adapter="second")
     ids = torch.arange(3, 30).unsqueeze(0)
-    with use_adapter(model, "second"), mode.training_mode(model, True):
+    with use_adapter(model, "second"), step.training_mode(model, True):
         loss = model(ids, labels=ids).loss
         thread = Thread(target=loss.backward)
         thread.start()
