@@ -179,10 +179,10 @@ def finetune(args) -> None:
     )  # fmt: skip
     count = sum(p.numel() for p in trainable_parameters(tuner.model).values())
     print(f"LoRA: {lora} on {len(tuner.layers)} layers, {count:,} parameters to train")
-    found = data(tuner.tokenizer)
+    found, metrics = data(tuner.tokenizer), short_path(config.folder / "metrics.jsonl")
     shared = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
     print(f"training on {len(found.train)} examples, {config.batch_size} x {config.accumulation} "
-          f"a step{shared}; each step is in {short_path(opened.folder / 'training')}/metrics.jsonl")
+          f"a step{shared}; each step is a line of {metrics}")
 
     def show(metrics):
         if "dev_loss" in metrics:

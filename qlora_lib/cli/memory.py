@@ -36,7 +36,7 @@ def memory(args) -> None:
     spec = grid(args.bits, args.group_size) if args.bits else NF4Spec()
     targets = ALL_LINEAR if args.targets == "all" else ATTENTION
     dtype = dtype_name(resolve_dtype(opened.compute_dtype, opened.device or default_device()))
-    for method in (args.method,) if args.method else ("full", "lora", "qlora"):
+    for method in [args.method] if args.method else ("full", "lora", "qlora"):
         print(memory_ledger(
             config, method, args.batch_size, args.tokens, args.rank or profile.rank, targets, spec,
             args.gradient_checkpointing, dtype, args.optimizer, CHUNK,

@@ -51,10 +51,8 @@ def train(args) -> None:
     print(f"{len(said)} solutions of {len(prompts)} train problems, {sum(right)} of them right")
     torch.manual_seed(args.seed)
     verifier = Verifier(model, tokenizer, args.rank, profile.target_modules)
-    config = TrainConfig(
-        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed
-    )
-    steps = train_verifier(verifier, asked, said, right, config)
+    settings = {n: getattr(args, n) for n in ("epochs", "batch_size", "lr", "seed")}
+    steps = train_verifier(verifier, asked, said, right, TrainConfig(**settings))
     out = opened.folder / "verifier"
     verifier.save(out)
     write_json_atomic(out / "verifier.json", {

@@ -174,9 +174,8 @@ class Finetuner:
             dev = read_examples(dev, self.tokenizer)
         callbacks = [callback] if callable(callback) else callback
         with tempfile.TemporaryDirectory() as scratch:
-            place = Path(scratch)
-            if self.folder is not None:
-                place = self.folder / TRAINING
+            place = self.folder / TRAINING if self.folder else Path(scratch)
+            if self.folder:
                 processes.on_first(self.try_saving)
             self.history = finetune(
                 self.model, self.tokenizer, train, dataclasses.replace(config, folder=place),
@@ -224,9 +223,9 @@ class Finetuner:
     def save(self, folder: str | Path | None = None, **facts) -> Path:
         """Write the result: the model (full) or the adapter, and run.json with further `facts`.
         Returns the folder; ValueError for none, here or when the tuner was made."""
-        folder = Path(folder) if folder is not None else self.folder
-        if folder is None:
+        if folder is None and self.folder is None:
             raise ValueError("there is no folder to save in; give one")
+        folder = Path(folder or self.folder)
         self._write(folder)
         recipe, method = self.recipe, "none"
         if self.method == "qlora":

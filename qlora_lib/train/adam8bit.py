@@ -8,7 +8,7 @@ before it would leave the first moment divided by next to nothing.
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -73,12 +73,12 @@ class Adam8bit(torch.optim.Optimizer):
 
 
 def _new_state(n: int, device) -> dict[str, Tensor]:
-    state, packed = {"step": torch.tensor(0.0, dtype=torch.float32)}, n >= SMALLEST
-    kind, blocks = torch.uint8 if packed else torch.float32, math.ceil(n / NESTED_BLOCK)
+    zeros = partial(torch.zeros, device=device)
+    state = {"step": torch.zeros((), dtype=torch.float32)}
     for name in MOMENTS:
-        state[name] = torch.zeros(n, dtype=kind, device=device)
-        if packed:  # an absmax of 0 makes the first decoded moments 0, whatever the codes
-            state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+        state[name] = zeros(n, dtype=torch.uint8 if n >= SMALLEST else torch.float32)
+        if n >= SMALLEST:  # an absmax of 0 makes the first decoded moments 0, whatever the codes
+            state[f"{name}_absmax"] = zeros(math.ceil(n / NESTED_BLOCK), dtype=torch.float32)
     return state
 
 
