@@ -7,6 +7,7 @@ Where the system can't hold something back (grade.LEFT_HERE), what needs it is l
 import hashlib
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -16,8 +17,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from course.tools.confined import SIGNALS, landlock, seccomp
-from course.tools.grade import LARGEST
-from course.tools.normal_form import dumps
+from course.tools.grade import LARGEST, grade_exercise
+from course.tools.normal_form import dumps, exercises, notebooks, read, solve
 from qlora_lib.base.paths import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a terminal and signals")
@@ -216,34 +217,40 @@ def graded(tmp_path_factory):
             "    if path.is_file() and not path.is_symlink() and path.stat().st_size < 9**6:\n"
             "        text = path.read_bytes().replace(b'TEACHER', str(os.getpid()).encode())\n"
             "        path.write_bytes(text)\n"
-            "input()\n"
+            f"os.mkdir({str(temporary / 'ready')!r}); input()\n"
             "from course.tools import grade\n"
-            f"sys.exit(grade.main([{str(place)!r}, '--seconds', '5']))")  # fmt: skip
+            f"sys.exit(grade.main([{str(place)!r}, '--seconds', '10']))")  # fmt: skip
     for name, source in HELD.items():
         source = source.replace("PLACE", str(place)).replace("TERMINAL", os.ttyname(terminal))
         (place / f"{name}.ipynb").write_text(notebook(source))
     for name in NAMES:
         (place / name).write_text(notebook(IN_CALL.format("return a")))
-    environment = os.environ | {MARK: "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1",
-                                "TMPDIR": str(temporary),
-                                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebooks'}"}
     run = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=terminal,
-                           stderr=terminal, env=environment, start_new_session=True)
+                           stderr=terminal, env=environment(temporary), start_new_session=True)
     os.close(terminal)
     said = bytearray()
     reader = threading.Thread(target=_read_all, args=(teachers_end, said))
     reader.start()
-    while str(run.pid).encode() not in (place / "the teacher.ipynb").read_bytes() \
-            and "the teacher" in HELD and run.poll() is None:
+    while not (temporary / "ready").exists() and run.poll() is None:
         threading.Event().wait(0.05)
+    (temporary / "ready").rmdir()
     odd = odd_files(place)
     before = state(place)
     run.communicate(b"\n", timeout=900)
     reader.join(30)
+    return bytes(said), (before, state(place)), odd, left_of(temporary), run.returncode
+
+
+def environment(temporary) -> dict[str, str]:
+    return os.environ | {MARK: "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary),
+                         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebooks'}"}  # fmt: skip
+
+
+def left_of(temporary) -> list:
+    """Processes and temporary files of a run that has ended."""
     left = [p for p in psutil.process_iter() if _marked(p)]
     left = psutil.wait_procs(left, timeout=30)[1]  # the server ends when it sees that we have
-    left += list(temporary.iterdir())
-    return bytes(said), (before, state(place)), odd, left, run.returncode
+    return left + list(temporary.iterdir())
 
 
 def _read_all(file: int, into: bytearray) -> None:
@@ -300,3 +307,37 @@ def test_no_file_is_changed_and_no_process_is_left(graded):
     assert before == after
     assert not (ROOT / "notebooks/course/kit/hostile.py").exists()
     assert graded[3] == []
+
+
+@pytest.mark.parametrize("kill, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_is_one_line_and_ends_what_runs(tmp_path, kill, code):
+    place, temporary = tmp_path / "class", tmp_path / "t"
+    place.mkdir()
+    temporary.mkdir()
+    began = "open('began', 'w').close()\nthreading.Event().wait()"
+    (place / "eve.ipynb").write_text(notebook(began))
+    run = subprocess.Popen([sys.executable, "-m", "course.tools", "grade", place], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                           env=environment(temporary), preexec_fn=_hear_ctrl_c)  # fmt: skip
+    while not list(temporary.glob("submission-*/began")) and run.poll() is None:
+        threading.Event().wait(0.05)
+    os.killpg(run.pid, kill)
+    assert run.communicate(timeout=60) == (
+        "", "stopped; nothing runs any more, and what was not finished is gone\n")
+    assert run.returncode == code and left_of(temporary) == []
+
+
+def _hear_ctrl_c():
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_every_solution_of_the_course_passes_under_all_limits(path):
+    book = read(path)
+    found = exercises(book)
+    for index, _, solution in found:
+        book.cells[index].source = solve(book.cells[index].source, solution)
+    cells = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    assert {name: grade_exercise(cells, name) for _, name, _ in found} == {
+        name: ("passed", "") for _, name, _ in found}

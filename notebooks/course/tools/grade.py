@@ -5,10 +5,11 @@ with an exercise are run, and before them what they need: imports, functions, va
 
 All notebooks are read before the first is run. Each exercise is run in a process of its own, which
 says what the student's function returns in the exercise's cases, as JSON; compared with the
-reference it is here. That process has limits on time, memory, files and processes, no terminal and
-no reference; see submission.py. On Linux it can open no file but the installed Python and the
-library, write none but in an empty folder, and start nothing; see confined.py. So one submission
-fails alone, whatever it does. What `LEFT` says stays possible.
+reference it is here, so that nothing passes itself. That process has limits on time, memory, files
+and processes, no terminal and no reference; see submission.py. On Linux it reads no file but the
+installed Python's and the library's, writes none but in an empty folder, and starts nothing; see
+confined.py. There a submission fails alone, whatever it does. LEFT says what stays possible, and
+LEFT_HERE what does elsewhere.
 """
 import argparse
 import contextlib

@@ -13,6 +13,7 @@ import linecache
 import math
 import os
 import re
+import site
 import symtable
 import sys
 import tempfile
@@ -203,11 +204,10 @@ def _limit(seconds: float) -> None:
 
 
 def _readable() -> list[Path]:
-    """What Python needs, and the course without its solutions."""
+    """What Python needs, the library, and the course without its solutions."""
     course = Path(__file__).parents[1]
     own = [path for path in course.rglob("*.py") if path.name != "exercises.py"]
-    elsewhere = [Path(p) for p in {*sys.path, sys.prefix, sys.base_prefix} if p]
-    elsewhere = [path for path in elsewhere if path.resolve() not in {ROOT, course.parent}]
-    system = ["/usr", "/lib", "/lib64", "/proc", "/sys", "/dev/urandom", "/dev/zero",
-              "/etc/ld.so.cache", "/etc/localtime", "/etc/passwd"]
-    return [ROOT / "qlora_lib", *own, *elsewhere, *map(Path, system)]
+    system = [sys.prefix, sys.base_prefix, site.getusersitepackages(), "/usr", "/lib", "/lib64",
+              "/proc", "/sys", "/dev/urandom", "/dev/zero", "/etc/ld.so.cache", "/etc/localtime",
+              "/etc/passwd"]
+    return [ROOT / "qlora_lib", *own, *map(Path, system)]

@@ -8,8 +8,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from course.kit.exercise import registered
 from course.tools import grade
 from course.tools.__main__ import main
-from course.tools.submission import MEMORY, answers, needed
 from course.tools.normal_form import dumps, write
+from course.tools.submission import MEMORY, answers, needed
 
 COURSE = [["nearest_code", "unpack_nibbles", "fit_row"], ["weighted_vote"]]
 IMPORTS = "import torch\nfrom course.kit import SliderPlot, check"
