@@ -1,8 +1,5 @@
-"""The decoder blocks of a model, and what "all" and "attention" mean among their linears.
-
-Families name their layers each in their own way (q_proj, c_attn, query_key_value), so these two
-words go by where a layer is, not by its name.
-"""
+"""The decoder blocks of a model, and what "all" and "attention" mean among their linears: words
+that go by where a layer is, for families name their layers each in their own way."""
 
 import re
 from collections.abc import Iterable
@@ -13,11 +10,8 @@ WORDS = ("all", "attention")
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return path and list of the blocks of a model's text decoder.
-
-    A vision or audio tower may have as many blocks, so only the part that transformers calls the
-    decoder is searched. Raises ValueError when that has no list of the config's length.
-    """
+    """The path and the list of the blocks of a model's text decoder (a vision or audio tower may
+    have as many). Raises ValueError when there is no list of the config's length."""
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config that counts its decoder blocks")
     count = model.config.get_text_config().num_hidden_layers
@@ -30,12 +24,11 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list[str]:
-    """Return those of the linear layers at `paths` that a word means.
+    """Those of the linear layers at `paths` that a word means.
 
     "all": every one in a decoder block, so not the head. "attention": of these, the ones inside
-    a module that is named for it (self_attn, attn, self_attention ...).
-    Raises ValueError when that is none, and for "all" where a block has other matrices too, such
-    as stacked experts, which would stay as they are.
+    a module that is named for it (self_attn, attn, self_attention ...). Raises ValueError when
+    that is none, and for "all" where a block has other matrices too, such as stacked experts.
     """
     prefix, blocks = decoder_blocks(model)
     inside = [path for path in paths if path.startswith(f"{prefix}.")]

@@ -1,14 +1,12 @@
 """Products with a packed weight, on the path that is fastest for device, dtype and batch.
 
-A few tokens in bf16 on a CPU: torch's int4 operator, which unpacks in registers and reads a
-quarter of the bytes. It wants the codes in an order of its own (`Int4Tiles`), which a layer
-holds instead of ours while it decodes text (`linear.decoding_layout`). On a GPU: our Triton
-kernels, which read the packed copy itself (triton_kernels.py). Everything else, a GPU without
-Triton too: some rows of the weight are made dense at a time, in the cache, and multiplied there.
+A few tokens in bf16 on a CPU: torch's int4 operator, which wants the codes in an order of its
+own (`Int4Tiles`), held instead of ours while text is decoded (`linear.decoding_layout`). On a
+GPU: our Triton kernels. Everything else: some rows of the weight are made dense at a time.
 """
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -46,9 +44,9 @@ class Int4Tiles(QuantizedTensor):
 
     def in_order(self) -> QuantizedTensor:
         """The same weight with its codes in our order."""
-        own = {f.name: getattr(self, f.name) for f in fields(QuantizedTensor)}
-        codes = self.unpacked(slice(0, self.shape[0]))
-        return QuantizedTensor(**{**own, "codes": pack(codes, 4)})
+        own = vars(self) | {"codes": pack(self.unpacked(slice(0, self.shape[0])), 4)}
+        del own["op_grids"]
+        return QuantizedTensor(**own)
 
 
 @lru_cache
@@ -77,9 +75,8 @@ def int4_tiles(weight: QuantizedTensor | NF4Tensor) -> Int4Tiles | None:
         return None
     scale, zero = weight.scale.float(), weight.zero_point.float()
     op_grids = torch.stack([scale.t(), ((8 - zero) * scale).t()], dim=2)  # (groups, out, 2)
-    own = {f.name: getattr(weight, f.name) for f in fields(QuantizedTensor)}
-    own["codes"] = _tiled(unpack(weight.codes, 4, weight.shape), tile_rows())
-    return Int4Tiles(**own, op_grids=op_grids.bfloat16())
+    codes = _tiled(unpack(weight.codes, 4, weight.shape), tile_rows())
+    return Int4Tiles(**vars(weight) | {"codes": codes, "op_grids": op_grids.bfloat16()})
 
 
 def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -131,12 +128,9 @@ def fused_kernels(device: torch.device):
 
         triton_kernels.try_out(device)
     except Exception as error:  # no C compiler, no headers of Python, a GPU that Triton can't serve
-        warnings.warn(
-            f"Triton does not work here ({type(error).__name__}: {error}), so packed weights are "
-            "made dense for each product, which is slower; it needs a C compiler and Python's "
-            "headers (apt install gcc python3-dev)",
-            stacklevel=2,
-        )
+        warnings.warn(f"Triton does not work here ({error}): packed weights are made dense for "
+                      "each product, which is slower. It needs a C compiler and Python's headers "
+                      "(apt install gcc python3-dev)")  # fmt: skip
         return None
     return triton_kernels
 

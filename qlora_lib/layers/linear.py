@@ -56,7 +56,7 @@ class QuantizedLinear(nn.Module):
     def __getattr__(self, name: str):
         if name == "weight":  # some models' forward reads it
             raise AttributeError("a QuantizedLinear keeps no dense weight; dequantize() makes it. "
-                                 "Leave layers whose model reads .weight out of target_modules")  # fmt: skip
+                                 "Leave out layers whose .weight the model reads")  # fmt: skip
         return super().__getattr__(name)
 
     @classmethod
@@ -160,9 +160,8 @@ def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def dense_weight(layer: nn.Linear | QuantizedLinear) -> Tensor:
     """The dense fp32 weight (out, in) of a linear layer; of a dense fp32 one a view."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.dequantize()
-    return layer.weight.detach().float()
+    packed = isinstance(layer, QuantizedLinear)
+    return layer.dequantize() if packed else layer.weight.detach().float()
 
 
 def dense_pieces(layer: nn.Linear | QuantizedLinear) -> Iterator[tuple[slice, Tensor]]:
@@ -180,9 +179,8 @@ def decoding_layout(model: nn.Module):
     32 to 256 in order) hold their codes in its layout, instead of ours: one copy either way.
     Adapters hold a copy of A and B in the autocast dtype, made at the first call.
 
-    A few tokens at a time in bf16, without gradients, are then several times as fast; everything
-    else works as before, a little slower. The change and the way back cost about two
-    dequantizations of each layer: worth it for decoding text, not for one forward pass.
+    A few tokens at a time in bf16, without gradients, are then several times as fast. The change
+    and the way back cost about two dequantizations of each layer.
     """
     layers = [m for m in model.modules() if hasattr(m, "lay_out")]
     try:

@@ -10,10 +10,9 @@ _backward  the gradient of the inputs
 Scale and zero-point are the same for a whole group, so they leave the sum:
     sum_k scale (q_k - zero) x_k  =  scale (sum_k q_k x_k  -  zero sum_k x_k)
 A row's features are cut into units that lie in one group each: 32, 64 or 128 features.
-A byte holds an even feature (low nibble) and the odd one after it (high nibble). They are
-never interleaved: even codes meet even inputs, odd codes odd inputs, and both sums add up.
-With few tokens there are few tiles, and most of a GPU would be idle: the features are split
-between several programs (split-K), whose partial sums are added at the end, in fixed order.
+A byte holds an even feature (low nibble) and the odd one after it (high nibble): even codes meet
+even inputs, odd codes odd inputs, and both sums add up. With few tokens there are few tiles: the
+features are split between several programs (split-K), whose sums are added in fixed order.
 
 On a GPU Triton compiles the kernels and times some tile sizes at the first call of a shape.
 Without one they run in Triton's interpreter, op by op in NumPy, thousands of times slower: to
@@ -224,7 +223,7 @@ def _rows(x: Tensor, width: int, what: str) -> Tensor:
 
 
 def _of_tokens(tokens: int, dtype: torch.dtype) -> dict:
-    """What the kernels ask about several tokens in `dtype`, by their arguments' names."""
+    """The same about several tokens in `dtype`."""
     # Tile sizes are timed for 16, 64 and 256 tokens, not for each number of them.
     about = FEW_TOKENS if tokens <= FEW_TOKENS else 64 if tokens <= 64 else 256
     dot = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}

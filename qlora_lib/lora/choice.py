@@ -28,9 +28,8 @@ class Rows:
             found.setdefault(name, []).append(row)
         joined = [row for rows in found.values() for row in rows]
         self.groups = [(name, _rows(rows, device)) for name, rows in found.items()]
-        self.back = None
-        if joined != sorted(joined):
-            self.back = torch.tensor(joined, device=device).argsort()
+        in_order = joined == sorted(joined)
+        self.back = None if in_order else torch.tensor(joined, device=device).argsort()
 
     def check(self, x: Tensor) -> None:
         """Raises ValueError when the batch has not one row a name."""

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from .init import balanced, product_svd
 from .layer import (
     LoRAConfig,
     LoRALinear,
@@ -15,7 +16,6 @@ from .layer import (
     lora_layers,
     named,
 )  # fmt: skip
-from .low_rank import balanced, product_svd
 
 HOW = ("linear", "cat", "svd")
 

@@ -28,10 +28,9 @@ def save_adapter(
 ) -> None:
     """Write one adapter in PEFT's layout: adapter_model.safetensors, adapter_config.json.
 
-    dtype: of the stored tensors; bfloat16 halves the file, and is read back as fp32.
-    PiSSA over a dense base is written as what it learned, B A - (B A at step 0): plain LoRA of
-    rank 2 r for the original model (PEFT converts in the same way). Over a quantized base,
-    LoftQ and PiSSA fit that base alone, which the file names by a hash: keep it too.
+    dtype: of the stored tensors; they are read back as fp32. PiSSA over a dense base is written
+    as what it learned, B A - (B A at step 0): plain LoRA of rank 2 r for the original model. Over
+    a quantized base, LoftQ and PiSSA fit that base alone, which the file names by a hash.
     Raises ValueError when the model has no adapter of that name, when its layers differ in
     dropout, use_rslora or use_dora, for which PEFT has one value, when PiSSA's difference would
     be stored in 16 bits, and when the folder holds other files.

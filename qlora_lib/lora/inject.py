@@ -87,18 +87,17 @@ def inject_lora(
             f"rank names {len(ranks)} layers, and {strange[:2] or 'none of them'} is not among "
             f"target_modules={target_modules!r}; give paths of target layers"
         )
-    configs = {
-        path: LoRAConfig(ranks[path], alpha, dropout, init, use_rslora, use_dora)
-        for path in found
-        if path in ranks
-    }
+    configs = {}
+    for path in (path for path in found if path in ranks):
+        configs[path] = LoRAConfig(ranks[path], alpha, dropout, init, use_rslora, use_dora)
     split = []  # layers to take apart
     if init in RESIDUAL_INITS:
         split = [path for path in configs if adapter not in getattr(found[path], "configs", {})]
     elif spec is not None:
         raise ValueError(f"spec={spec} goes with {RESIDUAL_INITS}; quantize_model quantizes first")
     for path in split:
-        check_dense(path, found[path], configs[path], spec)
+        with named(path):
+            check_dense(found[path], configs[path], spec)
     layers = add_adapters(model, configs, adapter)
     for path in split:
         layers[path].take_apart(adapter, spec)
@@ -113,12 +112,8 @@ def add_adapters(
     model: nn.Module, configs: dict[str, LoRAConfig], adapter: str
 ) -> dict[str, LoRALinear]:
     """Put an adapter on the linear layers at these paths, each with its own configuration; returns
-    the layers.
-
-    The model's default stays what it is, on layers that are new to adapters too; the first
-    adapter of a model becomes its default. Raises ValueError, with the layer's path, before the
-    first layer is changed.
-    """
+    the layers. The first adapter of a model becomes its default. Raises ValueError, with the
+    layer's path, before the first layer is changed."""
     layers = {path: model.get_submodule(path) for path in configs}
     for path, config in configs.items():
         with named(path):
@@ -137,11 +132,8 @@ def add_adapters(
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Make this adapter the default of every layer (None: the base alone).
-
-    Layers that lack it have their base alone. Raises ValueError for an unknown name, and for a
-    merged model, whose default is what was merged.
-    """
+    """Make this adapter the default of every layer (None: the base alone). Raises ValueError for
+    an unknown name, and for a merged model, whose default is what was merged."""
     check_names(model, name)
     layers = lora_layers(model)
     check_not_merged(layers)
@@ -152,20 +144,16 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 def delete_adapter(model: nn.Module, name: str) -> list[str]:
     """Take one adapter off the model; a layer's last one leaves the bare base layer behind.
 
-    Not for an adapter that a call is using. Layers whose default it was have the base alone
-    as default then. Returns the paths of the layers that had it. Raises ValueError, and then
-    changes nothing, for an unknown name, for merged layers, and for the adapter beside whose
-    initialization (PiSSA, LoftQ) the base was made: that base is no model by itself.
+    Not for an adapter that a call is using. Returns the paths of the layers that had it. Raises
+    ValueError, and then changes nothing, for an unknown name, for merged layers, and for the
+    adapter beside whose initialization (PiSSA, LoftQ) the base was made.
     """
     check_names(model, name)
     layers = layers_with(model, name)
     for path, layer in layers.items():
         if layer.residual_of == name:
-            raise ValueError(
-                f"{path}: init={layer.configs[name].init!r} moved a part of the weight into "
-                f"adapter {name!r}, and the base alone is no model; keep it, merge it "
-                "(merge_lora(unload=True)), or load the model again"
-            )
+            raise ValueError(f"{path}: adapter {name!r} holds a part of the weight, and the base "
+                             "alone is no model; keep it, or merge_lora(unload=True)")  # fmt: skip
     check_not_merged(layers)
     for layer in lora_layers(model).values():  # those without it too
         layer.active = None if layer.active == name else layer.active

@@ -4,7 +4,7 @@ Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
 with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
 
 Beside PEFT 0.21.2 (tuners/lora/layer.py, dora.py and bnb.py, 3,644 lines; here this file,
-choice.py and init.py, 440): adapter files go there and back to the bit, logits and gradients
+choice.py and init.py, 519): adapter files go there and back to the bit, logits and gradients
 agree to 1e-5, DoRA's and PiSSA's to 1e-4, for here the scaling is a part of one product. An
 adapter is chosen for a call, not set on the model. Left out: embeddings, convolutions and bare
 parameters, a bias beside B, other quantizers' layers, other initializations.
@@ -88,35 +88,31 @@ def check_rank(layer: nn.Module, config: LoRAConfig) -> None:
         raise ValueError(f"rank={config.rank} exceeds the rank of a layer {shape}")
 
 
-def check_dense(
-    path: str, layer: nn.Module, config: LoRAConfig, spec: QuantSpec | NF4Spec | None
-) -> None:
+def check_dense(layer: nn.Module, config: LoRAConfig, spec: QuantSpec | NF4Spec | None) -> None:
     """Raises ValueError when a layer can't be taken apart as a LoRAConfig says."""
-    init, rank = config.init, config.rank
+    init, base = config.init, getattr(layer, "base", layer)
     if config.scaling <= 0:
         raise ValueError(f"alpha={config.alpha} with init={init!r}: scaling * B A needs alpha > 0")
     if init == "loftq" and spec is None:
         raise ValueError("init='loftq' needs spec=, how to quantize the base: NF4Spec(), QuantSpec")
     if getattr(layer, "configs", None):
         raise ValueError(
-            f"{path} has adapters {list(layer.configs)}, and init={init!r} would take their base "
-            "away; merge_lora(unload=True) first, or start from a fresh model"
+            f"the layer has adapters {list(layer.configs)}, and init={init!r} would take their "
+            "base away; merge_lora(unload=True) first, or start from a fresh model"
         )
-    base = getattr(layer, "base", layer)
     if not isinstance(base, nn.Linear):
         raise ValueError(
-            f"{path} is quantized, and init={init!r} starts from the dense weight: load the model "
-            "without quantizing it, and pass the spec here: inject_lora(..., spec=spec)"
+            f"the layer is quantized, and init={init!r} starts from the dense weight: load the "
+            "model without quantizing it, and pass the spec here: inject_lora(..., spec=spec)"
         )
-    if spec is None and 2 * rank > min(base.weight.shape):
+    if spec is None and 2 * config.rank > min(base.weight.shape):
         raise ValueError(
-            f"{path} {tuple(base.weight.shape)}: on a dense base init='pissa' is saved as LoRA of "
-            f"rank 2 r = {2 * rank}, which exceeds this layer's; choose a smaller rank"
+            f"on a dense base init='pissa' is saved as LoRA of rank 2 r = {2 * config.rank}, which "
+            f"exceeds this layer's {tuple(base.weight.shape)}; choose a smaller rank"
         )
-    with named(path):
-        check_weight(base.weight.detach())
-        if isinstance(spec, QuantSpec):
-            spec.groups(base.in_features)
+    check_weight(base.weight.detach())
+    if isinstance(spec, QuantSpec):
+        spec.groups(base.in_features)
 
 
 class LoRALinear(nn.Module):
@@ -152,8 +148,8 @@ class LoRALinear(nn.Module):
 
     def _weight(self) -> Tensor:
         """`weight` (out, in), which some models' forward reads: what a call now multiplies by, the
-        base's with the adapter's update, whose gradients reach A and B. Raises AttributeError
-        for a base that keeps no dense weight, and where rows have adapters of their own."""
+        base's with the adapter's update. Raises AttributeError for a base that keeps no dense
+        weight, and where rows have adapters of their own."""
         name = self._choice()
         if isinstance(name, Rows):
             raise AttributeError("no single weight: use_adapter gave each row an adapter")
@@ -229,18 +225,14 @@ class LoRALinear(nn.Module):
         return [held[name] for held in (self.lora_A, self.lora_B, self.magnitude) if name in held]
 
     def delta(self, name: str, weight: Tensor | None = None) -> Tensor:
-        """What the adapter adds to the weight of this layer's base: scaling * B A, fp32 (out, in).
-
-        With PiSSA and LoftQ that is the update of the residual. With use_dora it depends on the
-        weight that it is added to, `weight` (out, in; None: the base's):
-            W' - W,   W' = m (W + scaling * B A) / ||W + scaling * B A||
-        """
+        """What the adapter adds to the weight of this layer's base (with PiSSA and LoftQ the
+        residual): scaling * B A, fp32 (out, in). With use_dora it depends on the weight that it
+        is added to, `weight` (out, in; None: the base's), as `weight_norm` says."""
         config = self.configs[name]
         update = dense_update(self.lora_B[name], self.lora_A[name], config.scaling)
         if not config.use_dora:
             return update
-        if weight is None:
-            weight = dense_weight(self.base)
+        weight = dense_weight(self.base) if weight is None else weight
         weight = weight.detach().float().to(update.device)
         moved = weight + update
         length = moved.norm(dim=1).clamp(min=TINY)

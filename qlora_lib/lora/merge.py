@@ -44,13 +44,12 @@ def merge_lora(
 ) -> list[MergeRow]:
     """Merge the active adapter of each layer into its weight: W + scaling * B A.
 
-    into: "dense" (a quantized base becomes dense: the weights that were trained against, in
-    the model's dtype), "rtn" or "gptq": quantized again with the base's own spec, to the
-    nearest level, or by GPTQ, which needs the layers' Hessians by path (`merge_hessians`)
-    and has no NF4. The base is kept for `unmerge_lora`, unless `unload`, which leaves plain
-    layers. Returns what each layer lost. Raises ValueError, and then leaves the model as it was,
-    for an unknown `into`, for re-quantizing a dense base, missing Hessians, GPTQ into NF4, and
-    weights or a Hessian that can't be used.
+    into: "dense" (a quantized base becomes dense, in the model's dtype), "rtn" or "gptq":
+    quantized again with the base's own spec, by GPTQ with the layers' Hessians by path
+    (`merge_hessians`), and not into NF4. The base is kept for `unmerge_lora`, unless `unload`,
+    which leaves plain layers. Returns what each layer lost. Raises ValueError, and then leaves the
+    model as it was, for an unknown `into`, for re-quantizing a dense base, missing Hessians, GPTQ
+    into NF4, and weights or a Hessian that can't be used.
     """
     if into not in ("dense", "rtn", "gptq"):
         raise ValueError(f"into={into!r} must be 'dense', 'rtn' or 'gptq'")
@@ -89,13 +88,11 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
     training saw W_base = W + error, and what of the update answers to that error has nothing to
     answer to here. Merging with PEFT onto the 16-bit checkpoint gives the same.
 
-    Of PiSSA over a dense base what it learned is added, B A - (B A at step 0), as save_adapter
-    writes it. Over a quantized base, PiSSA and LoftQ fit that base alone.
-
     original: the model that `model`'s base was quantized from, dense, without adapters. Its
-    weights keep their dtype. Returns a row a layer; `base_gap` compares the quantization error
-    with the update. Raises ValueError, before anything is changed, for another model, another
-    shape, a layer that is missing or not dense, and an adapter that fits its own base alone.
+    weights keep their dtype. Of PiSSA what it learned is added, as save_adapter writes it.
+    Returns a row a layer. Raises ValueError, before anything is changed, for another model,
+    another shape, a layer that is missing or not dense, and an adapter that fits its own base
+    alone (LoftQ, PiSSA over a quantized one).
     """
     layers = active_layers(model)
     if base_fingerprint(model) != base_fingerprint(original):

@@ -1,13 +1,9 @@
-"""adapter_config.json as PEFT writes and reads it: which layers, of what rank, and what is refused.
-
-The rules are those of PEFT 0.21: `target_modules` and its companions choose layers by their
-paths, `rank_pattern` and `alpha_pattern` give some of them a rank and an alpha of their own.
-"""
+"""adapter_config.json as PEFT 0.21 has it: which layers, of what rank, and what is refused."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mode
 
 from torch import nn
 
@@ -27,23 +23,11 @@ HARMLESS = {
 }  # fmt: skip
 # They make the adapter more, or other, than what layer.py computes on linear layers.
 REFUSED = {
-    "bias": "the base's biases were trained too; only 'none' is read",
-    "lora_bias": "B has a bias",
-    "fan_in_fan_out": "weights are stored transposed",
-    "modules_to_save": "whole layers were trained and saved beside the adapter",
-    "trainable_token_indices": "rows of the embedding were trained",
-    "ensure_weight_tying": "an adapter is shared with tied embeddings",
-    "layer_replication": "decoder blocks are repeated",
-    "target_parameters": "bare parameters, such as stacked experts, are adapted",
-    "use_qalora": "QA-LoRA pools the inputs by groups",
-    "alora_invocation_tokens": "aLoRA adapts only what follows some tokens",
-    "megatron_config": "layers are split by Megatron",
-    "arrow_config": "Arrow routes between adapters",
-    "use_bdlora": "A or B is block-diagonal",
-    "kasa_config": "KaSA truncates the base",
-    "monteclora_config": "A and B are sampled",
-    "velora_config": "VeLoRA compresses activations",
-}
+    "bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying", "layer_replication", "target_parameters", "use_qalora",
+    "alora_invocation_tokens", "megatron_config", "arrow_config", "use_bdlora", "kasa_config",
+    "monteclora_config", "velora_config",
+}  # fmt: skip
 # Initializations that leave the base alone; the others move a part of it into the adapter.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 KINDS = {
@@ -86,9 +70,9 @@ def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRA
 def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
     """The settings of adapter_config.json from which PEFT makes these layers and ranks again.
 
-    configs: {path of a layer: its configuration}. The most common rank and alpha are `r`
-    and `lora_alpha`, the others go into rank_pattern and alpha_pattern, by path. Raises
-    ValueError when the layers differ in what PEFT has one value for.
+    configs: by path of the layer. The most common rank and alpha are `r` and `lora_alpha`, the
+    others go into rank_pattern and alpha_pattern. Raises ValueError when the layers differ in
+    what PEFT has one value for.
     """
     for field in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(config, field) for config in configs.values()}
@@ -96,10 +80,7 @@ def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
             raise ValueError(f"the layers differ in {field}, {sorted(values)}; PEFT's file holds "
                              "one value: put the layers into adapters of their own")  # fmt: skip
     first, inits = next(iter(configs.values())), {config.init for config in configs.values()}
-    rank, alpha = (
-        Counter(getattr(config, field) for config in configs.values()).most_common(1)[0][0]
-        for field in ("rank", "alpha")
-    )
+    rank, alpha = mode(c.rank for c in configs.values()), mode(c.alpha for c in configs.values())
     described = {
         "r": rank,
         "lora_alpha": alpha,
@@ -129,7 +110,7 @@ def _refuse(described: dict) -> None:
     for key, value in described.items():
         if key in READ | HARMLESS or not value or (key, value) == ("bias", "none"):
             continue
-        why = REFUSED.get(key, "a setting that this version does not know")
+        why = "adapts otherwise than this package" if key in REFUSED else "unknown to this version"
         raise ValueError(f"{key}={value!r} is not supported ({why}); {INSTEAD}")
     init = described.get("init_lora_weights", True)
     if init not in PLAIN_INITS:

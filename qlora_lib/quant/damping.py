@@ -23,8 +23,7 @@ def expected_loss(
     """The loss to be expected on `unseen` inputs of a weight that GPTQ rounded for `seen` ones.
 
     In units of out s^2 / 12, in which rounding to nearest has the trace of `unseen`. seen, unseen:
-    (in, in), matrices of Hessians; order: (in,), that of the loop. Raises ValueError where
-    damping leaves `seen` not positive definite.
+    (in, in), matrices of Hessians; order: (in,), that of the loop.
     """
     r = hessian_factor(seen, damp_percent, order)
     r = r / r.diagonal()
@@ -37,12 +36,11 @@ def expected_loss(
 
 
 def choose_damping(hessian: Hessian, desc_act: bool = True) -> float:
-    """The damp_percent of DAMPINGS with the least expected loss on tokens that GPTQ has not seen.
+    """The damp_percent of DAMPINGS with the least expected loss on tokens that GPTQ has not seen:
+    each half of the tokens is once the seen one, once the unseen one.
 
-    Each half of the tokens is once the seen one, once the unseen one. The sum of both losses
-    falls with damping and then rises, so the first rise ends the search. desc_act: as in
-    GPTQOptions. The Hessian keeps the choice until its next update: q, k and v share one.
-    Raises ValueError for a Hessian without halves.
+    The sum of both losses falls with damping and then rises, so the first rise ends the search.
+    The Hessian keeps the choice until its next update. Raises ValueError without halves.
     """
     if desc_act not in hessian.chosen:
         first, second = hessian.halves

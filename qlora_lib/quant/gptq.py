@@ -6,21 +6,16 @@ Q over the calibration inputs is
 the same H for each row of W. Rounding column j costs least when the columns after it
 take over its error (eq. 2; Optimal Brain Surgeon, Hassibi & Stork 1993):
     W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, j+1:],     H^-1 = U^T U.
-Row j of the Cholesky factor U holds what column j needs of the inverse Hessian of the
-columns from j on, so that H^-1 is never updated (section 3.3, step 3).
-
 `backsolve` does the same with R = U^-1, which takes no inverse. H = R R^T makes the loss
 |E R|^2 with E = W - Q; column j of E R is E[:, j] R[j, j] + sum_{i<j} E[:, i] R[i, j], zero at
     Q[:, j] = W[:, j] + sum_{i<j} E[:, i] R[i, j] / R[j, j],
-and no later column can change it. Rounding this target is what the updates above amount to:
-a triangular system solved from its first unknown to the last, each rounded as it is found
+and no later column can change it. Rounding this target is what the updates above amount to
 (the "nearest plane" of lattices: Chen et al. 2025, arXiv 2507.18553).
 
 Beside GPTQModel 7.6.0 (gptq.py and quantizer.py, 2,479 lines; here this file, hessian.py and
-grid.py, 614): the same loss, damping, act-order, groups and clip search, and checkpoints that
+grid.py, 597): the same loss, damping, act-order, groups and clip search, and checkpoints that
 give the same logits in both. The codes are not GPTQModel's to the bit: scales are rounded to
-fp16 before codes are computed. Left out: group-aware act-order, convolutions and embeddings,
-several devices, more damping where the factorization fails.
+fp16 before codes are computed. Left out: group-aware act-order, convolutions and embeddings.
 """
 
 import math
@@ -135,9 +130,7 @@ def gptq_quantize(
         R = hessian_factor(h, damping, order)
         # The loss is the sum over columns of R[j, j]^2 (target - Q)^2: what an error counts.
         cost = R.diagonal().square() if options.weigh_columns else None  # (in,)
-        # Divided by a view of itself, a column that two threads share would be divided by 1
-        # where the other one was there first.
-        R /= R.diagonal().clone()
+        R /= R.diagonal().clone()  # a view would change while another thread divides by it
         W = w.t()[order].contiguous()  # (in, out), a copy
         # One grid a row must be fitted before the loop: later, half the row is rounded.
         static = options.static_groups or spec.group_size is None

@@ -273,12 +273,11 @@ def quant_matmul(x: Tensor, quantized: QuantizedTensor) -> Tensor:
         sum_k x w = sx sw [ sum a q  -  zw sum a  -  za sum q  +  n za zw ]
     (Jacob et al. 2018, eq. 7). Only the first sum is a matrix product.
     """
-    spec, (out, in_features) = quantized.spec, quantized.shape
-    groups = quantized.scale.shape[1]
+    (out, in_features), groups = quantized.shape, quantized.scale.shape[1]
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {in_features}")
     a, sx, za = quantize_activations(x.reshape(-1, in_features))
-    q = unpack(quantized.codes, spec.bits, quantized.shape).int()
+    q = quantized.unpacked(slice(None)).int()
     if quantized.g_idx is not None:  # bring each group's features together
         order = by_group(quantized.g_idx, groups)
         a, q = a[:, order], q[:, order]

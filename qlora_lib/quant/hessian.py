@@ -88,12 +88,11 @@ def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) 
     """The upper triangular R (in, in) with R R^T = H + damping; R^-1 is the U of Algorithm 1.
 
     order: (in,), the order in which the columns are gone through; R is of H[order][:, order].
-    Cholesky gives a lower factor L. With J H J for H, its rows and columns reversed, J L J is
-    upper, and H = (J L J) (J L J)^T: that is R. As Cholesky factors are unique, R^-1 is the U
-    with U^T U = H^-1, for which the paper's three steps (factor H, invert, factor the inverse)
-    take four times the operations. Columns that no input ever excites ("dead": H[j, j] = 0) get
-    the mean diagonal, so they are simply rounded to nearest. Raises ValueError, naming the
-    column, when the damped H is not positive definite.
+    Cholesky gives a lower factor L of J H J, the rows and columns of H reversed, and R = J L J.
+    The paper's three steps (factor H, invert, factor the inverse) take four times the operations.
+    Columns that no input ever excites ("dead": H[j, j] = 0) get the mean diagonal, so they are
+    simply rounded to nearest. Raises ValueError, naming the column, when the damped H is not
+    positive definite.
     """
     order = torch.arange(len(h), device=h.device) if order is None else order
     last_first = order.flip(0)

@@ -3,7 +3,7 @@
 Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3.
 
 Beside bitsandbytes 0.50.2 (functional.py and backends/default/ops.py, 2,442 lines without the
-kernels in C++; here 167): levels, packed bytes, absmax, nested absmax and decoded values are
+kernels in C++; here 179): levels, packed bytes, absmax, nested absmax and decoded values are
 the same to the bit. The 8-bit codes of double quantization are the nearest here, where its
 search on a CPU may miss by 3e-5 of the range. Left out: FP4, other dtypes than uint8.
 """
@@ -154,12 +154,9 @@ class NF4Tensor(PackedWeight):
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
-    """The weight in NF4: each block divided by its absmax, each value at the nearest level.
-
-    weight: floating point (out_features, in_features). Blocks run over the flattened
-    matrix, across rows where block_size does not divide in_features. Raises ValueError
-    for NaN or Inf.
-    """
+    """The weight (out_features, in_features) in NF4: each block divided by its absmax, each value
+    at the nearest level. Blocks run over the flattened matrix, across rows where block_size does
+    not divide in_features. Raises ValueError for NaN or Inf."""
     spec = NF4Spec(block_size, double_quant)
     check_weight(weight)
     codes, absmax = _encode(

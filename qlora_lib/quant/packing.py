@@ -48,10 +48,7 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Inverse of `pack`: uint8 (..., ceil(n * bits / 8)) -> uint8 codes of `shape` (..., n).
-
-    The shape is given, never guessed from the bytes: a row of 3 codes and a row of 4
-    can take equally many bytes. Raises ValueError when bytes and shape disagree.
-    """
+    Raises ValueError when bytes and shape disagree."""
     check_bits(bits)
     n = shape[-1]
     expected = (*shape[:-1], packed_width(n, bits))
@@ -79,10 +76,8 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
 
 
 def as_words(packed: Tensor) -> Tensor:
-    """The bytes (..., 4 * n) as 32-bit words, int32 (..., n), without a copy.
-
-    Raises ValueError for bytes that do not fill whole words.
-    """
+    """The bytes (..., 4 * n) as 32-bit words, int32 (..., n), without a copy. Raises ValueError
+    for bytes that do not fill whole words."""
     if packed.dtype != torch.uint8 or packed.shape[-1] % 4:
         got = f"{packed.dtype} {tuple(packed.shape)}"
         raise ValueError(f"words take uint8 bytes, a multiple of 4 in a row, got {got}")

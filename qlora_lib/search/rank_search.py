@@ -72,14 +72,9 @@ class Trial:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}; give one of them")
         if self.method == "full" and self.target_modules not in ("all", "embeddings"):
-            raise ValueError(f"method='full' trains 'all' or 'embeddings', not {self.where}")
+            raise ValueError(f"method='full' trains 'all' or 'embeddings': {self.target_modules!r}")
         if self.method == "lora" and self.target_modules == "embeddings":
             raise ValueError("embeddings are trained whole: Trial('full', None, 'embeddings')")
-
-    @property
-    def where(self) -> str:
-        where = self.target_modules
-        return where if isinstance(where, str) else "+".join(where)
 
     def config(self, base: TrainConfig) -> TrainConfig:
         """The search's settings with this trial's."""
@@ -89,20 +84,24 @@ class Trial:
         return replace(base, **{name: value for name, value in own.items() if value is not None})
 
     def __str__(self) -> str:
-        words = [self.method, self.where] + ([f"r={self.rank}"] if self.method == "lora" else [])
+        words = [self.method, _word(self.target_modules)]
+        words += [f"r={self.rank}"] if self.method == "lora" else []
         for name in ("alpha", "lr", "steps", "epochs", "examples"):
             if getattr(self, name) is not None:
                 words.append(f"{name}={getattr(self, name):g}")
         return " ".join([*words, f"seed={self.seed}"])
 
 
+def _word(targets: str | tuple[str, ...]) -> str:
+    return targets if isinstance(targets, str) else "+".join(targets)
+
+
 def prepare(model, trial: Trial) -> int:
     """Set up the model, in place, for a trial; returns the number of parameters to train.
 
-    LoRA without an alpha has alpha = 2 rank: a scale of 2 at every rank. At one learning rate a
-    small rank then takes smaller steps: under Adam each number of B moves by about the rate, and
-    an update sums over `rank` of them. Raises ValueError for "full" on a quantized model, and
-    what inject_lora raises.
+    At one learning rate and alpha = 2 rank, small ranks take smaller steps: under Adam each number
+    of B moves by about the rate, and an update sums over `rank` of them. Raises ValueError for
+    "full" on a quantized model, and what inject_lora raises.
     """
     places = trial.target_modules
     if trial.method == "full":
@@ -145,18 +144,13 @@ class Search:
         if self.path and self.path.is_file():
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if stored.get("identity") != self.identity:
-                raise ValueError(
-                    f"{short_path(self.path)} holds trials of another task, model, data or "
-                    "settings; name another file, or delete it"
-                )
+                raise ValueError(f"{short_path(self.path)} holds trials of another task, model, "
+                                 "data or settings; name another file, or delete it")  # fmt: skip
             self.rows = stored["rows"]
 
     def run(self, trial: Trial, ask: bool = True) -> dict:
-        """The row of a trial, which is trained and measured now unless its row is stored.
-
-        ask: score dev by generating; else the losses alone are measured. Raises ValueError for a
-        trial that wants fewer examples than one, or more than there are.
-        """
+        """The row of a trial, which is trained and measured now unless its row is stored; ask:
+        score dev by generating; else the losses alone are measured."""
         name = str(trial) if ask else f"{trial}, loss only"
         if name not in self.rows:
             model, row = self.train_one(trial)
@@ -172,10 +166,8 @@ class Search:
         return self.rows[name]
 
     def train_one(self, trial: Trial):
-        """(a trained copy of the model, the trial's facts: parameters, seconds, dev loss).
-
-        With trial.examples also train_loss: of these examples, measured as the dev loss is.
-        """
+        """(a trained copy of the model, the trial's facts: parameters, seconds, dev loss; with
+        trial.examples their train_loss). Raises ValueError for more examples than there are."""
         n = len(self.train) if trial.examples is None else trial.examples
         if not 1 <= n <= len(self.train):
             raise ValueError(f"examples={n}; the search has {len(self.train)} train pairs, so "
@@ -234,9 +226,9 @@ class RankSearch:
         lines = [f"{'rank':>5} {'on':<10}{'parameters':>11}{'seconds':>9}   dev accuracy [95%]"
                  "      minus the best [95%], p"]  # fmt: skip
         for c in sorted([*self.candidates, *self.stopped], key=lambda c: c.parameters):
-            on = c.target_modules
-            on = on if isinstance(on, str) else "+".join(on)
-            line = f"{c.rank:>5} {on:<10}{c.parameters:>11,}{c.seconds:>9.1f}   "
+            line = (
+                f"{c.rank:>5} {_word(c.target_modules):<10}{c.parameters:>11,}{c.seconds:>9.1f}   "
+            )
             if not c.right:
                 lines.append(f"{line}stopped early, dev loss {c.dev_loss:.3f}")
                 continue
@@ -293,14 +285,6 @@ def find_optimal_rank(
         limit = hopeless * min(row["dev_loss"] for row in rows)
         grid = [trial for trial, row in zip(grid, rows) if row["dev_loss"] <= limit]
     return rank_search(rows + [search.run(replace(t, seed=s)) for t in grid for s in seeds])
-
-
-def read_rank_search(path: str | Path) -> RankSearch:
-    """The search that find_optimal_rank has stored in `path`, chosen from its rows again."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {short_path(path)}: find_optimal_rank writes it")
-    return rank_search(json.loads(path.read_text(encoding="utf-8"))["rows"].values())
 
 
 def rank_search(rows: Iterable[dict]) -> RankSearch:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_lib.lora.combine import check_free, check_plain
+from qlora_lib.lora.init import balanced, product_svd
 from qlora_lib.lora.layer import (
     LoRAConfig,
     LoRALinear,
@@ -15,7 +16,6 @@ from qlora_lib.lora.layer import (
     layers_with,
     named,
 )
-from qlora_lib.lora.low_rank import balanced, product_svd
 from qlora_lib.lora.targets import replace_module
 
 

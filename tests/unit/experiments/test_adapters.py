@@ -25,7 +25,7 @@ from qlora_lib.base.statistics import wilson
 from qlora_lib.data.tokens import collate, encode_example, pad_id
 from qlora_lib.lora.inject import inject_lora, trainable_parameters
 from qlora_lib.runs.profiles import load_profile
-from qlora_lib.search.rank_search import Search, Trial, read_rank_search
+from qlora_lib.search.rank_search import Search, Trial, rank_search
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
 
@@ -61,7 +61,7 @@ def test_a_steps_memory_holds_gradients_and_moments_and_more_for_a_larger_batch(
 
 
 def test_the_recorded_rank_search_is_read():
-    found = read_rank_search(RESULTS / "tiny-adapters-ranks.json")
+    found = rank_search(stored("ranks").values())
     assert sorted(c.rank for c in [*found.candidates, *found.stopped]) == [1, 2, 4, 8, 16, 32]
     assert all(len(c.by_seed) == 2 for c in found.candidates)
 

@@ -10,10 +10,9 @@ from torch import nn
 from qlora_lib.layers.linear import QuantizedLinear
 from qlora_lib.lora.files import ADAPTER, load_adapter, save_adapter
 from qlora_lib.lora.fingerprint import residual_fingerprint
-from qlora_lib.lora.init import loftq, pissa
+from qlora_lib.lora.init import loftq, low_rank, pissa
 from qlora_lib.lora.inject import inject_lora, trainable_parameters
 from qlora_lib.lora.layer import LoRALinear, lora_layers
-from qlora_lib.lora.low_rank import low_rank
 from qlora_lib.lora.merge import merge_lora
 from qlora_lib.lora.targets import ALL_LINEAR
 from qlora_lib.models.checkpoint import load_quantized, save_quantized

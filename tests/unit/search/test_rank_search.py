@@ -19,7 +19,7 @@ from qlora_lib.search.rank_search import (
     difference,
     find_optimal_rank,
     prepare,
-    read_rank_search,
+    rank_search,
 )
 from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import validation_loss
@@ -115,10 +115,8 @@ def test_it_trains_each_rank_and_seed_and_leaves_the_model_alone(tmp_path):
     losses = {row["dev_loss"] for row in rows.values()}
     assert len(losses) == 4, "ranks and seeds differ"
     assert "optimal" in str(found) and "best" in str(found)
-    again = read_rank_search(path)
+    again = rank_search(rows.values())
     assert (again.candidates, again.optimal) == (found.candidates, found.optimal)
-    with pytest.raises(FileNotFoundError, match="find_optimal_rank"):
-        read_rank_search(tmp_path / "none.json")
 
 
 def test_a_killed_search_goes_on_and_takes_nothing_of_another(tmp_path, monkeypatch):
