@@ -36,10 +36,9 @@ def to_number(text: str) -> Fraction | None:
 def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
     """Return (prompt, target) of an entry; the target's calculator notes go unless `notes`.
 
-    The prompt ends in a newline, where tokenizers split: its tokens are the same whether a
-    target follows or not (those of the target are not: see tokens.encode_after).
-    Raises ValueError for an entry without a question, with an unparsable answer, or with a field
-    that would be lost, such as a context.
+    The prompt ends in a newline, where tokenizers split: its tokens are the same whether a target
+    follows or not. Raises ValueError for an entry without a question, with an unparsable answer,
+    or with a field that would be lost, such as a context.
     """
     check_lost(entry)
     question, answer = (_field(entry, name) for name in ("question", "answer"))

@@ -207,6 +207,7 @@ def bad_chat(*messages, **change):
         ({"messages": []}, "list of messages, got"),
         ({"messages": "hello"}, "list of messages, got 'hello'"),
         (bad_chat(content=""), "text `content` that is not empty"),
+        (bad_chat(content="", tool_calls=None), "text `content` that is not empty"),
         (bad_chat(content=[{"type": "image"}]), "text `content`"),
         (bad_chat(content="a \udc00"), "half a surrogate pair"),
         (bad_chat(role="human"), "a role .system, user, assistant."),
