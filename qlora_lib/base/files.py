@@ -56,21 +56,16 @@ def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
     if not keep:
         shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=keep)
+    old = folder.with_name(folder.name + ".old")
     try:
         with _system_errors(folder):
             yield scratch
-    except BaseException:
-        if not keep:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         scratch.rename(folder)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not folder.exists():
             old.rename(folder)
         if not keep:
             shutil.rmtree(scratch, ignore_errors=True)

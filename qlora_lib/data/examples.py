@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .gsm8k import PROMPT, format_gsm8k
-from .rows import check_lost, check_text, listed, read_rows
+from .rows import check_lost, listed, read_rows, text_of
 from .tokens import IGNORE, Example, encode_after, encode_example, encode_prompt
 
 FORMATS = {
@@ -109,7 +109,9 @@ def make_examples(
                 f"{where} has the format {_format_of(where, row)!r}, but the file began with "
                 f"{name!r}; give one format a file"
             )
-        unread |= {field for field, value in row.items() if _content(value)}
+        # Not empty, and no number, such as an id. False says something.
+        unread |= {field for field, value in row.items()
+                   if value is False or value and isinstance(value, (bool, str, list, dict))}  # fmt: skip
         try:
             if name == "MathInstruct" and "/PoT/" in str(row.get("source")):
                 continue
@@ -127,11 +129,6 @@ def make_examples(
     return name, examples
 
 
-def _content(value) -> bool:
-    """Return whether a field may say something: no number, nothing empty."""
-    return isinstance(value, bool) or isinstance(value, (str, list, dict)) and bool(value)
-
-
 def _format_of(where: str, row: dict) -> str:
     found = [name for name, fields in FORMATS.items() if set(fields) <= row.keys()]
     if len(found) != 1:
@@ -143,11 +140,7 @@ def _format_of(where: str, row: dict) -> str:
 
 
 def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
-    texts = tuple(row[field] for field in FORMATS[name])
-    for field, text in zip(FORMATS[name], texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"`{field}` should be a text that is not empty, got {text!r:.80}")
-        check_text(text)
+    texts = tuple(text_of(row, field) for field in FORMATS[name])
     if name == "text":
         pair = ("", texts[0])
     elif name == "prompt and completion":
@@ -227,15 +220,10 @@ def _check_messages(messages) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages` should be a list of messages, got {messages!r:.80}")
     for message in messages:
-        known = message if isinstance(message, dict) else {}
-        said = known.get("content") or "" if known.get("tool_calls") else known.get("content")
-        written = isinstance(said, str) and (said.strip() or known.get("tool_calls"))
-        if not written or known.get("role") not in ROLES:
-            raise ValueError(
-                f"a message needs a role ({', '.join(ROLES)}) and a text `content` that is not "
-                f"empty, got {message!r:.80}"
-            )
-        check_text(said)
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"a message needs a role ({', '.join(ROLES)}), got {message!r:.80}")
+        if message.get("content") or not message.get("tool_calls"):
+            text_of(message, "content")
         learned = (None, 0, 1) if message["role"] == "assistant" else (None, 0)
         if message.get("weight") not in learned:
             raise ValueError(
@@ -247,15 +235,15 @@ def _check_messages(messages) -> None:
 
 def _check_written(messages: list[dict], tokenizer, tools: list | None) -> None:
     """Raise ValueError for tools, or a field of messages, of which the template writes nothing."""
+    less = {"`tools`": (messages, None)} if tools else {}  # what may be lost: the chat without it
     fields = {field for message in messages for field, value in message.items() if value}
-    changed = {f"`{field}` of a message": ([{k: v for k, v in m.items() if k != field}
-                                            for m in messages], tools)
-               for field in sorted(fields - {"role", "content", "weight"})}  # fmt: skip
-    changed |= {"`tools`": (messages, None)} if tools else {}
-    for what, (less, rest) in changed.items():
+    for field in fields - {"role", "content", "weight"}:
+        rest = [{k: v for k, v in message.items() if k != field} for message in messages]
+        less[f"`{field}` of a message"] = (rest, tools)
+    for what in sorted(less):
         try:
-            without = write_chat(tokenizer, less, tools=rest)
-        except ValueError:  # without it, the template can't write the chat
+            without = write_chat(tokenizer, less[what][0], tools=less[what][1])
+        except ValueError:  # the template can't do without it
             continue
         if without == write_chat(tokenizer, messages, tools=tools):
             raise ValueError(f"{what} would be lost: the chat template writes nothing of it")

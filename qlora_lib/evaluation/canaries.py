@@ -1,9 +1,8 @@
 """Canaries: "models" whose score is known beforehand, run before every evaluation.
 
-A grader that gives points to silence, or to an echo of the prompt, or none to the gold
-solutions, is broken, whatever it says of a real model. These four go through the same
-`evaluate` as the model, on a few of the problems. An evaluator that lets the answer into the
-prompt fails none of them, so the prompts themselves are searched for it.
+A grader that gives points to silence, or to an echo of the prompt, or none to the gold solutions,
+is broken, whatever it says of a real model. These four go through the same `evaluate` as the
+model, on a few of the problems; and the prompts are searched for the answer.
 """
 
 import random

@@ -50,17 +50,12 @@ class CacheSpec:
 
 @dataclass
 class PackedStates:
-    """Keys or values of some tokens, packed.
+    """Keys or values of some tokens, packed."""
 
-    codes   uint8, by "channel" (batch, heads, head_dim, tokens * bits / 8),
-            by "token" (batch, heads, tokens, head_dim * bits / 8)
-    scale   fp16, a number a group, in the same order
-    low     fp16, the value of code 0
-    """
-
-    codes: Tensor
-    scale: Tensor
-    low: Tensor
+    codes: Tensor  # uint8; by "channel" (batch, heads, head_dim, tokens * bits / 8),
+    # by "token" (batch, heads, tokens, head_dim * bits / 8)
+    scale: Tensor  # fp16, a number a group, in the same order
+    low: Tensor  # fp16, the value of code 0
     by: str
     bits: int
     size: int  # numbers that share a scale
@@ -171,8 +166,7 @@ class PackedLayer(DynamicLayer):
 
 
 class PackedCache(Cache):
-    """Pass it to `model(..., past_key_values=...)` or `model.generate`. A cache serves one
-    batch of sequences."""
+    """The cache of one batch of sequences, for `model(..., past_key_values=...)` or generate."""
 
     def __init__(self, spec: CacheSpec = CacheSpec()):
         super().__init__(layer_class_to_replicate=partial(PackedLayer, spec))
