@@ -109,9 +109,9 @@ def make_examples(
                 f"{where} has the format {_format_of(where, row)!r}, but the file began with "
                 f"{name!r}; give one format a file"
             )
-        # Not empty, and no number, such as an id. False says something.
-        unread |= {field for field, value in row.items()
-                   if value is False or value and isinstance(value, (bool, str, list, dict))}  # fmt: skip
+        for field, value in row.items():  # a number, such as an id, says nothing; False does
+            if value is False or value and isinstance(value, (bool, str, list, dict)):
+                unread.add(field)
         try:
             if name == "MathInstruct" and "/PoT/" in str(row.get("source")):
                 continue
@@ -200,7 +200,9 @@ def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
     return Example(ids, labels, texts, "\n".join(texts))
 
 
-def write_chat(tokenizer, messages: list[dict], ask: bool = False, tools: list | None = None) -> str:
+def write_chat(
+    tokenizer, messages: list[dict], ask: bool = False, tools: list | None = None
+) -> str:
     """Return a chat as the tokenizer's template writes it; ask: up to where the assistant begins.
     Raises ValueError for a tokenizer without a template and for messages that it refuses."""
     if not tokenizer.chat_template:

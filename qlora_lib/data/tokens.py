@@ -38,8 +38,9 @@ class Example:
         if not self.teaches(max_length):
             said = f" ({self.texts[0][:60]!r}...)" if self.texts else ""
             raise ValueError(
-                f"the first {max_length} tokens of an example of {len(self.input_ids)} hold nothing "
-                f"to learn: its prompt{said} fills the context; raise max_length, or shorten it"
+                f"the first {max_length} tokens of an example of {len(self.input_ids)} hold "
+                f"nothing to learn: its prompt{said} fills the context; raise max_length, or "
+                "shorten it"
             )
         ids, labels = (part[:max_length] for part in self)
         return replace(self, input_ids=ids, labels=labels)

@@ -250,7 +250,7 @@ def evaluate(
 
 
 def questions_hash(pairs) -> str:
-    """Return the SHA-256 of (question, gold) pairs in order: reports with the same can be paired."""
+    """Return the SHA-256 of (question, gold) pairs in order; reports with the same are paired."""
     return content_hash([[question, str(gold)] for question, gold in pairs])
 
 
@@ -305,7 +305,8 @@ def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[di
             f"{short_path(folder)} holds answers of other settings ({changed}); {remedy}"
         )
     text = answers.read_text(encoding="utf-8") if answers.is_file() else ""
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # after a kill
+    # A kill may have torn the last line.
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if len(whole) < n:  # sampling and rounding depend on which questions are asked together
         whole = whole[: len(whole) // settings["chunk"] * settings["chunk"]]
     if "".join(whole) != text:

@@ -21,7 +21,6 @@ from ..lora.layer import check_names
 from ..models.batches import check_tokens
 from ..models.fingerprint import fingerprint
 
-
 FEW = 8  # rows that leave a batch together, at least
 
 

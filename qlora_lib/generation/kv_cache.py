@@ -146,7 +146,8 @@ class PackedLayer(DynamicLayer):
         if self._holds_states():
             self.keys, self.values = change(self.keys), change(self.values)
         if self.stored:
-            self.old_keys, self.old_values = self.old_keys.each(change), self.old_values.each(change)
+            self.old_keys = self.old_keys.each(change)
+            self.old_values = self.old_values.each(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._choose(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -182,7 +183,7 @@ def head_dim(config) -> int:
 
 
 def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int = 1, size: int = 2):
-    """Return the bytes of the cache of `batch` sequences of so many tokens, for a Llama-like config.
+    """Return the bytes of the cache of `batch` sequences of so many tokens, of a Llama's config.
 
     spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2).
     """
