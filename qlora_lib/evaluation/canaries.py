@@ -23,11 +23,10 @@ class CanaryError(ValueError):
 def run_canaries(
     evaluate: Callable, problems: Sequence[dict[str, str]], prompt: Callable = format_gsm8k
 ) -> dict[str, tuple[int, int]]:
-    """Check `evaluate` with silence, an echo, the gold solutions and shuffled ones.
+    """Check `evaluate` with silence, an echo, the gold solutions and shuffled ones; returns the
+    right answers by canary, (strict, flexible), out of `len(sample(problems))`.
 
-    evaluate: called as evaluate(generate, problems, prompt=prompt, canaries=False). Returns
-    right answers by canary, (strict, flexible), out of `len(sample(problems))`. Raises
-    CanaryError when a count is not what it must be, or when a prompt holds its own solution.
+    Raises CanaryError when a count is not what it must be, or a prompt holds its own solution.
     """
     for entry in problems:
         _refuse_leak(entry, prompt(entry)[0])

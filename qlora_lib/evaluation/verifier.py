@@ -1,9 +1,8 @@
 """A verifier: the chance that a solution is right, read from the model that wrote it.
 
-Cobbe et al. 2021 (arXiv 2110.14168, section 4.2): sample solutions of train problems, label
-each by its final answer, and train the model with a scalar head to predict the label after
-every token of the solution. The model's weights stay frozen: the verifier is a LoRA adapter
-beside the others, and the head.
+Cobbe et al. 2021 (arXiv 2110.14168, section 4.2): sample solutions of train problems, label each
+by its final answer, and train the model with a scalar head to predict the label. The model's
+weights stay frozen: the verifier is a LoRA adapter beside the others, and the head.
 """
 
 import time
@@ -43,11 +42,8 @@ class Verifier:
         folder: str | Path | None = None,
     ):  # fmt: skip
         """Make a new one, which says 1/2 to everything until it is trained, or, with a `folder`,
-        the one that `save` wrote; freezes the model.
-
-        Raises ValueError for targets that match nothing, when there is one already, and for a
-        folder of another base or damaged; FileNotFoundError.
-        """
+        the one that `save` wrote; freezes the model. Raises ValueError for targets that match
+        nothing, a second verifier, and a folder of another base or damaged; FileNotFoundError."""
         others = adapter_names(model)
         if ADAPTER in others:
             raise ValueError("the model has a verifier already; load the model anew")

@@ -101,8 +101,8 @@ class PackedStates:
 
 
 class PackedLayer(DynamicLayer):
-    """One decoder layer's cache. `keys` and `values` hold the newest tokens, as they came;
-    `old_keys` and `old_values` the others, or None."""
+    """One decoder layer's cache: the newest tokens in `keys` and `values`, as they came, the others
+    in `old_keys` and `old_values` (None: there are none)."""
 
     is_croppable = False
 
