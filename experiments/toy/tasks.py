@@ -14,6 +14,7 @@ dev and test share no prompt: a hash of the prompt decides its split, whatever t
 import random
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from experiments.toy.corpus import ANIMALS, ASPECTS, BAD, GOOD, ITEMS, MOODS, SPOTS, TOY_WORDS
 from experiments.toy.minigsm import GIFTS, draw_slots
@@ -22,6 +23,30 @@ from qlora_lib.data.sources import load_minigsm
 from qlora_lib.data.tokens import Pair
 from qlora_lib.evaluation.extraction import is_correct
 from qlora_lib.evaluation.tasks import Task
+
+SIZES = {"train": 2000, "dev": 200, "test": 500}  # pairs of each split, unless told
+
+
+@dataclass(frozen=True)
+class ToyTask(Task):
+    """A task, and where its pairs come from."""
+
+    about: str
+    rule: str  # what `matches` does, in words
+    draw: Callable[[str, int], list[Pair]]  # split and number to pairs
+
+    def pairs(self, split: str, n: int | None = None) -> list[Pair]:
+        """The first `n` (prompt, target) pairs of a split; SIZES says how many by default.
+
+        Raises ValueError for another split, and for fewer than one pair.
+        """
+        if split not in SIZES:
+            raise ValueError(f"split is {split!r}; expected one of {', '.join(SIZES)}")
+        n = SIZES[split] if n is None else n
+        if n < 1:
+            raise ValueError(f"n={n} pairs of {self.name}; expected at least 1")
+        return self.draw(split, n)
+
 
 # The toy language: subject, object, verb; an adjective stands after its noun; no articles.
 NOUNS = dict(zip(TOY_WORDS[:8], ("dog", "cat", "bird", "horse", "fox", "rabbit", "man", "friend")))
@@ -126,7 +151,7 @@ KINDS: dict[str, Callable[[random.Random], Pair]] = {
 SEED = 7
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str) -> ToyTask:
     """A task by name; ValueError, with the names that there are, for another."""
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; expected one of {', '.join(TASKS)}")
@@ -173,17 +198,18 @@ _TEXT = "the whole completion equals the target, blanks at both ends aside"
 TASKS = {
     task.name: task
     for task in (
-        Task("word_problems", "mini-GSM: two to four steps of arithmetic", "the number after "
-             "`####` equals the target's (strict extraction)", _word_problems, _same_number, 128),
-        Task("sentiment", "a review is good, bad or mixed", _TEXT, _drawn("sentiment"),
-             _same_text, 8),
-        Task("classification", "which of four operations a text asks for", _TEXT,
-             _drawn("classification"), _same_text, 8),
-        Task("summarization", "who, where, what and how it ended, of a short story", _TEXT,
-             _drawn("summarization"), _same_text, 24),
-        Task("translation", "a made-up language into English", _TEXT, _drawn("translation"),
-             _same_text, 28),
-        Task("code", "arithmetic in words, as a line of Python", _TEXT, _drawn("code"),
-             _same_text, 24),
+        ToyTask("word_problems", _same_number, 128, "mini-GSM: two to four steps of arithmetic",
+                "the number after `####` equals the target's (strict extraction)",
+                _word_problems),
+        ToyTask("sentiment", _same_text, 8, "a review is good, bad or mixed", _TEXT,
+                _drawn("sentiment")),
+        ToyTask("classification", _same_text, 8, "which of four operations a text asks for",
+                _TEXT, _drawn("classification")),
+        ToyTask("summarization", _same_text, 24, "who, where, what and how it ended, of a short "
+                "story", _TEXT, _drawn("summarization")),
+        ToyTask("translation", _same_text, 28, "a made-up language into English", _TEXT,
+                _drawn("translation")),
+        ToyTask("code", _same_text, 24, "arithmetic in words, as a line of Python", _TEXT,
+                _drawn("code")),
     )
 }  # fmt: skip

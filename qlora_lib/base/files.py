@@ -17,10 +17,9 @@ from torch import Tensor
 
 
 def check_place(folder: Path | str, marker: str) -> None:
-    """Raise what writing a checkpoint to `folder` would raise: ValueError when it holds files
-    but not `marker`, the file that each checkpoint of the kind has, as to replace it would delete
-    what is there, and when it is a mount point; OSError when nothing can be written beside it.
-    """
+    """Raise what writing a checkpoint to `folder` would raise: ValueError when it is a mount point
+    or holds files that are no checkpoint, which have `marker` (they would be deleted); OSError
+    when nothing can be written beside it."""
     given, folder = folder, Path(folder).resolve()  # a link may lead to another disk
     if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
         raise ValueError(f"{given} holds other files; give a folder of its own")
@@ -33,8 +32,7 @@ def check_place(folder: Path | str, marker: str) -> None:
 
 @contextmanager
 def _system_errors(path: Path):
-    """Raise OSError for a full disk and the like, where safetensors and tokenizers, which are
-    written in Rust, raise kinds of their own."""
+    """Raise OSError for a full disk and the like, where libraries in Rust raise other kinds."""
     try:
         yield
     except OSError:
@@ -49,9 +47,8 @@ def _system_errors(path: Path):
 def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
     """Yield a scratch folder beside `folder` that takes its place when the block succeeds.
 
-    keep: a block that fails leaves its scratch folder, and the next one finds it. Where `folder`
-    is a link, the folder that it leads to is replaced, and the link stays.
-    Raises what check_place raises.
+    keep: a block that fails leaves its scratch folder, and the next one finds it. Of a link, the
+    folder that it leads to is replaced. Raises what check_place raises.
     """
     check_place(folder, marker)
     folder = Path(folder).resolve()
@@ -59,21 +56,16 @@ def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
     if not keep:
         shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=keep)
+    old = folder.with_name(folder.name + ".old")
     try:
         with _system_errors(folder):
             yield scratch
-    except BaseException:
-        if not keep:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         scratch.rename(folder)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not folder.exists():
             old.rename(folder)
         if not keep:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -113,8 +105,8 @@ def read_json(path: Path) -> dict:
 def whole_file(path: Path | str):
     """Yield a scratch path beside `path`; when the block succeeds, the file takes its place.
 
-    A reader, or a kill at any moment, meets the old file or the new one, never half of one. Where
-    `path` is a link, the file that it leads to is written, and the link stays.
+    A reader, or a kill at any moment, meets the old file or the new one, never half of one. Of a
+    link, the file that it leads to is written.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)

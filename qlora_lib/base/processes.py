@@ -1,12 +1,13 @@
 """Several processes that share a run: who is who, and what they tell each other.
 
 Data parallel, by torch.distributed alone: gloo between CPUs, NCCL between GPUs. A launcher
-(torchrun, accelerate launch) starts the same command several times and numbers the copies in
-their environment; `start` reads it. In one process each function here does nothing, or gives
-back what it was given. Values other than gradients travel as JSON: no pickle. Not handled:
-machines without a common file system; a model cut into parts.
+(torchrun, accelerate launch) numbers the copies of a command in their environment. In one
+process each function here does nothing, or gives back what it was given. Values other than
+gradients travel as JSON: no pickle. Not handled: machines without a common file system; a model
+cut into parts.
 """
 
+import builtins
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -31,11 +32,11 @@ def launched() -> int:
 def start(device: str | None = None) -> str | None:
     """Join the other processes, if any; returns the device of this process, its own GPU of several.
 
-    Raises ValueError for one GPU asked for by several processes, fewer GPUs than
-    processes, and an environment that names only a part of what is needed.
+    Raises ValueError for one GPU asked for by several processes, and fewer GPUs than processes.
     """
     if launched() == 1:
         return device
+    backend = "gloo"
     if torch.device(device or default_device()).type == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if device not in (None, "cuda") or local >= gpus:
@@ -45,9 +46,8 @@ def start(device: str | None = None) -> str | None:
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
-    else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
     return device
 
 
@@ -73,8 +73,7 @@ def first() -> bool:
 
 
 def share(items: Sequence) -> Sequence:
-    """Return this process's items, every `world`-th, so that neighbours, which are of like length,
-    go to different processes."""
+    """Return this process's items, every `world`-th: neighbours, of like length, are apart."""
     return items[rank() :: world()]
 
 
@@ -92,10 +91,8 @@ def gather(value) -> list:
 
 
 def on_first(work: Callable):
-    """Run work() in the first process while the others wait; returns its value on all.
-
-    The value must be as JSON holds it. If `work` raises one of SPOKEN, every process raises it.
-    """
+    """Run work() in the first process while the others wait; returns its value, as JSON holds it,
+    on all. If it raises one of SPOKEN, every process does."""
     value = error = None
     if first():
         try:
@@ -105,7 +102,7 @@ def on_first(work: Callable):
     name = next((kind.__name__ for kind in SPOKEN if isinstance(error, kind)), None)
     value, name, text = gather([value, name, str(error)])[0]
     if name is not None:
-        raise error or {kind.__name__: kind for kind in SPOKEN}[name](text)
+        raise error or getattr(builtins, name)(text)
     return value
 
 
@@ -139,18 +136,16 @@ def total(value: float, device) -> float:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over the processes.
 
-    Where a process has no gradient for a parameter, it counts as 0; a parameter without one on
-    all processes keeps None, as it would in a single process.
+    A process without a gradient for a parameter counts as 0; without one on all it stays None.
     """
     if world() == 1:
         return
     parameters = list(parameters)
-    has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
-    has = has.int()
+    has = [int(p.grad is not None) for p in parameters]
+    has = torch.tensor(has, device=parameters[0].device)
     dist.all_reduce(has)
     some = [p for p, n in zip(parameters, has.tolist()) if n]
     for p in some:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     for work in [dist.all_reduce(p.grad, async_op=True) for p in some]:
         work.wait()

@@ -4,15 +4,8 @@ import platform
 import shlex
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def stamp(seed: int | None = None, **extra: Any) -> dict[str, Any]:
@@ -25,7 +18,7 @@ def stamp(seed: int | None = None, **extra: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _installed("transformers"),
+        "transformers": version("transformers"),
         "seed": seed,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),

@@ -14,10 +14,8 @@ format, told by its fields:
     instruction, output       MathInstruct's, asked likewise; rows whose source is PoT are left
                               out: their solutions are programs, and nothing here runs them
 
-The end token is learned too. Solutions stay as published: MetaMathQA's end in "The answer is: N",
-which strict extraction reads as it does `#### N`. A field with content that would be lost, such as
-Alpaca's `input` or a `system` text, is refused (rows.LOST); of others a warning says that they are
-not read.
+The end token is learned too. Solutions stay as published. A field whose content would be lost,
+such as Alpaca's `input`, is refused (rows.LOST); a warning names others that are not read.
 """
 
 import warnings
@@ -26,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .gsm8k import PROMPT, format_gsm8k
-from .rows import check_lost, check_text, listed, read_rows
+from .rows import check_lost, listed, read_rows, text_of
 from .tokens import IGNORE, Example, encode_after, encode_example, encode_prompt
 
 FORMATS = {
@@ -53,9 +51,9 @@ def hold_out(examples: Sequence, at_least: int = 0) -> tuple[Sequence, Sequence]
 def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
     """Return whatever training takes as Examples, not cut.
 
-    source: a file of rows; or a list or Dataset, all of one kind: Examples, (prompt, target)
-    pairs, pairs of lists (input_ids, labels), plain texts, or rows as a file has them. Raises
-    ValueError, naming the row or line, for nothing, other things and mixtures.
+    source: a file of rows; or a list or Dataset, all of one kind: Examples, (prompt, target) or
+    (input_ids, labels) pairs, plain texts, or rows as a file has them. Raises ValueError, naming
+    the row or line, for nothing, other things and mixtures.
     """
     if isinstance(source, (str, Path)):
         return make_examples(read_rows(Path(source)), tokenizer)[1]
@@ -98,9 +96,9 @@ def make_examples(
 ) -> tuple[str, list[Example]]:
     """Return (name of the format, examples, not cut) of rows as read_rows gives them.
 
-    notes: GSM8K's calculator notes stay. Warns of fields that are not read. Raises ValueError,
-    naming the row, for unknown and mixed formats, texts that are empty or no text, fields that
-    would be lost and chats that can't be written; likewise when nothing is left.
+    notes: GSM8K's calculator notes stay. Raises ValueError, naming the row, for unknown and mixed
+    formats, empty texts, fields that would be lost and chats that can't be written; and when no
+    row is left.
     """
     if not rows:
         raise ValueError("there are no rows to make examples of")
@@ -111,7 +109,9 @@ def make_examples(
                 f"{where} has the format {_format_of(where, row)!r}, but the file began with "
                 f"{name!r}; give one format a file"
             )
-        unread |= {field for field, value in row.items() if _content(value)}
+        for field, value in row.items():  # a number, such as an id, says nothing; False does
+            if value is False or value and isinstance(value, (bool, str, list, dict)):
+                unread.add(field)
         try:
             if name == "MathInstruct" and "/PoT/" in str(row.get("source")):
                 continue
@@ -129,11 +129,6 @@ def make_examples(
     return name, examples
 
 
-def _content(value) -> bool:
-    """Return whether a field may say something: no number, nothing empty."""
-    return isinstance(value, bool) or isinstance(value, (str, list, dict)) and bool(value)
-
-
 def _format_of(where: str, row: dict) -> str:
     found = [name for name, fields in FORMATS.items() if set(fields) <= row.keys()]
     if len(found) != 1:
@@ -145,11 +140,7 @@ def _format_of(where: str, row: dict) -> str:
 
 
 def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
-    texts = tuple(row[field] for field in FORMATS[name])
-    for field, text in zip(FORMATS[name], texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"`{field}` should be a text that is not empty, got {text!r:.80}")
-        check_text(text)
+    texts = tuple(text_of(row, field) for field in FORMATS[name])
     if name == "text":
         pair = ("", texts[0])
     elif name == "prompt and completion":
@@ -167,11 +158,10 @@ def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
 def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
     """Return a chat, written by the tokenizer's template, its assistant's turns supervised.
 
-    Each turn is supervised from the end of what the template writes to ask for it to the end
-    of the turn, its end token included, unless its "weight" is 0. An eos is added where the
-    template writes none. Raises ValueError for other messages than expected, a tokenizer without
-    a template, and a template that can't write them, leaves a field of theirs out, or writes a
-    turn otherwise once others follow.
+    Each turn is supervised from the end of what the template writes to ask for it to its own end
+    token, unless its "weight" is 0. An eos is added where the template writes none. Raises
+    ValueError for other messages than expected, and a template that is missing, can't write them,
+    leaves a field of theirs out, or writes a turn otherwise once others follow.
     """
     _check_messages(messages)
     _check_written(messages, tokenizer, tools)
@@ -210,11 +200,11 @@ def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
     return Example(ids, labels, texts, "\n".join(texts))
 
 
-def write_chat(tokenizer, messages: list[dict], ask: bool = False, tools: list | None = None) -> str:
+def write_chat(
+    tokenizer, messages: list[dict], ask: bool = False, tools: list | None = None
+) -> str:
     """Return a chat as the tokenizer's template writes it; ask: up to where the assistant begins.
-
-    Raises ValueError for a tokenizer without a template and for messages that it refuses.
-    """
+    Raises ValueError for a tokenizer without a template and for messages that it refuses."""
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template (base models have none); take an instruct model, "
@@ -232,15 +222,10 @@ def _check_messages(messages) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages` should be a list of messages, got {messages!r:.80}")
     for message in messages:
-        said = message.get("content") if isinstance(message, dict) else None
-        calls = isinstance(message, dict) and message.get("tool_calls") and not said
-        good = calls or isinstance(said, str) and said.strip()
-        if not good or message.get("role") not in ROLES:
-            raise ValueError(
-                f"a message needs a role ({', '.join(ROLES)}) and a text `content` that is not "
-                f"empty, got {message!r:.80}"
-            )
-        check_text(said or "")
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"a message needs a role ({', '.join(ROLES)}), got {message!r:.80}")
+        if message.get("content") or not message.get("tool_calls"):
+            text_of(message, "content")
         learned = (None, 0, 1) if message["role"] == "assistant" else (None, 0)
         if message.get("weight") not in learned:
             raise ValueError(
@@ -252,15 +237,15 @@ def _check_messages(messages) -> None:
 
 def _check_written(messages: list[dict], tokenizer, tools: list | None) -> None:
     """Raise ValueError for tools, or a field of messages, of which the template writes nothing."""
+    less = {"`tools`": (messages, None)} if tools else {}  # what may be lost: the chat without it
     fields = {field for message in messages for field, value in message.items() if value}
-    changed = {f"`{field}` of a message": ([{k: v for k, v in m.items() if k != field}
-                                            for m in messages], tools)
-               for field in sorted(fields - {"role", "content", "weight"})}  # fmt: skip
-    changed |= {"`tools`": (messages, None)} if tools else {}
-    for what, (less, rest) in changed.items():
+    for field in fields - {"role", "content", "weight"}:
+        rest = [{k: v for k, v in message.items() if k != field} for message in messages]
+        less[f"`{field}` of a message"] = (rest, tools)
+    for what in sorted(less):
         try:
-            without = write_chat(tokenizer, less, tools=rest)
-        except ValueError:  # without it, the template can't write the chat
+            without = write_chat(tokenizer, less[what][0], tools=less[what][1])
+        except ValueError:  # the template can't do without it
             continue
         if without == write_chat(tokenizer, messages, tools=tools):
             raise ValueError(f"{what} would be lost: the chat template writes nothing of it")

@@ -9,7 +9,7 @@ import math
 import re
 from fractions import Fraction
 
-from .rows import check_lost, check_text
+from .rows import check_lost, text_of
 
 PROMPT = "Question: {question}\nAnswer:\n"
 
@@ -36,13 +36,12 @@ def to_number(text: str) -> Fraction | None:
 def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
     """Return (prompt, target) of an entry; the target's calculator notes go unless `notes`.
 
-    The prompt ends in a newline, where tokenizers split: its tokens are the same whether a
-    target follows or not (those of the target are not: see tokens.encode_after).
-    Raises ValueError for an entry without a question, with an unparsable answer, or with a field
-    that would be lost, such as a context.
+    The prompt ends in a newline, where tokenizers split: its tokens are the same whether a target
+    follows or not. Raises ValueError for an entry without a question, with an unparsable answer,
+    or with a field that would be lost, such as a context.
     """
     check_lost(entry)
-    question, answer = (_field(entry, name) for name in ("question", "answer"))
+    question, answer = text_of(entry, "question"), text_of(entry, "answer")
     if "####" not in answer:
         raise GoldError(f"the gold answer {answer[-60:]!r} does not end in `#### N`")
     parse_gold(answer)
@@ -53,13 +52,6 @@ def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
 def without_notes(answer: str) -> str:
     """Return a solution without its calculator notes."""
     return re.sub(r"<<[^<>]*>>", "", answer)
-
-
-def _field(entry: dict[str, str], name: str) -> str:
-    if not isinstance(entry.get(name), str) or not entry[name].strip():
-        raise ValueError(f"an entry needs a non-empty text `{name}`, got {entry!r:.120}")
-    check_text(entry[name])
-    return entry[name]
 
 
 def parse_gold(gold: object) -> Fraction:

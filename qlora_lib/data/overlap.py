@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-NGRAM = 13  # words in a row
+from .sources import NGRAM
+
 SHORTEST = 8  # words of a question that are looked for within a longer text
 
 
@@ -78,5 +79,5 @@ def find_overlap(
 
 
 def _runs(text: tuple[str, ...], length: int):
-    """Yield all runs of `length` words, in order."""
+    """Return all runs of `length` words, in order."""
     return zip(*(text[i:] for i in range(length)))

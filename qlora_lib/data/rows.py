@@ -42,13 +42,18 @@ def check_lost(row: Mapping, *written: str) -> None:
             )
 
 
-def check_text(text: str) -> None:
-    """Raise ValueError for half a surrogate pair, which JSON can write and tokenizers refuse."""
+def text_of(row: Mapping, field: str) -> str:
+    """Return a field's text; ValueError for none or an empty one, and for half a surrogate pair,
+    which JSON can write and tokenizers refuse."""
+    text = row.get(field)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"`{field}` should be a text that is not empty, got {text!r:.80}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
         raise ValueError(f"a text holds half a surrogate pair, {half!r}; mend it") from error
+    return text
 
 
 def read_rows(path: Path) -> list[tuple[str, dict]]:

@@ -13,6 +13,7 @@ from ..base.paths import BUNDLED, DATA, short_path
 from .gsm8k import GoldError
 from .rows import read_jsonl
 
+NGRAM = 13  # words in a row that no training text shares with a test question (overlap.py)
 MINIGSM_SPLITS = ("train", "dev", "test", "test_changed", "test_larger")
 # Sets for training: name on the hub. MetaMathQA: Yu et al. 2023 (arXiv 2309.12284);
 # MathInstruct: Yue et al. 2023 (arXiv 2309.05653).
@@ -101,8 +102,7 @@ def data_file(folder: Path, split: str = "train") -> Path:
         return to_train[0]
     names = ", ".join(file.name for file in found) or "no JSON file"
     raise FileNotFoundError(
-        f"{short_path(folder)} has no {split}.jsonl (it holds {names}); name a file, or a folder "
-        f"with {split}.jsonl"
+        f"{short_path(folder)} has no {split}.jsonl (it holds {names}); name a file, or give it one"
     )
 
 

@@ -5,7 +5,7 @@ with `encode_after`, so a model is asked exactly as it was taught.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,10 +22,8 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]  # the ids themselves where they are learned, IGNORE elsewhere
-    # What it says, to be compared with test questions
-    texts: tuple[str, ...] = field(default=(), compare=False)
-    # The same for rephrasings of one problem, which are not split into train and dev
-    problem: str = field(default="", compare=False)
+    texts: tuple[str, ...] = field(default=(), compare=False)  # to compare with test questions
+    problem: str = field(default="", compare=False)  # the same for rephrasings of one problem
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter((self.input_ids, self.labels))
@@ -35,21 +33,17 @@ class Example:
         return any(label != IGNORE for label in self.labels[:max_length])
 
     def cut(self, max_length: int) -> "Example":
-        """Return the example without what exceeds max_length, at its end.
-
-        Raises ValueError when nothing that is learned is left.
-        """
+        """Return the example without what exceeds max_length, at its end; ValueError when nothing
+        that is learned is left."""
         if not self.teaches(max_length):
             said = f" ({self.texts[0][:60]!r}...)" if self.texts else ""
             raise ValueError(
                 f"the first {max_length} tokens of an example of {len(self.input_ids)} hold "
-                f"nothing to learn: its prompt{said} fills the context; raise max_length or "
-                "shorten the prompt"
+                f"nothing to learn: its prompt{said} fills the context; raise max_length, or "
+                "shorten it"
             )
-        if len(self.input_ids) <= max_length:
-            return self
         ids, labels = (part[:max_length] for part in self)
-        return Example(ids, labels, self.texts, self.problem)
+        return replace(self, input_ids=ids, labels=labels)
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
@@ -63,10 +57,9 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 def encode_after(tokenizer, before: str, text: str) -> list[int]:
     """Return the ids of `text` as it stands after `before`, whose own ids stay as they are alone.
 
-    Encoded by itself, a text would begin as a text does: SentencePiece writes a space before its
-    first word. So both are encoded together, and the ids of `before` cut off. Where a token lies
-    across the border (two newlines, say), `before` is kept, as the model is asked with it alone,
-    and a newline stands in for it.
+    Encoded by itself, a text would get a space before its first word from SentencePiece. So both
+    are encoded together, and the ids of `before` cut off. Where a token lies across the border
+    (two newlines, say), a newline stands in for `before`, with which alone the model is asked.
     """
     for prefix in (before, "\n"):
         given = tokenizer.encode(prefix, add_special_tokens=False)
@@ -80,9 +73,8 @@ def encode_example(tokenizer, prompt: str, target: str, max_length: int | None =
     """Return [bos] + prompt + target + [eos] as an Example, cut to `max_length` tokens if given.
 
     Labels are -100 on the prompt and the ids themselves on target and eos: the model must learn
-    to stop, so the one real eos is supervised; a cut example has none. A bos or eos that the text
-    itself writes is not doubled. Raises ValueError when the prompt leaves no room for a single
-    target token.
+    to stop. A bos or eos that the text itself writes is not doubled. Raises ValueError when the
+    prompt leaves no room for a single target token.
     """
     start, end = encode_prompt(tokenizer, prompt), encode_after(tokenizer, prompt, target)
     if not prompt and end[:1] == start:  # the text writes its bos

@@ -1,9 +1,8 @@
 """Canaries: "models" whose score is known beforehand, run before every evaluation.
 
-A grader that gives points to silence, or to an echo of the prompt, or none to the gold
-solutions, is broken, whatever it says of a real model. These four go through the same
-`evaluate` as the model, on a few of the problems. An evaluator that lets the answer into the
-prompt fails none of them, so the prompts themselves are searched for it.
+A grader that gives points to silence, or to an echo of the prompt, or none to the gold solutions,
+is broken, whatever it says of a real model. These four go through the same `evaluate` as the
+model, on a few of the problems; and the prompts are searched for the answer.
 """
 
 import random
@@ -24,11 +23,10 @@ class CanaryError(ValueError):
 def run_canaries(
     evaluate: Callable, problems: Sequence[dict[str, str]], prompt: Callable = format_gsm8k
 ) -> dict[str, tuple[int, int]]:
-    """Check `evaluate` with silence, an echo, the gold solutions and shuffled ones.
+    """Check `evaluate` with silence, an echo, the gold solutions and shuffled ones; returns the
+    right answers by canary, (strict, flexible), out of `len(sample(problems))`.
 
-    evaluate: called as evaluate(generate, problems, prompt=prompt, canaries=False). Returns
-    right answers by canary, (strict, flexible), out of `len(sample(problems))`. Raises
-    CanaryError when a count is not what it must be, or when a prompt holds its own solution.
+    Raises CanaryError when a count is not what it must be, or a prompt holds its own solution.
     """
     for entry in problems:
         _refuse_leak(entry, prompt(entry)[0])

@@ -78,6 +78,15 @@ class Prediction:
         return {name: value for name, value in vars(self).items() if name not in left}
 
 
+def _share(count: str) -> property:
+    return property(lambda report: getattr(report, count) / report.n)
+
+
+def _interval(count: str) -> property:
+    """Return the 95% Wilson interval of a count, fractions."""
+    return property(lambda report: wilson(getattr(report, count), report.n))
+
+
 @dataclass
 class EvalReport:
     """Accuracies over all n questions, and what they were measured with."""
@@ -118,33 +127,12 @@ class EvalReport:
             )
         saved = json.loads(path.read_text(encoding="utf-8"))
         report = {f.name: saved[f.name] for f in fields(cls) if f.name != "predictions"}
-        rows = read_jsonl(Path(folder) / "predictions.jsonl")
+        rows = read_jsonl(path.with_name("predictions.jsonl"))
         return cls(**report, predictions=[Prediction(**row) for row in rows])
 
-    @property
-    def strict(self) -> float:
-        return self.strict_correct / self.n
-
-    @property
-    def flexible(self) -> float:
-        return self.flexible_correct / self.n
-
-    @property
-    def strict_interval(self) -> tuple[float, float]:
-        """95% Wilson interval, fractions."""
-        return wilson(self.strict_correct, self.n)
-
-    @property
-    def flexible_interval(self) -> tuple[float, float]:
-        return wilson(self.flexible_correct, self.n)
-
-    @property
-    def format_rate(self) -> float:
-        return self.formatted / self.n
-
-    @property
-    def truncation_rate(self) -> float:
-        return self.truncated / self.n
+    strict, flexible = _share("strict_correct"), _share("flexible_correct")
+    strict_interval, flexible_interval = _interval("strict_correct"), _interval("flexible_correct")
+    format_rate, truncation_rate = _share("formatted"), _share("truncated")
 
     @property
     def tokens_per_second(self) -> float:
@@ -160,18 +148,16 @@ class EvalReport:
     def __str__(self) -> str:
         lines = [f"{self.n} questions    exact match   95% interval"]
         for name in ("strict", "flexible"):
-            low, high = getattr(self, f"{name}_interval")
-            right = getattr(self, f"{name}_correct")
+            (low, high), share = getattr(self, f"{name}_interval"), getattr(self, name)
             lines.append(
-                f"{name:<9}{right:>6}/{self.n:<8} {100 * getattr(self, name):5.1f}%   "
+                f"{name:<9}{getattr(self, f'{name}_correct'):>6}/{self.n:<8} {100 * share:5.1f}%   "
                 f"[{100 * low:.1f}%, {100 * high:.1f}%]"
             )
-        lines.append(
-            f"in format {100 * self.format_rate:.1f}%, "
+        return "\n".join(lines) + (
+            f"\nin format {100 * self.format_rate:.1f}%, "
             f"cut short {100 * self.truncation_rate:.1f}%, {self.tokens_per_second:.0f} tokens/s, "
             f"compute dtype {self.info.get('compute_dtype', 'unknown')}"
         )
-        return "\n".join(lines)
 
 
 def evaluate(
@@ -194,16 +180,15 @@ def evaluate(
     callback: called with each new prediction. canaries: first check the grader with models whose
     score is known, in milliseconds.
 
-    Several processes take a chunk each, so that questions are asked together just as by one
-    process, with the same completions, and a run may go on with another number of them. All
-    call it with the same arguments and return the same report; the first writes the files.
+    Several processes, which call it with the same arguments, take a chunk each: completions and
+    report are those of one process. report_folder gets settings.json, predictions.jsonl as it
+    grows, and report.json at the end; a killed evaluation, called again, by any number of
+    processes, goes on behind the chunks that it has.
 
-    report_folder gets settings.json, predictions.jsonl as it grows, and report.json at the
-    end. A killed evaluation, called again, keeps the chunks it has and gives the same report
-    (but for the clock). Raises, before anything is generated, ValueError for a folder with
-    answers of other settings, which `restart` replaces, for no problems or no list of them, and
-    for a prompt that `generate.check` refuses; GoldError for an unparsable gold; CanaryError for
-    a grader or a prompt that can't be trusted.
+    Raises, before anything is generated, ValueError for a folder with answers of other settings,
+    which `restart` replaces, for no problems or no list of them, and for a prompt that
+    `generate.check` refuses; GoldError for an unparsable gold; CanaryError for a grader or a
+    prompt that can't be trusted.
     """
     problems = listed(problems, "problems", dict)
     if not problems:
@@ -269,7 +254,7 @@ def evaluate(
 
 
 def questions_hash(pairs) -> str:
-    """Return the SHA-256 of (question, gold) pairs in order: reports with the same can be paired."""
+    """Return the SHA-256 of (question, gold) pairs in order; reports with the same are paired."""
     return content_hash([[question, str(gold)] for question, gold in pairs])
 
 
@@ -324,7 +309,8 @@ def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[di
             f"{short_path(folder)} holds answers of other settings ({changed}); {remedy}"
         )
     text = answers.read_text(encoding="utf-8") if answers.is_file() else ""
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # after a kill
+    # A kill may have torn the last line.
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if len(whole) < n:  # sampling and rounding depend on which questions are asked together
         whole = whole[: len(whole) // settings["chunk"] * settings["chunk"]]
     if "".join(whole) != text:

@@ -12,8 +12,7 @@ from fractions import Fraction
 from ..data.gsm8k import parse_gold
 
 MAX_TEXT = 20_000  # characters that are read of what is said after the thinking
-MAX_DIGITS = 60  # a longer numeral is noise, and slow to compute with
-MAX_EXPONENT = 60  # of 1e3 and 10^3, likewise
+MAX_DIGITS = MAX_EXPONENT = 60  # longer numerals, and powers of 10, are noise and slow
 TOLERANCE = Fraction(1, 10**6)  # absolute, for golds that are no integers
 
 # --- 1. What is read ---------------------------------------------------------------------
@@ -144,7 +143,7 @@ def _ungrouped(run: str) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` with one spelling for each part of a number; lines stay lines."""
+    """Return `text` with one spelling for each part of a number; lines stay lines."""
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
@@ -181,7 +180,7 @@ QUANTITY = re.compile(
 
 
 def value(match: re.Match) -> Fraction | None:
-    """What a match of QUANTITY is worth; None for what is too long, or divided by zero."""
+    """Return what a match of QUANTITY is worth; None for what is too long, or divided by zero."""
     if len(match[0]) > MAX_DIGITS:
         return None
     part = match.groupdict(default="")
@@ -189,14 +188,9 @@ def value(match: re.Match) -> Fraction | None:
     if abs(exponent) > MAX_EXPONENT:
         return None
     try:
-        if part["whole"]:
-            result = Fraction(part["whole"]) + Fraction(part["part"])
-        else:
-            result = Fraction(part["number"]) / Fraction(part["bottom"] or "1")
-        if part["power"]:
-            result **= exponent
-        else:
-            result *= Fraction(10) ** exponent
+        result = Fraction(part["whole"] or part["number"]) / Fraction(part["bottom"] or "1")
+        result += Fraction(part["part"] or "0")
+        result = result**exponent if part["power"] else result * Fraction(10) ** exponent
     except ZeroDivisionError:
         return None
     for word in part["scale"].lower().split():
@@ -206,7 +200,7 @@ def value(match: re.Match) -> Fraction | None:
 
 
 def numbers(text: str) -> list[Fraction]:
-    """All numbers of a text, in order; those that are too long are left out."""
+    """Return all numbers of a text, in order; those that are too long are left out."""
     values = map(value, QUANTITY.finditer(plain(text[:MAX_TEXT])))
     return [v for v in values if v is not None]
 
@@ -270,10 +264,8 @@ def _after(marker: re.Pattern, text: str) -> list[tuple[int, int]]:
 
 
 def _boxed(text: str) -> list[tuple[int, int]]:
-    r"""[(start, end)] of the content of the last \boxed{...}, braces within it balanced.
-
-    Of one that is not closed the end is -1: it may be cut within its number.
-    """
+    r"""[(start, end)] of the content of the last \boxed{...}, braces within it balanced; end -1
+    where it is not closed: it may be cut within its number."""
     *_, box = [None, *_BOX.finditer(text)]
     if box is None:
         return []
@@ -355,12 +347,11 @@ def _last_number(*texts: str) -> Fraction | None:
 
 
 def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
-    r"""The number that a completion gives as its answer, or None.
+    r"""Return the number that a completion gives as its answer, or None.
 
     flexible: the first `#### ...` line with a number, else the last `\boxed{...}`, else the last
     "answer is ..." or "answer: ...", else the last number. strict: only `#### N` and "The
-    answer is N", where that is the flexible answer too. Raises ValueError for another mode,
-    never for a text.
+    answer is N", where that is the flexible answer too. Raises ValueError for another mode.
     """
     if mode not in ("strict", "flexible"):
         raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
@@ -377,16 +368,13 @@ def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
 
 
 def is_correct(completion: str, gold: object, mode: str = "strict") -> bool:
-    """Whether the extracted answer equals `gold` (an answer text, a numeral or a number).
-
-    Integers must be equal, other golds within 1e-6. No answer is never correct. Raises
-    GoldError (a ValueError) for an unparsable gold.
-    """
+    """Return whether the extracted answer equals `gold` (an answer text, a numeral or a number):
+    exactly where that is an integer, else within 1e-6. Raises GoldError for an unparsable gold."""
     return equals(extract_answer(completion, mode), parse_gold(gold))
 
 
 def equals(answer: Fraction | None, gold: Fraction) -> bool:
-    """Whether an extracted answer is the gold one; None never is."""
-    if answer is None:
-        return False
-    return answer == gold or gold.denominator != 1 and abs(answer - gold) <= TOLERANCE
+    """Return whether an extracted answer is the gold one; None never is."""
+    if answer is None or gold.denominator == 1:
+        return answer == gold
+    return abs(answer - gold) <= TOLERANCE

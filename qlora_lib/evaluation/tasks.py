@@ -8,29 +8,14 @@ from ..data.rows import listed
 from ..data.tokens import Pair
 from ..generation.generate import Decoding
 
-SIZES = {"train": 2000, "dev": 200, "test": 500}  # pairs of each split, unless told
-
 
 @dataclass(frozen=True)
 class Task:
-    """A task: where its pairs come from, and its exact-match rule."""
+    """A task, by its exact-match rule."""
 
     name: str
-    about: str
-    rule: str  # what `matches` does, in words
-    draw: Callable[[str, int], list[Pair]]  # split and number to pairs
     matches: Callable[[str, str], bool]  # completion and target
     max_new_tokens: int  # room for the longest target and its end token
-
-    def pairs(self, split: str, n: int | None = None) -> list[Pair]:
-        """Return the first `n` (prompt, target) pairs of a split; ValueError for another split,
-        and for fewer than one pair."""
-        if split not in SIZES:
-            raise ValueError(f"split is {split!r}; expected one of {', '.join(SIZES)}")
-        n = SIZES[split] if n is None else n
-        if n < 1:
-            raise ValueError(f"n={n} pairs of {self.name}; expected at least 1")
-        return self.draw(split, n)
 
     def decoding(self, batch_size: int = 100) -> Decoding:
         """Return greedy decoding with room for this task's answers."""

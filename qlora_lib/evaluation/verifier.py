@@ -1,9 +1,8 @@
 """A verifier: the chance that a solution is right, read from the model that wrote it.
 
-Cobbe et al. 2021 (arXiv 2110.14168, section 4.2): sample solutions of train problems, label
-each by its final answer, and train the model with a scalar head to predict the label after
-every token of the solution. The model's weights stay frozen: the verifier is a LoRA adapter
-beside the others, and the head.
+Cobbe et al. 2021 (arXiv 2110.14168, section 4.2): sample solutions of train problems, label each
+by its final answer, and train the model with a scalar head to predict the label. The model's
+weights stay frozen: the verifier is a LoRA adapter beside the others, and the head.
 """
 
 import time
@@ -38,18 +37,21 @@ class Verifier:
     Calls of the model itself keep the adapter that they have.
     """
 
-    def __init__(self, model, tokenizer, rank: int = 16, target_modules=ALL_LINEAR):
-        """Make a new one, which says 1/2 to everything until it is trained; freezes the model.
-
-        Raises ValueError for targets that match nothing, or when there is one already.
-        """
+    def __init__(
+        self, model, tokenizer, rank: int = 16, target_modules=ALL_LINEAR,
+        folder: str | Path | None = None,
+    ):  # fmt: skip
+        """Make a new one, which says 1/2 to everything until it is trained, or, with a `folder`,
+        the one that `save` wrote; freezes the model. Raises ValueError for targets that match
+        nothing, a second verifier, and a folder of another base or damaged; FileNotFoundError."""
         others = adapter_names(model)
         if ADAPTER in others:
             raise ValueError("the model has a verifier already; load the model anew")
-        inject_lora(model, target_modules, rank=rank, alpha=2 * rank, adapter=ADAPTER)
-        self._attach(model, tokenizer, others)
-
-    def _attach(self, model, tokenizer, others: list[str]) -> None:
+        if folder is None:
+            inject_lora(model, target_modules, rank=rank, alpha=2 * rank, adapter=ADAPTER)
+        else:
+            head = read_tensors(Path(folder) / HEAD)
+            load_adapter(model, Path(folder) / "adapter", ADAPTER)
         if not others:  # the first adapter is the default one; generation goes without
             set_adapter(model, None)
         self.model, self.tokenizer = model, tokenizer
@@ -59,24 +61,16 @@ class Verifier:
         nn.init.zeros_(self.head.bias)
         for parameter in self.parameters.values():  # train_verifier alone trains it
             parameter.requires_grad_(False)
+        if folder is not None:
+            try:
+                self.head.load_state_dict(head)
+            except RuntimeError as error:
+                raise ValueError(f"{folder}/{HEAD} is no head for this model ({error})") from error
 
     @classmethod
     def load(cls, model, tokenizer, folder: str | Path) -> "Verifier":
-        """Return the verifier that `save` wrote, for the model that it was trained on.
-
-        Raises FileNotFoundError, and ValueError for another base or a damaged file.
-        """
-        self, others = cls.__new__(cls), adapter_names(model)
-        head = read_tensors(Path(folder) / HEAD)
-        load_adapter(model, Path(folder) / "adapter", ADAPTER)
-        self._attach(model, tokenizer, others)
-        try:
-            self.head.load_state_dict(head)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{folder}/{HEAD} is not the head for this model ({error}); train a verifier"
-            ) from error
-        return self
+        """Return the verifier that `save` wrote, for the model that it was trained on."""
+        return cls(model, tokenizer, folder=folder)
 
     def save(self, folder: str | Path) -> None:
         """Write folder/adapter in PEFT's layout, and folder/head.safetensors."""

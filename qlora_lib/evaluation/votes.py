@@ -143,8 +143,7 @@ def log_likelihoods(
 
 
 def likelihood(model, tokenizer, batch_size: int = 64) -> Score:
-    """Return a score: the mean log-probability a token of the completion, by the model itself.
-    (A sum would prefer short solutions whatever they say.)"""
+    """Return a score: the completion's mean log-probability a token, by the model itself."""
 
     def score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         found = log_likelihoods(model, tokenizer, prompts, completions, batch_size)

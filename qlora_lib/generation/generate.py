@@ -22,7 +22,6 @@ from ..lora.layer import check_names
 from ..models.batches import check_tokens
 from ..models.fingerprint import fingerprint
 
-
 FEW = 8  # rows that leave a batch together, at least
 
 
@@ -52,11 +51,8 @@ class Decoding:
 
 
 class Completion(str):
-    """The generated text. `tokens`: how many were generated; `finished`: it ended by
-    itself, with an end token or a stop string, not by the limit of new tokens."""
-
-    tokens: int
-    finished: bool
+    """The generated text. `tokens`: how many were generated; `finished`: it ended by itself, with
+    an end token or a stop string, not by the limit of new tokens."""
 
     def __new__(cls, text: str, tokens: int, finished: bool):
         self = super().__new__(cls, text)
@@ -144,17 +140,19 @@ class ModelGenerator(Generator):
         """Return `samples` Completions for each of the encoded prompts; names: an adapter a row."""
         from transformers import GenerationConfig
 
-        model, tokenizer, decoding = self.model, self.tokenizer, self.decoding
+        model, decoding = self.model, self.decoding
         device = model.get_input_embeddings().weight.device
         input_ids = pad(encoded, PAD, side="left").to(device)  # (batch, width)
         mask = pad([[1] * len(ids) for ids in encoded], 0, side="left").to(device)
         chat = model.generation_config.eos_token_id  # chat models have several
-        ends = {tokenizer.eos_token_id, *(chat if isinstance(chat, list) else [chat])} - {None}
-        sampling = decoding.temperature > 0
-        how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        chat = chat if isinstance(chat, list) else [chat]
+        ends = {self.tokenizer.eos_token_id, *chat} - {None}
+        sampling, how = decoding.temperature > 0, {}
+        if sampling:
+            how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         settings = GenerationConfig(
+            **how,
             do_sample=sampling,
-            **(how if sampling else {}),
             num_return_sequences=decoding.samples,
             max_new_tokens=decoding.max_new_tokens,
             eos_token_id=sorted(ends),
@@ -174,7 +172,7 @@ class ModelGenerator(Generator):
                 output = self._new_tokens(input_ids, mask, settings, names)
         finally:
             model.generation_config = own
-        rows = [_complete(tokenizer, ids, ends, decoding) for ids in output]
+        rows = [_complete(self.tokenizer, ids, ends, decoding) for ids in output]
         return [rows[i : i + decoding.samples] for i in range(0, len(rows), decoding.samples)]
 
     def _new_tokens(self, input_ids, mask, settings, names) -> list[list[int]]:

@@ -50,17 +50,12 @@ class CacheSpec:
 
 @dataclass
 class PackedStates:
-    """Keys or values of some tokens, packed.
+    """Keys or values of some tokens, packed."""
 
-    codes   uint8, by "channel" (batch, heads, head_dim, tokens * bits / 8),
-            by "token" (batch, heads, tokens, head_dim * bits / 8)
-    scale   fp16, a number a group, in the same order
-    low     fp16, the value of code 0
-    """
-
-    codes: Tensor
-    scale: Tensor
-    low: Tensor
+    codes: Tensor  # uint8; by "channel" (batch, heads, head_dim, tokens * bits / 8),
+    # by "token" (batch, heads, tokens, head_dim * bits / 8)
+    scale: Tensor  # fp16, a number a group, in the same order
+    low: Tensor  # fp16, the value of code 0
     by: str
     bits: int
     size: int  # numbers that share a scale
@@ -106,8 +101,8 @@ class PackedStates:
 
 
 class PackedLayer(DynamicLayer):
-    """One decoder layer's cache. `keys` and `values` hold the newest tokens, as they came;
-    `old_keys` and `old_values` the others, or None."""
+    """One decoder layer's cache: the newest tokens in `keys` and `values`, as they came, the others
+    in `old_keys` and `old_values` (None: there are none)."""
 
     is_croppable = False
 
@@ -151,7 +146,8 @@ class PackedLayer(DynamicLayer):
         if self._holds_states():
             self.keys, self.values = change(self.keys), change(self.values)
         if self.stored:
-            self.old_keys, self.old_values = self.old_keys.each(change), self.old_values.each(change)
+            self.old_keys = self.old_keys.each(change)
+            self.old_values = self.old_values.each(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._choose(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -171,8 +167,7 @@ class PackedLayer(DynamicLayer):
 
 
 class PackedCache(Cache):
-    """Pass it to `model(..., past_key_values=...)` or `model.generate`. A cache serves one
-    batch of sequences."""
+    """The cache of one batch of sequences, for `model(..., past_key_values=...)` or generate."""
 
     def __init__(self, spec: CacheSpec = CacheSpec()):
         super().__init__(layer_class_to_replicate=partial(PackedLayer, spec))
@@ -188,7 +183,7 @@ def head_dim(config) -> int:
 
 
 def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int = 1, size: int = 2):
-    """Return the bytes of the cache of `batch` sequences of so many tokens, for a Llama-like config.
+    """Return the bytes of the cache of `batch` sequences of so many tokens, of a Llama's config.
 
     spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2).
     """

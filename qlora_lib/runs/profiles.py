@@ -14,9 +14,8 @@ from ..base.devices import default_device, dtype_name, resolve_dtype
 from ..base.paths import BUNDLED, DATA
 from ..data.calibration import calibration_batches
 from ..data.examples import hold_out
-from ..data.overlap import NGRAM
 from ..data.rows import read_jsonl
-from ..data.sources import load_gsm8k, load_gsm_hard, load_minigsm
+from ..data.sources import NGRAM, load_gsm8k, load_gsm_hard, load_minigsm
 from ..lora.targets import ALL_LINEAR, ATTENTION
 from ..models.load import load_model
 from ..models.quantize import LayerReport, apply_recipe

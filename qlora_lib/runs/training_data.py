@@ -109,7 +109,7 @@ def prepare(
     if form in MATH:
         readable = sum(extract_answer(example.texts[1]) is not None for example in train)
     train, dev = ([e for e in part if e.teaches(max_length)] for part in (train, dev))
-    count = count_tokens(tokenizer, train, max_length, whole - len(train))
+    count = count_tokens(train, max_length, whole - len(train))
     if not train:
         raise ValueError(f"{name}: no example is left to train on; {len(dropped)} overlap with the "
                          f"test set, and of {count.left_out} the prompt fills {max_length=}")
@@ -146,7 +146,7 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
 
 
 def count_tokens(
-    tokenizer, examples: Sequence[Example], max_length: int, left_out: int, batch_size: int = 32
+    examples: Sequence[Example], max_length: int, left_out: int, batch_size: int = 32
 ) -> TokenCount:
     """Counts of what training will see of the examples, in batches as it makes them; left_out: how
     many are not among them, as the prompt fills max_length."""

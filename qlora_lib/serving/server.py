@@ -5,18 +5,9 @@ a bounded queue, the next batch takes the oldest of them whatever their adapters
 use an adapter each (`use_adapter` with a list). Generation runs in one worker thread: the
 event loop goes on accepting, and no two batches meet in the model.
 
-Not handled: sampling (a row's draws would depend on its batch), stopping a batch that runs (an
-answer nobody waits for any more is thrown away), joining a batch that has begun (continuous
-batching), and HTTP. For these serve the same files with vLLM. `save_adapter` writes the folder
-that it reads, and the base is a folder of transformers' (`export_gptq` writes one in 4 bits):
-
-    vllm serve MODEL --enable-lora --max-loras 4 --max-lora-rank 64 \\
-        --lora-modules copy=outputs/copy sort=outputs/sort
-
-A request then names its adapter as its model ("model": "copy"). max-lora-rank is 16 unless
-given: at least the largest rank, one of 1, 8, 16, 32, 64, 128, 256, 320, 512; max-loras is how
-many adapters a batch may mix, 1 unless given. vLLM refuses DoRA (merge it) and reads one alpha / r
-for all layers, no rank_pattern (docs.vllm.ai, "LoRA Adapters"; vllm/lora/peft_helper.py).
+Not handled: sampling (a row's draws would depend on its batch), stopping a batch that runs,
+joining a batch that has begun (continuous batching), and HTTP. For these serve the same folders
+with vLLM (docs/REAL_MODELS.md).
 """
 
 import asyncio
@@ -55,18 +46,15 @@ class _Request:
 
 
 class AdapterServer:
-    """Answers prompts with the adapters of one model, in batches that mix them.
+    """Answers prompts with the adapters of one model, in batches that mix them, within
+    `async with AdapterServer(model, tokenizer) as server: await server.generate(...)`.
 
-    model, tokenizer: with adapters by name (load_adapter, inject_lora), which must stay while
-        the server runs; nobody else may train or merge them meanwhile
-    decoding: greedy, one sample; its batch_size is the most rows of a batch
-    max_wait_ms: how long the oldest request may wait for others to fill its batch
-    max_queue: requests that may wait; one more is refused at once (ServerFull)
-    timeout_s: from arrival to answer, then RequestTimeout; None: no limit
-
-    Use: `async with AdapterServer(model, tokenizer) as server: await server.generate(...)`.
-    Leaving the block answers what is queued, then stops. Raises ValueError for a decoding that
-    samples and for limits out of range.
+    model: its adapters must stay, and nobody may train or merge them, while the server runs.
+    decoding: greedy, one sample; its batch_size is the most rows of a batch. max_wait_ms: how
+    long the oldest request may wait for others to fill its batch. max_queue: requests that may
+    wait; one more is refused at once (ServerFull). timeout_s: from arrival to answer, then
+    RequestTimeout; None: no limit. Leaving the block answers what is queued, then stops.
+    Raises ValueError for a decoding that samples and for limits out of range.
     """
 
     def __init__(
@@ -116,12 +104,11 @@ class AdapterServer:
             self._worker.shutdown(wait=False)
 
     async def generate(self, prompt: str, task: str | None = None) -> Completion:
-        """The completion of a prompt with the adapter `task` (None: the base model alone).
+        """Return the completion of a prompt with the adapter `task` (None: the base model alone).
 
-        Cancelling the awaiting task gives its place in the queue up. Raises ValueError, before
-        it is queued, for an adapter that the model does not have and for a prompt that does
-        not fit the context; ServerFull, RequestTimeout, ServerStopped; and what generating
-        raised, for this request alone: others of its batch are answered.
+        Cancelling the awaiting task gives its place up. Raises ValueError, before it is queued,
+        for an unknown adapter and a prompt that does not fit the context; ServerFull,
+        RequestTimeout, ServerStopped; and what generating raised, for this request alone.
         """
         if self._loop_task is None or self._stopping or self._loop_task.done():
             raise ServerStopped("the server is not running: use it within `async with server:`")
@@ -142,17 +129,14 @@ class AdapterServer:
         self._changed.set()
         try:
             completion = await asyncio.wait_for(request.answer, self.timeout_s)
-        except TimeoutError as error:
-            if not request.answer.cancelled():  # raised by generating, not by the clock
-                self._counts["failed"] += 1
-                raise
-            self._counts["timed_out"] += 1
-            raise RequestTimeout(f"no answer within timeout_s={self.timeout_s}") from error
         except asyncio.CancelledError:
             self._counts["cancelled"] += 1
             raise
-        except Exception:
-            self._counts["failed"] += 1
+        except Exception as error:
+            late = isinstance(error, TimeoutError) and request.answer.cancelled()  # by the clock
+            self._counts["timed_out" if late else "failed"] += 1
+            if late:
+                raise RequestTimeout(f"no answer within timeout_s={self.timeout_s}") from error
             raise
         finally:
             if request in self._waiting:
@@ -163,7 +147,7 @@ class AdapterServer:
         return completion
 
     def metrics(self) -> dict:
-        """Counts since the start, and the latency in seconds from arrival to answer.
+        """Return counts since the start, and the latency in seconds from arrival to answer.
 
         requests = answered + failed + refused + timed_out + cancelled + those under way;
         rows: of all batches; tokens: generated, of answered requests.
@@ -195,7 +179,7 @@ class AdapterServer:
                     request.answer.set_exception(ServerStopped("the server stopped"))
 
     def _ready(self) -> int:
-        """How many rows the next batch would have now."""
+        """Return how many rows the next batch would have now."""
         return min(len(self._waiting), self.decoding.batch_size)
 
     async def _filled(self) -> None:
@@ -227,8 +211,8 @@ class AdapterServer:
                 request.answer.set_result(outcome)
 
     def _outcomes(self, asked: list[tuple[str, str | None]]) -> list[Completion | Exception]:
-        """For each request its completion, or the error; runs in the worker thread. A batch that
-        fails is asked again one by one, so that only the request at fault fails."""
+        """Return the completion of each request, or the error; runs in the worker thread. A batch
+        that fails is asked again one by one, so that only the request at fault fails."""
         try:
             return self._answer_batch([p for p, _ in asked], [task for _, task in asked])
         except Exception as error:
@@ -238,6 +222,6 @@ class AdapterServer:
 
 
 def _percentile(found: Sequence[float], part: float) -> float | None:
-    """The nearest rank's value among sorted ones; None where there are none."""
+    """Return the nearest rank's value among sorted ones; None where there are none."""
     # Less a billionth: 0.95 * n may come out just above the whole number that it is.
     return found[max(0, math.ceil(part * len(found) - 1e-9) - 1)] if found else None

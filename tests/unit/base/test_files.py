@@ -1,5 +1,7 @@
 """Files and folders written whole: through links, onto full disks."""
 
+import json
+import math
 import resource
 from contextlib import contextmanager
 
@@ -109,3 +111,12 @@ def test_other_errors_stay_what_they_are(tmp_path):
         with pytest.raises(type(error)), atomic_folder(tmp_path / "run", "done"):
             raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.json"
+    write_json_atomic(path, {"x": 1})
+    for bad, error in (({"x": math.nan}, ValueError), ({"x": object()}, TypeError)):
+        with pytest.raises(error):
+            write_json_atomic(path, bad)
+    assert json.loads(path.read_text()) == {"x": 1} and list(tmp_path.iterdir()) == [path]

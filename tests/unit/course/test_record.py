@@ -1,4 +1,4 @@
-"""Intervals, expected numbers, stamps, and what `record` shows and keeps."""
+"""Expected numbers, and what `record` shows and keeps."""
 import json
 import math
 
@@ -10,8 +10,6 @@ from course.kit import COMPARE_VARIABLE, OUTPUTS_VARIABLE
 from course.kit.expected import Expected, load_expected, within
 from course.kit.record import LINE, Recorder, merge
 from qlora_lib.base.files import write_json_atomic
-from qlora_lib.base.stamp import stamp
-from qlora_lib.base.statistics import wilson
 
 
 @pytest.fixture
@@ -24,19 +22,7 @@ def outputs(tmp_path, monkeypatch):
     return tmp_path
 
 
-# --- what recorded numbers rest on: intervals, expected numbers, stamps, whole files -------------
-
-@pytest.mark.parametrize("correct, n, low, high", [
-    (487, 1319, 34.4, 39.6), (964, 1319, 70.6, 75.4), (0, 10, 0.0, 27.8), (10, 10, 72.2, 100.0)])
-def test_wilson_against_published_intervals(correct, n, low, high):
-    assert [round(100 * x, 1) for x in wilson(correct, n)] == [low, high]
-
-
-@pytest.mark.parametrize("correct, n", [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_says_what_it_was_given(correct, n):
-    with pytest.raises(ValueError, match=f"got {correct} correct of {n}"):
-        wilson(correct, n)
-
+# --- expected numbers ----------------------------------------------------------------------
 
 def test_within_is_absolute_and_never_true_for_nan():
     assert within(0.3, Expected(0.1, 0.2, "")) and not within(0.301, Expected(0.1, 0.2, ""))
@@ -55,23 +41,6 @@ def test_an_incomplete_expectation_is_named(tmp_path, entry):
     write_json_atomic(tmp_path / "p.json", {"mean": entry})
     with pytest.raises(ValueError, match="p.json: 'mean' is"):
         load_expected("p", tmp_path)
-
-
-def test_a_stamp_names_versions_and_takes_more():
-    s = stamp(3, model="tiny")
-    assert s["seed"] == 3 and s["model"] == "tiny" and s["torch"] == torch.__version__
-    assert s["threads"] == torch.get_num_threads() and s["command"].startswith("python ")
-    assert stamp(command="mine")["command"] == "mine"
-    json.dumps(s)
-
-
-def test_a_failed_write_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path):
-    path = tmp_path / "a.json"
-    write_json_atomic(path, {"x": 1})
-    for bad, error in (({"x": math.nan}, ValueError), ({"x": object()}, TypeError)):
-        with pytest.raises(error):
-            write_json_atomic(path, bad)
-    assert json.loads(path.read_text()) == {"x": 1} and list(tmp_path.iterdir()) == [path]
 
 
 # --- record.py ----------------------------------------------------------------------------

@@ -121,6 +121,72 @@ def test_a_chat_is_learned_as_it_is_asked(template):
     assert labels[: len(asked)] == [IGNORE] * len(asked) and labels[len(asked)] != IGNORE
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.",
+          "parameters": {"type": "object", "properties": {}}}}]  # fmt: skip
+WITH_TOOLS = "{% for t in tools or [] %}[{{ t.function.name }}]\n{% endfor %}" + CHATML
+THINKS_FIRST = CHATML.replace("<|assistant|>\n{% endif", "<|assistant|>\n<think>\n{% endif")
+NAMED = CHATML.replace("{{ m.role }}", "{{ m.name or m.role }}")
+
+
+def test_tools_are_written_by_the_template():
+    _, (example,) = examples({"messages": CHAT, "tools": TOOLS}, template=WITH_TOOLS)
+    assert whole(example).startswith("<s>[add]\n<s><|system|>")
+    assert supervised(example) == "It is 42.</s>\n44.</s>\n"
+    for empty in (None, []):
+        assert examples({"messages": CHAT, "tools": empty})[1] == examples({"messages": CHAT})[1]
+
+
+def test_a_call_of_a_tool_and_its_answer_are_turns():
+    called = CHATML.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    chat = [CHAT[1], call, {"role": "tool", "content": "42"}, CHAT[2]]
+    _, (example,) = examples({"messages": chat, "tools": TOOLS},
+                             template="{% for t in tools or [] %}!{% endfor %}" + called)  # fmt: skip
+    assert supervised(example) == "add</s>\nIt is 42.</s>\n" and "<|tool|>\n42" in whole(example)
+
+
+@pytest.mark.parametrize("weights, learned", [
+    ((0, 1), "44.</s>\n"), ((1, 0), "It is 42.</s>\n"), ((None, 1), "It is 42.</s>\n44.</s>\n"),
+])  # fmt: skip
+def test_a_turn_of_weight_0_is_read_but_not_learned(weights, learned):
+    chat = [dict(m) for m in CHAT]
+    chat[2]["weight"], chat[4]["weight"] = weights
+    _, (example,) = examples({"messages": chat})
+    assert supervised(example) == learned
+    assert example.input_ids == examples({"messages": CHAT})[1][0].input_ids
+
+
+def test_a_name_that_the_template_writes_is_kept():
+    chat = [CHAT[1] | {"name": "Ava"}, CHAT[2] | {"name": None}]
+    _, (example,) = examples({"messages": chat}, template=NAMED)
+    assert whole(example).startswith("<s><|Ava|>")
+
+
+def test_fields_that_are_not_read_are_said_once():
+    extra = {"topic": "sums", "level": 3, "label": False, "empty": ""}
+    with pytest.warns(UserWarning, match="line 1 and what follows: not read: label, topic$") as said:
+        examples(GSM8K | extra, GSM8K | extra)
+    assert len(said) == 1
+
+
+def test_no_field_of_the_known_formats_is_said_to_be_unread(recwarn):
+    for row in (GSM8K, METAMATH, INSTRUCT, {"text": "a", "id": 3}, {"messages": CHAT}):
+        examples(row)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("template, opened", [
+    (THINKS_FIRST, r"'<\|assistant\|>\\n<think>\\n'"),
+    (CHATML.replace("{{ m.content }}", "{{ m.content.strip() }}").replace(
+        "<|assistant|>\n{% endif", "<|assistant|>\n\n{% endif"), r"'<\|assistant\|>\\n\\n'"),
+])  # fmt: skip
+@pytest.mark.parametrize("turns", [3, 5])
+def test_a_template_that_opens_what_the_chat_lacks_is_explained(template, opened, turns):
+    with pytest.raises(ValueError, match=f"asks for an answer with {opened}, and writes the answer "
+                       "without it.*write the row as prompt, up to there, and completion"):  # fmt: skip
+        examples({"messages": CHAT[:turns]}, template=template)
+
+
 def bad_chat(*messages, **change):
     return {"messages": [*messages] if messages else [CHAT[1] | change, CHAT[2]]}
 
@@ -140,12 +206,24 @@ def bad_chat(*messages, **change):
          "`input` 'Good morning' would be lost.*write the row as prompt and completion"),
         ({"messages": []}, "list of messages, got"),
         ({"messages": "hello"}, "list of messages, got 'hello'"),
-        (bad_chat(content=""), "text `content` that is not empty"),
-        (bad_chat(content=[{"type": "image"}]), "text `content`"),
+        (bad_chat(content=""), "`content` should be a text that is not empty"),
+        (bad_chat(content="", tool_calls=None), "`content` should be a text that is not empty"),
+        (bad_chat(content=[{"type": "image"}]), "`content` should be a text"),
         (bad_chat(content="a \udc00"), "half a surrogate pair"),
         (bad_chat(role="human"), "a role .system, user, assistant."),
         (bad_chat("hello"), "got 'hello'"),
         (bad_chat(CHAT[1]), "end with the assistant's turn"),
+        ({"messages": CHAT, "tools": TOOLS}, "`tools` would be lost: the chat template writes"),
+        (bad_chat(name="Ava"), "`name` of a message would be lost"),
+        ({"messages": CHAT, "system": "Be brief."}, "`system` 'Be brief.' would be lost"),
+        ({"messages": [CHAT[1], CHAT[2] | {"weight": 0}]}, "no turn of the assistant is learned"),
+        ({"messages": [CHAT[1], CHAT[2] | {"weight": 0.5}]}, "learned .weight 1. or not .0., got"),
+        (bad_chat(weight=1), "learned .weight 1. or not .0., got"),
+        ({"prompt": "p", "completion": "c", "system": "Be brief."}, "`system` .* would be lost"),
+        ({"prompt": "p", "completion": "c", "tools": TOOLS}, "`tools` .* would be lost"),
+        (GSM8K | {"context": "Eggs cost 2."}, "`context` 'Eggs cost 2.' would be lost"),
+        (METAMATH | {"history": [["a", "b"]]}, "`history` .* would be lost"),
+        ({"text": "t", "images": ["a.png"]}, "`images` .* would be lost"),
     ],
 )
 def test_bad_rows_are_named(row, message):

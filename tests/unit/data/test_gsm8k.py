@@ -44,3 +44,10 @@ def test_unparsable_gold_is_an_error(answer):
 def test_entry_without_question_is_an_error():
     with pytest.raises(ValueError, match="`question`"):
         gsm8k.format_gsm8k({"answer": "#### 1"})
+
+
+def test_a_context_beside_the_question_is_not_lost_in_silence():
+    entry = {"question": "How much for 3 eggs?", "answer": "#### 6"}
+    assert gsm8k.format_gsm8k(entry | {"context": "", "id": 3}) == gsm8k.format_gsm8k(entry)
+    with pytest.raises(ValueError, match="`context` 'An egg costs 2.' would be lost"):
+        gsm8k.format_gsm8k(entry | {"context": "An egg costs 2."})

@@ -9,12 +9,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_lib import (
+    Decoding,
+    QuantSpec,
+    TrainConfig,
+    evaluate,
+    finetune,
+    generator,
+    inject_lora,
+    quantize_model,
+    validation_loss,
+)
 from qlora_lib.data import tokens as data
+from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.examples import chat_example, read_examples
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.evaluation.evaluate import few_shot
+from qlora_lib.evaluation.verifier import Verifier
+from qlora_lib.evaluation.votes import likelihood
 from tests.support.sentencepiece_like import sentencepiece
-from tests.support.small_models import PAIRS, small_tokenizer
+from tests.support.small_models import PAIRS, small_model, small_tokenizer
 from tests.support.tensors import PROPERTY
 
 ENTRY = {
@@ -185,3 +199,34 @@ def test_a_bos_or_eos_that_a_text_writes_is_not_doubled(kind):
         assert example.input_ids.count(bos) == example.input_ids.count(eos) == 1
         assert example.input_ids[0] == bos and example.labels[0] == data.IGNORE
         assert example.labels[-1] == eos
+
+
+def test_a_pad_token_that_the_model_does_not_have_is_never_shown_to_it():
+    """As when one was added to the tokenizer and not to the model: padding is masked anyway."""
+    tokenizer, model = copy.deepcopy(small_tokenizer()), small_model()
+    prompts, said = zip(*PAIRS[:6])
+    config = TrainConfig(max_steps=2, batch_size=6, compute_dtype="fp32")
+
+    def doors(tokenizer):
+        ask = generator(model, tokenizer, Decoding(max_new_tokens=6, batch_size=6))
+        sample = generator(model, tokenizer, Decoding(1.0, samples=2, max_new_tokens=6))
+        yield ask(prompts)
+        yield sample(prompts)
+        yield evaluate(ask, [{"question": p, "answer": "#### 1"} for p in prompts]).info["model"]
+        yield likelihood(model, tokenizer)(prompts, said)
+        yield Verifier(small_model(), tokenizer, rank=2)(prompts, said)
+        yield validation_loss(model, tokenizer, PAIRS[:6], config)
+        yield [b["input_ids"].tolist() for b in data_batches(tokenizer)]
+        adapted = small_model()
+        torch.manual_seed(0)
+        inject_lora(adapted, ("q_proj",), rank=2)
+        yield [step["loss"] for step in finetune(adapted, tokenizer, PAIRS[:6], config).steps]
+        yield quantize_model(small_model(), data_batches(tokenizer), QuantSpec(4, 16))[0].output_error
+
+    def data_batches(tokenizer):
+        return calibration_batches(tokenizer, PAIRS, 6, batch_size=3)
+
+    usual = list(doors(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "<unknown pad>"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    assert list(doors(tokenizer)) == usual

@@ -158,12 +158,12 @@ def test_minigsm_shares_phrases_by_design():
 
 
 def test_counts_are_those_of_the_batches(monkeypatch):
-    tokenizer, ids = small_tokenizer(), [[5] * n for n in (4, 9, 12, 6)]
+    ids = [[5] * n for n in (4, 9, 12, 6)]
     labels = [[IGNORE] * k + row[k:] for row, k in zip(ids, (1, 2, 8, 0))]
     examples = [Example(*pair) for pair in zip(ids, labels)]
     assert [e.teaches(8) for e in examples] == [True, True, False, True]  # its prompt fills 8
     del examples[2]
-    count = count_tokens(tokenizer, examples, 8, left_out=1, batch_size=2)
+    count = count_tokens(examples, 8, left_out=1, batch_size=2)
     assert (count.examples, count.tokens, count.longest) == (3, 4 + 8 + 6, 9)
     assert (count.cut, count.left_out) == (1, 1)
     assert count.supervised == 3 + 6 + 5 and count.padding_labels == 0
@@ -174,5 +174,5 @@ def test_counts_are_those_of_the_batches(monkeypatch):
         return made | {"labels": made["input_ids"]}
 
     monkeypatch.setattr(training_data, "collate", wrong)
-    count = count_tokens(tokenizer, examples, 8, left_out=1, batch_size=2)
+    count = count_tokens(examples, 8, left_out=1, batch_size=2)
     assert count.padding_labels == 8 - 4

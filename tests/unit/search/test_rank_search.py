@@ -25,7 +25,7 @@ from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import validation_loss
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
-TASK = Task("toy", "", "", lambda split, n: PAIRS[:n], lambda said, target: said == target, 2)
+TASK = Task("toy", lambda said, target: said == target, 2)
 CONFIG = TrainConfig(max_steps=4, batch_size=8, lr=5e-3, max_length=128, compute_dtype="fp32",
                      progress=False)
 TRAIN, DEV = PAIRS[:16], PAIRS[16:]
