@@ -51,7 +51,8 @@ TRAINED = {
     "qlora_all_r32": (ALL_LINEAR, 32, QuantSpec(bits=4, group_size=64)),
 }
 ADAPTER = DATA / "tiny-adapter"
-BASE = QuantSpec(bits=4, group_size=64)  # what the adapter was trained on
+BASE = QuantSpec(bits=4, group_size=64)  # what the adapter was trained on,
+STORED = DATA / "tiny-gptq"  # and the base itself, quantized once
 WRONG = ("merged_fp32", "merged_gptq_2bit_row")  # rows whose wrong answers are kept,
 KEPT = 20  # so many of each
 # The merged model, quantized again: (method, spec)
@@ -140,7 +141,7 @@ def fine_tune(name: str, profile: Profile, config: TrainConfig):
 def merged(profile: Profile, adapter: Path):
     """The fine-tuned model with its adapter merged into the dense weights it was trained
     against, and its tokenizer."""
-    model, tokenizer = profile.load(quantize=BASE)
+    model, tokenizer = profile.quantized_base(STORED, BASE)
     load_adapter(model, adapter)
     merge_lora(model, unload=True)
     return model, tokenizer
