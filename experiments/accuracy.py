@@ -34,7 +34,7 @@ from qlora_lib.lora.merge import merge_into_original, merge_lora
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
 from qlora_lib.models.quantize import dequantize_model
 from qlora_lib.quant.grid import QuantSpec
-from qlora_lib.runs.profiles import Profile, load_profile
+from qlora_lib.runs.profiles import TINY, Profile, load_profile
 from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import finetune
 
@@ -51,7 +51,8 @@ TRAINED = {
     "qlora_all_r32": (ALL_LINEAR, 32, QuantSpec(bits=4, group_size=64)),
 }
 ADAPTER = DATA / "tiny-adapter"
-BASE = QuantSpec(bits=4, group_size=64)  # what the adapter was trained on
+BASE = QuantSpec(bits=4, group_size=64)  # what the adapter was trained on,
+STORED = DATA / "tiny-gptq"  # and the base itself, quantized once
 WRONG = ("merged_fp32", "merged_gptq_2bit_row")  # rows whose wrong answers are kept,
 KEPT = 20  # so many of each
 # The merged model, quantized again: (method, spec)
@@ -140,7 +141,8 @@ def fine_tune(name: str, profile: Profile, config: TrainConfig):
 def merged(profile: Profile, adapter: Path):
     """The fine-tuned model with its adapter merged into the dense weights it was trained
     against, and its tokenizer."""
-    model, tokenizer = profile.load(quantize=BASE)
+    stored = STORED if profile.model == str(TINY) else None  # of other weights nothing is kept
+    model, tokenizer = profile.quantized_base(stored, BASE)
     load_adapter(model, adapter)
     merge_lora(model, unload=True)
     return model, tokenizer

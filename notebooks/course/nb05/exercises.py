@@ -221,11 +221,11 @@ register(Exercise(
 
 # --- 3. The reading of a careful grader --------------------------------------------------
 
-TWENTY = [row for row in read_jsonl(DATA / "completions.jsonl") if row.get("show")]
+_TWENTY = [row for row in read_jsonl(DATA / "completions.jsonl") if row.get("show")]
 
 
 def reading(i: int) -> tuple[float | None, float | None]:
-    return _number(TWENTY[i - 1]["strict"]), _number(TWENTY[i - 1]["flexible"])
+    return _number(_TWENTY[i - 1]["strict"]), _number(_TWENTY[i - 1]["flexible"])
 
 
 def _number(label: str | None) -> float | None:
@@ -264,7 +264,7 @@ TAUGHT = ("4", 'strict reads only `#### N` and "The answer is N", the formats th
 CORRECTED = ("4", 'Of several "The answer is N" the last one counts: a correction')
 
 # For each completion, what is often read instead, and the rule that decides.
-MISREAD = {
+_MISREAD = {
     1: {THINKING: [(17, 17), (17, 18)]},
     2: {UNENDED: [(17, 17), (None, 17), (None, 9), (9, 9)]},
     3: {TAUGHT: [(18, 18)], BOXED: [(None, None)]},
@@ -299,9 +299,9 @@ register(Exercise(
     name="reading",
     reference=reading,
     cases=[(lambda g, i=i: (i,), f"completion {i}, {row['kind']}")
-           for i, row in enumerate(TWENTY, 1)],
+           for i, row in enumerate(_TWENTY, 1)],
     mistakes=[(_misreading(i, read), f"{i} is not {read}; rule {section}: \"{words}\"")
-              for i, rules in MISREAD.items()
+              for i, rules in _MISREAD.items()
               for (section, words), reads in rules.items() for read in reads],
 ))
 

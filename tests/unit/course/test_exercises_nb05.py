@@ -8,7 +8,7 @@ from qlora_lib.base.paths import ROOT
 
 POLICY = (ROOT / "docs" / "EXTRACTION.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (\d)\. (.*?)(?=^## |\Z)", POLICY, re.M | re.S))
-RULES = sorted({rule for rules in nb05.MISREAD.values() for rule in rules})
+RULES = sorted({rule for rules in nb05._MISREAD.values() for rule in rules})
 
 
 def plain(text):
@@ -16,8 +16,8 @@ def plain(text):
 
 
 def test_twenty_completions_each_with_what_is_often_misread():
-    assert len(nb05.TWENTY) == 20 and sorted(nb05.MISREAD) == list(range(1, 21))
-    for i, rules in nb05.MISREAD.items():
+    assert len(nb05._TWENTY) == 20 and sorted(nb05._MISREAD) == list(range(1, 21))
+    for i, rules in nb05._MISREAD.items():
         reads = [read for found in rules.values() for read in found]
         assert nb05.reading(i) not in reads and len(set(reads)) == len(reads) >= 2
     assert nb05.reading(15) == (None, 1234.5) and nb05.reading(14) == (-5, -5)
