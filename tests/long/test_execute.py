@@ -135,7 +135,9 @@ def test_run_compares_recorded_numbers_and_says_when_it_does_not(outputs, tmp_pa
     assert "0 as expected, 0 too far off, 2 not compared" in said
 
 
-HANGS = ("import os\nwith open('began', 'w') as file: file.write(str(os.getpid()))",
+# On the stream that the kernel was started with: under pytest ipykernel leaves 2 alone.
+SPEAKS = "import os\nos.write(2, b'of no cell\\n')"
+HANGS = (SPEAKS, "with open('began', 'w') as file: file.write(str(os.getpid()))",
          "import threading\nthreading.Event().wait()")
 
 
@@ -165,9 +167,15 @@ def test_a_killed_run_ends_all_kernels_and_leaves_no_half_file(outputs, tmp_path
     assert list(outputs.rglob("*.ipynb")) == [] or kill == signal.SIGKILL
     if kill != signal.SIGKILL:
         assert list(outputs.iterdir()) == []
-        # A kernel that is ended may have said something first, on the same stream.
-        last = "stopped; nothing runs any more, and what was not finished is gone"
-        assert last in problems.splitlines()
+        assert problems == "stopped; nothing runs any more, and what was not finished is gone\n"
+
+
+def test_what_a_kernel_says_beyond_its_cells_is_shown_if_it_dies(outputs, tmp_path, capfd):
+    lives = save(tmp_path, "01_lives", PARAMETERS, SPEAKS)
+    dies = save(tmp_path, "02_dies", PARAMETERS, SPEAKS, "os._exit(3)")
+    assert books.run([lives, dies], "tiny", {}, jobs=1) == 1
+    said, problems = capfd.readouterr()
+    assert "DeadKernelError" in said and said.count("of no cell") == 1 and problems == ""
 
 
 # --- side by side -------------------------------------------------------------------------
