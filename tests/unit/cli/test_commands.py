@@ -236,7 +236,7 @@ def test_one_folder_for_the_command_line_and_for_python(place, capsys):
     capsys.readouterr()
     assert run("evaluate", *COMMON, *SHORT, "--folder", "mine") == 0
     out = capsys.readouterr().out
-    assert "all 14 linear layers are quantized, NF4Spec" in out and "adapter on 14 layers" in out
+    assert "all 7 linear layers are quantized, NF4Spec" in out and "adapter on 7 layers" in out
 
 
 def test_weights_that_are_nf4_already_are_the_base(place, capsys):
@@ -252,7 +252,7 @@ def test_weights_that_are_nf4_already_are_the_base(place, capsys):
     ids = torch.tensor([[1, 5, 9]])
     assert torch.equal(base(ids).logits, model(ids).logits)
     assert run("evaluate", *argv[:4], *SHORT) == 0
-    assert "adapter on 7 layers" in capsys.readouterr().out
+    assert "adapter on 14 layers" in capsys.readouterr().out
     assert run("quantize", *argv[:4], "--method", "nf4") == 0
     assert "is there, with these settings" in capsys.readouterr().out
 
