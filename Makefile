@@ -117,9 +117,7 @@ run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ##
 	    $(if $(JOBS),--jobs $(JOBS)) $(if $(GRID),--grid) $(NB)
 
 rehearsal: $(READY) ## 04 and 05 as they run LLaMA-2-7B, on a small random model in its folder layout
-	$(PYTHON) -m tests.support.random_llama build/random-llama
-	$(TOOLS) run --profile llama2-7b --parameters \
-	    "weights_from=build/random-llama data_from=data/minigsm steps=6 live_problems=8"
+	$(PYTHON) -m tests.support.rehearsal
 
 test: ## unit tests, long tests, then nbval (after make run-all GRID=1, of what that has executed)
 	$(MAKE) --no-print-directory unit

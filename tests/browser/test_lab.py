@@ -10,7 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from course.tools.copies import fresh_copy_of
-from course.tools.normal_form import dumps, notebooks, read, write
+from course.tools.normal_form import dumps, normal, notebooks, read, write
 from course.tools.side_by_side import longest_first
 from tests.support.needed_cells import needed_cells
 
@@ -126,7 +126,8 @@ def test_it_runs_and_every_control_redraws(opened, keep_picture, lab, path, reco
 def test_a_live_loss_plot_grows(opened, lab):
     cells = ["from course.kit import LossPlot\nplot = LossPlot(every=2)\nplot",
              "for step in range(4):\n    plot({'step': step, 'loss': 1 / (1 + step)})"]
-    write(lab[2] / "live.ipynb", dumps(new_notebook(cells=list(map(new_code_cell, cells)))))
+    book = normal(new_notebook(cells=list(map(new_code_cell, cells))), "live")
+    write(lab[2] / "live.ipynb", dumps(book))
     page = opened("live.ipynb")
     page.run([0])
     image = page.locator("img.widget-image")

@@ -30,6 +30,7 @@ from course.tools.normal_form import (
 )
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import ROOT
+from tests.support.rehearsal import rehearse
 
 
 def book(*cells):
@@ -279,6 +280,23 @@ def test_jobs_are_a_whole_number(wrong, capsys):
     with pytest.raises(SystemExit):
         main(["run", "--jobs", wrong])
     assert "expected a whole number of at least 1" in capsys.readouterr().err
+
+
+PLANS = """\
+from transformers import LlamaConfig, LlamaForCausalLM
+from qlora_lib import fitting_batch
+model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, vocab_size=99,
+                                     num_hidden_layers=1, num_attention_heads=4))
+fitting_batch(model, 100, 64)"""
+
+
+@pytest.mark.parametrize("free, batch", [(10**6, 2), (10**12, 64)])
+def test_a_rehearsal_finds_little_memory_and_asks_for_smaller_batches(
+        outputs, tmp_path, capsys, free, batch):
+    path = save(tmp_path, "04_a", PARAMETERS, PLANS)
+    assert rehearse([path], {}, free) == (batch == 64)
+    assert f"{batch} sequences of 100 tokens at once, of at most 64" in capsys.readouterr().out
+    assert list((tmp_path / "build").rglob("startup/*.py")) == []  # other kernels find it all
 
 
 # --- executed copies ----------------------------------------------------------------------
