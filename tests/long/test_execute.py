@@ -290,7 +290,7 @@ model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, voca
 fitting_batch(model, 100, 64)"""
 
 
-@pytest.mark.parametrize("free, batch", [(10**6, 2), (10**12, 64)])
+@pytest.mark.parametrize("free, batch", [(5 * 10**6, 8), (10**12, 64)])
 def test_a_rehearsal_finds_little_memory_and_asks_for_smaller_batches(
         outputs, tmp_path, capsys, free, batch):
     path = save(tmp_path, "04_a", PARAMETERS, PLANS)
