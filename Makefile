@@ -4,6 +4,8 @@ PY           ?= python3
 VENV         ?= .venv
 PIP_ARGS     ?=
 SYSTEM_TORCH ?=
+# Else every process would compile again what it imports, which kernels and tests do by the dozen.
+unexport PYTHONDONTWRITEBYTECODE
 # Not ?=: what happens to stand in somebody's environment must not change what is run.
 PROFILE      := tiny
 NB           :=
@@ -21,7 +23,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all rehearsal test unit long interop nbval ui pictures store normal solved html \
+.PHONY: help setup run-all rehearsal test unit long lowest newest interop nbval ui pictures store normal solved html \
         student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
@@ -42,6 +44,12 @@ $(PY) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(1)
 @$(1)/bin/python -c 'import pip; v = pip.__version__; exit(tuple(map(int, v.split(".")[:2])) < (23, 1))' \
     || $(1)/bin/python -m pip install --upgrade 'pip>=23.1' \
     || { echo "pip 23.1 or newer is needed in $(1), and it could not be upgraded" >&2; exit 1; }
+endef
+
+# The environment $(1) sees the packages of $(VENV) below its own.
+define put_below
+@$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
 endef
 
 # pip install $(2) into $(1). pip unpacks for minutes without a word: every 10 seconds, how much
@@ -67,8 +75,12 @@ $(READY): requirements.txt pyproject.toml setup.py
 	@echo "[1/4] a new environment"
 	$(call new_venv,$(VENV))
 ifneq ($(SYSTEM_TORCH),)
-	@$(PYTHON) -c 'import torch; v = torch.__version__; exit(tuple(map(int, v.split(".")[:2])) < (2, 11) and "torch %s is too old, 2.11 or newer is needed: make setup without SYSTEM_TORCH" % v)' \
-	    || { echo "SYSTEM_TORCH=1 needs a torch of 2.11 or newer that $(PY) can import" >&2; exit 1; }
+	@$(PYTHON) -c 'import torch; v = torch.__version__; exit(tuple(map(int, v.split(".")[:2])) < (2, 11) and "torch %s is too old." % v)' \
+	    || { echo "SYSTEM_TORCH=1 needs a torch of 2.11 or newer that $(PY) can import. Either" >&2; \
+	         echo "  make setup                              installs torch into $(VENV); this machine's stays as it is" >&2; \
+	         echo "  make setup PIP_ARGS=\"--extra-index-url ...\"   the same, of the index for your driver's CUDA, which" >&2; \
+	         echo "                                          nvidia-smi shows (PyTorch's Get started page has the indexes)" >&2; \
+	         echo "  make setup SYSTEM_TORCH=1 PY=...        takes the torch of another Python of this machine" >&2; exit 1; }
 endif
 	@$(if $(SYSTEM_TORCH),sed -e '/^torch==/d' -e 's/^triton==[^;]*/triton/' requirements.txt,cat requirements.txt) > $(VENV)/requirements.txt
 	@$(if $(SYSTEM_TORCH),$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)',grep '^torch==' requirements.txt) > $(VENV)/torch.txt
@@ -87,10 +99,11 @@ $(PEERS)/.ready: $(READY) tests/requirements-interop.txt
 	@$(PYTHON) -c 'import os, shutil, sysconfig; cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]; exit(shutil.which(cc) is None)' \
 	    || { echo "gptqmodel needs a C compiler, for its pypcre, which has no wheels: install one" >&2; \
 	         echo "(Debian, Ubuntu: apt-get install gcc libpcre2-dev), then make interop" >&2; exit 1; }
-	@echo "Setting up $(PEERS), once: the libraries to compare with, 2 GB on disk."
+	@echo "Setting up $(PEERS), once: the libraries to compare with. What $(VENV) has, it takes from there."
 	$(call new_venv,$(PEERS))
-	@grep -v -e '^numpy==' -e '^triton' $(VENV)/requirements.txt > $(PEERS)/requirements.txt
-	$(call install,$(PEERS),-r $(PEERS)/requirements.txt -r tests/requirements-interop.txt \
+	$(call put_below,$(PEERS))
+	@grep -v -e '^numpy==' -e '^torch==' -e '^triton' $(VENV)/requirements.txt > $(PEERS)/requirements.txt
+	$(call install,$(PEERS),-r tests/requirements-interop.txt -c $(PEERS)/requirements.txt \
 	    -c $(VENV)/torch.txt)
 	$(call install,$(PEERS),--no-deps -e .)
 	@touch $@
@@ -104,9 +117,7 @@ run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ##
 	    $(if $(JOBS),--jobs $(JOBS)) $(if $(GRID),--grid) $(NB)
 
 rehearsal: $(READY) ## 04 and 05 as they run LLaMA-2-7B, on a small random model in its folder layout
-	$(PYTHON) -m tests.support.random_llama build/random-llama
-	$(TOOLS) run --profile llama2-7b --parameters \
-	    "weights_from=build/random-llama data_from=data/minigsm steps=6 live_problems=8"
+	$(PYTHON) -m tests.support.rehearsal
 
 test: ## unit tests, long tests, then nbval (after make run-all GRID=1, of what that has executed)
 	$(MAKE) --no-print-directory unit
@@ -126,6 +137,18 @@ unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
 long: $(READY) ## tests that take long: processes and kernels that are started and killed, a wheel, a record ## python -m pytest -q tests/long
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/long
 
+# Each in an environment of its own beside $(VENV), made anew.
+lowest: ## unit tests with the oldest torch, transformers ... that pyproject.toml allows
+newest: ## unit tests with the newest of all packages
+lowest newest: $(READY)
+	rm -rf $(VENV)-$@
+	$(call new_venv,$(VENV)-$@)
+	@$(PYTHON) -m tests.support.version_bounds $@ > $(VENV)-$@/requirements.txt
+	$(call install,$(VENV)-$@,-r $(VENV)-$@/requirements.txt)
+	$(call install,$(VENV)-$@,--no-deps -e .)
+	@touch $(VENV)-$@/.ready
+	$(MAKE) --no-print-directory unit VENV=$(VENV)-$@
+
 interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop
 	$(PEERS)/bin/python -m pytest -q tests/interop
 
@@ -140,8 +163,10 @@ nbval: $(READY) ## run the notebooks again and compare with their stored outputs
 SELECTED = $(if $(NB),-k "offline $(foreach n,$(NB),or $(n)_)")
 IN_BROWSER = $(SIDE_BY_SIDE) --dist loadgroup --no-loadscope-reorder tests/browser $(SELECTED)
 
+# EXECUTED=1 runs of a notebook that make run-all GRID=1 has executed only those cells that its
+# pictures with controls need, under the conditions of nbval.
 ui: $(VENV)/.browser ## run the notebooks in JupyterLab in a browser, move every control ## python -m pip install -r tests/browser/requirements.txt; python -m pytest tests/browser
-	$(IN_BROWSER)
+	$(IN_BROWSER) $(if $(EXECUTED),--executed)
 
 pictures: $(VENV)/.browser ## the same, and take the pictures of the README ## python -m pytest tests/browser --pictures docs/pictures
 	$(IN_BROWSER) --pictures docs/pictures

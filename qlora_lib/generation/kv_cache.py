@@ -135,6 +135,7 @@ class PackedLayer(DynamicLayer):
         return self.is_initialized and self.keys.dim() == 4  # before the first update: (0,)
 
     def reset(self) -> None:
+        self.keys, self.values, self.is_initialized = None, None, False  # older ones zero them
         super().reset()
         self.old_keys, self.old_values, self.stored = None, None, 0
 

@@ -33,10 +33,18 @@ LAB_FLAGS = ["--no-browser", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retri
              "jupyterlab.handlers.announcements.NeverCheckForUpdate"]
 IDLE = ("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status "
         "=== 'idle'")
-RUN_ALL = """() => {
+# The code cells of these indexes, or all cells where there are none.
+RUN = """indexes => {
     window.courseRan = ''
     window.jupyterapp.shell.collapseLeft()
-    window.jupyterapp.commands.execute('notebook:run-all-cells')
+    const notebook = window.jupyterapp.shell.currentWidget.content
+    const code = notebook.widgets.filter(cell => cell.model.type === 'code')
+    if (indexes) {
+        notebook.deselectAll()
+        notebook.activeCellIndex = notebook.widgets.indexOf(code[indexes[0]])
+        indexes.forEach(index => notebook.select(code[index]))
+    }
+    window.jupyterapp.commands.execute(indexes ? 'notebook:run-cell' : 'notebook:run-all-cells')
         .then(() => window.courseRan = 'to its end', error => window.courseRan = String(error))
 }"""
 
@@ -55,7 +63,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    """(address, token) of a JupyterLab with copies of the notebooks; nothing is written elsewhere."""
+    """(address, token, folder) of a JupyterLab with copies of the notebooks in the folder; nothing
+    is written elsewhere."""
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, home / "notebooks", ignore=shutil.ignore_patterns(".*"))
     for plugin, value in SETTINGS.items():
@@ -83,7 +92,7 @@ def lab(tmp_path_factory):
         while not _answers(f"{address}/api/status?token={token}"):
             assert server.poll() is None and time.monotonic() < end, (home / "log").read_text()
             time.sleep(0.2)
-        yield address, token
+        yield address, token, home / "notebooks"
     finally:
         server.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -133,19 +142,23 @@ def tab(browser):
 
 @pytest.fixture
 def opened(lab, tab):
-    """opened(name): the tab with that notebook open in JupyterLab and run from top to bottom."""
-    address, token = lab
+    """opened(name): the tab with that notebook open in JupyterLab. Its .run(indexes) runs these of
+    the code cells, from top to bottom; all cells if none are given."""
+    address, token, _ = lab
 
-    def run(name):
+    def run(indexes=None):
+        tab.evaluate(RUN, indexes)
+        tab.wait_for_function("window.courseRan", timeout=2 * CELL_SECONDS * 1000, polling=250)
+        assert tab.evaluate("window.courseRan") == "to its end"
+
+    def open_(name):
         tab.goto(f"{address}/lab/tree/{name}?token={token}&reset")
         tab.wait_for_selector(".jp-NotebookPanel:visible .jp-Cell")
         tab.wait_for_function(IDLE)
-        tab.evaluate(RUN_ALL)
-        tab.wait_for_function("window.courseRan", timeout=2 * CELL_SECONDS * 1000, polling=250)
-        assert tab.evaluate("window.courseRan") == "to its end"
+        tab.run = run
         return tab
 
-    yield run
+    yield open_
     tab.evaluate("window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()")
 
 

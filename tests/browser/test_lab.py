@@ -1,11 +1,20 @@
-"""Every notebook in JupyterLab: it runs, and every control of every SliderPlot moves its picture."""
+"""Every notebook in JupyterLab: it runs, and every control of every SliderPlot moves its picture.
+
+With --executed, of a notebook that `make run-all` has just run only those cells are run that its
+SliderPlots need; but the shortest always runs whole.
+"""
 import time
 from urllib.parse import urlsplit
 
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
-from course.tools.normal_form import notebooks, read
+from course.tools.copies import fresh_copy_of
+from course.tools.normal_form import dumps, normal, notebooks, read, write
 from course.tools.side_by_side import longest_first
+from tests.support.needed_cells import needed_cells
+
+PATHS = longest_first(notebooks())
 
 PIXELS = """image => {
     const canvas = document.createElement('canvas')
@@ -71,15 +80,25 @@ def redraws(control, image, page) -> bool:
     return False
 
 
-@pytest.mark.parametrize("path", longest_first(notebooks()), ids=lambda path: path.stem)
-def test_it_runs_and_every_control_redraws(opened, keep_picture, lab, path, record_property):
+def to_run(path, cells, executed):
+    """Indexes of the code cells to run."""
+    if not executed or path == PATHS[-1] or not fresh_copy_of(path):
+        return list(range(len(cells)))
+    sources = [cell.source for cell in cells]
+    return needed_cells(sources, [i for i, s in enumerate(sources) if "SliderPlot(" in s])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_runs_and_every_control_redraws(opened, keep_picture, lab, path, record_property, request):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    chosen = to_run(path, cells, request.config.getoption("executed"))
     start = time.monotonic()
     page = opened(path.name)
+    page.run(chosen if len(chosen) < len(cells) else None)
     ran = time.monotonic() - start
     no_error(page)
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
-    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
-    assert prompts == [f"[{n}]:" for n in range(1, len(cells) + 1)]
+    assert [prompts[i] for i in chosen] == [f"[{n}]:" for n in range(1, len(chosen) + 1)]
     plots = page.locator(".widget-vbox", has=page.locator("img.widget-image"))
     assert plots.count() == sum(cell.source.count("SliderPlot(") for cell in cells)
     moved = 0
@@ -100,4 +119,20 @@ def test_it_runs_and_every_control_redraws(opened, keep_picture, lab, path, reco
     assert hosts == {urlsplit(lab[0]).netloc}, "something was asked of another host"
     assert page.raised == []
     record_property("said", f"{path.stem}: {plots.count()} pictures, {moved} controls moved; "
-                    f"ran in {ran:.0f} s, {time.monotonic() - start:.0f} s in all")
+                    f"{len(chosen)} of {len(cells)} cells ran in {ran:.0f} s, "
+                    f"{time.monotonic() - start:.0f} s in all")
+
+
+def test_a_live_loss_plot_grows(opened, lab):
+    cells = ["from course.kit import LossPlot\nplot = LossPlot(every=2)\nplot",
+             "for step in range(4):\n    plot({'step': step, 'loss': 1 / (1 + step)})"]
+    book = normal(new_notebook(cells=list(map(new_code_cell, cells))), "live")
+    write(lab[2] / "live.ipynb", dumps(book))
+    page = opened("live.ipynb")
+    page.run([0])
+    image = page.locator("img.widget-image")
+    image.evaluate("image => image.decode()")
+    before = image.evaluate(PIXELS)
+    page.run([1])
+    page.wait_for_function(CHANGED, arg=[image.element_handle(), before])
+    no_error(page)

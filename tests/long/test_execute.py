@@ -30,6 +30,7 @@ from course.tools.normal_form import (
 )
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import ROOT
+from tests.support.rehearsal import rehearse
 
 
 def book(*cells):
@@ -135,7 +136,9 @@ def test_run_compares_recorded_numbers_and_says_when_it_does_not(outputs, tmp_pa
     assert "0 as expected, 0 too far off, 2 not compared" in said
 
 
-HANGS = ("import os\nwith open('began', 'w') as file: file.write(str(os.getpid()))",
+# On the stream that the kernel was started with: under pytest ipykernel leaves 2 alone.
+SPEAKS = "import os\nos.write(2, b'of no cell\\n')"
+HANGS = (SPEAKS, "with open('began', 'w') as file: file.write(str(os.getpid()))",
          "import threading\nthreading.Event().wait()")
 
 
@@ -165,9 +168,15 @@ def test_a_killed_run_ends_all_kernels_and_leaves_no_half_file(outputs, tmp_path
     assert list(outputs.rglob("*.ipynb")) == [] or kill == signal.SIGKILL
     if kill != signal.SIGKILL:
         assert list(outputs.iterdir()) == []
-        # A kernel that is ended may have said something first, on the same stream.
-        last = "stopped; nothing runs any more, and what was not finished is gone"
-        assert last in problems.splitlines()
+        assert problems == "stopped; nothing runs any more, and what was not finished is gone\n"
+
+
+def test_what_a_kernel_says_beyond_its_cells_is_shown_if_it_dies(outputs, tmp_path, capfd):
+    lives = save(tmp_path, "01_lives", PARAMETERS, SPEAKS)
+    dies = save(tmp_path, "02_dies", PARAMETERS, SPEAKS, "os._exit(3)")
+    assert books.run([lives, dies], "tiny", {}, jobs=1) == 1
+    said, problems = capfd.readouterr()
+    assert "DeadKernelError" in said and said.count("of no cell") == 1 and problems == ""
 
 
 # --- side by side -------------------------------------------------------------------------
@@ -271,6 +280,23 @@ def test_jobs_are_a_whole_number(wrong, capsys):
     with pytest.raises(SystemExit):
         main(["run", "--jobs", wrong])
     assert "expected a whole number of at least 1" in capsys.readouterr().err
+
+
+PLANS = """\
+from transformers import LlamaConfig, LlamaForCausalLM
+from qlora_lib import fitting_batch
+model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, vocab_size=99,
+                                     num_hidden_layers=1, num_attention_heads=4))
+fitting_batch(model, 100, 64)"""
+
+
+@pytest.mark.parametrize("free, batch", [(5 * 10**6, 8), (10**12, 64)])
+def test_a_rehearsal_finds_little_memory_and_asks_for_smaller_batches(
+        outputs, tmp_path, capsys, free, batch):
+    path = save(tmp_path, "04_a", PARAMETERS, PLANS)
+    assert rehearse([path], {}, free) == (batch == 64)
+    assert f"{batch} sequences of 100 tokens at once, of at most 64" in capsys.readouterr().out
+    assert list((tmp_path / "build").rglob("startup/*.py")) == []  # other kernels find it all
 
 
 # --- executed copies ----------------------------------------------------------------------

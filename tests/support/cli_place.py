@@ -10,10 +10,10 @@ from tests.support.small_models import small_model, small_tokenizer
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty working directory with a model and 12 problems a split."""
+    """An empty working directory with a model of one block and 12 problems a split."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MODEL", raising=False)
-    small_model().save_pretrained("model")
+    small_model(layers=1).save_pretrained("model")
     small_tokenizer().save_pretrained("model")
     (tmp_path / "data").mkdir()
     for k, split in enumerate(("train", "dev", "test")):

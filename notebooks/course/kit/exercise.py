@@ -268,11 +268,13 @@ def _diagnosis(exercise: Exercise, results: list[Result], case: int) -> str:
     of the mistake which does the same in the failing case and in the most others."""
     best, guess = 0, ""
     for wrong, message in exercise.mistakes:
+        if not _alike(exercise, results[case - 1], _run(exercise, wrong, case)):
+            continue
         same = [_alike(exercise, got, _run(exercise, wrong, n))
                 for n, got in enumerate(results, 1)]
         if all(same):
             return f"diagnosis: {message}"
-        if same[case - 1] and sum(same) > best:
+        if sum(same) > best:
             best, guess = sum(same), f"perhaps: {message}"
     return guess
 

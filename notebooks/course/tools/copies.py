@@ -25,11 +25,12 @@ def execute(path: Path, out: Path, scratch: Path, parameters: dict[str, Any], ti
     import papermill
 
     part, failed = scratch / path.name, out.with_suffix(".failed.ipynb")
+    said = scratch / f"{path.stem}.stderr"
     try:
         book = papermill.execute_notebook(
             str(path), str(part), parameters=parameters, kernel_name="python3",
             cwd=str(path.parent), progress_bar=False, execution_timeout=timeout,
-            start_timeout=120)
+            start_timeout=120, kernel_manager_class=_manager(said))
         code = [(i, c) for i, c in enumerate(book.cells)
                 if c.cell_type == "code" and c.source.strip()]
         if unrun := [i for i, c in code if c.execution_count is None]:
@@ -42,12 +43,28 @@ def execute(path: Path, out: Path, scratch: Path, parameters: dict[str, Any], ti
         out.unlink(missing_ok=True)
         if hasattr(error, "ename"):  # papermill's own, which knows the cell
             return f"cell {error.cell_index}: {error.ename}: {error.evalue}"
-        return f"{type(error).__name__}: {error}"
+        last = said.read_text(encoding="utf-8", errors="replace").splitlines()[-10:]
+        return "\n".join([f"{type(error).__name__}: {error}", *last])
     book.metadata.course = made_from
     write(part, dumps(book))
     os.replace(part, out)
     failed.unlink(missing_ok=True)
     return None
+
+
+def _manager(said: Path):
+    """The class of kernels that write to the file `said` what belongs to no cell: what they say
+    when they start, crash or are ended. On our own stderr it would stand among our messages."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    said.touch()
+
+    class Manager(AsyncKernelManager):
+        async def start_kernel(self, **options):
+            with open(said, "ab") as stderr:
+                await super().start_kernel(stderr=stderr, **options)
+
+    return Manager
 
 
 def fingerprint(path: Path, root: Path = ROOT) -> str:

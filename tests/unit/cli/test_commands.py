@@ -16,14 +16,14 @@ def test_finetune_evaluate_generate(place, capsys):
     assert run("finetune", *FAST) == 0
     out = capsys.readouterr().out
     assert "quantizing model with gptq" in out and "bits a weight" in out
-    assert "on 14 layers" in out and "fp32" in out and "12 examples, 4 x 1 a step" in out
+    assert "on 7 layers" in out and "fp32" in out and "12 examples, 4 x 1 a step" in out
     folder = place / "checkpoints" / "tiny"
     assert {p.name for p in folder.iterdir()} == {"base", "adapter", "training", "run.json"}
     assert len((folder / "training" / "metrics.jsonl").read_text().splitlines()) == 2
 
     assert run("evaluate", *COMMON, "--max-new-tokens", "8") == 0
     out = capsys.readouterr().out
-    assert "all 14 linear layers are quantized" in out and "adapter on 14 layers" in out
+    assert "all 7 linear layers are quantized" in out and "adapter on 7 layers" in out
     assert out.count("   gold ") == 12 and "12 questions" in out and "95% interval" in out
     report = json.loads((place / "outputs/tiny/eval/report.json").read_text())
     assert report["n"] == 12 and report["info"]["compute_dtype"] == "fp32"
@@ -80,7 +80,7 @@ def test_evaluate_goes_on_compares_and_refuses_other_settings(place, capsys):
     assert run("evaluate", *argv) == 0  # answers are kept: nothing is asked
     assert "   gold " not in capsys.readouterr().out
     assert (own / "predictions.jsonl").read_text() == first
-    small_model(seed=1).save_pretrained("model")
+    small_model(seed=1, layers=1).save_pretrained("model")
     assert run("evaluate", *argv) == 2
     assert "weights was" in capsys.readouterr().err
     assert run("evaluate", *argv, "--out", "b", "--compare", str(own)) == 0
@@ -109,7 +109,7 @@ def test_base_is_reused_only_if_made_the_same_way(place, capsys):
     assert quantizes("--method", "rtn", "--bits", "3")
     assert quantizes("--method", "nf4")
     assert not quantizes("--method", "nf4")
-    small_model(seed=1).save_pretrained("model")
+    small_model(seed=1, layers=1).save_pretrained("model")
     assert quantizes("--method", "nf4")
 
 
@@ -189,7 +189,7 @@ def test_training_on_a_file_of_ones_own(place, capsys):
 
 def test_a_dense_run_is_not_taken_for_a_quantized_one(place, capsys):
     assert run("finetune", *FAST, "--method", "none", "--targets", "q_proj,v_proj") == 0
-    assert "on 4 layers" in capsys.readouterr().out
+    assert "on 2 layers" in capsys.readouterr().out
     assert run("evaluate", *COMMON) == 2
     assert "its layers are not quantized" in capsys.readouterr().err
     assert run("evaluate", *COMMON, "--dense", "--limit", "2", "--max-new-tokens", "2") == 0
@@ -211,8 +211,8 @@ def test_an_adapter_that_starts_from_its_base(place, capsys, method, init, targe
     dense = ["--dense"] if method == "none" else []
     assert run("evaluate", *COMMON, *dense, "--limit", "2", "--max-new-tokens", "2") == 0
     out = capsys.readouterr().out
-    assert f"adapter on {14 if targets == 'all' else 8} layers" in out
-    assert dense or "all 14 linear layers are quantized" in out  # those without adapters too
+    assert f"adapter on {7 if targets == 'all' else 4} layers" in out
+    assert dense or "all 7 linear layers are quantized" in out  # those without adapters too
     if not dense:  # another base in its place: refused
         assert run("quantize", *COMMON, "--method", method) == 0
         assert run("evaluate", *COMMON, "--limit", "2") == 2
@@ -236,7 +236,7 @@ def test_one_folder_for_the_command_line_and_for_python(place, capsys):
     capsys.readouterr()
     assert run("evaluate", *COMMON, *SHORT, "--folder", "mine") == 0
     out = capsys.readouterr().out
-    assert "all 14 linear layers are quantized, NF4Spec" in out and "adapter on 14 layers" in out
+    assert "all 7 linear layers are quantized, NF4Spec" in out and "adapter on 7 layers" in out
 
 
 def test_weights_that_are_nf4_already_are_the_base(place, capsys):
@@ -294,7 +294,7 @@ def test_experiments_store_rows_and_do_not_measure_them_again(place, capsys, sho
     assert "base_statement: is there" in capsys.readouterr().out
     table = json.loads((place / "table.json").read_text())
     assert list(table) == ["base_bare_question", "base_statement", "qlora_attention_r16"]
-    small_model(seed=1).save_pretrained("model")  # other weights: old rows are not theirs
+    small_model(seed=1, layers=1).save_pretrained("model")  # other weights: old rows are not theirs
     main([*argv, "--rows", "base_statement"])
     assert "is there" not in capsys.readouterr().out
     assert len(TRAINED) == 5

@@ -45,7 +45,7 @@ def test_export_of_the_base_and_of_the_merged_model(place, capsys):
     for method in ("rtn", "gptq"):
         assert run("export", *COMMON, "--merge", method) == 0
         out = capsys.readouterr().out
-        assert f"merged into 14 layers by {method}; rounding error" in out
+        assert f"merged into 7 layers by {method}; rounding error" in out
         assert served(out) == ["vllm", "serve", f"{run_folder}/gptq-merged", "--dtype", "float16"]
         assert not same_logits(f"{run_folder}/gptq-merged", base)
         if method == "rtn":

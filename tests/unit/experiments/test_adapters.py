@@ -17,7 +17,6 @@ from experiments.adapters import (
     load_four,
     main,
     read_epochs,
-    searched,
     step_memory,
     stored,
 )
@@ -25,7 +24,7 @@ from qlora_lib.base.statistics import wilson
 from qlora_lib.data.tokens import collate, encode_example, pad_id
 from qlora_lib.lora.inject import inject_lora, trainable_parameters
 from qlora_lib.runs.profiles import load_profile
-from qlora_lib.search.rank_search import Search, Trial, rank_search
+from qlora_lib.search.rank_search import rank_search
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
 
@@ -79,16 +78,6 @@ def test_the_epochs_are_whole_and_counted_in_steps():
     seeds = [stored("epochs")[f"lora all r=8 epochs=1 examples=64 seed={i}"] for i in (0, 1)]
     for key in ("dev_loss", "train_loss"):
         assert table[64][1][key] == pytest.approx((seeds[0][key] + seeds[1][key]) / 2)
-
-
-def test_a_stored_point_of_the_epochs_is_measured_again():
-    """64 examples once, eight steps: the losses with and without them."""
-    trial, (args, _) = Trial(rank=8, epochs=1, examples=64), searched(RESULTS, "epochs")
-    recorded = stored("epochs")[str(trial)]
-    now = Search(*args, SHORT).run(trial, ask=False)
-    assert now["steps"] == recorded["steps"] == 8 and now["parameters"] == recorded["parameters"]
-    for key in ("dev_loss", "train_loss"):  # 1 or 2 threads: equal; other kernels: 3e-7 apart
-        assert now[key] == pytest.approx(recorded[key], rel=1e-4)
 
 
 def test_the_bundled_adapters_fit_the_bundled_base_and_are_small():

@@ -1,6 +1,7 @@
 """The experiments with SmolLM2, run on the bundled model."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -54,9 +55,10 @@ def test_a_row_measures_a_copy_and_fewer_bits_cost_more(setting, monkeypatch):
         monkeypatch.setattr(experiments, name, value)
     before, dense = {name: t.clone() for name, t in model.state_dict().items()}, {}
     for name in ("fp32", "rtn_2bit_row", "gptq_4bit_64"):
-        dense[name] = experiments.width(
-            model, tokenizer, profile, folder, experiments.WIDTHS[name]
-        )
+        how = experiments.WIDTHS[name]
+        if name.startswith("gptq"):  # a search for its ranges would take as long as all else
+            how = how[0], replace(how[1], clip_search=False), how[2]
+        dense[name] = experiments.width(model, tokenizer, profile, folder, how)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     full, two, four = (dense[n]["gsm8k_solutions"] for n in dense)
     assert math.isfinite(two) and two > 1.2 * full and abs(four / full - 1) < 0.1

@@ -1,9 +1,6 @@
-"""The Triton kernels: in Triton's interpreter on a CPU, compiled for an H100 that need not be
-there, and on a GPU where there is one. And who chooses them."""
+"""The Triton kernels: in Triton's interpreter on a CPU, and on a GPU where there is one. And who
+chooses them. (tests/long compiles them for an H100.)"""
 
-import json
-import os
-import subprocess
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -27,20 +24,8 @@ from tests.support.triton_cases import CASES
 # fp32: sums in another order. 16 bits: what is stored is rounded, by half a unit in the last
 # place, or a whole one where it is truncated; decoded weights too, in the gradient.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-3}
-CACHE = str(ROOT / "build" / "triton")  # what was compiled, for the next run
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has no wheel here")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-def in_a_process(interpret: int, *args: str):
-    """What the script of the cases prints; Triton reads the variable when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.triton_cases", *args], cwd=ROOT, text=True,
-        env=os.environ | {"TRITON_INTERPRET": str(interpret), "TRITON_CACHE_DIR": CACHE},
-        capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +34,7 @@ def interpreted():
 
     if triton_kernels.INTERPRETED:  # here too, without a GPU
         return {case: triton_cases.error(triton_kernels, case) for case in CASES}
-    return dict(zip(CASES, in_a_process(1), strict=True))
+    return dict(zip(CASES, triton_cases.in_a_process(1), strict=True))
 
 
 @needs_triton
@@ -66,14 +51,6 @@ def test_compiled_products_are_those_of_the_dequantized_weight(case):
     from qlora_lib.layers import triton_kernels
 
     assert max(triton_cases.error(triton_kernels, case, "cuda")) < TOLERANCE[case[-1]]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler has wheels for Linux")
-@needs_triton
-def test_the_kernels_compile_for_an_h100_without_one():
-    made = in_a_process(0, "sm90")
-    assert {name for name, how in made.items() if how["tensor cores"]} == {"_matrix", "_backward"}
-    assert all(how["shared"] < 227 * 1024 and how["bytes"] for how in made.values())
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -32,8 +33,10 @@ def module_name(path: Path) -> str:
 FILES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports(name: str, path: Path) -> tuple[set[str], set[str]]:
+@cache
+def imports(name: str) -> tuple[set[str], set[str]]:
     """Modules of this package that a file imports, inside functions too; and all others."""
+    path = FILES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     package = [part for part in package if part]
     inside, outside = set(), set()
@@ -64,17 +67,14 @@ def imports(name: str, path: Path) -> tuple[set[str], set[str]]:
     return inside - {name}, outside
 
 
-GRAPH = {name: imports(name, path) for name, path in FILES.items()}
-
-
 def folder(name: str) -> str:
     return name.partition(".")[0]
 
 
 def test_the_reader_of_imports_reads_this_package():
-    assert {"quant.grid", "quant.hessian"} <= GRAPH["quant.gptq"][0]
-    assert "torch" in GRAPH["quant.grid"][1]
-    assert "transformers" in GRAPH["models.load"][1]  # in a function
+    assert {"quant.grid", "quant.hessian"} <= imports("quant.gptq")[0]
+    assert "torch" in imports("quant.grid")[1]
+    assert "transformers" in imports("models.load")[1]  # in a function
 
 
 def test_each_file_stands_in_a_folder_of_the_order():
@@ -86,14 +86,14 @@ def test_each_file_stands_in_a_folder_of_the_order():
 @pytest.mark.parametrize("name", [name for name in FILES if "." in name])
 def test_imports_go_down_only(name):
     # The package itself has the version, and gives names lazily: no file needs a folder above.
-    there = {folder(other) for other in GRAPH[name][0] if other} - {folder(name)}
+    there = {folder(other) for other in imports(name)[0] if other} - {folder(name)}
     upward = {other for other in there if ORDER.index(other) > ORDER.index(folder(name))}
     assert not upward, f"{name} imports from {upward}, which stand above {folder(name)}"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_library_knows_nothing_of_the_course(name):
-    assert not GRAPH[name][1] & ABOVE
+    assert not imports(name)[1] & ABOVE
 
 
 def test_there_are_no_cycles():
@@ -104,7 +104,7 @@ def test_there_are_no_cycles():
         if name in done:
             return
         path.append(name)
-        for other in sorted(GRAPH[name][0] & set(FILES) - {""}):
+        for other in sorted(imports(name)[0] & set(FILES) - {""}):
             visit(other)
         path.pop()
         done.add(name)
@@ -115,12 +115,12 @@ def test_there_are_no_cycles():
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_work_is_done_by_hand(name):
-    assert not GRAPH[name][1] & PEERS, "quantization and LoRA libraries are for tests alone"
+    assert not imports(name)[1] & PEERS, "quantization and LoRA libraries are for tests alone"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_pickle(name):
-    assert not GRAPH[name][1] & {"pickle", "cloudpickle", "dill", "joblib"}
+    assert not imports(name)[1] & {"pickle", "cloudpickle", "dill", "joblib"}
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}

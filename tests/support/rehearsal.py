@@ -1,0 +1,55 @@
+"""A rehearsal of the LLaMA-2-7B run: notebooks 04 and 05 on a small random model in its folder
+layout, in kernels that find only FREE bytes of memory, so that what decodes takes fewer sequences
+at a time than it would like: `python -m tests.support.rehearsal`. Returns 1 if a notebook fails,
+or if one takes as many as ever.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from course.tools import execute
+from qlora_lib.base.paths import DATA
+from tests.support import random_llama
+
+FREE = 64_000_000  # the small model trains in less; 50 of its sequences take more
+# IPython runs it before the first cell.
+STARTUP = """
+import json
+from qlora_lib.train import measure, memory
+
+def fitting_batch(model, tokens, most, *args, real=memory.fitting_batch, **given):
+    chosen = real(model, tokens, most, *args, **given)
+    with open({log!r}, "a") as file:
+        file.write(json.dumps([tokens, most, chosen]) + "\\n")
+    return chosen
+
+memory.fitting_batch = fitting_batch
+measure.available_memory = memory.available_memory = lambda device: {free}
+"""
+
+
+def rehearse(names: list[str], parameters: dict, free: int = FREE) -> int:
+    """Run the notebooks as `course.tools run --profile llama2-7b` does; returns its exit code."""
+    startup = execute.BUILD / "ipython" / "profile_default" / "startup" / "little_memory.py"
+    startup.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "batches.jsonl"
+        startup.write_text(STARTUP.format(log=str(log), free=free), encoding="utf-8")
+        try:
+            failed = execute.run(names, "llama2-7b", parameters)
+        finally:
+            startup.unlink()
+        chosen = list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+    for tokens, most, batch in chosen:
+        print(f"with {free / 1e6:g} MB free: {batch} sequences of {tokens} tokens at once, "
+              f"of at most {most}")  # fmt: skip
+    return int(failed or not chosen or any(batch == most for _, most, batch in chosen))
+
+
+if __name__ == "__main__":
+    model = execute.BUILD / "random-llama"
+    random_llama.make(model)
+    sys.exit(rehearse([], {"weights_from": str(model), "data_from": str(DATA / "minigsm"),
+                           "steps": 6, "live_problems": 8}))  # fmt: skip
