@@ -21,7 +21,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all rehearsal test unit long interop nbval ui pictures store normal solved html \
+.PHONY: help setup run-all rehearsal test unit long families interop nbval ui pictures store normal solved html \
         student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
@@ -125,6 +125,9 @@ unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
 
 long: $(READY) ## tests that take long: processes and kernels that are started and killed, a wheel, a record ## python -m pytest -q tests/long
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/long
+
+families: $(READY) ## every family of models that transformers knows, small, from folder to export ## python -m pytest -q tests/families
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/families
 
 interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop
 	$(PEERS)/bin/python -m pytest -q tests/interop
