@@ -23,7 +23,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all rehearsal test unit long lowest newest interop nbval ui pictures store normal solved html \
+.PHONY: help setup run-all rehearsal test unit long families lowest newest interop nbval ui pictures store normal solved html \
         student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
@@ -136,6 +136,9 @@ unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
 
 long: $(READY) ## tests that take long: processes and kernels that are started and killed, a wheel, a record ## python -m pytest -q tests/long
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/long
+
+families: $(READY) ## every family of models that transformers knows, small, from folder to export ## python -m pytest -q tests/families
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/families
 
 # Each in an environment of its own beside $(VENV), made anew.
 lowest: ## unit tests with the oldest torch, transformers ... that pyproject.toml allows

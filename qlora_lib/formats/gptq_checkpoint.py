@@ -7,30 +7,20 @@ all other tensors under their own names; tokenizer and generation settings.
 
 import re
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.files import atomic_folder, read_json, write_json_atomic
 from ..layers.blocks import decoder_blocks
 from ..layers.linear import QuantizedLinear, check_scales_are_frozen
 from ..lora.layer import lora_layers
-from ..models.checkpoint import (
-    INDEX,
-    base_state,
-    config_of,
-    empty_model,
-    fill,
-    put_packed,
-    read_weights,
-    save_generation_config,
-    tokenizer_of,
-)
+from ..models.checkpoint import base_state, load_packed, read_weights, save_settings
 from ..models.quantize import quantized_layers
 from ..quant.grid import CLIP_NORM, QuantSpec
 from ..quant.packing import BITS
-from .gptq_layout import FORMATS, check_shape, from_gptq, to_gptq
+from .gptq_layout import FORMATS, from_gptq, to_gptq
 
 # A copy of the quantization_config, which older readers want. Only GPTQ checkpoints have it,
 # so an export over another model's folder is refused.
@@ -46,14 +36,14 @@ def export_gptq(
 ) -> None:
     """Write a model with QuantizedLinear layers as a GPTQ checkpoint, complete in its folder.
 
-    checkpoint_format: "gptq_v2", or "gptq" for readers that know v1 alone. Every dequantized
-    weight is the same to the bit in both. v1 has no code for a zero-point of 0: such a group
-    is written one code higher, and refused where it already uses the highest. Weights above
-    max_shard_size (bytes, or "5GB") are split into files with an index. Layers that are not
-    quantized are stored in their own dtype.
+    checkpoint_format: "gptq_v2", or "gptq" for readers that know v1 alone; the weights are the
+    same to the bit in both (gptq_layout.py). Weights above max_shard_size (bytes, or "5GB") are
+    split into files with an index. Layers that are not quantized keep their dtype.
     Raises ValueError, naming the layer, for adapters, NF4, mixed specs, shapes that are no
     multiples of 32, v1 zero-points that can't be stored, and a folder with other files.
     """
+    from huggingface_hub import save_torch_state_dict
+
     if checkpoint_format not in FORMATS:
         raise ValueError(f"checkpoint_format={checkpoint_format!r} must be one of {FORMATS}")
     layers = _exportable(model)
@@ -65,17 +55,17 @@ def export_gptq(
             tensors["bias"] = layer.bias.cpu()
         state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
 
-    config = config_of(model, state)
-    config.architectures = [type(model).__name__]
-    config.dtype = next(model.parameters()).dtype
-    config.quantization_config = _describe(model, layers, checkpoint_format)
+    config = {
+        "architectures": [type(model).__name__],
+        "dtype": next(model.parameters()).dtype,
+        "quantization_config": _describe(model, layers, checkpoint_format),
+    }
     with atomic_folder(folder, MARKER) as scratch:
-        _save_shards(state, scratch, max_shard_size)
-        config.save_pretrained(scratch)
-        save_generation_config(model, scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        write_json_atomic(scratch / MARKER, config.quantization_config)
+        # transformers asks for this entry of the header
+        metadata = {"format": "pt"}
+        save_torch_state_dict(state, scratch, max_shard_size=max_shard_size, metadata=metadata)
+        save_settings(model, tokenizer, state, scratch, **config)
+        write_json_atomic(scratch / MARKER, config["quantization_config"])
 
 
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -91,20 +81,16 @@ def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
         raise ValueError("no layer is quantized; call quantize_model first")
     check_scales_are_frozen(layers)
     first, spec = next((path, layer.spec) for path, layer in layers.items())
+    grid = attrgetter("bits", "group_size", "symmetric")
     for path, layer in layers.items():
         if not isinstance(layer.spec, QuantSpec):
             raise ValueError(
                 f"{path} is NF4, and GPTQ checkpoints hold integer grids: quantize the dense "
                 "model with a QuantSpec, or keep this one with save_quantized"
             )
-        if _grid(layer.spec) != _grid(spec):
+        if grid(layer.spec) != grid(spec):
             raise ValueError(f"one checkpoint has one spec: {first} {spec}, {path} {layer.spec}")
-        check_shape(path, layer.in_features, layer.out_features)
     return layers
-
-
-def _grid(spec: QuantSpec) -> tuple:
-    return spec.bits, spec.group_size, spec.symmetric
 
 
 def _describe(model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_format: str) -> dict:
@@ -129,53 +115,41 @@ def _describe(model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_f
         },
     }
     prefix, blocks = decoder_blocks(model)
-    names = {p: re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", p) for p in layers}
-    for path, match in names.items():
+    suffixes = []
+    for path in layers:
+        match = re.fullmatch(rf"{re.escape(prefix)}\.\d+\.(.+)", path)
         if not match:
             raise ValueError(f"{path} lies outside the decoder blocks {prefix}; leave it dense")
-    suffixes = list(dict.fromkeys(match[2] for match in names.values()))
-    for i in range(len(blocks)):
-        for suffix in suffixes:
-            if f"{prefix}.{i}.{suffix}" not in layers:
-                raise ValueError(f"{prefix}.{i}.{suffix} is dense, in other blocks it is quantized")
-    dense = {n for n, m in blocks[0].named_modules() if isinstance(m, nn.Linear)}
+        suffixes += [match[1]] if match[1] not in suffixes else []
+    dense = {  # what stands behind a block's number, and one of these paths
+        name: f"{prefix}.{i}.{name}"
+        for i, block in enumerate(blocks)
+        for name, m in block.named_modules() if isinstance(m, nn.Linear)
+    }  # fmt: skip
+    for suffix in filter(dense.get, suffixes):
+        raise ValueError(f"{dense[suffix]} is dense, in other blocks it is quantized")
     if dense:  # the two ways of readers to say that not all layers of a block are packed
         described["modules_in_block_to_quantize"] = [suffixes]
         described["dynamic"] = {rf"-:.*\.{re.escape(name)}$": {} for name in sorted(dense)}
     return described
 
 
-def _save_shards(state: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
-        # transformers asks for this entry of the header
-        save_file({n: state[n] for n in names}, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json_atomic(folder / INDEX, index)
-
-
 def import_gptq(folder: Path | str, device=None, compute_dtype: str = "auto"):
     """Read a GPTQ checkpoint, v1 or v2, one file or sharded, into QuantizedLinear layers.
 
     Old ones, with settings in quantize_config.json alone and weights of any name, are read too.
-    Returns (model in eval mode, tokenizer, or None when the folder has none). The dense
-    model never exists. Raises FileNotFoundError for missing files and ValueError, naming
-    the file or tensor, for corrupt or incomplete ones, formats and bits that are not
-    supported, and v1 zero-points that overflowed.
+    Returns (model in eval mode, tokenizer, or None when the folder has none). Raises
+    FileNotFoundError for missing files and ValueError, naming the file or tensor, for corrupt or
+    incomplete ones, formats and bits that are not supported, and v1 zero-points that overflowed.
     """
     folder = Path(folder)
     spec, v1 = _read_config(folder)
     state = read_weights(folder)
-    model, dtype, device = empty_model(folder, device, compute_dtype)
     paths = [n.removesuffix(".qweight") for n in state if n.endswith(".qweight")]
     if not paths:
         raise ValueError(f"{folder} holds no qweight; is it a GPTQ checkpoint?")
-    put_packed(model, paths, state, partial(from_gptq, spec=spec, v1=v1))
-    model = fill(model, paths, state, folder, dtype, device)
-    return model, tokenizer_of(folder)
+    make = partial(from_gptq, spec=spec, v1=v1)
+    return load_packed(folder, state, paths, make, device, compute_dtype)
 
 
 def _read_config(folder: Path) -> tuple[QuantSpec, bool]:

@@ -7,15 +7,15 @@ A layer P with K inputs and N outputs is stored as
     P.g_idx    int32 (K,)                     the group of each input
 with W[n, k] = scales[g_idx[k], n] * (q[k, n] - zero[g_idx[k], n]).
 
-Two versions of the layout differ in the zero-points alone: "gptq_v2" stores them, "gptq"
-(v1) stores them minus 1. A zero-point of 0 is then -1, which has no code: masked to the
-largest one, it comes back as 0 only where a reader adds the 1 and masks each code again, and
-readers that add 1 to all codes of a word at once carry it over into the next zero-point.
+Two versions of the layout differ in the zero-points alone: "gptq_v2" stores them, "gptq" (v1)
+stores them minus 1, which leaves 0 without a code: readers that add 1 to a whole word carry it
+over into the next zero-point.
 """
 
 import torch
 from torch import Tensor
 
+from ..lora.layer import named
 from ..quant.grid import QuantizedTensor, QuantSpec
 from ..quant.packing import as_bytes, as_words, pack, unpack
 
@@ -38,11 +38,9 @@ def groups_in_order(in_features: int, spec: QuantSpec) -> Tensor:
 
 
 def to_gptq(path: str, quantized: QuantizedTensor, v1: bool) -> dict[str, Tensor]:
-    """Return qweight, qzeros, scales and g_idx of a layer, contiguous, on the CPU.
-
-    They decode to the very weights of `quantized`. Raises ValueError, naming the layer, for
-    shapes that are no multiples of 32 and for zero-points that v1 can't store.
-    """
+    """Return qweight, qzeros, scales and g_idx of a layer, contiguous, on the CPU, which decode to
+    the very weights of `quantized`. Raises ValueError, naming the layer, for shapes that are no
+    multiples of 32 and for zero-points that v1 can't store."""
     out, in_features = quantized.shape
     check_shape(path, in_features, out)
     spec, codes, zero = quantized.spec, quantized.codes, quantized.zero_point
@@ -63,9 +61,8 @@ def to_gptq(path: str, quantized: QuantizedTensor, v1: bool) -> dict[str, Tensor
 def _without_zero(path: str, quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
     """Return packed codes and zero-points (out, groups) >= 1 that decode to the same weights.
 
-    scale * (q - 0) = scale * ((q + 1) - 1): where a group has the zero-point 0 and leaves the
-    largest code unused, both move up by one. Where it uses that code too there is no v1 file
-    with these weights, and ValueError says so.
+    scale * (q - 0) = scale * ((q + 1) - 1): where a group has the zero-point 0, both move up by
+    one. ValueError where it uses the largest code, so that there is no v1 file with these weights.
     """
     spec, zero = quantized.spec, quantized.zero_point
     lift = zero == 0  # (out, groups)
@@ -90,25 +87,20 @@ def from_gptq(
     path: str, tensors: dict[str, Tensor], shape: torch.Size, spec: QuantSpec, v1: bool
 ) -> QuantizedTensor:
     """Return the weight of `shape` (out, in) that a layer's tensors hold: the inverse of `to_gptq`.
-
-    Raises ValueError, naming the tensor, when one is missing, of another shape or dtype,
-    or holds values that mean nothing.
-    """
+    Raises ValueError, naming the tensor, for what is missing, misshapen or means nothing."""
     out, in_features = shape
     check_shape(path, in_features, out)
-    try:
+    with named(path):
         groups = spec.groups(in_features)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     expected = {
         "qweight": (torch.int32, (in_features * spec.bits // 32, out)),
         "qzeros": (torch.int32, (groups, out * spec.bits // 32)),
         "scales": (torch.float16, (groups, out)),
         "g_idx": (torch.int32, (in_features,)),
     }
+    for name in expected.keys() - tensors.keys():
+        raise ValueError(f"{path}.{name} is missing; export the checkpoint again")
     for name, (dtype, size) in expected.items():
-        if name not in tensors:
-            raise ValueError(f"{path}.{name} is missing; export the checkpoint again")
         got = tensors[name]
         fits = got.dtype == dtype or name == "scales" and got.is_floating_point()
         if tuple(got.shape) != size or not fits:
@@ -143,9 +135,9 @@ def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bo
         zero = zero + 1
     middle = 2 ** (spec.bits - 1)
     if spec.symmetric and not (zero == middle).all():
-        other = int(zero[zero != middle][0])
         raise ValueError(
-            f"{path}.qzeros: sym is true, but a zero-point is {other}, not {middle}: "
+            f"{path}.qzeros: sym is true, but a zero-point is {int(zero[zero != middle][0])}, not "
+            f"{middle}: "
             "config.json has the wrong checkpoint_format ('gptq' for 'gptq_v2'?) or the wrong sym"
         )
     return zero.t().contiguous()

@@ -10,17 +10,32 @@ WORDS = ("all", "attention")
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the blocks of a model's text decoder (a vision or audio tower may
-    have as many). Raises ValueError when there is no list of the config's length."""
+    """Return path and list of the blocks of a model's text decoder.
+
+    A vision or audio tower may have as many blocks, so only the part that transformers calls the
+    decoder is searched, and in it no part with a config of another kind. Raises ValueError when
+    that has no list of the config's length.
+    """
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config that counts its decoder blocks")
-    count = model.config.get_text_config().num_hidden_layers
+    text = model.config.get_text_config()
+    count = getattr(text, "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    inside = set(decoder.modules())
+    if isinstance(decoder, nn.Linear):  # ModernBERT calls its head so
+        decoder = model
+    inside, kinds = set(decoder.modules()), (type(text), type(model.config))
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside:
-            return path, module
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            if module in inside and isinstance(_config_around(model, path), kinds):
+                return path, module
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder blocks")
+
+
+def _config_around(model: nn.Module, path: str):
+    """Return the config of the nearest module around `path` that has one."""
+    path = path.rpartition(".")[0]
+    around = model.get_submodule(path)
+    return around.config if hasattr(around, "config") else _config_around(model, path)
 
 
 def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list[str]:

@@ -32,6 +32,10 @@ class _DequantizedMatmul(torch.autograd.Function):
         return product_back(grad, ctx.weight).to(ctx.x_dtype), None, None
 
 
+class WeightRead(AttributeError, ValueError):
+    """A model reads the weight of a layer that keeps none, instead of calling the layer."""
+
+
 class QuantizedLinear(nn.Module):
     """A drop-in for nn.Linear with a frozen, packed weight.
 
@@ -55,8 +59,8 @@ class QuantizedLinear(nn.Module):
 
     def __getattr__(self, name: str):
         if name == "weight":  # some models' forward reads it
-            raise AttributeError("a QuantizedLinear keeps no dense weight; dequantize() makes it. "
-                                 "Leave out layers whose .weight the model reads")  # fmt: skip
+            raise WeightRead("a QuantizedLinear keeps no dense weight; dequantize() makes it. Leave "
+                             "layers whose model reads .weight out of target_modules")  # fmt: skip
         return super().__getattr__(name)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from statistics import mode
 
@@ -98,9 +99,11 @@ def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
     wanted = {path: (c.rank, c.alpha) for path, c in configs.items()}
     for targets in (described["target_modules"], sorted(configs)):  # short names, else whole paths
         described["target_modules"] = targets
-        found = read_config(Path("adapter_config.json"), {"peft_type": "LORA", **described}, model)
-        if {path: (c.rank, c.alpha) for path, c in found.items()} == wanted:
-            return described
+        said = {"peft_type": "LORA", **described}
+        with suppress(ValueError):  # a short name may be that of other modules, too
+            found = read_config(Path("adapter_config.json"), said, model)
+            if {path: (c.rank, c.alpha) for path, c in found.items()} == wanted:
+                return described
     raise ValueError(f"PEFT's patterns cannot tell the layers {sorted(configs)} apart; rename them")
 
 

@@ -1,6 +1,6 @@
 """Which linear layers of a model are meant: by name, by word ("all", "attention"), by path."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.blocks import WORDS, linears_in_blocks
 from ..layers.linear import QuantizedLinear
@@ -12,10 +12,26 @@ ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer, dense or quantized, by path; a LoRALinear stands for those inside it."""
+    """Every linear layer, dense or quantized, by path; a LoRALinear stands for those inside it.
+
+    A subclass of nn.Linear that computes something else, as some routers do, is none.
+    """
     kinds, adapted = (nn.Linear, QuantizedLinear, LoRALinear), lora_layers(model)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    one_of = {type(m): m for m in linears.values() if isinstance(m, nn.Linear)}
+    others = tuple(kind for kind, layer in one_of.items() if not _is_linear(layer))
+    linears = {n: m for n, m in linears.items() if type(m) not in others}
     return {n: m for n, m in linears.items() if n.rpartition(".")[0] not in adapted}
+
+
+def _is_linear(layer: nn.Linear) -> bool:
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    try:
+        given = type(layer).forward(layer, layer.weight.new_ones(2, layer.in_features))
+    except (RuntimeError, ValueError, AttributeError, TypeError):
+        return False
+    return isinstance(given, Tensor) and given.shape == (2, layer.out_features)
 
 
 def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:

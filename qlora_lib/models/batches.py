@@ -20,9 +20,7 @@ def check_tokens(model, ids: Iterable[int]) -> None:
 
 def token_mask(batch: Batch) -> Tensor:
     """Return a bool mask (batch, seq), False for padding; without attention_mask all is True.
-
-    Raises ValueError for a batch without input_ids, or with a mask of another shape.
-    """
+    Raises ValueError for a batch without input_ids, or with a mask of another shape."""
     if "input_ids" not in batch:
         raise ValueError(f"a batch holds {sorted(batch)}, but needs input_ids (batch, seq)")
     ids = batch["input_ids"]
@@ -35,9 +33,9 @@ def token_mask(batch: Batch) -> Tensor:
 def real_tokens(x: Tensor, mask: Tensor, path: str) -> Tensor:
     """Return the rows of a layer's input that belong to real tokens: (tokens, in).
 
-    x: (batch, seq, in), or what a model makes of it: (batch * seq, in) in OPT, (batch, 1, seq, in)
-    in DeepSeek's latent attention. mask: bool (batch, seq). Raises ValueError, naming the layer,
-    where the axes of x are others, so that nothing tells which row is which token.
+    x: (batch, seq, in), (batch * seq, in) in OPT, (batch, 1, seq, in) in DeepSeek's latent
+    attention. mask: bool (batch, seq). Raises ValueError, naming the layer, where the axes of x are
+    others, so that nothing tells which row is which token.
     """
     axes = [n for n in x.shape[:-1] if n != 1]
     if axes not in ([n for n in mask.shape if n != 1], [n for n in [mask.numel()] if n != 1]):

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ..base.files import read_json
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec, NF4Tensor, dynamic_map, nf4_levels
-from .checkpoint import empty_model, fill, put_packed, read_weights, tokenizer_of
+from .checkpoint import load_packed, read_weights
 
-CONFIG_KEYS = {
+CONFIG_KEYS = {  # those of the last two lines change nothing of what is read
     "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit",
     "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
-    # How bitsandbytes computes and holds the bytes; which layers it left dense; 8-bit settings.
     "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload",
     "llm_int8_has_fp16_weight", "llm_int8_skip_modules", "llm_int8_threshold",
 }  # fmt: skip
@@ -35,18 +34,16 @@ def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
     """Read an NF4 checkpoint of bitsandbytes into QuantizedLinear layers.
 
     folder: written by `save_pretrained` of a model with BitsAndBytesConfig(load_in_4bit=True,
-    bnb_4bit_quant_type="nf4"), with or without double quantization, one file or sharded.
-    The bytes stay what they are; embeddings, norms and layers that were left dense take the
-    compute dtype. Returns (model in eval mode, tokenizer, or None when the folder has none).
-    Raises FileNotFoundError for missing files and ValueError, naming the file or tensor,
-    for fp4, LLM.int8 and anything else that is not NF4, unknown settings, a missing
+    bnb_4bit_quant_type="nf4"), with or without double quantization. The bytes stay what they are;
+    what was left dense takes the compute dtype. Returns (model in eval mode, tokenizer, or None
+    when the folder has none). Raises FileNotFoundError for missing files and ValueError, naming
+    the file or tensor, for what is not NF4 (fp4, LLM.int8), unknown settings, a missing
     quant_state, and tensors that do not fit each other or the model.
     """
     folder = Path(folder)
     _check_config(folder / "config.json")
     state = read_weights(folder)
     paths = _quantized_paths(folder, state)
-    model, dtype, device = empty_model(folder, device, compute_dtype)
 
     def make(path: str, tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
         try:
@@ -54,9 +51,7 @@ def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
         except ValueError as error:
             raise ValueError(f"{folder}: {path}.weight{error}") from None
 
-    put_packed(model, paths, state, make)
-    model = fill(model, paths, state, folder, dtype, device)
-    return model, tokenizer_of(folder)
+    return load_packed(folder, state, paths, make, device, compute_dtype)
 
 
 def _check_config(path: Path) -> None:
@@ -79,16 +74,14 @@ def _check_config(path: Path) -> None:
 
 def _quantized_paths(folder: Path, state: dict[str, Tensor]) -> list[str]:
     """Return the paths of the quantized layers; ValueError for those without a quant_state."""
-    mark = ".weight.quant_state.bitsandbytes__"
-    paths = []
+    paths, mark = [], ".weight.quant_state.bitsandbytes__"
     for name in state:
         path, found, kind = name.partition(mark)
-        if found and kind != "nf4":
-            raise ValueError(f"{folder}: {name} is {kind}, not nf4; {INSTEAD}")
-        if found:
-            paths.append(path)
         if name.endswith((".SCB", ".weight_format")):
             raise ValueError(f"{folder}: {name} belongs to LLM.int8, not to nf4; {INSTEAD}")
+        if kind not in ("", "nf4"):
+            raise ValueError(f"{folder}: {name} is {kind}, not nf4; {INSTEAD}")
+        paths += [path] if found else []
     for name, tensor in state.items():
         path, _, part = name.partition(".weight")
         if (part == ".absmax" or tensor.dtype == torch.uint8) and path not in paths:
@@ -107,8 +100,10 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
     nested = NESTED_KEYS <= state.keys()
     known = STATE_KEYS | NESTED_KEYS if nested else STATE_KEYS
     if state.keys() != known:
-        wrong = sorted(state.keys() ^ known)
-        raise ValueError(f".quant_state.bitsandbytes__nf4: {wrong} missing or not known; {INSTEAD}")
+        raise ValueError(
+            f".quant_state.bitsandbytes__nf4: {sorted(state.keys() ^ known)} missing or not known; "
+            f"{INSTEAD}"
+        )
     if state["quant_type"] != "nf4" or tuple(state["shape"]) != tuple(shape):
         raise ValueError(
             f" is {state['quant_type']} of shape {tuple(state['shape'])}, the model has "
@@ -125,9 +120,8 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
     # (elements, dtype); the packed bytes may be held in another dtype, bf16 under FSDP for one.
     expected = {"": (-(-n // 2), torch.uint8), ".quant_map": (16, torch.float32)}
     expected[".absmax"] = (blocks, torch.uint8 if nested else torch.float32)
-    if nested:
-        expected[".nested_absmax"] = (-(-blocks // NESTED_BLOCK), torch.float32)
-        expected[".nested_quant_map"] = (256, torch.float32)
+    nested_sizes = {".nested_absmax": -(-blocks // NESTED_BLOCK), ".nested_quant_map": 256}
+    expected |= {name: (size, torch.float32) for name, size in nested_sizes.items() if nested}
     if "" in tensors:
         tensors[""] = tensors[""].contiguous().flatten().view(torch.uint8)
     if tensors.keys() != expected.keys():
@@ -140,9 +134,10 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
                 f"{name} holds {t.numel()} of {t.dtype}, should hold {size} of {dtype}; the file "
                 "is incomplete: save the model again"
             )
-    _check_levels(".quant_map", tensors[".quant_map"], nf4_levels())
-    if nested:
-        _check_levels(".nested_quant_map", tensors[".nested_quant_map"], dynamic_map())
+    # Tables of constants; devices differ in the last bit of fp32 at most.
+    for name, ours in ((".quant_map", nf4_levels()), (".nested_quant_map", dynamic_map())):
+        if name in tensors and not torch.allclose(tensors[name], ours, rtol=1e-6, atol=0):
+            raise ValueError(f"{name} holds other levels than NF4 has here; {INSTEAD}")
     return NF4Tensor(
         codes=tensors[""],
         absmax=tensors[".absmax"].flatten(),
@@ -156,16 +151,7 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
 def _quant_state(packed: Tensor) -> dict:
     """Return the JSON object whose bytes a quant_state tensor holds."""
     try:
-        state = json.loads(bytes(packed.flatten().tolist()).decode())
-        if not isinstance(state, dict):
-            raise TypeError(f"{type(state).__name__}, not an object")
-        return state
+        return dict(json.loads(bytes(packed.flatten().tolist()).decode()))
     except (ValueError, TypeError) as error:  # Unicode and JSON errors are ValueErrors
         message = f".quant_state.bitsandbytes__nf4 holds no JSON object ({error}); save it again"
         raise ValueError(message) from None
-
-
-def _check_levels(name: str, found: Tensor, ours: Tensor) -> None:
-    # Both come from tables of constants; devices differ in the last bit of fp32 at most.
-    if not torch.allclose(found, ours, rtol=1e-6, atol=0):
-        raise ValueError(f"{name} holds other levels than NF4 has here; {INSTEAD}")

@@ -6,10 +6,11 @@ its own) follows from the tokens alone, and is written down before any block run
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..quant.hessian import Hessian
 from .batches import Batch, real_tokens, token_mask
@@ -27,8 +28,8 @@ class BlockCalls:
     settings  settings[block][batch]: the other arguments, (args, kwargs)
     masks     bool (batch, seq) for each batch, False for padding
 
-    Raises ValueError for a model whose blocks are not a chain: called in another order, with
-    hidden states that were changed in between, or with more that depends on earlier blocks.
+    Raises ValueError for a model whose blocks are not a chain: called in another order, on changed
+    hidden states, or with more that depends on earlier blocks.
     """
 
     def __init__(self, model: nn.Module, blocks, batches: Iterable[Batch], hidden=None):
@@ -50,7 +51,7 @@ class BlockCalls:
         """Return the hidden states that `block`, in the place of block i, gives for batch n."""
         args, kwargs = self.settings[i][n]
         out = block(self.hidden[n], *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, (tuple, list)) else out
 
     def advance(self, i: int, block: nn.Module) -> None:
         """Go on to block i + 1: its hidden states are what `block` gives."""
@@ -58,32 +59,46 @@ class BlockCalls:
             self.hidden[n] = self.output(i, block, n)
 
 
+class _Other:
+    """Stands for what a block gives beside its hidden states, which nothing may use."""
+
+
+# How a block hands its hidden states on: bare, or first in a tuple of this length.
+_RETURNS = (lambda out: out, *(lambda out, n=n: (out, *[_Other()] * n) for n in range(3)))
+
+
 def _record(model, blocks, batch: Batch, answer: Callable = lambda hidden: hidden):
     """Return what the first block gets, and for each block the (args, kwargs) beside it, in a
     forward pass in which no block runs: answer(hidden) stands for its output."""
-    for wrap in (lambda out: out, lambda out: (out,)):  # some blocks return a tuple
+    error = None
+    for wrap in _RETURNS:
         calls, given = [], None
 
         def stand_in(i: int, *args, **kwargs):
             nonlocal given
             hidden, *args = args or (kwargs.pop("hidden_states"),)
-            if i != len(calls) or i and hidden is not given:
-                raise _Stop
-            calls.append((hidden, (tuple(args), kwargs)))
-            if len(calls) == len(blocks):
+            used = any(isinstance(x, _Other) for x in tree_leaves((args, kwargs)))
+            in_order = i == len(calls) and (i == 0 or hidden is given) and not used
+            if in_order:
+                calls.append((hidden, (tuple(args), kwargs)))
+            if not in_order or len(calls) == len(blocks):
                 raise _Stop
             given = answer(hidden)
             return wrap(given)
 
         with _forwards(blocks, stand_in), suppress(_Stop):
-            model(**batch, use_cache=False)
+            try:
+                model(**batch, use_cache=False)
+            except (TypeError, ValueError, AttributeError, IndexError) as other:
+                if not calls:
+                    raise
+                error = other  # the blocks return something else
         if len(calls) == len(blocks):
             return calls[0][0], [settings for _, settings in calls]
     raise ValueError(
         f"{type(model).__name__} does more between its {len(blocks)} blocks than to hand on their "
-        "hidden states, so they can't be calibrated one by one; quantize without calibration "
-        "('rtn', 'nf4')"
-    )
+        "hidden states: they can't be calibrated one by one; quantize by 'rtn' or 'nf4'"
+    ) from error
 
 
 @contextmanager
@@ -105,65 +120,56 @@ def _forwards(blocks, stand_in):
 def _check_settings(model, settings, others) -> None:
     """Raise ValueError if what blocks get beside the hidden states depends on these."""
     for i, (own, other) in enumerate(zip(settings, others)):
-        pairs = zip(_tensors(own), _tensors(other), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
+        pairs = zip(tree_leaves(own), tree_leaves(other), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
             raise ValueError(
                 f"block {i} of {type(model).__name__} is called with more that depends on the "
-                "blocks before it than the hidden states, so it can't be calibrated by itself; "
-                "quantize without calibration ('rtn', 'nf4')"
+                "blocks before it than hidden states, so it can't be calibrated by itself; "
+                "quantize by 'rtn' or 'nf4'"
             )
-
-
-def _tensors(held) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists and dicts, in order."""
-    if isinstance(held, Tensor):
-        return [held]
-    items = held.values() if isinstance(held, dict) else held
-    return [t for x in items for t in _tensors(x)] if isinstance(held, (dict, tuple, list)) else []
 
 
 @contextmanager
 def watch_inputs(layers: dict[str, nn.Module], see):
     """Within it, see(path, input) is called whenever one of the layers runs."""
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, path=path: see(path, args[0]))
-        for path, layer in layers.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda _, args, path=path: see(path, args[0]))
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class SharedInputs:
-    """Tells layers that are called one after the other with the same numbers, as q, k and v are.
-
-    The same means: at the same place in memory, and not written to since. The last input is held,
-    so that its place can't be taken by another tensor.
-    """
+    """Tells layers that are called one after the other with the same numbers, as q, k and v are:
+    numbers at the same place in memory, not written to since. The last input is held, so that no
+    other tensor can take its place."""
 
     def __init__(self):
-        self.last, self.path = None, None
+        self.last = self.key = self.path = None
 
     def first(self, path: str, x: Tensor) -> str:
         """Return the path of the first layer in a row that was called with x; maybe `path`."""
-        if self.last is None or _place(x) != _place(self.last[0]) or x._version != self.last[1]:
-            self.path = path
-        self.last = x, x._version
+        key = x.data_ptr(), x.dtype, x.shape, x.stride(), x._version
+        self.path = self.path if key == self.key else path
+        self.last, self.key = x, key
         return self.path
 
 
-def _place(x: Tensor) -> tuple:
-    return x.data_ptr(), x.dtype, x.shape, x.stride()
-
-
 def _stages(i: int, block: nn.Module, layers: dict[str, nn.Module], calls) -> list[list[str]]:
-    """Return the layers of a block in the order of their calls, those with one input together."""
+    """Return the layers of a block in the order of their calls, those with one input together.
+
+    Layers that are not called are in none. Raises ValueError for one that is called twice.
+    """
     stages: dict[str, list[str]] = {}
-    shared = SharedInputs()
+    shared, seen = SharedInputs(), set()
 
     def see(path: str, x: Tensor) -> None:
+        if path in seen:
+            raise ValueError(
+                f"{path} is called more than once in its block, which calibration does not "
+                "handle; leave it out of target_modules, or use 'rtn' or 'nf4'"
+            )
+        seen.add(path)
         stages.setdefault(shared.first(path, x), []).append(path)
 
     with watch_inputs(layers, see):
@@ -192,20 +198,20 @@ def quantize_block(
 
     layers: by path. swap(path, hessian) quantizes a layer and puts it in its place. dense: the
     block as it was and its calls in the dense model, where Hessians shall know them. halves: as
-    for a Hessian. Returns what swap returned, in the order in which the layers are called. Raises
-    ValueError, naming the layer, for inputs that do not hold a row for each token.
+    for a Hessian. Returns what swap returned, in the order of calls; layers that are not called
+    stay. Raises ValueError, naming the layer, for inputs that do not hold a row for each token,
+    for two calls, and for a weight that the model reads itself.
     """
     report, names = [], {module: name for name, module in block.named_modules()}
     names = {path: names[layer] for path, layer in layers.items()}
-    for stage in _stages(i, block, layers, calls) if layers else []:
-        path, layer = stage[0], layers[stage[0]]
+    twin, dense_calls = dense or (None, None)
+    for path, *others in _stages(i, block, layers, calls) if layers else []:
+        layer, before = layers[path], None
+        own = twin and twin.get_submodule(names[path])
         hessian = Hessian(layer.in_features, layer.weight.device, halves=halves)  # of all of them
         for n, mask in enumerate(calls.masks):
-            before = None
-            if dense is not None:
-                twin, dense_calls = dense
-                own = twin.get_submodule(names[path])
+            if twin:
                 before = real_tokens(_input_of(own, i, twin, dense_calls, n), mask, path)
             hessian.update(real_tokens(_input_of(layer, i, block, calls, n), mask, path), before)
-        report += [swap(path, hessian) for path in stage]
+        report += [swap(path, hessian) for path in (path, *others)]
     return report

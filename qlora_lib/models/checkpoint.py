@@ -2,8 +2,7 @@
 
 A folder holds the weights as safetensors, config and tokenizer as transformers writes them, and
 quantization.json, which says how each packed layer is to be read. Adapters have files of their
-own (lora/files.py). Only safetensors and JSON are read or written, never pickle. Each folder is
-written beside its place and renamed, so that a killed run leaves no half checkpoint.
+own (lora/files.py).
 """
 
 import copy
@@ -38,42 +37,36 @@ Maker = Callable[[str, dict[str, Tensor], torch.Size], Quantized]  # see put_pac
 DERIVED = "rotary_emb.inv_freq"  # old checkpoints hold it, though it follows from the config
 
 
-# --- writing ----------------------------------------------------------------------------------
-
-
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict of the base alone, under the names it has without adapters.
 
-    Tied weights are in it once; tie_weights restores them.
+    Tied weights are in it once, under the name that tie_weights gives to the others.
     """
+    found, state, seen, tied = {}, {}, set(), tied_weights(model)
     adapted = lora_layers(model)
-    state, seen = {}, set()
     for name, tensor in model.state_dict().items():
         owner = next((path for path in adapted if name.startswith(f"{path}.")), None)
-        if owner:
-            if not name.startswith(f"{owner}.base."):
-                continue
-            name = f"{owner}.{name.removeprefix(f'{owner}.base.')}"
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
+        if owner is None or name.startswith(f"{owner}.base."):
+            found[name.replace(f"{owner}.base.", f"{owner}.")] = tensor
+    for name in sorted(found, key=lambda name: name in tied):  # CamemBERT's head comes first
+        tensor = found[name]
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            state[name] = tensor.detach().contiguous().cpu()
         seen.add(tensor.data_ptr())
-        state[name] = tensor.detach().contiguous().cpu()
     return state
 
 
 def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
     """Write a model with quantized layers: safetensors, config, tokenizer, specs.
 
-    Adapters are left out (save_adapter keeps them). Raises ValueError when no layer is
-    quantized, when an adapter is merged but the base still kept, and when the folder holds
-    other files.
+    Adapters are left out (save_adapter keeps them). Raises ValueError when no layer is quantized,
+    when base and merged copy are both kept, and when the folder holds other files.
     """
     merged = [path for path, layer in lora_layers(model).items() if layer.merged is not None]
     if merged:
         raise ValueError(
-            f"{len(merged)} layers, {merged[0]} first, hold both their base and a merged copy; "
-            "to save the base, call unmerge_lora; to save the merged model, merge with "
-            "unload=True"
+            f"{len(merged)} layers, {merged[0]} first, hold both their base and a merged copy: to "
+            "save the base, call unmerge_lora; to save the other, merge with unload=True"
         )
     layers = quantized_layers(model)
     if not layers:
@@ -88,38 +81,27 @@ def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
 def describe(
     model, tokenizer, specs: dict[str, QuantSpec | NF4Spec], names: Iterable[str], folder: Path
 ) -> None:
-    """Write all that stands beside the weights: specs by layer, config, tokenizer.
-
-    names: of the stored tensors, as for `config_of`.
-    """
+    """Write all that stands beside tensors of these names, with the specs of the packed layers."""
     layers = {path: spec_as_json(spec) for path, spec in specs.items()}
     write_json_atomic(folder / QUANTIZATION, {"format": FORMAT, "layers": layers})
-    config_of(model, names).save_pretrained(folder)
-    save_generation_config(model, folder)
-    tokenizer.save_pretrained(folder)
+    save_settings(model, tokenizer, names, folder)
 
 
-def config_of(model, names: Iterable[str]):
-    """Return a copy of the model's config, to be written beside tensors of these names.
-
-    A head that is stored is not tied to the embeddings, whatever the model once was: merging an
-    adapter into it, or quantizing it, made weights of its own.
-    """
+def save_settings(model, tokenizer, names: Iterable[str], folder: Path, **changes) -> None:
+    """Write config (with `changes`), generation settings and tokenizer beside tensors of these
+    names. A head among them is not tied to the embeddings, whatever the model once was."""
     config, head = copy.deepcopy(model.config), model.get_output_embeddings()
     path = next((path for path, module in model.named_modules() if module is head), None)
     if any(n.rpartition(".")[0] == path and not n.endswith(".bias") for n in names):
         _untie(config)
-    return config
-
-
-def save_generation_config(model, folder: Path) -> None:
-    """Write generation_config.json as it was read.
-
-    Its save_pretrained would refuse what many published models hold, such as a temperature
-    without do_sample, and after hours of quantizing.
-    """
-    path = folder / "generation_config.json"
-    model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
+    config.update(changes)
+    config.save_pretrained(folder)
+    # As it was read: save_pretrained would refuse what many published models hold, such as a
+    # temperature without do_sample.
+    file = folder / "generation_config.json"
+    model.generation_config.to_json_file(file, keys_to_pop=["compile_config"])
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def spec_as_json(spec: QuantSpec | NF4Spec) -> dict:
@@ -128,15 +110,12 @@ def spec_as_json(spec: QuantSpec | NF4Spec) -> dict:
     return {"kind": kind, **asdict(spec)}
 
 
-# --- reading ----------------------------------------------------------------------------------
-
-
 def weight_map(folder: Path) -> dict[str, str]:
-    """Return which safetensors file of a folder holds which tensor, by the tensors' names.
+    """Return the name of the safetensors file that holds each tensor, by the tensor's name.
 
-    The files are those of the index or, without one, model.safetensors; where there is neither,
-    the only one there is, which old GPTQ checkpoints call otherwise. Raises FileNotFoundError
-    and ValueError, naming the file, for missing and damaged ones.
+    The files are those of the index, or model.safetensors, or the only one there is, which old
+    GPTQ checkpoints call otherwise. Raises FileNotFoundError and ValueError, naming the file, for
+    missing and damaged ones.
     """
     if (folder / INDEX).is_file():
         return read_json(folder / INDEX).get("weight_map", {})
@@ -153,11 +132,8 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 
 def read_weights(folder: Path, names: Container[str] | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a transformers folder by name, those of `names` or all.
-
-    They are on the CPU, as stored: views of the files, not yet in memory. Raises what
-    `weight_map` raises.
-    """
+    """Return the tensors of a folder by name, those of `names` or all: views of the files, not yet
+    in memory. Raises what `weight_map` raises."""
     state, files = {}, weight_map(folder).items()
     for name in sorted({file for n, file in files if names is None or n in names}):
         with open_tensors(folder / name) as file:
@@ -169,39 +145,22 @@ def read_weights(folder: Path, names: Container[str] | None = None) -> dict[str,
 def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto"):
     """Read what save_quantized or quantize_checkpoint wrote: (model in eval mode, tokenizer).
 
-    The dense model never exists: it is built without storage and the packed tensors
-    are put in. Raises FileNotFoundError for missing files, ValueError for a corrupt or
-    newer checkpoint or one that lacks tensors.
+    The dense model never exists. Raises FileNotFoundError for missing files, ValueError for a
+    corrupt or newer checkpoint or one that lacks tensors.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     described = read_json(folder / QUANTIZATION)
     if described.get("format", 0) > FORMAT:
         raise ValueError(f"{folder} has format {described['format']}, newer than {FORMAT}; upgrade")
-    state = read_weights(folder)
-    model, dtype, device = empty_model(folder, device, compute_dtype)
-    put_packed(model, described["layers"], state, our_tensor(described["layers"]))
-    model = fill(model, described["layers"], state, folder, dtype, device)
-    return model, AutoTokenizer.from_pretrained(folder)
+    layers, state = described["layers"], read_weights(folder)
+    return load_packed(folder, state, layers, our_tensor(layers), device, compute_dtype)
 
 
-def tokenizer_of(folder: Path):
-    """Return the tokenizer of a folder that another tool wrote, or None when it has none."""
-    from transformers import AutoTokenizer
-
-    has_one = (folder / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(folder) if has_one else None
-
-
-def put_packed(
-    model: nn.Module, paths: Iterable[str], state: dict[str, Tensor], make: Maker
-) -> None:
+def put_packed(model, paths: Iterable[str], state: dict[str, Tensor], make: Maker) -> None:
     """Replace the linears at these paths by packed ones, whose tensors are taken out of `state`.
 
-    make(path, tensors, shape) returns the weight (out, in) that a layer's tensors, by what follows
-    its path, hold; the bias is not among them. Raises ValueError for a path that is no linear
-    layer, and what `make` raises.
+    make(path, tensors, shape) returns the weight (out, in) in a layer's tensors, which it gets by
+    what follows its path, without the bias. Raises ValueError for a path that is no linear layer.
     """
     modules = dict(model.named_modules())
     for path in paths:
@@ -237,10 +196,8 @@ def our_tensor(layers: dict[str, dict]) -> Maker:
 
 
 def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **changes):
-    """Build the model that config.json describes, without storage: (model, dtype, device).
-
-    changes: entries of the config that are to be others.
-    """
+    """Build the model that config.json, with `changes`, describes, without storage: (model, dtype,
+    device)."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     device = torch.device(device or default_device())
@@ -257,12 +214,25 @@ def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **change
     return model, dtype, device
 
 
+def load_packed(
+    folder: Path, state: dict[str, Tensor], paths: Iterable[str], make: Maker, device, dtype: str
+):
+    """Return (model, tokenizer or None) of a folder whose tensors are in `state`, without the dense
+    model. paths, make: as for put_packed; errors too, and those of `fill`."""
+    from transformers import AutoTokenizer
+
+    model, dtype, device = empty_model(folder, device, dtype)
+    put_packed(model, paths, state, make)
+    has_one = (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder) if has_one else None
+    return fill(model, paths, state, folder, dtype, device), tokenizer
+
+
 def fill(model: nn.Module, packed, state: dict[str, Tensor], folder: Path, dtype, device):
     """Put the dense tensors of `state` into a model whose `packed` paths hold theirs already.
 
-    Returns the model, frozen and in eval mode. Weights that config.json ties become one, but
-    where the folder holds another for each. Raises ValueError for missing and unexpected
-    tensors, and for those of another shape.
+    Returns the model, frozen and in eval mode. Weights that config.json ties become one, unless
+    the folder holds two. Raises ValueError for tensors that are missing, unexpected or misshapen.
     """
     keep_own_weights(model, state, packed)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
@@ -277,12 +247,11 @@ def fill(model: nn.Module, packed, state: dict[str, Tensor], folder: Path, dtype
         raise ValueError(f"{folder}: missing {missing[:3]}, not expected {unexpected[:3]}")
     model.tie_weights(recompute_mapping=False)
     materialize_buffers(model)
-    model.requires_grad_(False)
-    return model.to(device).eval()
+    return model.requires_grad_(False).to(device).eval()
 
 
 def tied_weights(model) -> dict[str, str]:
-    """Return which weights are one by the config: {name: name of the weight that it shares}."""
+    """Return which weights are one by the config: {name: the other's name}."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
@@ -311,18 +280,21 @@ def is_derived(model, name: str) -> bool:
     return DERIVED in name or any(re.search(pattern, name) for pattern in ignored)
 
 
-def materialize_buffers(module: nn.Module, device="cpu", owner=None) -> None:
+def materialize_buffers(module: nn.Module, device="cpu", owner=None) -> bool:
     """Give storage and values to buffers that no checkpoint holds (rotary frequencies).
 
-    owner: the model of transformers that the module is a part of, which knows its values.
+    owner: the model of transformers that the module is a part of, which knows the values of its
+    buffers and of those inside it. Returns whether there were any.
     """
     owner = module if hasattr(module, "_init_weights") else owner
-    empty = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
-    for name, buffer in empty.items():
-        module._buffers[name] = torch.empty_like(buffer, device=device)
-    if empty:
-        for parameter in module.parameters(recurse=False):  # Gemma's embeddings have both
-            parameter._is_hf_initialized = True  # transformers then leaves its values alone
+    buffers = module._buffers
+    empty = [n for n in module._non_persistent_buffers_set if getattr(buffers[n], "is_meta", False)]
+    for tensor in [*module.parameters(False), *module.buffers(False)]:
+        tensor._is_hf_initialized = True  # transformers then leaves its values alone
+    for name in empty:
+        buffers[name] = torch.empty_like(buffers[name], device=device)
+    inside = [materialize_buffers(child, device, owner) for child in module.children()]
+    any_here = bool(empty) or any(inside)
+    if any_here:
         owner._init_weights(module)
-    for child in module.children():
-        materialize_buffers(child, device, owner)
+    return any_here

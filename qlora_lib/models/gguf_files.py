@@ -15,8 +15,8 @@ NEEDED = ("gguf", "accelerate")
 def gguf_file(path: Path | str) -> Path | None:
     """Return the GGUF file that `path` names, or that is the only one in the folder `path`.
 
-    None where there is none, or where the folder holds safetensors. Raises FileNotFoundError
-    for a file that is not there, ValueError for a folder with several.
+    None where there is none, or safetensors. Raises FileNotFoundError for a file that is not
+    there, ValueError for a folder with several.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -33,11 +33,8 @@ def gguf_file(path: Path | str) -> Path | None:
 
 
 def load_gguf(path: Path, dtype: torch.dtype):
-    """Load a GGUF file: (model, tokenizer), on the CPU.
-
-    Raises ImportError, naming the packages to install, ValueError for a damaged file and
-    architectures that transformers does not read.
-    """
+    """Load a GGUF file: (model, tokenizer), on the CPU. Raises ImportError, naming the packages to
+    install, and ValueError for a damaged file and what transformers does not read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     missing = [name for name in NEEDED if find_spec(name) is None]

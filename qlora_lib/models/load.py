@@ -15,15 +15,12 @@ from .conv1d import linear_from_conv1d
 from .gguf_files import gguf_file, load_gguf
 
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
-# What transformers writes into its errors, and what it means
+# What transformers writes into its errors, in lower case, and what it means
 REASONS = {
-    "gated repo": "its hub page gives access only after a request: make one there, then "
-    "`hf auth login`",
+    "gated repo": "its hub page gives access after a request: make one, then `hf auth login`",
     "couldn't connect": "the hub can't be reached, and the files are not in its cache",
-    "not a valid model identifier": "there is no such folder here, and no such public model on "
-    "the hub",
-    ".safetensors": "it has no safetensors, and pickled weights are not read; for a local folder "
-    "with some, the error has the command that converts them",
+    "not a valid model identifier": "there is no such folder here, and no such model on the hub",
+    ".safetensors": "it has no safetensors, and pickled weights are not read",
 }
 
 
@@ -31,22 +28,21 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     """Load a causal language model and its tokenizer: (model in eval mode, tokenizer).
 
     path: a hub id, a folder with config.json, tokenizer and safetensors, a GGUF file or a
-    folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear.
-    A 4-bit checkpoint of bitsandbytes gives a model with NF4 layers (load_bnb_4bit): a base for
-    QLoRA at a third of the download. Raises FileNotFoundError, saying what to do, where there are
-    no weights, they are gated or the hub can't be reached; ValueError for weights that are
-    pickled, truncated, incomplete or quantized otherwise, and for a tokenizer without an end token.
+    folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear. A
+    4-bit checkpoint of bitsandbytes gives NF4 layers (load_bnb_4bit). Raises FileNotFoundError,
+    saying what to do, where there are no weights, they are gated or the hub can't be reached;
+    ValueError for weights that are pickled, truncated, incomplete or quantized otherwise, and for
+    a tokenizer without an end token.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # in a notebook it would be a widget that stays
     device = torch.device(device or default_device())
     dtype = resolve_dtype(compute_dtype, device)
-    gguf = gguf_file(path)
-    _refuse_pickle(Path(path))
-    if gguf:
+    if gguf := gguf_file(path):
         model, tokenizer = load_gguf(gguf, dtype)
     else:
+        _check_folder(str(path))
         model, tokenizer = _from_safetensors(str(path), dtype, device)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} names no end token: set eos_token in its config")
@@ -57,13 +53,6 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
 def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    local = Path(path)
-    is_folder = local.is_absolute() or path.startswith(".") or local.exists()
-    if is_folder and not (local / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{short_path(local)} holds no model; name a folder with config.json and "
-            "safetensors, a GGUF file, or a model on the hub"
-        )
     try:
         config = AutoConfig.from_pretrained(path)
         method = _quant_method(config)
@@ -91,13 +80,7 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
             f"{path} holds tensors of other shapes than its config.json says; get both again"
         ) from error
     except OSError as error:
-        text = str(error)
-        reason = text.strip().splitlines()[0].rstrip(".")
-        reason = next((why for sign, why in REASONS.items() if sign in text), reason)
-        raise FileNotFoundError(
-            f"{path} could not be loaded: {reason}. A local folder or a GGUF file does instead: "
-            "MODEL=, --model"
-        ) from error
+        raise _explained(path, error) from error
     if method is not None:
         raise ValueError(
             f"{path} is quantized already ({method}); name the dense model, or read this one with "
@@ -112,10 +95,23 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
     return model, tokenizer
 
 
-def is_quantized(name: str) -> bool:
-    """Whether a folder or hub id holds a 4-bit checkpoint of bitsandbytes, by its config.json."""
+def _explained(path: str, error: Exception) -> FileNotFoundError:
+    text = str(error)
+    reason = text.strip().splitlines()[0].rstrip(".")
+    reason = next((why for sign, why in REASONS.items() if sign in text.lower()), reason)
+    return FileNotFoundError(
+        f"{path} could not be loaded: {reason}. A local folder or a GGUF file does instead: "
+        "MODEL=, --model (LLaMA-2-7B also as NousResearch/Llama-2-7b-hf, ungated)"
+    )
+
+
+def is_whole(name: str) -> bool:
+    """Whether a model can't be read block by block, by streaming: a GGUF file, or a 4-bit
+    checkpoint of bitsandbytes, whose layers are packed already."""
     from transformers import AutoConfig
 
+    if gguf_file(name):
+        return True
     try:
         return _quant_method(AutoConfig.from_pretrained(name)) == "bitsandbytes"
     except (OSError, ValueError):  # what is wrong with it, loading says better
@@ -131,38 +127,50 @@ def _quant_method(config) -> str | None:
     return str(described.get("quant_method", "in a way that its config.json does not name"))
 
 
-def local_folder(path: str) -> Path:
-    """Return a model's folder; that of a hub id lies in the hub's cache, downloaded if need be.
-
-    Raises ValueError for weights that are only pickled, and FileNotFoundError for what can't be
-    had, with the reason.
-    """
-    _refuse_pickle(Path(path))
-    if Path(path).exists():
-        return Path(path)
+def local_folder(name: str) -> Path:
+    """Return a model's folder of safetensors; a hub id is downloaded into the hub's cache. Raises
+    FileNotFoundError and ValueError as load_model does."""
+    if _check_folder(name):
+        return Path(name)
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
-        wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-        return Path(snapshot_download(path, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds, all with one remedy
-        reason = next((why for sign, why in REASONS.items() if sign in str(error).lower()), error)
-        raise FileNotFoundError(
-            f"{path} could not be downloaded: {reason}. A local folder does instead: MODEL=, --model"
-        ) from error
+        raise _explained(name, error) from error
 
 
-def _refuse_pickle(path: Path) -> None:
-    """Raise ValueError, with the command that converts them, for weights that are only pickled."""
+def _check_folder(name: str) -> bool:
+    """Return whether `name` is a folder here, and no hub id. Raises ValueError, with what converts
+    them, for pickled weights alone, and FileNotFoundError for no model."""
+    path, pickled = Path(name), []
     if path.is_file():
         pickled = [path] if any(path.match(pattern) for pattern in (*PICKLED, "*.bin")) else []
-    elif path.is_dir() and not any([*path.glob("*.safetensors"), *path.glob("*.gguf")]):
+    elif path.is_dir() and not list(path.glob("*.safetensors")):
         pickled = sorted(file for pattern in PICKLED for file in path.glob(pattern))
-    else:
-        pickled = []
-    if not pickled:
-        return
-    file, folder = pickled[0], pickled[0].parent
+    if pickled:
+        raise ValueError(
+            f"{pickled[0]} is a pickle, which can run any code when it is read, so it is not read "
+            f"here. {_conversion(pickled[0])}"
+        )
+    is_folder = path.is_absolute() or name.startswith(".") or path.exists()
+    if is_folder and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{short_path(path)} holds no model; name a folder with config.json and "
+            "safetensors, a GGUF file, or a model on the hub"
+        )
+    return is_folder
+
+
+def _conversion(file: Path) -> str:
+    """Return what makes safetensors of a pickle, for who trusts its source."""
+    folder = file.parent
+    if (folder / "params.json").is_file():
+        return (
+            "It is in Meta's own layout: take the model in transformers' (on the hub its name ends "
+            "in -hf), or convert it with convert_llama_weights_to_hf.py of transformers' repository"
+        )
     if file.match("pytorch_model*.bin") and (folder / "config.json").is_file():
         code = (
             "from transformers import AutoModelForCausalLM as M; "
@@ -175,8 +183,7 @@ def _refuse_pickle(path: Path) -> None:
             "save_file({n: t.clone().contiguous() for n, t in w.items()}, "
             f"{str(folder / 'model.safetensors')!r}, {{'format': 'pt'}})"
         )
-    raise ValueError(
-        f"{file} is a pickle, which can run any code when it is read, so it is not read here. "
+    return (
         "If you trust its source, convert it once, then name the folder:\n"
         f"python -c {shlex.quote(code)}"
     )

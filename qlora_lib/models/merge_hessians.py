@@ -18,18 +18,16 @@ def merge_hessians(
     """Return the Hessian of each adapted layer's inputs, by path, for merge_lora(into="gptq").
 
     batches: input_ids and attention_mask, each (batch, seq); halves: as for a Hessian. One pass
-    of the trained model, base and adapter apart: all layers are calibrated on its own
-    activations, not on those of layers that are merged already, and all Hessians are alive
-    together (layers that share an input share one). For a model too large for that, merge into
-    "dense" and run quantize_model. Raises ValueError for no batches, a merged model, and inputs
-    that do not hold a row for each token.
+    of the trained model, base and adapter apart, in which all Hessians are alive together (layers
+    that share an input share one). For a model too large for that, merge into "dense" and run
+    quantize_model. Raises ValueError for no batches, a merged model, and inputs that do not hold
+    a row for each token.
     """
     if not batches:
         raise ValueError("no calibration batches; pass at least one")
     check_unmerged(model)
-    layers, hessians, mask = active_layers(model), {}, None
+    layers, hessians, mask, shared = active_layers(model), {}, None, SharedInputs()
     first: dict[str, str] = {}  # by path: the layer whose Hessian this one shares
-    shared = SharedInputs()
 
     def see(path: str, x: Tensor) -> None:
         same_as = shared.first(path, x)

@@ -2,6 +2,8 @@
 
 import copy
 import time
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
 from ..layers.linear import QuantizedLinear
-from ..lora.layer import LoRALinear, lora_layers
+from ..lora.layer import LoRALinear, named
 from ..lora.targets import find_linears, replace_module
 from ..quant.gptq import GPTQOptions, output_error
 from ..quant.grid import QuantSpec
@@ -46,22 +48,44 @@ def quantize_layer(
 ) -> tuple[QuantizedLinear, LayerReport]:
     """One layer, quantized, and its row of the report; errors name its path."""
     began, weight = time.perf_counter(), layer.weight.detach()
-    try:
+    with named(path):
         quantized = recipe.quantize(weight, hessian)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    error = None
-    if hessian is not None:
-        error = output_error(weight, quantized.dequantize(), hessian)
+    error = None if hessian is None else output_error(weight, quantized.dequantize(), hessian)
     new, seconds = QuantizedLinear.from_linear(layer, quantized), time.perf_counter() - began
     sizes = (weight.nbytes, quantized.nbytes, quantized.bits_per_weight)
     return new, LayerReport(path, tuple(weight.shape), *sizes, error, seconds)
 
 
-def check_calibration(recipe: Recipe, calibration) -> None:
-    """Raises ValueError for GPTQ without calibration."""
+def check_calibration(model, recipe: Recipe, calibration) -> None:
+    """Raise ValueError for GPTQ without calibration, and for tokens that the model lacks."""
     if recipe.method == "gptq" and not calibration:
         raise ValueError("method='gptq' needs calibration batches; pass some, or use 'rtn'")
+    found = [batch["input_ids"] for batch in calibration or () if "input_ids" in batch]
+    check_tokens(model, (int(ids.max()) for ids in found))
+
+
+def check_shared(model, paths: Iterable[str]) -> None:
+    """Raise ValueError for a target whose weight is another layer's too, as in Zamba's blocks."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    shared = {source: name for name, source in tied.items()}
+    for path in paths:
+        if other := shared.get(f"{path}.weight"):
+            raise ValueError(
+                f"{path} shares its weight with {other}, which a packed layer can't; leave it out "
+                "of target_modules"
+            )
+
+
+def warn_of_dense(paths: Iterable[str]) -> None:
+    """Warn of the target layers at `paths`, which no calibration batch has reached."""
+    if paths := list(paths):
+        warnings.warn(
+            f"{len(paths)} target layers stay dense, because the model never called them on the "
+            f"calibration batches: {', '.join(paths[:8])}{', ...' if paths[8:] else ''}. Some "
+            "models have layers that they do not use, or read their weights themselves; leave "
+            "them out of target_modules, or quantize with 'rtn' or 'nf4'",
+            stacklevel=3,
+        )
 
 
 def quantize_model(
@@ -76,15 +100,14 @@ def quantize_model(
 
     calibration: batches of input_ids and attention_mask, each (batch, seq); without a mask
     every token counts. Required by "gptq", optional for the others, which then report no
-    output error. Each layer is calibrated on its own inputs as the layers before it,
-    already quantized, produce them; layers that share an input (q, k, v; gate, up) are done
-    together, so that o_proj sees the attention of the quantized q, k and v. Padding is left
-    out. With options.match_dense the dense model's activations go along, from a copy of each
-    block, and every layer aims at its outputs there (quant/dense_target.py).
+    output error. Each layer is calibrated on its own inputs as the layers before it, already
+    quantized, produce them, without padding; layers that share an input are done together. With
+    options.match_dense a layer aims at its outputs in the dense model (quant/dense_target.py).
     target_modules: as for find_linears; "all" are the linears of the decoder blocks.
-    Returns a row a layer. Raises ValueError for a method that does not fit the spec, options
-    that the method does not have, targets that match nothing, a token that the model does not
-    have, a model with adapters or one that is quantized already.
+    Returns a row a layer, and warns of layers that are never called, which stay dense. Raises
+    ValueError for a method that does not fit spec or options, targets that match nothing, a token
+    that the model does not have, a model with adapters, one that is quantized already, and one
+    that can't be calibrated block by block.
     """
     return apply_recipe(model, Recipe.of(spec, method, options, target_modules), calibration)
 
@@ -93,20 +116,17 @@ def apply_recipe(
     model: nn.Module, recipe: Recipe, calibration: list[dict[str, Tensor]] | None = None
 ) -> list[LayerReport]:
     """What quantize_model does, for a recipe; its rows and errors."""
-    check_calibration(recipe, calibration)
-    if calibration:
-        found = (int(b["input_ids"].max()) for b in calibration if "input_ids" in b)
-        check_tokens(model, found)
+    check_calibration(model, recipe, calibration)
     targets = find_linears(model, recipe.targets)
     for path, layer in targets.items():
-        if not isinstance(layer, nn.Linear):
-            found = f"{path} is a {type(layer).__name__}; "
-            if isinstance(layer, QuantizedLinear):
-                found += f"the model is quantized already ({layer.spec}): use it (method none), or "
+        if isinstance(layer, QuantizedLinear):
             raise ValueError(
-                f"{found}quantize a dense model without adapters (merge_lora or dequantize_model "
-                "first)"
+                f"{path} is a QuantizedLinear; the model is quantized already ({layer.spec}): use "
+                "it (method none), or quantize a dense model (dequantize_model first)"
             )
+        if isinstance(layer, LoRALinear):
+            raise ValueError(f"{path} is a LoRALinear; quantize a dense model: merge_lora first")
+    check_shared(model, targets)
 
     progress = Progress(f"quantizing with {recipe.method}", len(targets), "layers")
 
@@ -124,6 +144,7 @@ def apply_recipe(
     with torch.no_grad():
         report = _quantize_blocks(model, calibration, targets, swap, recipe)
     model.train(was_training)
+    warn_of_dense(targets)
     return report
 
 
@@ -146,20 +167,10 @@ def _quantize_blocks(model, batches, targets, swap, recipe: Recipe) -> list[Laye
 
 
 def dequantize_model(model: nn.Module) -> list[str]:
-    """Replace each QuantizedLinear by a dense nn.Linear with its dequantized weight.
-
-    Adapters stay. Returns the paths. The dense layers take the model's own dtype.
-    """
-    dtype, done = next(model.parameters()).dtype, []
-    adapted = lora_layers(model)
-    for path, layer in quantized_layers(model).items():
-        if path in adapted:
-            holder: LoRALinear = adapted[path]
-            if isinstance(holder.merged, QuantizedLinear):
-                holder.merged = holder.merged.to_linear(dtype)
-            if isinstance(holder.base, QuantizedLinear):
-                holder.base = holder.base.to_linear(dtype)
-        else:
-            replace_module(model, path, layer.to_linear(dtype))
-        done.append(path)
-    return done
+    """Replace each QuantizedLinear by a dense nn.Linear with its dequantized weight, in the model's
+    own dtype. Adapters stay. Returns the paths."""
+    dtype, paths = next(model.parameters()).dtype, list(quantized_layers(model))
+    inside = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for path, layer in inside.items():  # an adapter's layer may hold two: base and merged
+        replace_module(model, path, layer.to_linear(dtype))
+    return paths

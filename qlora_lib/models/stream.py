@@ -1,14 +1,9 @@
 """Quantize a model that does not fit in memory: one decoder block at a time, from its shards.
 
-A block's weights are read, quantized on the inputs that the blocks before it, already
-quantized, produce, written to a shard of their own, and freed. In memory are one block, one
-Hessian with the copies that its factorization makes (a second one where GPTQOptions choose the
-damping), and the calibration activations, which may lie on disk instead (with match_dense two
-blocks and two sets of them). Codes and errors are those of `quantize_model`, bit for bit.
-
-Finished shards stay in OUT.unfinished until all are there; it then becomes OUT. A killed run
-goes on from them: the finished blocks compute their activations again, so that nothing else
-has to be kept. Refused: checkpoints with other names than the model's own tensors.
+In memory are one block, one Hessian with the copies that its factorization makes, and the
+calibration activations, unless these are spilled to disk (with match_dense two blocks and two sets
+of activations). Codes and errors are those of `quantize_model`, bit for bit. Finished shards stay
+in OUT.unfinished until all are there; it then becomes OUT. A killed run goes on from them.
 """
 
 import copy
@@ -32,7 +27,7 @@ from ..base.files import (
     read_tensors,
     whole_file,
     write_json_atomic,
-)
+)  # fmt: skip
 from ..base.hashes import content_hash
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
@@ -41,7 +36,7 @@ from ..quant.gptq import GPTQOptions
 from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
-from .batches import Batch, check_tokens
+from .batches import Batch
 from .calibrate import BlockCalls, quantize_block
 from .checkpoint import (
     INDEX,
@@ -57,24 +52,16 @@ from .checkpoint import (
     spec_as_json,
     tied_weights,
     weight_map,
-)
-from .quantize import LayerReport, check_calibration, quantize_layer
+)  # fmt: skip
+from .quantize import LayerReport, check_calibration, check_shared, quantize_layer, warn_of_dense
 
 REPORT = "report.json"  # what OUT was made from, a row a layer, bits a parameter
 SAMPLE = 1 << 16  # bytes of each tensor that identify it
 
 
-# --- the model that is read ---------------------------------------------------------------------
-
-
 def folder_identity(folder: Path) -> str:
     """Return a hash of config and index and, of each file of weights, its size, its header and
-    64 KB in the middle of each tensor.
-
-    For 13 GB that takes a moment, where all bytes would take minutes. Training changes
-    tensors throughout, and cannot go unnoticed; a few weights of a large tensor that
-    were changed by hand can.
-    """
+    64 KB in the middle of each tensor: all bytes of 13 GB would take minutes."""
     digest = hashlib.sha256()
     for path in (folder / "config.json", folder / INDEX):
         digest.update(path.read_bytes() if path.is_file() else b"none")
@@ -92,46 +79,44 @@ def folder_identity(folder: Path) -> str:
 
 
 class StreamedModel:
-    """A model without storage, and the folder that its parts are filled from.
-
-    limit: build only the first so many decoder blocks. Raises ValueError for tensors that are
-    missing, not expected or of another shape, and for a checkpoint that is quantized already.
-    """
+    """A model without storage, and the folder that its parts are filled from; limit: only its first
+    so many decoder blocks. Raises ValueError for tensors that do not fit, and quantized ones."""
 
     def __init__(self, folder: Path, device=None, compute_dtype="auto", limit: int | None = None):
         config = read_json(folder / "config.json")
-        blocks = config.get("num_hidden_layers", 0)
         if config.get("quantization_config") or (folder / QUANTIZATION).is_file():
             raise ValueError(f"{folder} is quantized already; name the dense model's folder")
-        if limit is not None and not 1 <= limit <= blocks:
-            raise ValueError(f"blocks={limit}, but {folder} has {blocks}")
+        count = config.get("num_hidden_layers", 0)
+        if limit is not None and not 1 <= limit <= count:
+            raise ValueError(f"blocks={limit}, but {folder} has {count}")
         only = {} if limit is None else {"num_hidden_layers": limit}
         self.folder = folder
         self.model, self.dtype, self.device = empty_model(folder, device, compute_dtype, **only)
         self.model.eval()
         self.path, self.blocks = decoder_blocks(self.model)
-        self.names = self._check_tensors(range(limit or blocks, blocks))
+        self.names = self._check_tensors(range(limit or count, count))
         named = self.model.named_parameters(remove_duplicate=False)
         self.parameters = sum(p.numel() for n, p in named if n in self.names)
 
     def _check_tensors(self, left_out: range) -> list[str]:
         """Return the names of the tensors that the model needs; left_out: numbers of blocks."""
-        tied = tied_weights(self.model)
-        keep_own_weights(self.model, read_weights(self.folder, {*tied, *tied.values()}))
-        shapes = {n: t.shape for n, t in self.model.state_dict().items() if n not in tied}
-        stored = stored_shapes(self.folder)
-        missing = [n for n in shapes if n not in stored]
-        wanted = {n for n in stored if self.block_of(n) not in left_out}
-        strange = sorted(wanted - tied.keys() - shapes.keys())
-        strange = [n for n in strange if not is_derived(self.model, n)]
+        tied, folder = tied_weights(self.model), self.folder
+        keep_own_weights(self.model, read_weights(folder, {*tied, *tied.values()}))
+        needed = {n: tuple(t.shape) for n, t in self.model.state_dict().items() if n not in tied}
+        stored = stored_shapes(folder / name for name in sorted({*weight_map(folder).values()}))
+        missing = [n for n in needed if n not in stored]
+        strange = [
+            n for n in sorted(stored.keys() - tied.keys() - needed.keys())
+            if self.block_of(n) not in left_out and not is_derived(self.model, n)
+        ]  # fmt: skip
         if missing or strange:
-            raise ValueError(f"{self.folder}: missing {missing[:3]}, not expected {strange[:3]}")
-        for name, shape in shapes.items():
-            if stored[name] != shape:
-                raise ValueError(
-                    f"{self.folder}: {name} is {stored[name]}, by config.json {tuple(shape)}"
-                )
-        return list(shapes)
+            raise ValueError(
+                f"{folder}: missing {missing[:3]}, not expected {strange[:3]}; a model that is "
+                "stored under other names than its own is quantized in memory, without streaming"
+            )
+        for name in (n for n, shape in needed.items() if stored[n] != shape):
+            raise ValueError(f"{folder}: {name} is {stored[name]}, by config.json {needed[name]}")
+        return list(needed)
 
     def block_of(self, name: str) -> int:
         """Return the number of the decoder block that a path lies in; -1 outside."""
@@ -153,34 +138,32 @@ class StreamedModel:
         }
         self.model.load_state_dict(copies, strict=False, assign=True)
 
-    def calls(self, batches: list[Batch], hidden) -> BlockCalls:
-        """Return what the blocks are called with; only meanwhile are the embeddings in memory,
-        and the head never."""
+    def calls(self, batches: list[Batch], spill: Path | str | None) -> BlockCalls:
+        """Return what the blocks are called with. The embeddings are in memory only meanwhile."""
         head = self.model.get_output_embeddings()
         head = next((p for p, m in self.model.named_modules() if m is head), "no head")
         state = {n: t for n, t in self.read(-1).items() if not n.startswith(f"{head}.")}
         self.fill(state)
         materialize_buffers(self.model, self.device)
+        hidden = SpilledTensors(spill, self.device) if spill else []
         calls = BlockCalls(self.model, self.blocks, batches, hidden)
         empty = {n: t.to("meta") for n, t in state.items()}
         self.model.load_state_dict(empty, strict=False, assign=True)
         return calls
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each stored tensor by name, from the headers of the files alone."""
+def stored_shapes(files) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in these files by name, from their headers alone."""
     found = {}
-    for name in sorted(set(weight_map(folder).values())):
-        with open_tensors(folder / name) as file:
+    for path in files:
+        with open_tensors(path) as file:
             found |= {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
     return found
 
 
 class SpilledTensors:
-    """A list of hidden states (batch, seq, hidden) that lie in files, not in memory.
-
-    A file has no name any more once it is mapped: whatever ends the run, nothing is left.
-    """
+    """A list of hidden states (batch, seq, hidden) in files, which have no name any more once they
+    are mapped: whatever ends the run, nothing is left."""
 
     def __init__(self, folder: Path | str, device: torch.device):
         self.folder, self.device, self.mapped = Path(folder), device, []
@@ -202,9 +185,6 @@ class SpilledTensors:
         self.mapped[n].copy_(hidden)
 
 
-# --- one block after the other --------------------------------------------------------------------
-
-
 @torch.no_grad()
 def quantize_checkpoint(
     folder: Path | str,
@@ -222,27 +202,26 @@ def quantize_checkpoint(
 ) -> list[LayerReport]:
     """Quantize the model in `folder` (config, tokenizer, safetensors) into `out`; a row a layer.
 
-    `out` is what load_quantized reads, with a shard for each decoder block; tensors that are
-    not quantized pass through in the dtype in which they are stored. Its report.json holds the
-    rows and the bits a parameter of the whole model. calibration, method, options,
-    target_modules: as for quantize_model. spill: a folder to keep activations in. blocks: make
-    a model of only the first so many. progress: called with each row as soon as it is there.
-    A killed run goes on where it stopped; with the same number of threads its result is that
-    of an uninterrupted one, bit for bit. A finished one is not made again.
-    Raises ValueError for what quantize_model refuses, for tensors that are missing, unknown or
-    of another shape, and for an unfinished run of other settings or weights (told apart by
-    folder_identity); FileNotFoundError for missing files.
+    `out` is what load_quantized reads, a shard a decoder block; tensors that are not quantized
+    keep the dtype in which they are stored. Its report.json holds the rows and the bits a
+    parameter of the whole model. calibration, method, options, target_modules: as for
+    quantize_model. spill: a folder to keep activations in. blocks: make a model of only the first
+    so many. progress: called with each row as soon as it is there. A killed run goes on where it
+    stopped; with as many threads its result is that of an uninterrupted one, bit for bit. A
+    finished one is not made again. Raises ValueError for what quantize_model refuses, for tensors
+    that are missing, unknown, renamed or of another shape, and for an unfinished run of other
+    settings or weights; FileNotFoundError for missing files.
     """
     from transformers import AutoTokenizer
 
     recipe = Recipe.of(spec, method, options, target_modules)
-    check_calibration(recipe, calibration)
     folder, out = Path(folder), Path(out)
     streamed = StreamedModel(folder, device, compute_dtype, blocks)
-    if calibration:
-        check_tokens(streamed.model, (int(batch["input_ids"].max()) for batch in calibration))
+    model = streamed.model
+    check_calibration(model, recipe, calibration)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    targets = list(find_linears(streamed.model, target_modules))
+    targets = list(find_linears(model, target_modules))
+    check_shared(model, targets)
     outside = [path for path in targets if streamed.block_of(path) < 0]
     if outside:
         raise ValueError(f"{outside} lie outside the decoder blocks, which alone are quantized")
@@ -251,23 +230,11 @@ def quantize_checkpoint(
         return _rows(read_json(out / REPORT))  # finished before
     with atomic_folder(out, QUANTIZATION, keep=True) as scratch:
         output = _Output(scratch, made_from, len(streamed.blocks))
-        done = len(output.rows)
-        say = Progress(f"quantizing with {method}", len(targets), "layers", done)
-        numbers = count(done + 1)
-
-        def quantize(path: str, layer: nn.Linear, hessian) -> LayerReport:
-            new, row = quantize_layer(path, layer, recipe, hessian)
-            replace_module(streamed.model, path, new)
-            say(next(numbers), path)
-            if progress:
-                progress(row)
-            return row
-
-        _quantize_blocks(streamed, output, targets, quantize, calibration, recipe, spill)
+        _quantize_blocks(streamed, output, targets, calibration, recipe, spill, progress)
         output.finish(streamed.parameters)
-        packed = {row.name for row in output.rows}
-        specs = {path: spec for path in targets if path in packed}
-        describe(streamed.model, tokenizer, specs, weight_map(scratch), scratch)
+        packed = {row.name: spec for row in output.rows}
+        describe(model, tokenizer, packed, weight_map(scratch), scratch)
+    warn_of_dense(path for path in targets if path not in packed)
     return output.rows
 
 
@@ -288,20 +255,18 @@ def _made_from(streamed, recipe: Recipe, calibration, targets) -> dict:
 
 
 def _quantize_blocks(
-    streamed: StreamedModel, output: "_Output", targets: list[str], quantize, calibration,
-    recipe: Recipe, spill,
+    streamed: StreamedModel, output: "_Output", targets: list[str], calibration, recipe: Recipe,
+    spill, progress,
 ) -> None:  # fmt: skip
-    """Write a shard for each block that has none yet; free each block when the next is called.
-
-    quantize(path, layer, hessian) replaces a layer and returns its row.
-    """
+    """Write a shard for each block that has none yet; free each block when the next is called."""
     if not output.shards[0].is_file():
         output.write(-1, streamed.read(-1))
     calls = dense_calls = None
     if calibration and output.done < len(streamed.blocks):
-        new = (lambda: SpilledTensors(spill, streamed.device)) if spill else list
-        calls = streamed.calls(calibration, new())
-        dense_calls = streamed.calls(calibration, new()) if recipe.matches_dense else None
+        calls = streamed.calls(calibration, spill)
+        dense_calls = streamed.calls(calibration, spill) if recipe.matches_dense else None
+    say = Progress(f"quantizing with {recipe.method}", len(targets), "layers", len(output.rows))
+    numbers = count(len(output.rows) + 1)
     for i, block in enumerate(streamed.blocks):
         twin = None
         if i >= output.done or dense_calls:
@@ -309,8 +274,22 @@ def _quantize_blocks(
             twin = copy.deepcopy(block) if dense_calls else None
         if i >= output.done:
             paths = [path for path in targets if streamed.block_of(path) == i]
-            dense = (twin, dense_calls) if dense_calls else None
-            rows = _quantize_block(streamed, i, paths, quantize, calls, dense, recipe.needs_halves)
+            layers = {path: streamed.model.get_submodule(path) for path in paths}
+
+            def swap(path: str, hessian=None) -> LayerReport:
+                layer = layers.pop(path)  # its weight is freed with it
+                layer, row = quantize_layer(path, layer, recipe, hessian)
+                replace_module(streamed.model, path, layer)
+                say(next(numbers), path)
+                if progress:
+                    progress(row)
+                return row
+
+            if calls:
+                dense = (twin, dense_calls) if dense_calls else None
+                rows = quantize_block(i, block, layers, calls, swap, dense, recipe.needs_halves)
+            else:
+                rows = [swap(path) for path in paths]
             output.write(i, _packed_tensors(streamed.model, stored, rows), rows)
         elif calls:  # of a finished block only what it gives is needed
             _read_finished(streamed, output, i, recipe.spec)
@@ -319,20 +298,6 @@ def _quantize_blocks(
             if dense_calls:
                 dense_calls.advance(i, twin)
         streamed.blocks[i] = nn.Identity()
-
-
-def _quantize_block(
-    streamed: StreamedModel, i: int, paths: list[str], quantize, calls, dense, halves
-) -> list[LayerReport]:
-    """Quantize block i in place; returns its rows. calls, dense, halves: as for quantize_block."""
-    layers = {path: streamed.model.get_submodule(path) for path in paths}
-
-    def swap(path: str, hessian=None) -> LayerReport:
-        return quantize(path, layers.pop(path), hessian)  # popped, so that its weight is freed
-
-    if calls:
-        return quantize_block(i, streamed.blocks[i], layers, calls, swap, dense, halves)
-    return [swap(path) for path in paths]
 
 
 def _packed_tensors(model, stored: dict[str, Tensor], rows: list[LayerReport]) -> dict[str, Tensor]:
@@ -355,17 +320,12 @@ def _read_finished(streamed: StreamedModel, output: "_Output", i: int, spec) -> 
     streamed.blocks[i].to(streamed.device)
 
 
-# --- the folder that is written -------------------------------------------------------------------
-
-
 class _Output:
     """The shards and the report of a run, in the scratch folder that an unfinished one leaves.
 
     shards  first what lies outside the blocks, then a block each, made in this order
     done    how many blocks have their shard
     rows    of the report, for these blocks
-
-    Raises ValueError, naming what differs, for the scratch folder of a run of other settings.
     """
 
     def __init__(self, scratch: Path, made_from: dict, blocks: int):
@@ -375,7 +335,7 @@ class _Output:
         for part in scratch.glob(".*"):  # files that a kill left half written
             part.unlink()
         if not any(scratch.iterdir()):
-            write_json_atomic(scratch / REPORT, self._report([]))
+            self._write_report([])
         report = read_json(scratch / REPORT)
         old = report["made_from"]
         pairs = [(k, old.get(k), v) for k, v in made_from.items() if old.get(k) != v]
@@ -387,39 +347,28 @@ class _Output:
             )
         self.done = sum(shard.is_file() for shard in self.shards[1:])
         # Rows of blocks that have no shard do not count: the shard comes last.
-        named = set(weight_map_of(self.shards))
+        named = stored_shapes(filter(Path.is_file, self.shards))
         self.rows = [row for row in _rows(report) if f"{row.name}.codes" in named]
 
-    def _report(self, rows: list[LayerReport]) -> dict:
-        return {"made_from": self.made_from, "layers": [asdict(row) for row in rows]}
+    def _write_report(self, rows: list[LayerReport], **more) -> None:
+        said = {"made_from": self.made_from, "layers": [asdict(row) for row in rows]}
+        write_json_atomic(self.scratch / REPORT, said | more)
 
     def write(self, block: int, tensors: dict[str, Tensor], rows=()) -> None:
         """Keep the rows and the shard of a block; -1: of what lies outside."""
         self.rows += rows
-        write_json_atomic(self.scratch / REPORT, self._report(self.rows))
+        self._write_report(self.rows)
         with whole_file(self.shards[block + 1]) as part:
             tensors = {n: t.contiguous().cpu() for n, t in tensors.items()}
             save_file(tensors, part, {"format": "pt"})
 
     def finish(self, parameters: int) -> None:
         """Write the index, and what the model's weights take, into the report."""
-        index = {"metadata": {}, "weight_map": weight_map_of(self.shards)}
-        write_json_atomic(self.scratch / INDEX, index)
+        where = {n: shard.name for shard in self.shards for n in stored_shapes([shard])}
+        write_json_atomic(self.scratch / INDEX, {"metadata": {}, "weight_map": where})
         size = sum(shard.stat().st_size for shard in self.shards)
-        write_json_atomic(self.scratch / REPORT, self._report(self.rows) | {
-            "parameters": parameters,
-            "weight_bytes": size,
-            "bits_per_parameter": round(8 * size / parameters, 4),
-        })  # fmt: skip
-
-
-def weight_map_of(shards: list[Path]) -> dict[str, str]:
-    """Return which of these files, as far as they are there, holds which tensor."""
-    found = {}
-    for shard in filter(Path.is_file, shards):
-        with open_tensors(shard) as file:
-            found |= dict.fromkeys(file.keys(), shard.name)
-    return found
+        sizes = {"parameters": parameters, "weight_bytes": size}
+        self._write_report(self.rows, **sizes, bits_per_parameter=round(8 * size / parameters, 4))
 
 
 def _rows(report: dict) -> list[LayerReport]:

@@ -20,8 +20,7 @@ from ..base.paths import short_path
 from ..data.calibration import calibration_hash
 from ..data.sources import TRAINING_SETS
 from ..models.checkpoint import QUANTIZATION, load_quantized, save_quantized
-from ..models.gguf_files import gguf_file
-from ..models.load import is_quantized, load_model, local_folder
+from ..models.load import is_whole, load_model, local_folder
 from ..models.quantize import LayerReport, apply_recipe, quantized_layers
 from ..models.stream import REPORT, quantize_checkpoint
 from ..quant.recipe import Recipe
@@ -94,10 +93,11 @@ def make_base(plan: BasePlan, folder: Path):
             print(f"base: {short_path(base)} is there, with these settings")
             return
         check_place(base, QUANTIZATION)
-        # A file of GGUF, or weights that are packed already, can only be read whole.
-        stream = plan.stream and not (gguf_file(plan.model) or is_quantized(plan.model))
-        how = "streaming" if stream else "quantizing"
-        print(f"base: {how} {short_path(Path(plan.model))} with {plan.recipe.method}")
+        stream = plan.stream and not is_whole(plan.model)
+        print(f"base: {'streaming' if stream else 'quantizing'} {short_path(Path(plan.model))} "
+              f"with {plan.recipe.method}")  # fmt: skip
+        if plan.stream and not stream:
+            print("  read whole: neither a GGUF file nor packed weights can be streamed")
         if stream:
             tokenizer = _stream(plan, base)
         else:
@@ -165,8 +165,6 @@ def _stream(plan: BasePlan, base: Path):
     from transformers import AutoTokenizer
 
     source, recipe = local_folder(plan.model), plan.recipe
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"streaming reads a folder with config.json, {plan.model} is none")
     tokenizer = AutoTokenizer.from_pretrained(source)
     how = {"options": recipe.options} if recipe.options else {}
     quantize_checkpoint(

@@ -61,7 +61,7 @@ def chunk_for(model, dtype: torch.dtype) -> int | None:
     config says so, reproduces the model's logits on four tokens; else None (Granite and Cohere
     scale their logits)."""
     head, device = model.get_output_embeddings(), next(model.parameters()).device
-    if head is None or model.get_decoder() is model:
+    if head is None or model.get_decoder() in (model, head):
         return None
     ids = torch.arange(4, device=device).unsqueeze(0)  # (1, 4)
     was_training = model.training

@@ -14,6 +14,7 @@ from qlora_lib.models.checkpoint import load_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantized_layers
 from qlora_lib.quant.gptq import GPTQOptions
+from tests.support.gguf_file import write_gguf
 from tests.support.streamed_models import folder, stored  # noqa: F401
 
 
@@ -53,7 +54,23 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     assert main([*common, "--spill", "spill"]) == 2
     assert "--spill keeps the activations of --stream" in capsys.readouterr().err
     assert main(["quantize", "--model", "data", "--stream"]) == 2
-    assert "streaming reads a folder with config.json, data is none" in capsys.readouterr().err
+    assert "data holds no model; name a folder with config.json" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_the_base_and_is_read_whole(tmp_path, monkeypatch, capsys):
+    """Of its architecture transformers makes a model at once, so it can't be streamed."""
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    write_gguf("small.gguf")
+    argv = ["quantize", "--model", "small.gguf", "--method", "rtn", "--compute-dtype", "fp32"]
+    for stream in ([], ["--stream", "--folder", "streamed"]):
+        assert main([*argv, *stream]) == 0
+        out = capsys.readouterr().out
+        assert "quantizing small.gguf with rtn" in out
+        assert ("read whole: neither a GGUF file nor packed weights" in out) == bool(stream)
+    one, other = (load_quantized(base, "cpu", "fp32")[0].state_dict()
+                  for base in ("checkpoints/tiny/base", "streamed/base"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_the_experiment_measures_and_predicts(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qlora_lib.formats import gptq_checkpoint as gptq_format
 from qlora_lib.formats.gptq_checkpoint import MARKER, export_gptq, import_gptq
 from qlora_lib.layers.linear import QuantizedLinear
 from qlora_lib.lora.merge import merge_lora
@@ -281,7 +280,7 @@ def test_a_failed_export_leaves_the_old_checkpoint(saved, monkeypatch):
     monkeypatch.setattr(type(small_tokenizer()), "save_pretrained", fail)  # after the weights
     with pytest.raises(OSError, match="disk full"):
         export_gptq(base_of("grid2"), saved, tokenizer=small_tokenizer())
-    monkeypatch.setattr(gptq_format, "save_file", fail)
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", fail)
     with pytest.raises(OSError, match="disk full"):
         export_gptq(base_of("grid2"), saved)
     assert files(saved) == before and [p.name for p in saved.parent.iterdir()] == ["m"]

@@ -107,6 +107,46 @@ def test_blocks_that_are_no_chain_are_refused():
         quantize_model(model, None, SPEC, "rtn")
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_what_a_block_gives_beside_its_hidden_states_must_not_reach_the_next(used):
+    """Bamba's blocks give attention weights too, which nobody uses; GLM's choices of tokens, which
+    the next block does."""
+    model = small_model()
+
+    def loop(hidden, **given):
+        beside = None
+        for block in model.model.layers:
+            hidden, beside = block(hidden, beside=beside) if used else block(hidden)
+        return hidden
+
+    model.forward = lambda input_ids, **_: loop(model.model.embed_tokens(input_ids))
+    for block in model.model.layers:
+        block.forward = lambda x, own=block.mlp, beside=None: (own(x), x)
+    targets = ("up_proj", "down_proj")
+    if used:
+        with pytest.raises(ValueError, match="does more between its 2 blocks"):
+            quantize_model(model, BATCHES, SPEC, target_modules=targets)
+    else:
+        assert len(quantize_model(model, BATCHES, SPEC, target_modules=targets)) == 4
+
+
+def test_a_layer_that_no_batch_reaches_stays_dense_and_is_named():
+    model = families.build("opt")
+    for block in model.model.decoder.layers:
+        block.spare = torch.nn.Linear(32, 32)
+    with pytest.warns(UserWarning, match="3 target layers stay dense.*layers.0.spare.*layers.2"):
+        rows = quantize_model(model, BATCHES, SPEC)
+    assert len(rows) == 18 and type(model.model.decoder.layers[1].spare) is torch.nn.Linear
+
+
+def test_a_layer_that_is_called_twice_is_refused():
+    model = small_model()
+    for block in model.model.layers:
+        block.mlp.forward = lambda x, up=block.mlp.up_proj: x + up(x)[..., :64] + up(x)[..., 64:]
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj is called more than once"):
+        quantize_model(model, BATCHES, SPEC, target_modules=("up_proj",))
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 4), (10, 4), (2, 1, 5, 4)])
 def test_the_rows_of_real_tokens(shape):
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()

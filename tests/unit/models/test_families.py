@@ -38,6 +38,8 @@ from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantized_layers
 from qlora_lib.quant.gptq import gptq_quantize
 from qlora_lib.quant.hessian import Hessian
+from tests.support.family_models import build, store
+from tests.support.family_rehearsal import rehearse
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 from tests.support.tensors import relative
 
@@ -217,3 +219,41 @@ def test_words_refuse_what_they_cannot_mean():
     with pytest.raises(ValueError, match="Sequential has no config"):
         inject_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), "all")
     assert linear_from_conv1d(small_model()) == []
+
+
+@pytest.mark.parametrize("family, verdict", [
+    ("phi3", "all"), ("camembert", "all"), ("bart", "all, unused layers"),
+    ("mixtral", "named, not streamed"), ("modernbert-decoder", "all"),
+])  # fmt: skip
+def test_a_sample_of_the_families_goes_from_folder_to_export(family, verdict, tmp_path):
+    """What tests/families does with every family that transformers knows."""
+    assert rehearse(family, tmp_path) == verdict
+
+
+def test_buffers_that_a_parent_fills_have_their_values(tmp_path):
+    """Falcon H1's model, not the layer that holds it, knows a vector of multipliers."""
+    model, name = store("falcon_h1", tmp_path / "model"), "model.layers.1.mamba.mup_vector"
+    model.model.layers[0].mamba.A_log.data.add_(1)  # nor does anything else come out as it began
+    quantize_model(model, None, QuantSpec(4, 16), "rtn", target_modules=("q_proj",))
+    save_quantized(model, small_tokenizer(), tmp_path / "base")
+    again, _ = load_quantized(tmp_path / "base", "cpu", "fp32")
+    assert torch.equal(again.get_buffer(name), model.get_buffer(name))
+    state, want = again.state_dict(), model.state_dict()
+    assert all(torch.equal(state[n], want[n]) for n in want)
+
+
+def test_a_router_is_no_linear_layer_though_its_class_is():
+    """It returns scores and choices; Falcon's layers, of a class of their own too, are linear."""
+    paths = find_linears(build("phimoe"), ("q_proj",))
+    assert len(paths) == 2
+    with pytest.raises(ValueError, match="'router'.* match no linear layer"):
+        find_linears(build("phimoe"), ("router",))
+    assert len(find_linears(build("falcon"), "all")) == 8
+
+
+def test_who_reads_a_weight_that_is_packed_is_told():
+    model = build("jamba")
+    quantize_model(model, None, QuantSpec(4, 8), "rtn", target_modules=("dt_proj",))
+    with pytest.raises(ValueError, match="keeps no dense weight.*out of target_modules"):
+        model(IDS, use_cache=False)
+    assert not hasattr(find_linears(model, ("dt_proj",)).popitem()[1], "weight")

@@ -10,7 +10,8 @@ import torch
 from qlora_lib.base.hashes import weights_id
 from qlora_lib.models import gguf_files
 from qlora_lib.models.gguf_files import gguf_file
-from qlora_lib.models.load import load_model
+from qlora_lib.models.load import is_whole, load_model, local_folder
+from tests.support.gguf_file import write_gguf
 from tests.support.small_models import small_model, small_tokenizer
 
 IDS = torch.arange(3, 40)[None]
@@ -62,6 +63,28 @@ def test_pickled_weights_are_refused_and_the_command_converts_them(folder):
         run_command(error)
         (folder / name).unlink()
         assert torch.equal(logits(load_model(folder, "cpu", "fp32")[0]), logits(small_model()))
+
+
+def test_meta_s_own_layout_is_told_what_to_do(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
+    (folder / "params.json").write_text("{}")
+    (folder / "consolidated.00.pth").write_bytes(b"")
+    for read in (load_model, local_folder):
+        with pytest.raises(ValueError, match="Meta's own layout: take .*-hf.*, or convert it"):
+            read(str(folder))
+
+
+def test_what_is_streamed_is_a_folder_of_safetensors(folder, tmp_path):
+    assert local_folder(str(folder)) == folder and not is_whole(str(folder))
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="is a pickle(?s:.*)python -c .*save_pretrained"):
+        local_folder(str(folder))
+    (folder / "small.gguf").touch()
+    assert is_whole(str(folder)) and is_whole(str(folder / "small.gguf"))
+    with pytest.raises(FileNotFoundError, match="nothing holds no model"):
+        local_folder(str(tmp_path / "nothing"))
 
 
 def test_weights_that_do_not_fit_are_value_errors(folder, caplog):
@@ -172,45 +195,6 @@ def test_only_safetensors_are_asked_of_the_hub(monkeypatch, made):
 
 
 # --- GGUF ----------------------------------------------------------------------------------
-
-
-def write_gguf(path, without: str = "") -> None:
-    """The small model as llama.cpp's converter would write it, in fp32; a tensor may be left out."""
-    gguf = pytest.importorskip("gguf")
-    model, tokenizer = small_model(), small_tokenizer()
-    config, merges = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    writer.add_token_list(vocabulary)
-    kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(vocabulary) - 3)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in merges["merges"]])
-    writer.add_pad_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name in ("lm_head.weight", without):  # tied
-            continue
-        if "q_proj" in name or "k_proj" in name:  # llama.cpp pairs a rotation's rows otherwise
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            halves = tensor.reshape(heads, 2, -1, tensor.shape[1])
-            tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_gives_the_model_and_its_tokenizer(tmp_path):

@@ -15,6 +15,7 @@ from qlora_lib.lora.inject import inject_lora, trainable_parameters, use_adapter
 from qlora_lib.lora.targets import find_linears
 from qlora_lib.models.quantize import quantize_model
 from qlora_lib.quant.grid import QuantSpec
+from tests.support.family_models import build
 
 IMAGE = 60
 IDS = torch.tensor([[1] + 4 * [IMAGE] + [5, 6, 7]])  # a place for each of the four patches
@@ -83,6 +84,12 @@ def test_the_words_mean_the_language_model_though_the_tower_has_as_many_blocks(w
     assert {row.name for row in rows} == set(paths)
     assert not same(logits(model), before)
     assert all(torch.equal(t, vision[n]) for n, t in model.model.vision_tower.state_dict().items())
+
+
+def test_a_tower_inside_the_decoder_is_no_decoder():
+    """GIT's get_decoder holds both; they have as many blocks."""
+    model = build("git")
+    assert decoder_blocks(model)[0] == "git.encoder.layer"
 
 
 def test_its_adapter_is_saved_and_loaded(tmp_path):
