@@ -28,7 +28,7 @@ _HOME = {
     "data.gsm8k": ["format_gsm8k"],
     "generation.kv_cache": ["CacheSpec", "PackedCache"],
     "generation.generate": ["Decoding", "generator"],
-    "train.memory": ["decoding_ledger", "memory_ledger"],
+    "train.memory": ["decoding_ledger", "fitting_batch", "memory_ledger"],
     "train.config": ["TrainConfig"],
     "train.finetune": ["finetune", "validation_loss"],
     "evaluation.evaluate": ["EvalReport", "evaluate"],

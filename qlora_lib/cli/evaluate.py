@@ -1,5 +1,6 @@
 """`python -m qlora_lib evaluate | generate`: ask what `finetune` saved."""
 
+import dataclasses
 from pathlib import Path
 
 from .common import Opened, add_run_options, open_options, open_run, positive
@@ -17,7 +18,7 @@ def add_evaluate_and_generate(commands, shared) -> None:
     add("--split", default="test", choices=SPLITS, help="which problems (default: test)")
     add("--limit", type=positive, help="only the first so many problems")
     add("--few-shot", type=int, default=0, metavar="K", help="solved problems before each")
-    add("--batch-size", type=positive, default=64)
+    add("--batch-size", type=positive, help="completions at a time (default: 64, or what fits)")
     add("--out", type=Path, help="(default: outputs/PROFILE/eval, and what is special)")
     add("--restart", action="store_true", help="replace answers instead of going on")
     add("--compare", type=Path, metavar="REPORT", help="folder of another evaluation")
@@ -42,8 +43,8 @@ def make_decoding(opened: Opened, args, **settings):
     return Decoding(max_new_tokens=length, cache_bits=args.cache_bits, **settings)
 
 
-def sampler(opened: Opened, args):
-    """(function from prompts to completions, vote or None) as the options say."""
+def sampler(opened: Opened, args, prompts: list[str]):
+    """(function from prompts to completions, vote or None) as the options say, for these prompts."""
     from ..evaluation import votes as sampling
     from ..generation.generate import generator
 
@@ -54,9 +55,11 @@ def sampler(opened: Opened, args):
         temperature = 0.7 if args.samples > 1 else 0.0
     decoding = make_decoding(
         opened, args, temperature=temperature, top_p=args.top_p, samples=args.samples,
-        seed=args.seed, batch_size=max(1, args.batch_size // args.samples),
+        seed=args.seed,
     )  # fmt: skip
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
+    batch = args.batch_size or usual_batch(model, tokenizer, prompts, decoding)
+    decoding = dataclasses.replace(decoding, batch_size=max(1, batch // args.samples))
     generate = generator(model, tokenizer, decoding)
     if args.samples == 1:
         return generate, None
@@ -70,6 +73,19 @@ def sampler(opened: Opened, args):
         generate = sampling.with_scores(generate, score, "likelihood")
     votes = {"majority": sampling.majority, "weighted": sampling.weighted_vote}
     return generate, votes.get(vote, sampling.best_score)
+
+
+def usual_batch(model, tokenizer, prompts: list[str], decoding) -> int:
+    """64 completions at a time, or what fits into memory beside the model, on every process."""
+    from ..base import processes
+    from ..data.tokens import encode_prompt
+    from ..generation.kv_cache import CacheSpec
+    from ..train.memory import fitting_batch
+
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    cache = CacheSpec(decoding.cache_bits) if decoding.cache_bits else None
+    fits = fitting_batch(model, longest + decoding.max_new_tokens, 64, cache)
+    return min(processes.gather(fits))
 
 
 def evaluate(args) -> None:
@@ -88,7 +104,7 @@ def evaluate(args) -> None:
     if args.few_shot:
         prompt = few_shot(profile.examples("train"), args.few_shot)
     out = args.out or Path("outputs") / profile.name / evaluation_name(args)
-    generate, vote = sampler(opened, args)
+    generate, vote = sampler(opened, args, [prompt(entry)[0] for entry in problems])
     adapter = None if args.no_adapter else short_path(opened.folder / "adapter")
     generate.info |= {"adapter": adapter, "split": args.split, "few_shot": args.few_shot}
     generate.info |= stamp(args.seed)
@@ -98,9 +114,8 @@ def evaluate(args) -> None:
         answer = prediction["strict_answer"] or "none"
         print(f"{mark} {answer:>8}   gold {prediction['gold']:>8}   {prediction['question']:.60}")
 
-    report = score(
-        generate, problems, out, prompt, show, args.batch_size, vote, restart=args.restart
-    )
+    batch = args.samples * generate.info["decoding"]["batch_size"]
+    report = score(generate, problems, out, prompt, show, batch, vote, restart=args.restart)
     print(report)
     print(f"report in {short_path(out)}")
     if other:

@@ -22,6 +22,7 @@ from ..generation.generate import Generator
 from .canaries import run_canaries
 from .extraction import equals, extract_answer
 
+CHUNK = 128  # questions that are asked at a time, and kept together, unless told
 Entry = dict[str, str]
 Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
 # What decides the completions; a folder holds the answers of one such set. Not among them:
@@ -177,7 +178,7 @@ def evaluate(
     report_folder: str | Path | None = None,
     prompt: Prompt = format_gsm8k,
     callback: Callable[[Prediction], None] | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     vote: Callable[[list], str] | None = None,
     canaries: bool = True,
     restart: bool = False,
@@ -187,7 +188,8 @@ def evaluate(
     generate: any function from prompts to completions (plain strings will do), or to lists of
     samples, of which `vote` makes or picks the one that counts; a Generator also says in the
     report what it is. prompt: entry to (prompt, target), of which only the prompt is used.
-    `chunk` questions are asked at a time. callback: called with each new prediction. canaries:
+    `chunk` questions are asked at a time: about 128, whole batches of `generate`, unless given.
+    callback: called with each new prediction. canaries:
     first check the grader with models whose score is known, in milliseconds.
 
     Several processes take a chunk each, so that questions are asked together just as by one
@@ -204,6 +206,9 @@ def evaluate(
     if not problems:
         raise ValueError("there are no problems to evaluate on")
     generate = Generator.of(generate)
+    if chunk is None:  # a rest would be a smaller batch, in every chunk
+        batch = generate.info.get("decoding", {}).get("batch_size", 1)
+        chunk = batch * max(1, CHUNK // batch)
     golds = [parse_gold(entry["answer"]) for entry in problems]
     prompts = [prompt(entry)[0] for entry in problems]
     if canaries:

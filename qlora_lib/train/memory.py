@@ -15,13 +15,13 @@ from functools import cache
 
 import torch
 
-from ..base.devices import DTYPES
+from ..base.devices import DTYPES, dtype_name
 from ..generation.kv_cache import CacheSpec, cache_bytes, head_dim
 from ..lora.targets import ALL_LINEAR, find_linears
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
 from .adam8bit import OPTIMIZERS, SMALLEST
-from .measure import Measurement, measure_step
+from .measure import Measurement, available_memory, measure_step
 
 METHODS = ("full", "lora", "qlora")
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # blocks whose activations are counted, not estimated
@@ -167,6 +167,36 @@ def decoding_ledger(
     counts, linears = _model_shapes(config.to_json_string(), type(config))
     stored = _base_bytes(counts, linears, spec, size, spec is not None)
     return stored | {"cache": cache_bytes(config, context, cache, batch, size)}
+
+
+def fitting_batch(
+    model, tokens: int, most: int, cache: CacheSpec | None = None, free: float | None = None
+) -> int:
+    """Return how many sequences of up to `tokens` tokens, prompt and completion, to decode at once:
+    `most`, halved until they fit the free memory of the model's device (at least 1); `most` for
+    decoders that the ledger does not know.
+
+    cache: how old tokens are stored, as in decoding_ledger. free: bytes; None: those free now,
+    beside the loaded model. Halved, so that a little more or less of them mostly gives the same
+    batches, with which alone a killed evaluation goes on.
+    """
+    config, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
+    try:
+        ledger = decoding_ledger(config, tokens, 1, None, cache, dtype_name(embedding.dtype))
+    except ValueError:
+        return most
+    size = embedding.element_size()
+    # While a block reads the prompt: its norm in fp32, query, key, value, output and the two
+    # residuals, SwiGLU, and this layer's cache once more; at the end the logits, also in fp32.
+    block = tokens * (config.hidden_size * (4 + 6 * size) + 3 * size * config.intermediate_size)
+    layer = cache_bytes(config, tokens, None, 1, size) // config.num_hidden_layers
+    sequence = ledger["cache"] + block + layer + config.vocab_size * (size + 4)
+    # A dequantized layer, and a tenth for what the allocator loses to fragments.
+    free = available_memory(embedding.device) if free is None else free
+    room = 0.9 * free - config.hidden_size * config.intermediate_size * (4 + size)
+    while most > 1 and most * sequence > room:
+        most //= 2
+    return most
 
 
 def _check(name: str, value: str, known) -> None:

@@ -58,6 +58,19 @@ def test_only_the_answer_to_a_question_ends_before_the_next(place, monkeypatch):
     assert stops == [("Question:",), ()]
 
 
+@pytest.mark.parametrize("free, given, batch", [
+    (10**12, [], 64), (2 * 10**6, [], 16), (10**5, ["--batch-size", "5"], 5),
+    (10**12, ["--samples", "3"], 21), (2 * 10**6, ["--samples", "2", "--cache-bits", "4"], 8),
+])  # fmt: skip
+def test_evaluate_asks_as_many_at_once_as_fit(place, monkeypatch, free, given, batch):
+    monkeypatch.setattr("qlora_lib.train.memory.available_memory", lambda device: free)
+    argv = [*COMMON, "--dense", "--no-adapter", "--limit", "6", "--max-new-tokens", "8"]
+    assert run("evaluate", *argv, "--out", "out", *given) == 0
+    info = json.loads((place / "out/report.json").read_text())["info"]
+    assert info["decoding"]["batch_size"] == batch
+    assert info["chunk"] == batch * info["decoding"]["samples"]
+
+
 def test_evaluate_goes_on_compares_and_refuses_other_settings(place, capsys):
     argv = [*COMMON, "--max-new-tokens", "4", "--dense", "--no-adapter"]
     assert run("evaluate", *argv) == 0

@@ -185,6 +185,15 @@ def test_a_question_that_is_too_long_is_found_before_the_first_is_asked(tmp_path
     assert asked == [] and not (tmp_path / "eval").exists()
 
 
+@pytest.mark.parametrize("batch, chunk", [(None, 128), (32, 128), (100, 100), (60, 120), (300, 300)])
+def test_a_chunk_is_whole_batches_of_the_generator(batch, chunk):
+    ask = model()
+    if batch:
+        ask.info["decoding"]["batch_size"] = batch
+    report = evaluate(ask, PROBLEMS)
+    assert report.info["chunk"] == chunk and len(ask.chunks[0]) == min(chunk, 200)
+
+
 def test_a_finished_evaluation_asks_nothing_again(tmp_path):
     evaluate(model(), PROBLEMS[:50], tmp_path, chunk=30)
     again = model()

@@ -6,14 +6,19 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from qlora_lib import (
+    Decoding,
     NF4Spec,
     QuantSpec,
+    fitting_batch,
+    generator,
     inject_lora,
     memory_ledger,
     quantize_model,
@@ -23,9 +28,12 @@ from qlora_lib import (
     trainable_parameters,
 )
 from qlora_lib.base.devices import DTYPES
+from qlora_lib.generation.kv_cache import CacheSpec
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
+from qlora_lib.train.measure import AllocationMeter
 from qlora_lib.train.memory import PARTS, moments_bytes, packed_bytes
 from tests.support.memory_models import BATCH, RANK, SEQ, SMALL, SPEC, model_of
+from tests.support.small_models import small_model, small_tokenizer
 
 LLAMA2_7B = LlamaConfig(
     vocab_size=32_000,
@@ -273,3 +281,39 @@ def test_bad_input():
         memory_ledger(SMALL, "lora", targets=())
     with pytest.raises(ValueError, match="does not divide"):
         memory_ledger(SMALL, "qlora", spec=QuantSpec(4, 48))
+
+
+@pytest.mark.parametrize("gigabytes, most, fits", [
+    (75, 100, 100), (19.5, 100, 50), (19.5, 64, 32), (7, 100, 12), (3.5, 100, 6), (0.1, 100, 1),
+])  # fmt: skip
+def test_the_batch_of_llama2_7b_that_fits(gigabytes, most, fits):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LLAMA2_7B).bfloat16()
+    assert fitting_batch(model, 420, most, free=gigabytes * 1e9) == fits
+    packed = fitting_batch(model, 420, most, CacheSpec(4), free=gigabytes * 1e9)
+    assert packed > fits or fits in (1, most)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_batch_that_fits_stays_below_the_free_memory(bits):
+    model, tokenizer = small_model(), small_tokenizer()
+    cache = CacheSpec(bits) if bits else None
+    steps = range(0, 10**7, 10**4)
+    free = next(n for n in steps if fitting_batch(model, 200, 8, cache, n) == 8)
+    assert fitting_batch(model, 200, 8, cache, free - 10**4) == 4
+    ask = generator(model, tokenizer, Decoding(max_new_tokens=40, batch_size=8, cache_bits=bits))
+    with AllocationMeter() as meter:
+        ask(["1" * 159] * 8)
+    assert free / 3 < meter.peak < free
+
+
+def test_the_batch_that_fits_asks_the_device(monkeypatch):
+    monkeypatch.setattr("qlora_lib.train.memory.available_memory", lambda device: 10**6)
+    assert fitting_batch(small_model(), 100, 64) < 64
+    monkeypatch.setattr("qlora_lib.train.memory.available_memory", lambda device: float("inf"))
+    assert fitting_batch(small_model(), 100, 64) == 64
+
+
+def test_a_decoder_without_a_ledger_gets_the_usual_batch():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
+    assert fitting_batch(model, 100, 64, free=0) == 64
