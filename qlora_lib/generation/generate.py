@@ -21,6 +21,9 @@ from ..models.batches import check_tokens
 from ..models.fingerprint import fingerprint
 
 
+FEW = 8  # rows that leave a batch together, at least
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen."""
@@ -119,13 +122,11 @@ class ModelGenerator(Generator):
         try:
             with decoding_layout(model) if self.dtype == torch.bfloat16 else nullcontext():
                 for chosen in by_length(encoded, decoding.batch_size, longest_first=True):
-                    names = nullcontext()
+                    names = None
                     if adapters is not None:  # rows of one adapter together: no copies of them
                         chosen.sort(key=lambda i: adapters[i] or "")
-                        rows = [adapters[i] for i in chosen for _ in range(decoding.samples)]
-                        names = use_adapter(model, rows)
-                    with names:
-                        batch = self._answer([encoded[i] for i in chosen])
+                        names = [adapters[i] for i in chosen for _ in range(decoding.samples)]
+                    batch = self._answer([encoded[i] for i in chosen], names)
                     for i, said in zip(chosen, batch):
                         results[i] = said if decoding.samples > 1 else said[0]
         finally:
@@ -133,18 +134,15 @@ class ModelGenerator(Generator):
         return results
 
     @torch.inference_mode()
-    def _answer(self, encoded: list[list[int]]) -> list[list[Completion]]:
-        """`samples` Completions for each of the encoded prompts."""
+    def _answer(self, encoded: list[list[int]], names: list | None) -> list[list[Completion]]:
+        """`samples` Completions for each of the encoded prompts; names: an adapter a row."""
         from transformers import GenerationConfig
-
-        from .kv_cache import CacheSpec, PackedCache
 
         model, tokenizer, decoding = self.model, self.tokenizer, self.decoding
         embedding = model.get_input_embeddings().weight
         device, dtype = embedding.device, embedding.dtype
         input_ids = pad(encoded, pad_id(tokenizer), side="left").to(device)  # (batch, width)
         mask = pad([[1] * len(ids) for ids in encoded], 0, side="left").to(device)
-        width = input_ids.shape[1]
         chat = model.generation_config.eos_token_id  # chat models have several
         ends = {tokenizer.eos_token_id, *(chat if isinstance(chat, list) else [chat])} - {None}
         sampling = decoding.temperature > 0
@@ -157,8 +155,8 @@ class ModelGenerator(Generator):
             eos_token_id=sorted(ends),
             pad_token_id=pad_id(tokenizer),
             use_cache=True,
+            return_dict_in_generate=True,
         )
-        cache = PackedCache(CacheSpec(decoding.cache_bits)) if decoding.cache_bits else None
         # A checkpoint's own generation settings (Llama-2's temperature 0.6, Qwen2's repetition
         # penalty) would fill in what `settings` leaves open; they are set aside meanwhile.
         own, model.generation_config = model.generation_config, GenerationConfig()
@@ -168,14 +166,49 @@ class ModelGenerator(Generator):
             ):
                 if sampling:
                     torch.manual_seed(decoding.seed)
-                output = model.generate(
-                    input_ids=input_ids, attention_mask=mask, generation_config=settings,
-                    past_key_values=cache,
-                )  # (batch * samples, width + new)
+                output = self._new_tokens(input_ids, mask, settings, names)
         finally:
             model.generation_config = own
-        rows = [_complete(tokenizer, ids, ends, decoding) for ids in output[:, width:].tolist()]
+        rows = [_complete(tokenizer, ids, ends, decoding) for ids in output]
         return [rows[i : i + decoding.samples] for i in range(0, len(rows), decoding.samples)]
+
+    def _new_tokens(self, input_ids, mask, settings, names) -> list[list[int]]:
+        """The new ids of each row. Rows that have ended leave the batch, a quarter of it at a time,
+        so that the others do not wait for them; where tokens are drawn they stay, since a draw
+        depends on the rows beside it."""
+        from transformers import StoppingCriteriaList
+
+        cache = _cache(self.model, self.decoding.cache_bits)
+        rows = len(input_ids) * settings.num_return_sequences
+        new, going = [[] for _ in range(rows)], list(range(rows))  # going: rows of this batch
+        leaving = cache is not None and not settings.do_sample
+        while going:
+            ended = torch.zeros(len(going), dtype=torch.bool, device=input_ids.device)
+
+            def enough(ids, scores):
+                """Whether enough rows have ended to go on without them; the same for each row."""
+                ended.logical_or_(torch.isin(ids[:, -1], ends))
+                return torch.full_like(ended, leaving and ended.sum() >= max(FEW, len(ended) // 4))
+
+            ends = torch.tensor(settings.eos_token_id, device=input_ids.device)
+            with use_adapter(self.model, names) if names else nullcontext():
+                output = self.model.generate(
+                    input_ids=input_ids, attention_mask=mask, generation_config=settings,
+                    past_key_values=cache, stopping_criteria=StoppingCriteriaList([enough]),
+                )  # sequences: (batch * samples, width + new)
+            written = output.sequences[:, input_ids.shape[1] :]
+            for row, ids in zip(going, written.tolist()):
+                new[row] += ids
+            settings.max_new_tokens -= written.shape[1]
+            left = (~ended).nonzero().flatten()
+            if not leaving or settings.max_new_tokens == 0 or len(left) == 0:
+                return new
+            cache.batch_select_indices(left)
+            input_ids = output.sequences[left]
+            mask = torch.cat([mask, torch.ones_like(written)], 1)[left]
+            going = [going[i] for i in left.tolist()]
+            names = names and [names[i] for i in left.tolist()]
+        return new
 
 
 def generator(model, tokenizer, decoding: Decoding = Decoding()) -> ModelGenerator:
@@ -209,3 +242,18 @@ def _complete(tokenizer, new: list[int], ends: set[int], decoding: Decoding) -> 
     cut = min((text.find(s) for s in decoding.stop if s in text), default=None)
     tokens = len(new) if end is None else end + 1
     return Completion(text[:cut], tokens, finished=end is not None or cut is not None)
+
+
+def _cache(model, bits: int | None):
+    """An empty cache of which rows can be dropped; None where only the model itself knows what
+    it keeps of old tokens (windows, states of its own)."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    from .kv_cache import CacheSpec, PackedCache
+
+    if bits:
+        return PackedCache(CacheSpec(bits))
+    if not model._supports_default_dynamic_cache() or model.config.is_encoder_decoder:
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return cache if {type(layer) for layer in cache.layers} == {DynamicLayer} else None
