@@ -214,11 +214,8 @@ class Finetuner:
         state = checkpoint.base_state(self.model)
         with atomic_folder(folder / MODEL, "config.json") as scratch:
             save_file(state, scratch / checkpoint.WEIGHTS, metadata={"format": "pt"})
-            config = checkpoint.config_of(self.model, state)
-            config.dtype = self.model.dtype
-            config.save_pretrained(scratch)
-            checkpoint.save_generation_config(self.model, scratch)
-            self.tokenizer.save_pretrained(scratch)
+            dtype = self.model.dtype
+            checkpoint.save_settings(self.model, self.tokenizer, state, scratch, dtype=dtype)
 
     def save(self, folder: str | Path | None = None, **facts) -> Path:
         """Write the result: the model (full) or the adapter, and run.json with further `facts`.
