@@ -334,21 +334,19 @@ def draw_layer_errors(axes, reports: dict[str, dict[str, float]]) -> None:
         ax.tick_params(length=0)
 
 
-def draw_losses(axes, losses: dict[tuple[int, int | None, str], float], dense: float) -> None:
-    """Held-out loss over bits, one panel a granularity; axes (number of group sizes,).
+def draw_losses(ax, losses: dict[tuple[int, int | None, str], float], dense: float) -> None:
+    """Held-out loss over bits: a line for one grid a row, squares for groups.
 
     losses: {(bits, group_size or None for a row, "rtn" or "gptq"): loss}; dense: the loss
     before quantizing.
     """
-    top = max(losses.values()) - dense
-    for ax, size in zip(axes, dict.fromkeys(s for _, s, _ in losses)):
+    for size in dict.fromkeys(s for _, s, _ in losses):
+        style, label = ("s", f" in groups of {size}") if size else ("o-", " a row")
         for name in ("rtn", "gptq"):
             line = sorted((b, v) for (b, s, m), v in losses.items() if (s, m) == (size, name))
-            ax.plot([b for b, _ in line], [v for _, v in line], "o-", color=COLORS[name],
-                    label=name.upper())
-        ax.axhline(dense, color=FP, linewidth=1.4, linestyle="--", label="dense")
-        ax.set(ylim=(dense - 0.06 * top, dense + 1.06 * top), xlabel="bits",
-               xticks=sorted({b for b, _, _ in losses}), ylabel="held-out loss",
-               title=f"groups of {size}" if size else "one grid a row")
-        ax.invert_xaxis()
-        ax.legend()
+            ax.plot([b for b, _ in line], [v for _, v in line], style, color=COLORS[name],
+                    fillstyle="none" if size else "full", label=name.upper() + label)
+    ax.axhline(dense, color=FP, linewidth=1.4, linestyle="--", label="dense")
+    ax.set(xlabel="bits", xticks=sorted({b for b, _, _ in losses}), ylabel="held-out loss")
+    ax.invert_xaxis()
+    ax.legend()

@@ -147,3 +147,13 @@ def test_controls_of_orders():
                                 "new groups": (bits / 5, None)}
                for spread in (0.0, 1.0) for bits in (2, 4)}
     check_controls(draw.draw_orders, {"spread": [0.0, 1.0], "bits": [2, 4]}, results=results)
+
+
+def test_losses_are_a_line_for_rows_and_open_squares_for_groups():
+    losses = {(b, None, m): b / 10 for b in (2, 3, 4) for m in ("rtn", "gptq")}
+    losses |= {(2, 64, m): 0.1 for m in ("rtn", "gptq")}
+    lines = axes_of(draw.draw_losses, losses=losses, dense=0.05).get_lines()
+    found = {line.get_label(): (line.get_linestyle(), line.get_fillstyle(), len(line.get_xdata()))
+             for line in lines}
+    assert found["GPTQ a row"] == ("-", "full", 3)
+    assert found["RTN in groups of 64"] == ("None", "none", 1)
