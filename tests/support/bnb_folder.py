@@ -28,9 +28,9 @@ def layout(q: NF4Tensor) -> dict[str, torch.Tensor]:
     return tensors | {".quant_state.bitsandbytes__nf4": as_bytes(described)}
 
 
-def save_bnb(folder, double_quant: bool = True):
+def save_bnb(folder, double_quant: bool = True, context: int = 256):
     """Write the folder; returns the model, whose linears have biases, and the state that is stored."""
-    model = small_model()
+    model = small_model(context=context)
     model.config.attention_bias = model.config.mlp_bias = True
     for i, layer in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
         if layer is not model.lm_head:

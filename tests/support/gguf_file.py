@@ -7,10 +7,10 @@ import pytest
 from tests.support.small_models import small_model, small_tokenizer
 
 
-def write_gguf(path, without: str = "") -> None:
+def write_gguf(path, without: str = "", context: int = 256) -> None:
     """Write the file; a tensor may be left out. Skips a test where gguf is not installed."""
     gguf = pytest.importorskip("gguf")
-    model, tokenizer = small_model(), small_tokenizer()
+    model, tokenizer = small_model(context=context), small_tokenizer()
     config, merges = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)

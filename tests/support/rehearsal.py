@@ -1,7 +1,7 @@
 """A rehearsal of the LLaMA-2-7B run: notebooks 04 and 05 on a small random model in its folder
-layout, in kernels that find only FREE bytes of memory, so that what decodes takes fewer sequences
-at a time than it would like: `python -m tests.support.rehearsal`. Returns 1 if a notebook fails,
-or if one takes as many as ever.
+layout, and 04 on one in a GGUF file and on one in bitsandbytes' 4 bits. Their kernels find only
+FREE bytes of memory, so that what decodes takes fewer sequences at a time than it would like:
+`python -m tests.support.rehearsal`. Returns 1 if a notebook fails, or if one takes as many as ever.
 """
 
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 from course.tools import execute
 from qlora_lib.base.paths import DATA
 from tests.support import random_llama
+from tests.support.bnb_folder import save_bnb
+from tests.support.gguf_file import write_gguf
 
 FREE = 64_000_000  # the small model trains in less; 50 of its sequences take more
 # IPython runs it before the first cell.
@@ -48,8 +50,23 @@ def rehearse(names: list[str], parameters: dict, free: int = FREE) -> int:
     return int(failed or not chosen or any(batch == most for _, most, batch in chosen))
 
 
+def runs() -> list[tuple[list[str], dict]]:
+    """Make a small random model in each form that MODEL= takes; return the notebooks, and their
+    parameters, that run it."""
+    folder, gguf, bnb = (execute.BUILD / f"random-{form}" for form in ("llama", "gguf", "bnb"))
+    for path in (gguf, bnb):
+        path.mkdir(parents=True, exist_ok=True)
+    write_gguf(gguf / "small.gguf", context=1024)
+    save_bnb(bnb, context=1024)
+    random_llama.make(folder)
+    given = {"data_from": str(DATA / "minigsm"), "steps": 6}
+    return [
+        (["04"], {**given, "weights_from": str(gguf / "small.gguf")}),
+        (["04"], {**given, "weights_from": str(bnb)}),
+        # Last: 05 asks the adapter that 04 has left.
+        ([], {**given, "weights_from": str(folder), "live_problems": 8}),
+    ]
+
+
 if __name__ == "__main__":
-    model = execute.BUILD / "random-llama"
-    random_llama.make(model)
-    sys.exit(rehearse([], {"weights_from": str(model), "data_from": str(DATA / "minigsm"),
-                           "steps": 6, "live_problems": 8}))  # fmt: skip
+    sys.exit(any([rehearse(*run) for run in runs()]))

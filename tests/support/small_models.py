@@ -88,7 +88,7 @@ def built_once(build):
 
 
 @built_once
-def small_model(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
+def small_model(seed: int = 0, layers: int = 2, context: int = 256) -> LlamaForCausalLM:
     """A random Llama, hidden 64, fp32. Weights are large enough for varied completions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -98,7 +98,7 @@ def small_model(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         initializer_range=0.2,
         tie_word_embeddings=True,
         pad_token_id=0,
