@@ -5,7 +5,7 @@ import dataclasses
 import math
 from functools import partial
 
-from .common import Opened, grid, open_options, positive
+from .common import Opened, add_command, grid, open_options, positive
 
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
@@ -25,8 +25,7 @@ def above_zero(text: str) -> float:
     return number
 
 
-def add_quantize_and_finetune(commands, shared) -> None:
-    """The two commands and their options."""
+def add_commands(commands, shared) -> None:
     base = argparse.ArgumentParser(add_help=False)
     add = base.add_argument
     add("--method", choices=METHODS, default="gptq", help="of quantization; none: a dense base")
@@ -41,14 +40,13 @@ def add_quantize_and_finetune(commands, shared) -> None:
     flag("--best", help="with gptq: --match-dense --weigh-columns --refit-scales --damping auto")
     flag("--stream", help="quantize with one block in memory at a time")
 
-    text = "calibrate, quantize, save"
-    add = commands.add_parser("quantize", parents=[shared, base], help=text).add_argument
+    add = add_command(commands, "quantize", quantize, "calibrate, quantize, save", shared, base)
     text = "linears to quantize: all (default), or q, k, v, o alone"
     add("--targets", choices=("all", "attention"), default="all", help=text)
     add("--spill", help="with --stream: a folder to keep activations in")
 
     text = "quantize, inject LoRA, train, save"
-    add = commands.add_parser("finetune", parents=[shared, base], help=text).add_argument
+    add = add_command(commands, "finetune", finetune, text, shared, base)
     add("--epochs", type=positive, help="passes over the training examples")
     add("--max-steps", type=positive, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=positive, help="examples at a time; the rest of a step is accumulated")
@@ -73,10 +71,8 @@ def add_quantize_and_finetune(commands, shared) -> None:
 
 
 def recipe_of(args):
-    """The recipe that the options describe; None for --method none.
-
-    Raises ValueError for options that the method does not have, by name.
-    """
+    """The recipe of the options; None for --method none. Raises ValueError for options that the
+    method does not have, by name."""
     from ..quant.gptq import GPTQOptions
     from ..quant.nf4 import NF4Spec
     from ..quant.recipe import Recipe
@@ -109,6 +105,7 @@ def training_data(opened: Opened, args):
 
     length = getattr(args, "max_length", None) or opened.profile.train.max_length
     keep = [getattr(args, f"keep_{what}", False) for what in ("notes", "overlap")]
+
     known = []
 
     def read(tokenizer):
@@ -140,7 +137,7 @@ def quantize(args) -> None:
 
 
 def train_config(opened: Opened, args):
-    """The profile's settings, changed by the options that were given."""
+    """The profile's settings, changed by the given options."""
     names = ("epochs", "max_steps", "batch_size", "accumulation", "optimizer", "lr", "max_length",
              "seed", "eval_every", "gradient_checkpointing", "resume")  # fmt: skip
     changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}

@@ -3,13 +3,14 @@
 import dataclasses
 from pathlib import Path
 
-from .common import Opened, add_run_options, open_options, open_run, positive
+from .common import (
+    Opened, add_command, add_run_options, make_decoding, open_options, open_run, positive
+)  # fmt: skip
 
 
-def add_verifier(commands, shared) -> None:
-    """The command and its options."""
+def add_commands(commands, shared) -> None:
     text = "sample solutions of train problems, label them, train a verifier on them"
-    add = commands.add_parser("verifier", parents=[shared], help=text).add_argument
+    add = add_command(commands, "verifier", train, text, shared)
     add_run_options(add)
     add("--limit", type=positive, default=1000, help="train problems to sample for (default: 1000)")
     add("--samples", type=positive, default=8, metavar="K", help="solutions of each (default: 8)")
@@ -21,7 +22,7 @@ def add_verifier(commands, shared) -> None:
 
 
 def train(args) -> None:
-    """Write args.folder/verifier."""
+    """Write the run's verifier."""
     import torch
 
     from ..base.files import write_json_atomic
@@ -30,16 +31,15 @@ def train(args) -> None:
     from ..data.gsm8k import format_gsm8k
     from ..evaluation.extraction import is_correct
     from ..evaluation.verifier import Verifier, train_verifier
-    from ..generation.generate import Decoding, generator
+    from ..generation.generate import generator
     from ..train.config import TrainConfig
 
     opened = open_options(args)
     profile = opened.profile
     entries = profile.examples("train")[: args.limit]
-    decoding = Decoding(
-        temperature=args.temperature, samples=args.samples, seed=args.seed,
-        max_new_tokens=args.max_new_tokens or profile.max_new_tokens,
-        cache_bits=args.cache_bits, batch_size=max(1, args.batch_size // args.samples),
+    decoding = make_decoding(
+        opened, args, temperature=args.temperature, samples=args.samples, seed=args.seed,
+        batch_size=max(1, args.batch_size // args.samples),
     )  # fmt: skip
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     prompts = [format_gsm8k(entry)[0] for entry in entries]
@@ -67,8 +67,7 @@ def open_verifier(model, tokenizer, opened: Opened, folder: Path | None = None):
     from ..base.paths import short_path
     from ..evaluation.verifier import Verifier
 
-    folder = folder or opened.folder / "verifier"
+    folder, remedy = folder or opened.folder / "verifier", opened.command("verifier")
     if not folder.is_dir():
-        there = short_path(folder)
-        raise FileNotFoundError(f"there is no verifier {there}; {opened.command('verifier')}")
+        raise FileNotFoundError(f"there is no verifier {short_path(folder)}; {remedy}")
     return Verifier.load(model, tokenizer, folder)

@@ -1,14 +1,12 @@
 """The quantized base of a run: made once by its plan, and taken from the run's folder afterwards.
 
-`FOLDER/base` holds the packed model and recipe.json, which says what made it. The base is made
-anew when anything in there is another one: weights, recipe, dtype, calibration examples. Weights
-that are 4-bit already (a checkpoint of bitsandbytes) are taken as they are, as an NF4 base.
+`FOLDER/base` holds the packed model and recipe.json, which says what made it: weights, recipe,
+dtype, calibration examples. Where one of them is another one, the base is made anew.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -46,7 +44,7 @@ class BasePlan:
     _batches: list[Batches] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def record(self) -> dict:
-        """What recipe.json says of a base that this plan makes, but for the calibration's hash."""
+        """What recipe.json says of this plan's base, but for the calibration's hash."""
         said = {"weights": weights_id(self.model), "compute_dtype": self.compute_dtype}
         if self.recipe.method == "gptq" and self.calibrated_on:
             said["calibrated_on"] = self.calibrated_on
@@ -54,8 +52,9 @@ class BasePlan:
 
     def dense(self):
         """(model, tokenizer) as its weights come, before anything is quantized here."""
-        load = self.load or partial(load_model, self.model, self.device, self.compute_dtype)
-        return load()
+        if self.load:
+            return self.load()
+        return load_model(self.model, self.device, self.compute_dtype)
 
     def batches(self, tokenizer) -> Batches | None:
         """What GPTQ is calibrated on, tokenized once; None for other methods."""
@@ -66,7 +65,7 @@ class BasePlan:
         return self._batches[0]
 
     def calibration_hash(self, tokenizer) -> str | None:
-        """SHA-256 of the token ids that GPTQ sees; None for other methods and published sets."""
+        """The hash of what GPTQ sees; None for other methods and published sets."""
         if self.recipe.method != "gptq" or self.calibrated_on in TRAINING_SETS:
             return None
         return calibration_hash(self.batches(tokenizer))
@@ -84,7 +83,7 @@ def make_base(plan: BasePlan, folder: Path):
     """See that `folder`/base is what the plan makes: keep it, or make it, in the first process.
 
     Returns (model, tokenizer) where they are in memory anyway, else None. Raises
-    FileNotFoundError where there are no weights, and what check_place and quantizing raise.
+    FileNotFoundError for no weights, and what check_place and quantizing raise.
     """
     base, made = Path(folder) / BASE, []
 
@@ -121,12 +120,9 @@ def read_recipe(folder: Path) -> dict | None:
 def _is_made_so(base: Path, plan: BasePlan) -> bool:
     from transformers import AutoTokenizer
 
-    made = read_recipe(base.parent)
-    if made is None:
-        return False
+    made = read_recipe(base.parent) or {}
     before = made.pop("calibration", None)  # older ones do not say
-    # Compared as JSON holds it, which has no tuples.
-    if made != json.loads(json.dumps(plan.record())):
+    if made != json.loads(json.dumps(plan.record())):  # as JSON holds it, which has no tuples
         return False
     if before is None:
         return True
@@ -137,7 +133,7 @@ def _is_made_so(base: Path, plan: BasePlan) -> bool:
 
 
 def _quantize(plan: BasePlan, base: Path | None = None):
-    """(model, tokenizer), quantized in memory, and saved to `base` if there is one."""
+    """(model, tokenizer), quantized in memory, and saved to `base` if given."""
     model, tokenizer = plan.dense()
     layers, report = quantized_layers(model), []
     if layers and (plan.any_base or plan.recipe.method == "nf4"):

@@ -57,13 +57,12 @@ class Finetuner:
     """A model that learns by one of three methods.
 
     model: a hub id, a folder or a GGUF file; the plan of a base (runs/base.py); or a causal model
-    itself (then give `tokenizer`): it is changed in place, and the adapter becomes its default.
-    method: "full" trains every weight, in fp32; "lora" an adapter beside dense weights; "qlora"
-    beside quantized ones: quantized here to `spec` (NF4, or a QuantSpec rounded to nearest) or by
-    the plan's recipe, unless the model that is handed over already is (by GPTQ, say). folder: of
-    the run (run_folder.py); None: nothing is kept on disk. Further keywords go to inject_lora,
-    such as rank, alpha, target_modules and init. Raises ValueError for settings that do not go
-    together or with the model, and what the parts raise.
+    itself (then give `tokenizer`), which is changed in place. method: "full" trains every weight,
+    in fp32; "lora" an adapter beside dense weights; "qlora" beside quantized ones: quantized here
+    to `spec` (NF4, or a QuantSpec rounded to nearest) or by the plan's recipe, unless the model
+    that is handed over already is. folder: of the run (run_folder.py); None: nothing is kept on
+    disk. Further keywords go to inject_lora, such as rank, alpha, target_modules and init. Raises
+    ValueError for settings that do not go together or with the model.
     """
 
     def __init__(
@@ -107,8 +106,7 @@ class Finetuner:
             set_adapter(model, adapter)  # what is trained is what calls use
 
     def _check(self) -> None:
-        """Refuse inits that don't go with the base, and places that could not be written at the
-        end, before anything is loaded."""
+        """Refuse inits that don't go with the base, and places that can't be written."""
         taken_apart = self.residual and self.method == "qlora"
         if taken_apart and self.plan and self.recipe.method == "gptq":
             raise ValueError(f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's "
@@ -122,7 +120,7 @@ class Finetuner:
             check_place(self.folder / BASE, checkpoint.QUANTIZATION)
 
     def _quantize(self, model) -> None:
-        """A dense module is quantized here if it is to be, and if no adapter takes it apart."""
+        """Quantize a dense module if it is to be, and if no adapter takes it apart."""
         if self.method == "qlora" and quantized_layers(model):
             self.recipe = None  # it was given so
         elif quantized_layers(model):
@@ -161,9 +159,9 @@ class Finetuner:
         """Train; then, with `best`, put back the parameters of the lowest dev loss.
 
         train, dev: as read_examples takes them; without dev the last tenth of train is held out
-        (at most 256), with an empty one nothing is. callback: called with each step's metrics, or
-        several that are. Before the first step, saving is tried. Raises ValueError for no
-        examples, fewer than two without a dev set, and a folder that can't be written.
+        (at most 256), with an empty one nothing is. callback: one or several, called with each
+        step's metrics. Raises ValueError for too few examples and, before the first step, for a
+        folder that can't be written.
         """
         train = read_examples(train, self.tokenizer)
         if dev is None:
@@ -187,8 +185,7 @@ class Finetuner:
         return self.history
 
     def try_saving(self) -> None:
-        """Save into the folder, read back, remove: what would fail at the end fails now, with a
-        ValueError."""
+        """Save, read back, remove: what would fail at the end fails now, with a ValueError."""
         trial, found = self.folder / "trial", 0
         try:
             self._write(trial)
@@ -218,8 +215,8 @@ class Finetuner:
             checkpoint.save_settings(self.model, self.tokenizer, state, scratch, dtype=dtype)
 
     def save(self, folder: str | Path | None = None, **facts) -> Path:
-        """Write the result: the model (full) or the adapter, and run.json with further `facts`.
-        Returns the folder; ValueError for none, here or when the tuner was made."""
+        """Write the model (full) or the adapter, and run.json with further `facts`, to a folder,
+        None for the tuner's, which is returned; ValueError for neither."""
         if folder is None and self.folder is None:
             raise ValueError("there is no folder to save in; give one")
         folder = Path(folder or self.folder)
@@ -250,8 +247,8 @@ class Finetuner:
         return load_run(folder, model, tokenizer, **options)
 
     def generate(self, prompts: Sequence[str], **decoding) -> list:
-        """Completions of the prompts, up to "Question:" as answers to gsm8k.PROMPT should be; for
-        chats and prompts of your own give stop=(). Keywords are those of Decoding."""
+        """Completions of the prompts, with the keywords of Decoding: up to "Question:", as for
+        gsm8k.PROMPT; for chats and prompts of your own give stop=()."""
         return generator(self.model, self.tokenizer, Decoding(**decoding))(prompts)
 
     def score(self, task: Task, pairs: Sequence[Pair]) -> Score:

@@ -1,7 +1,4 @@
-"""One code path, three sizes: which model, which problems, which settings.
-
-Everything is a parameter; nothing is read from the environment here.
-"""
+"""One code path, three sizes: which model, which problems, which settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,18 +41,15 @@ class Profile:
 
     def examples(self, split: str) -> list[Entry]:
         """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
-        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K."""
+        "test_changed" and "test_larger" of mini-GSM, "gsm_hard" of GSM8K."""
         return self.read(split)
 
     def load(
         self, quantize: Spec | None = None, method: str | None = None, device=None,
         compute_dtype: str | None = None,
     ):  # fmt: skip
-        """Model in eval mode, and tokenizer; quantized when `quantize` is a spec.
-
-        method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn", or
-        "nf4" (for an NF4Spec). Raises what load_model raises, saying how to get the weights.
-        """
+        """(model in eval mode, tokenizer); quantized, as `quantize` does, if a spec is given.
+        Raises what load_model raises, saying how to get the weights."""
         try:
             model, tokenizer = load_model(self.model, device, compute_dtype or self.compute_dtype)
         except FileNotFoundError as error:
@@ -72,7 +66,8 @@ class Profile:
     ) -> list[LayerReport]:  # fmt: skip
         """Quantize these linears of the decoder blocks in place; a row a layer.
 
-        examples: what GPTQ is calibrated on, as `finetune` takes them; None: train problems.
+        method: "gptq" (a QuantSpec's default), "rtn", or "nf4" (for an NF4Spec). examples: what
+        GPTQ is calibrated on, as `finetune` takes them; None: train problems.
         """
         recipe = Recipe.of(spec, method, options, target_modules)
         batches = self.calibration(tokenizer, examples) if recipe.method == "gptq" else None
@@ -87,11 +82,9 @@ class Profile:
         self, recipe: Recipe, device=None, compute_dtype: str | None = None,
         calibrated_on: str | None = None, examples: Callable | None = None, **how,
     ):  # fmt: skip
-        """The BasePlan of this profile's model; further keywords are its own.
-
-        calibrated_on, examples: a name, and a function from the tokenizer to the examples that
-        GPTQ sees, where those are not the profile's train problems.
-        """
+        """The BasePlan of this profile's model; further keywords are its own. calibrated_on,
+        examples: a name, and a function from the tokenizer to the examples that GPTQ sees, where
+        those are not the profile's train problems."""
         from .base import BasePlan
 
         dtype = compute_dtype or self.compute_dtype
@@ -106,9 +99,7 @@ class Profile:
         self, folder: Path, spec: Spec = GRID, method: str | None = None, stream: bool = False
     ):
         """(model, tokenizer) of the base in `folder`/base, made there first if it is not there.
-
-        Weights that are NF4 already are taken as they are, unless a `method` is named.
-        """
+        Weights that are NF4 already are taken as they are, unless a `method` is named."""
         from .base import quantized_base
 
         recipe = Recipe.of(spec, method)
@@ -118,11 +109,8 @@ class Profile:
         self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,
         target_modules=None, device=None, compute_dtype: str | None = None,
     ) -> None:  # fmt: skip
-        """Refuse, before anything is loaded, a training that would not fit into memory.
-
-        spec: of the quantized base; None: a dense one. Predicted for the longest sequences that
-        are allowed; where that can't be, it says so. Raises NotEnoughMemory, with the ledger.
-        """
+        """Raises NotEnoughMemory, before anything is loaded, for a training whose longest sequences
+        would not fit; says so where that can't be predicted. spec: None: a dense base."""
         from transformers import AutoConfig
 
         from ..train.loss import CHUNK
@@ -184,8 +172,8 @@ def load_profile(
     """The profile "tiny", "smollm2" or "llama2-7b".
 
     model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
-    its problems as {split}.jsonl. problems: "minigsm" or "gsm8k", where others than the
-    profile's are wanted. Raises ValueError for other names.
+    problems as {split}.jsonl. problems: "minigsm" or "gsm8k"; None: the profile's. Raises
+    ValueError for other names.
     """
     if name not in _SIZES:
         raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_SIZES)}")

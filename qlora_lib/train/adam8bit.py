@@ -1,10 +1,9 @@
 """Adam with its two moments in 8 bits: 2.03 bytes a parameter instead of 8.
 
-Dettmers et al. 2022 (arXiv 2110.02861): each moment is stored as 8-bit codes of the dynamic
-map, signed for the first and unsigned for the second, in blocks of 256 with an absmax each, as
-bitsandbytes' AdamW8bit does. One rule is not theirs: a second moment above 0 is rounded up to the
-lowest level, 3e-7 of its block's absmax, and never to 0: one gradient much smaller than those
-before it would leave the first moment divided by next to nothing.
+Each moment is stored as 8-bit codes of the dynamic map in blocks of 256 with an absmax each, as in
+bitsandbytes' AdamW8bit (Dettmers et al. 2022, arXiv 2110.02861). One rule is not theirs: a second
+moment above 0 is never rounded to 0, but up to the lowest level, 3e-7 of its block's absmax: after
+one much smaller gradient the first moment would be divided by next to nothing.
 """
 
 import math
@@ -32,9 +31,8 @@ class Adam8bit(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(
-                f"{settings}: expected lr >= 0, 0 <= beta < 1, eps > 0, weight_decay >= 0"
-            )
+            expected = "lr >= 0, 0 <= beta < 1, eps > 0, weight_decay >= 0"
+            raise ValueError(f"{settings}: expected {expected}")
         super().__init__(params, settings)
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -47,7 +45,6 @@ class Adam8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of each parameter that has a gradient."""
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
@@ -83,7 +80,7 @@ def _new_state(n: int, device) -> dict[str, Tensor]:
 
 
 def _read(state: dict, name: str, part: slice) -> Tensor:
-    """fp32 moments of a slice; those that are stored in fp32 as a view."""
+    """Moments of a slice in fp32; a view where they are stored so."""
     if state[name].dtype == torch.float32:
         return state[name][part]
     absmax = state[f"{name}_absmax"][_blocks_of(part)]

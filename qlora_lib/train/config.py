@@ -1,11 +1,10 @@
-"""The plan of a training run: its settings, learning rate and order of the data.
-
-All of it follows from the settings alone, so that a resumed run takes the same steps.
-"""
+"""The plan of a training run, which follows from its settings alone: a resumed run takes the same
+steps."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -58,17 +57,13 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     warmup = round(config.warmup_ratio * total)
     if step <= warmup:
         return config.lr * step / warmup
-    # + 1: the last step still moves.
-    progress = (step - warmup) / (total - warmup + 1)
+    progress = (step - warmup) / (total - warmup + 1)  # + 1: the last step still moves
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def epoch_order(lengths: Sequence[int], window: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of the examples of each step of an epoch, `window` a step (the last has the rest).
-
-    Shuffled, then sorted by length among POOL steps' examples so that a step pads little,
-    then the steps shuffled.
-    """
+    """Indices of the examples of each step of an epoch, `window` a step (the last has the rest):
+    shuffled, sorted by length among POOL steps' so that a step pads little, the steps shuffled."""
     draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=draw).tolist()
     steps = []
@@ -82,12 +77,11 @@ def schedule(
     lengths: Sequence[int], window: int, seed: int, total: int, done: int = 0
 ) -> Iterator[tuple[int, int, list[int]]]:
     """(step, epoch, indices of its examples) for the steps done + 1 to total."""
-    step = epoch = 0
-    while True:
+    step = 0
+    for epoch in count():
         for chosen in epoch_order(lengths, window, seed, epoch):
             step += 1
             if step > done:
                 yield step, epoch, chosen
             if step == total:
                 return
-        epoch += 1

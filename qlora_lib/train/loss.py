@@ -1,8 +1,8 @@
 """The loss of next-token prediction, without all logits at once.
 
-The logits of a batch and their fp32 copy can outweigh all other activations. Here head and
-cross-entropy follow for CHUNK supervised positions at a time, and backward computes each chunk's
-logits anew (Chen et al. 2016, arXiv 1604.06174: checkpointing): one chunk's are alive at any time.
+They can outweigh all other activations, so head and cross-entropy follow for CHUNK supervised
+positions at a time, and backward computes each chunk's logits anew (checkpointing; Chen et al.
+2016, arXiv 1604.06174).
 """
 
 import torch
@@ -15,13 +15,11 @@ from ..data.tokens import IGNORE
 CHUNK = 256  # supervised positions whose logits are alive together
 
 
-def loss_sum(
-    model, batch: dict[str, Tensor], dtype: torch.dtype, chunk: int | None = CHUNK
-) -> Tensor:
-    """Cross-entropy summed over the supervised tokens of a batch, fp32 scalar.
+def loss_sum(model, batch: dict[str, Tensor], dtype: torch.dtype, chunk: int | None = CHUNK):
+    """Cross-entropy summed over the supervised tokens of a batch, fp32 scalar, computed in `dtype`.
 
-    batch: input_ids, attention_mask, labels, int64 (batch, seq). Computes in `dtype`. chunk: as
-    chunk_for says; None takes the model's own forward pass, with the logits of all positions.
+    batch: input_ids, attention_mask, labels, int64 (batch, seq). chunk: as chunk_for says; None
+    takes the model's own forward pass, with the logits of all positions.
     """
     return sum(_losses(model, batch, dtype, chunk, "sum"))
 
@@ -57,9 +55,8 @@ def _losses(model, batch, dtype: torch.dtype, chunk: int | None, reduction: str)
 
 @torch.no_grad()
 def chunk_for(model, dtype: torch.dtype) -> int | None:
-    """CHUNK if applying the output head to the decoder's hidden states, and capping where the
-    config says so, reproduces the model's logits on four tokens; else None (Granite and Cohere
-    scale their logits)."""
+    """CHUNK if the output head on the decoder's hidden states reproduces the model's logits on four
+    tokens; else None (Granite and Cohere scale their logits)."""
     head, device = model.get_output_embeddings(), next(model.parameters()).device
     if head is None or model.get_decoder() in (model, head):
         return None
