@@ -8,11 +8,18 @@ from pathlib import Path
 # torch and transformers take seconds to import, so --help does without them, in all commands.
 
 
-def add_command(commands, name: str, run, text: str, *options: argparse.ArgumentParser):
-    """Add a command that calls run(args); returns what adds an option of its own."""
+def add_command(commands, name: str, run, text: str, *options, asks: bool = False):
+    """Add a command that calls run(args), with the options of these parsers and, if it asks a run's
+    model, of those; returns what adds an option of its own."""
     command = commands.add_parser(name, parents=options, help=text)
     command.set_defaults(run=run)
-    return command.add_argument
+    add = command.add_argument
+    if asks:
+        add("--dense", action="store_true", help="for a run made with --method none")
+        add("--no-adapter", action="store_true", help="the base model alone")
+        add("--max-new-tokens", type=positive, help="(default: the profile's)")
+        add("--cache-bits", type=int, choices=(8, 4), help="of the keys and values of old tokens")
+    return add
 
 
 def positive(text: str) -> int:
@@ -60,14 +67,6 @@ def shared_options() -> argparse.ArgumentParser:
     add("--compute-dtype", choices=("auto", "bf16", "fp16", "fp32"), help="(default: profile's)")
     add("--seed", type=int, default=0)
     return shared
-
-
-def add_run_options(add) -> None:
-    """Options of the commands that ask a run's model."""
-    add("--dense", action="store_true", help="for a run made with --method none")
-    add("--no-adapter", action="store_true", help="the base model alone")
-    add("--max-new-tokens", type=positive, help="(default: the profile's)")
-    add("--cache-bits", type=int, choices=(8, 4), help="of the keys and values of old tokens")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from .common import (
-    Opened, add_command, add_run_options, make_decoding, open_options, open_run, positive
-)  # fmt: skip
+from .common import Opened, add_command, make_decoding, open_options, open_run, positive
 from .verifier import open_verifier
 
 SPLITS = ("dev", "test", "test_changed", "test_larger", "gsm_hard")
@@ -14,8 +12,7 @@ VOTES = ("majority", "verifier", "weighted", "likelihood")
 
 def add_commands(commands, shared) -> None:
     text = "score the fine-tuned model on held-out problems"
-    add = add_command(commands, "evaluate", evaluate, text, shared)
-    add_run_options(add)
+    add = add_command(commands, "evaluate", evaluate, text, shared, asks=True)
     add("--split", default="test", choices=SPLITS, help="which problems (default: test)")
     add("--limit", type=positive, help="only the first so many problems")
     add("--few-shot", type=int, default=0, metavar="K", help="solved problems before each")
@@ -29,8 +26,7 @@ def add_commands(commands, shared) -> None:
     add("--top-p", type=float, default=1.0, help="only the likeliest tokens, this much together")
     add("--verifier", type=Path, help="(default: verifier in the run's folder)")
 
-    add = add_command(commands, "generate", generate, "answer one question", shared)
-    add_run_options(add)
+    add = add_command(commands, "generate", generate, "answer one question", shared, asks=True)
     add("--form", choices=("question", "prompt", "chat"), default="question",
         help="how it is asked: with the template of the problems (default; the answer ends before "
         "another \"Question:\"), exactly as it stands, or as a chat's first turn")  # fmt: skip
@@ -44,11 +40,11 @@ def sampler(opened: Opened, args, prompts: list[str]):
 
     if args.vote and args.samples < 2:
         raise ValueError(f"--vote {args.vote} chooses among samples; give --samples 2 or more")
-    usual = 0.7 if args.samples > 1 else 0.0
-    decoding = make_decoding(
-        opened, args, temperature=usual if args.temperature is None else args.temperature,
-        top_p=args.top_p, samples=args.samples, seed=args.seed,
-    )  # fmt: skip
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 0.7 if args.samples > 1 else 0.0
+    settings = {"temperature": temperature, "top_p": args.top_p}
+    decoding = make_decoding(opened, args, **settings, samples=args.samples, seed=args.seed)
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     batch = args.batch_size or usual_batch(model, tokenizer, prompts, decoding)
     decoding = dataclasses.replace(decoding, batch_size=max(1, batch // args.samples))

@@ -85,18 +85,12 @@ def recipe_of(args):
                          "that has them")  # fmt: skip
     if args.method == "none":
         return None
-    if args.method == "nf4":
-        return Recipe.of(NF4Spec())
-    spec = grid(args.bits, args.group_size)
-    if args.method == "rtn":
-        return Recipe.of(spec, "rtn")
+    spec = NF4Spec() if args.method == "nf4" else grid(args.bits, args.group_size)
     if args.best:
         return Recipe.of(spec, "gptq", GPTQOptions.best(match_dense=True))
-    return Recipe.of(spec, "gptq", GPTQOptions(
-        match_dense=args.match_dense, weigh_columns=args.weigh_columns,
-        refit_scales=args.refit_scales,
-        damp_percent={None: 0.01, "auto": None}.get(args.damping, args.damping),
-    ))  # fmt: skip
+    damping = {None: 0.01, "auto": None}.get(args.damping, args.damping)
+    flags = {n: getattr(args, n) for n in ("match_dense", "weigh_columns", "refit_scales")}
+    return Recipe.of(spec, args.method, GPTQOptions(damp_percent=damping, **flags))
 
 
 def training_data(opened: Opened, args):
@@ -138,10 +132,9 @@ def quantize(args) -> None:
 
 def train_config(opened: Opened, args):
     """The profile's settings, changed by the given options."""
-    names = ("epochs", "max_steps", "batch_size", "accumulation", "optimizer", "lr", "max_length",
-             "seed", "eval_every", "gradient_checkpointing", "resume")  # fmt: skip
-    changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     usual = opened.profile.train
+    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(usual)}
+    changes = {name: value for name, value in given.items() if value is not None}
     if args.batch_size and not args.accumulation:  # less memory, the same optimizer step
         changes["accumulation"] = max(1, usual.batch_size * usual.accumulation // args.batch_size)
     changes |= {"compute_dtype": opened.compute_dtype, "folder": opened.folder / "training"}
@@ -161,19 +154,14 @@ def finetune(args) -> None:
     config, profile = train_config(opened, args), opened.profile
     targets = args.targets if args.targets in WORDS else tuple(args.targets.split(","))
     rank = args.rank or profile.rank
-    lora = {
-        "rank": rank, "alpha": 2 * rank if args.alpha is None else args.alpha,
-        "dropout": args.dropout, "init": args.init, "use_rslora": args.rslora,
-    }  # fmt: skip
-    profile.check_memory(
-        rank, recipe and recipe.spec, config, targets, opened.device, opened.compute_dtype
-    )
+    lora = {"rank": rank, "alpha": 2 * rank if args.alpha is None else args.alpha,
+            "dropout": args.dropout, "init": args.init, "use_rslora": args.rslora}  # fmt: skip
+    where = opened.device, opened.compute_dtype
+    profile.check_memory(rank, recipe and recipe.spec, config, targets, *where)
     data = training_data(opened, args)
     plan = plan_of(opened, recipe or Recipe(), data, stream=args.stream)
-    tuner = Finetuner(
-        plan, method="qlora" if recipe else "lora", folder=opened.folder, seed=args.seed,
-        target_modules=targets, **lora,
-    )  # fmt: skip
+    tuner = Finetuner(plan, method="qlora" if recipe else "lora", folder=opened.folder,
+                      seed=args.seed, target_modules=targets, **lora)  # fmt: skip
     count = sum(p.numel() for p in trainable_parameters(tuner.model).values())
     print(f"LoRA: {lora} on {len(tuner.layers)} layers, {count:,} parameters to train")
     found, metrics = data(tuner.tokenizer), short_path(config.folder / "metrics.jsonl")

@@ -22,7 +22,7 @@ def memory(args) -> None:
     from ..lora.targets import ALL_LINEAR, ATTENTION
     from ..quant.nf4 import NF4Spec
     from ..train.loss import CHUNK
-    from ..train.memory import memory_ledger
+    from ..train.memory import METHODS, memory_ledger
 
     if args.group_size is not None and not args.bits:
         raise ValueError("--group-size belongs to a grid; give --bits too (NF4 has blocks of 64)")
@@ -34,11 +34,10 @@ def memory(args) -> None:
     spec = grid(args.bits, args.group_size) if args.bits else NF4Spec()
     targets = ALL_LINEAR if args.targets == "all" else ATTENTION
     dtype = dtype_name(resolve_dtype(opened.compute_dtype, opened.device or default_device()))
-    for method in [args.method] if args.method else ("full", "lora", "qlora"):
-        print(memory_ledger(
-            config, method, args.batch_size, args.tokens, args.rank or profile.rank, targets, spec,
-            args.gradient_checkpointing, dtype, args.optimizer, CHUNK,
-        ))  # fmt: skip
+    size = args.batch_size, args.tokens, args.rank or profile.rank
+    how = args.gradient_checkpointing, dtype, args.optimizer, CHUNK
+    for method in [args.method] if args.method else METHODS:
+        print(memory_ledger(config, method, *size, targets, spec, *how))
 
 
 def model_config(model: str):

@@ -3,15 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from .common import (
-    Opened, add_command, add_run_options, make_decoding, open_options, open_run, positive
-)  # fmt: skip
+from .common import Opened, add_command, make_decoding, open_options, open_run, positive
 
 
 def add_commands(commands, shared) -> None:
     text = "sample solutions of train problems, label them, train a verifier on them"
-    add = add_command(commands, "verifier", train, text, shared)
-    add_run_options(add)
+    add = add_command(commands, "verifier", train, text, shared, asks=True)
     add("--limit", type=positive, default=1000, help="train problems to sample for (default: 1000)")
     add("--samples", type=positive, default=8, metavar="K", help="solutions of each (default: 8)")
     add("--temperature", type=float, default=0.7)
@@ -37,10 +34,9 @@ def train(args) -> None:
     opened = open_options(args)
     profile = opened.profile
     entries = profile.examples("train")[: args.limit]
-    decoding = make_decoding(
-        opened, args, temperature=args.temperature, samples=args.samples, seed=args.seed,
-        batch_size=max(1, args.batch_size // args.samples),
-    )  # fmt: skip
+    settings = {n: getattr(args, n) for n in ("temperature", "samples", "seed")}
+    batch_size = max(1, args.batch_size // args.samples)
+    decoding = make_decoding(opened, args, **settings, batch_size=batch_size)
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     prompts = [format_gsm8k(entry)[0] for entry in entries]
     groups = generator(model, tokenizer, decoding)(prompts)

@@ -21,8 +21,6 @@ from ..base.files import atomic_folder, check_place, open_tensors, write_json_at
 from ..base.paths import short_path
 from ..base.stamp import stamp
 from ..data.examples import hold_out, read_examples
-from ..data.tokens import Pair
-from ..evaluation.tasks import Score, Task, score
 from ..generation.generate import Decoding, generator
 from ..lora.files import ADAPTER_CONFIG, save_adapter
 from ..lora.fingerprint import residual_fingerprint
@@ -36,11 +34,11 @@ from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
 from ..train.config import TrainConfig
 from ..train.finetune import History, finetune
+from ..train.memory import METHODS
 from ..train.snapshots import load_parameters
 from .base import BASE, RECIPE, BasePlan, quantized_base, read_recipe
 from .run_folder import ABOUT, ADAPTER, MODEL, TRAINING, load_run
 
-METHODS = ("full", "lora", "qlora")
 Callback = Callable[[dict], None]
 
 
@@ -65,11 +63,9 @@ class Finetuner:
     ValueError for settings that do not go together or with the model.
     """
 
-    def __init__(
-        self, model, tokenizer=None, method: str = "qlora", folder: str | Path | None = None,
-        spec=NF4Spec(), adapter: str = "default", seed: int = 0, device=None,
-        compute_dtype: str = "auto", **lora,
-    ):  # fmt: skip
+    def __init__(self, model, tokenizer=None, method: str = "qlora",
+                 folder: str | Path | None = None, spec=NF4Spec(), adapter: str = "default",
+                 seed: int = 0, device=None, compute_dtype: str = "auto", **lora):  # fmt: skip
         if method not in METHODS:
             raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}")
         if method == "full" and lora:
@@ -87,8 +83,7 @@ class Finetuner:
         if self.plan:
             self.recipe = self.plan.recipe
         self.lora = _with_defaults(lora) if method != "full" else {}
-        # Whether the adapter takes its start out of the dense weights
-        self.residual = self.lora.get("init") in RESIDUAL_INITS
+        self.residual = self.lora.get("init") in RESIDUAL_INITS  # starts from the dense weights
         self._check()
         if self.plan is None and tokenizer is None:
             raise ValueError("a model that is handed over needs its tokenizer too")
@@ -152,10 +147,8 @@ class Finetuner:
             said = self.plan.record() if self.plan else recipe.as_json()
             write_json_atomic(self.folder / BASE / RECIPE, said | {"residual": how})
 
-    def fit(
-        self, train, dev=None, config: TrainConfig = TrainConfig(),
-        callback: Callback | Sequence[Callback] = (), best: bool = True,
-    ) -> History:  # fmt: skip
+    def fit(self, train, dev=None, config: TrainConfig = TrainConfig(),
+            callback: Callback | Sequence[Callback] = (), best: bool = True) -> History:
         """Train; then, with `best`, put back the parameters of the lowest dev loss.
 
         train, dev: as read_examples takes them; without dev the last tenth of train is held out
@@ -175,10 +168,9 @@ class Finetuner:
             place = self.folder / TRAINING if self.folder else Path(scratch)
             if self.folder:
                 processes.on_first(self.try_saving)
-            self.history = finetune(
-                self.model, self.tokenizer, train, dataclasses.replace(config, folder=place),
-                dev or None, lambda metrics: [call(metrics) for call in callbacks],
-            )  # fmt: skip
+            config = dataclasses.replace(config, folder=place)
+            self.history = finetune(self.model, self.tokenizer, train, config, dev or None,
+                                    lambda metrics: [call(metrics) for call in callbacks])
             if best and dev:
                 processes.on_first(lambda: None)  # it has written them
                 load_parameters(place / "best.safetensors", trainable_parameters(self.model))
@@ -221,9 +213,8 @@ class Finetuner:
             raise ValueError("there is no folder to save in; give one")
         folder = Path(folder or self.folder)
         self._write(folder)
-        recipe, method = self.recipe, "none"
-        if self.method == "qlora":
-            method = recipe.method if recipe else "given"
+        method = self.recipe.method if self.recipe else "given"
+        method = method if self.method == "qlora" else "none"
         about = {
             "trained": self.method,
             "method": method,  # of the base's quantization
@@ -237,7 +228,7 @@ class Finetuner:
         if self.folder and self.method == "qlora" and (base := read_recipe(self.folder)):
             about["base"] = base
         elif method in ("nf4", "rtn"):
-            about["recipe"] = recipe.as_json()  # the base is made again from it
+            about["recipe"] = self.recipe.as_json()  # the base is made again from it
         write_json_atomic(folder / ABOUT, about | facts | {"stamp": stamp(self.seed)})
         return folder
 
@@ -250,7 +241,3 @@ class Finetuner:
         """Completions of the prompts, with the keywords of Decoding: up to "Question:", as for
         gsm8k.PROMPT; for chats and prompts of your own give stop=()."""
         return generator(self.model, self.tokenizer, Decoding(**decoding))(prompts)
-
-    def score(self, task: Task, pairs: Sequence[Pair]) -> Score:
-        """Exact match on pairs of a task, by its rule."""
-        return score(generator(self.model, self.tokenizer, task.decoding()), task, pairs)

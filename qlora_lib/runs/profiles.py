@@ -31,7 +31,9 @@ class Profile:
 
     name: str
     model: str  # a hub id, a folder, or a GGUF file
-    read: Callable[[str], list[Entry]]  # a split's name to its problems
+    # The entries (question, answer) of "train", "dev" or "test", or of a harder test:
+    # "test_changed" and "test_larger" of mini-GSM, "gsm_hard" of GSM8K
+    examples: Callable[[str], list[Entry]]
     compute_dtype: str  # auto, bf16, fp16 or fp32
     max_new_tokens: int  # room for the longest solutions
     rank: int  # of the LoRA adapter
@@ -39,15 +41,8 @@ class Profile:
     target_modules: str | tuple[str, ...] = ALL_LINEAR  # that get an adapter
     ngram: int | None = NGRAM  # words in a row that no training text shares with a test question
 
-    def examples(self, split: str) -> list[Entry]:
-        """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
-        "test_changed" and "test_larger" of mini-GSM, "gsm_hard" of GSM8K."""
-        return self.read(split)
-
-    def load(
-        self, quantize: Spec | None = None, method: str | None = None, device=None,
-        compute_dtype: str | None = None,
-    ):  # fmt: skip
+    def load(self, quantize: Spec | None = None, method: str | None = None, device=None,
+             compute_dtype: str | None = None):  # fmt: skip
         """(model in eval mode, tokenizer); quantized, as `quantize` does, if a spec is given.
         Raises what load_model raises, saying how to get the weights."""
         try:
@@ -60,10 +55,9 @@ class Profile:
             self.quantize(model, tokenizer, quantize, method)
         return model, tokenizer
 
-    def quantize(
-        self, model, tokenizer, spec: Spec, method: str | None = None, target_modules="all",
-        examples=None, options: GPTQOptions = GPTQOptions(),
-    ) -> list[LayerReport]:  # fmt: skip
+    def quantize(self, model, tokenizer, spec: Spec, method: str | None = None,
+                 target_modules="all", examples=None,
+                 options: GPTQOptions = GPTQOptions()) -> list[LayerReport]:  # fmt: skip
         """Quantize these linears of the decoder blocks in place; a row a layer.
 
         method: "gptq" (a QuantSpec's default), "rtn", or "nf4" (for an NF4Spec). examples: what
@@ -78,10 +72,8 @@ class Profile:
         examples = self.examples("train") if examples is None else examples
         return calibration_batches(tokenizer, examples, CALIBRATION, self.train.max_length)
 
-    def plan(
-        self, recipe: Recipe, device=None, compute_dtype: str | None = None,
-        calibrated_on: str | None = None, examples: Callable | None = None, **how,
-    ):  # fmt: skip
+    def plan(self, recipe: Recipe, device=None, compute_dtype: str | None = None,
+             calibrated_on: str | None = None, examples: Callable | None = None, **how):
         """The BasePlan of this profile's model; further keywords are its own. calibrated_on,
         examples: a name, and a function from the tokenizer to the examples that GPTQ sees, where
         those are not the profile's train problems."""
@@ -95,9 +87,8 @@ class Profile:
             load=lambda: self.load(device=device, compute_dtype=dtype),
         )  # fmt: skip
 
-    def quantized_base(
-        self, folder: Path, spec: Spec = GRID, method: str | None = None, stream: bool = False
-    ):
+    def quantized_base(self, folder: Path, spec: Spec = GRID, method: str | None = None,
+                       stream: bool = False):  # fmt: skip
         """(model, tokenizer) of the base in `folder`/base, made there first if it is not there.
         Weights that are NF4 already are taken as they are, unless a `method` is named."""
         from .base import quantized_base
@@ -105,10 +96,8 @@ class Profile:
         recipe = Recipe.of(spec, method)
         return quantized_base(self.plan(recipe, stream=stream, any_base=method is None), folder)
 
-    def check_memory(
-        self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,
-        target_modules=None, device=None, compute_dtype: str | None = None,
-    ) -> None:  # fmt: skip
+    def check_memory(self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,
+                     target_modules=None, device=None, compute_dtype: str | None = None) -> None:
         """Raises NotEnoughMemory, before anything is loaded, for a training whose longest sequences
         would not fit; says so where that can't be predicted. spec: None: a dense base."""
         from transformers import AutoConfig
@@ -165,10 +154,8 @@ INSTEAD = {
 }
 
 
-def load_profile(
-    name: str, model: str | Path | None = None, data: str | Path | None = None,
-    problems: str | None = None,
-) -> Profile:  # fmt: skip
+def load_profile(name: str, model: str | Path | None = None, data: str | Path | None = None,
+                 problems: str | None = None) -> Profile:  # fmt: skip
     """The profile "tiny", "smollm2" or "llama2-7b".
 
     model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
@@ -185,7 +172,7 @@ def load_profile(
     return Profile(
         name=name,
         model=str(model or own),
-        read=partial(readers[problems], folder=data),
+        examples=partial(readers[problems], folder=data),
         compute_dtype="fp32" if tiny else "auto",
         max_new_tokens=128 if tiny else 320,
         rank=32 if tiny else 16,

@@ -27,11 +27,10 @@ class TokenCount:
     padding_labels: int  # labels on padding, in batches as training makes them; 0, or a bug
 
     def __str__(self) -> str:
-        return (
-            f"{self.examples:,} examples, {self.tokens:,} tokens, the longest {self.longest:,}; "
-            f"{self.cut:,} are cut, {self.left_out:,} left out (the prompt fills max_length); "
-            f"{self.supervised:,} labels are supervised, {self.padding_labels} of them padding"
-        )
+        return (f"{self.examples:,} examples, {self.tokens:,} tokens, the longest "
+                f"{self.longest:,}; {self.cut:,} are cut, {self.left_out:,} left out (the prompt "
+                f"fills max_length); {self.supervised:,} labels are supervised, "
+                f"{self.padding_labels} of them padding")  # fmt: skip
 
 
 @dataclass
@@ -72,10 +71,8 @@ class TrainingData:
         }
 
 
-def prepare(
-    profile: Profile, tokenizer, source: str | Path | Iterable[dict] | None = None,
-    max_length: int = 512, notes: bool = False, keep_overlap: bool = False,
-) -> TrainingData:  # fmt: skip
+def prepare(profile: Profile, tokenizer, source: str | Path | Iterable[dict] | None = None,
+            max_length: int = 512, notes: bool = False, keep_overlap: bool = False) -> TrainingData:
     """Train and dev examples from a source.
 
     source: None for the profile's own problems; "metamathqa" or "mathinstruct"; a file, or a
@@ -109,10 +106,8 @@ def prepare(
     if not train:
         raise ValueError(f"{name}: no example is left to train on; {len(dropped)} overlap with the "
                          f"test set, and of {count.left_out} the prompt fills {max_length=}")
-    return TrainingData(
-        f"{name} ({form})", train, dev, versions, overlap, len(dropped),
-        "kept" if notes else "stripped", readable, count,
-    )  # fmt: skip
+    return TrainingData(f"{name} ({form})", train, dev, versions, overlap, len(dropped),
+                        "kept" if notes else "stripped", readable, count)  # fmt: skip
 
 
 def _read(profile: Profile, tokenizer, source, notes: bool):
@@ -153,7 +148,6 @@ def count_tokens(
         supervised += int(labels[:, 1:].sum())  # nothing predicts the first token
         padding += int((labels & (batch["attention_mask"] == 0)).sum())
     lengths = [len(example.input_ids) for example in examples]
-    return TokenCount(
-        len(examples), sum(min(n, max_length) for n in lengths), max(lengths, default=0),
-        sum(n > max_length for n in lengths), left_out, supervised, padding,
-    )  # fmt: skip
+    tokens, cut = sum(min(n, max_length) for n in lengths), sum(n > max_length for n in lengths)
+    longest = max(lengths, default=0)
+    return TokenCount(len(examples), tokens, longest, cut, left_out, supervised, padding)

@@ -54,10 +54,8 @@ class AdapterServer:
     answers what is queued, then stops. Raises ValueError for sampling and limits out of range.
     """
 
-    def __init__(
-        self, model, tokenizer, decoding: Decoding = Decoding(max_new_tokens=128),
-        max_wait_ms: float = 5.0, max_queue: int = 256, timeout_s: float | None = 60.0,
-    ):  # fmt: skip
+    def __init__(self, model, tokenizer, decoding: Decoding = Decoding(max_new_tokens=128),
+                 max_wait_ms: float = 5.0, max_queue: int = 256, timeout_s: float | None = 60.0):
         if decoding.temperature > 0 or decoding.samples > 1:
             raise ValueError(f"{decoding} samples: an answer would depend on the batch it falls "
                              "into; serve with temperature=0 and samples=1")  # fmt: skip
@@ -68,9 +66,8 @@ class AdapterServer:
         self.max_wait, self.max_queue, self.timeout_s = max_wait_ms / 1000, max_queue, timeout_s
         self._answer_batch = generator(model, tokenizer, decoding)  # prompts, tasks -> Completions
         self._waiting: deque[_Request] = deque()
-        self._counts = dict.fromkeys(
-            "requests refused answered failed timed_out cancelled batches rows tokens".split(), 0
-        )
+        names = "requests refused answered failed timed_out cancelled batches rows tokens"
+        self._counts = dict.fromkeys(names.split(), 0)
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
         self._loop_task: asyncio.Task | None = None
 
@@ -185,9 +182,8 @@ class AdapterServer:
     async def _run(self, batch: Sequence[_Request]) -> None:
         self._counts["batches"] += 1
         self._counts["rows"] += len(batch)
-        outcomes = await asyncio.get_running_loop().run_in_executor(
-            self._worker, self._outcomes, [(r.prompt, r.task) for r in batch]
-        )
+        asked, loop = [(r.prompt, r.task) for r in batch], asyncio.get_running_loop()
+        outcomes = await loop.run_in_executor(self._worker, self._outcomes, asked)
         for request, outcome in zip(batch, outcomes):
             if request.answer.done():  # timed out or cancelled meanwhile
                 continue

@@ -73,9 +73,8 @@ def epoch_order(lengths: Sequence[int], window: int, seed: int, epoch: int) -> l
     return [steps[i] for i in torch.randperm(len(steps), generator=draw).tolist()]
 
 
-def schedule(
-    lengths: Sequence[int], window: int, seed: int, total: int, done: int = 0
-) -> Iterator[tuple[int, int, list[int]]]:
+def schedule(lengths: Sequence[int], window: int, seed: int, total: int,
+             done: int = 0) -> Iterator[tuple[int, int, list[int]]]:  # fmt: skip
     """(step, epoch, indices of its examples) for the steps done + 1 to total."""
     step = 0
     for epoch in count():

@@ -61,11 +61,9 @@ class History:
         if self.dev:
             step, lowest = self.best
             dev = f", dev loss {self.dev[-1][1]:.4f} (best {lowest:.4f} at step {step})"
-        return (
-            f"{last['step']} steps in {last['seconds']:.0f} s, loss {first['loss']:.4f} -> "
-            f"{last['loss']:.4f}{dev}; {self.trained_parameters:,} trained parameters, "
-            f"compute dtype {self.compute_dtype}, peak memory {last['peak_memory'] / 1e9:.2f} GB"
-        )
+        return (f"{last['step']} steps in {last['seconds']:.0f} s, loss {first['loss']:.4f} -> "
+                f"{last['loss']:.4f}{dev}; {self.trained_parameters:,} trained parameters, compute "
+                f"dtype {self.compute_dtype}, peak memory {last['peak_memory'] / 1e9:.2f} GB")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -80,10 +78,9 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kB
 
 
-def finetune(
-    model, tokenizer, examples: Iterable[Example | Pair], config: TrainConfig = TrainConfig(),
-    dev: Iterable[Example | Pair] | None = None, callback: Callable[[dict], None] | None = None,
-) -> History:  # fmt: skip
+def finetune(model, tokenizer, examples: Iterable[Example | Pair],
+             config: TrainConfig = TrainConfig(), dev: Iterable[Example | Pair] | None = None,
+             callback: Callable[[dict], None] | None = None) -> History:  # fmt: skip
     """Train the parameters of `model` that require a gradient, in place and in fp32.
 
     examples, dev: whatever read_examples takes, such as (prompt, target) pairs, of which only

@@ -115,8 +115,8 @@ def memory_ledger(
     tokens = batch * seq
     block, rest = _activations(config, method, rank, targets, checkpointing, size)
     recomputed = tokens * block if checkpointing else 0
-    # Rotary cosines and sines first.
-    parts["activations"] = 2 * seq * head_dim(config) * wide + copies + tokens * (block + rest)
+    rotary = 2 * seq * head_dim(config) * wide  # cosines and sines
+    parts["activations"] = rotary + copies + tokens * (block + rest)
     # Logits, their fp32 copy, and its gradient.
     parts["logits"] = min(tokens, logit_tokens or tokens) * config.vocab_size * (size + 4 + 4)
     words = [
@@ -131,10 +131,8 @@ def memory_ledger(
     return MemoryLedger(", ".join(filter(None, words)), sum(counts), trained, parts, *how)
 
 
-def decoding_ledger(
-    config, context: int, batch: int = 1, spec: QuantSpec | NF4Spec | None = None,
-    cache: CacheSpec | None = None, compute_dtype: str = "bf16",
-) -> dict[str, int]:  # fmt: skip
+def decoding_ledger(config, context: int, batch: int = 1, spec: QuantSpec | NF4Spec | None = None,
+                    cache: CacheSpec | None = None, compute_dtype: str = "bf16") -> dict[str, int]:
     """Exact bytes of what decoding keeps, by part: "weights", "packed weights", "scales", and
     the "cache" of keys and values of `batch` sequences of `context` tokens.
 
@@ -215,8 +213,7 @@ def packed_bytes(shape: tuple[int, int], spec: QuantSpec | NF4Spec) -> tuple[int
 
 
 def _activations(config, method, rank, targets, checkpointing: bool, size: int) -> tuple[int, int]:
-    """Bytes a token that autograd keeps from the forward pass, `size` bytes a number: of one
-    block, and of all the rest."""
+    """Bytes a token that autograd keeps, `size` a number: of one block, and of all the rest."""
     h, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     heads, head = config.num_attention_heads, head_dim(config)
     q, kv = head * heads, head * config.num_key_value_heads
@@ -227,8 +224,7 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
     norm = 4 * (h + 1) + 4 * h * full
     # SDPA: query, key, value, output, and an fp32 logsumexp a head.
     block = size * (q + 2 * kv + q) + 4 * heads
-    # SwiGLU, silu(gate) * up: gate, silu(gate), up.
-    block += size * 3 * inner
+    block += size * 3 * inner  # SwiGLU, silu(gate) * up: gate, silu(gate), up
     # A trained product W x or A x keeps its input: one that q, k, v share, and gate, up.
     for inputs in (targets & {"q_proj", "k_proj", "v_proj"}, targets & {"gate_proj", "up_proj"}):
         block += size * h * (len(inputs) if mixed else bool(inputs))

@@ -70,9 +70,8 @@ class Stepper:
         groups = parameters.values()
         if config.lora_plus_ratio != 1:
             groups = lora_plus_groups(parameters, config.lr, config.lora_plus_ratio)
-        self.optimizer = make_optimizer(
-            config.optimizer, groups, lr=config.lr, weight_decay=config.weight_decay
-        )
+        settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+        self.optimizer = make_optimizer(config.optimizer, groups, **settings)
         self.device = next(iter(parameters.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
@@ -106,8 +105,7 @@ class Stepper:
 
     def _check(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise ValueError(
-                f"the {what} is not finite at step {step} (lr={self.config.lr}, compute_dtype="
-                f"{self.config.compute_dtype}); try a lower lr, a longer warmup_ratio or fp32, and "
-                "look for NaN in the model's weights"
-            )
+            settings = f"lr={self.config.lr}, compute_dtype={self.config.compute_dtype}"
+            raise ValueError(f"the {what} is not finite at step {step} ({settings}); try a lower "
+                             "lr, a longer warmup_ratio or fp32, and look for NaN in the model's "
+                             "weights")  # fmt: skip
