@@ -51,10 +51,9 @@ def train(args) -> None:
     steps = train_verifier(verifier, asked, said, right, TrainConfig(**settings))
     out = opened.folder / "verifier"
     verifier.save(out)
-    write_json_atomic(out / "verifier.json", {
-        "decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right),
-        "loss": steps[-1]["loss"], "stamp": stamp(args.seed),
-    })  # fmt: skip
+    about = {"decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right)}
+    about |= {"loss": steps[-1]["loss"], "stamp": stamp(args.seed)}
+    write_json_atomic(out / "verifier.json", about)
     print(f"verifier saved to {short_path(out)}")
 
 

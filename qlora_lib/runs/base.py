@@ -81,10 +81,8 @@ def quantized_base(plan: BasePlan, folder: Path | None):
 
 def make_base(plan: BasePlan, folder: Path):
     """See that `folder`/base is what the plan makes: keep it, or make it, in the first process.
-
     Returns (model, tokenizer) where they are in memory anyway, else None. Raises
-    FileNotFoundError for no weights, and what check_place and quantizing raise.
-    """
+    FileNotFoundError for no weights, and what check_place and quantizing raise."""
     base, made = Path(folder) / BASE, []
 
     def make() -> None:
@@ -162,12 +160,9 @@ def _stream(plan: BasePlan, base: Path):
 
     source, recipe = local_folder(plan.model), plan.recipe
     tokenizer = AutoTokenizer.from_pretrained(source)
-    how = {"options": recipe.options} if recipe.options else {}
-    quantize_checkpoint(
-        source, base, recipe.spec, plan.batches(tokenizer), recipe.method, **how,
-        target_modules=recipe.targets, compute_dtype=plan.compute_dtype, device=plan.device,
-        spill=plan.spill, progress=_show,
-    )  # fmt: skip
+    quantize_checkpoint(source, base, recipe.spec, plan.batches(tokenizer), recipe.method,
+                        recipe.options, recipe.targets, compute_dtype=plan.compute_dtype,
+                        device=plan.device, spill=plan.spill, progress=_show)  # fmt: skip
     made = read_json(base / REPORT)
     print(f"  {made['weight_bytes']:,} bytes for {made['parameters']:,} parameters, "
           f"{made['bits_per_parameter']:.2f} bits each, saved to {short_path(base)}")  # fmt: skip

@@ -3,8 +3,6 @@
     tuner = Finetuner("data/tiny-llama", method="qlora", folder="outputs/mine")
     tuner.fit("my.jsonl", config=TrainConfig(epochs=2), callback=print)
     tuner.generate(["Question: ..."]);  tuner.save();  Finetuner.load("outputs/mine")
-
-The command line takes this road too.
 """
 
 import dataclasses
@@ -152,9 +150,8 @@ class Finetuner:
         """Train; then, with `best`, put back the parameters of the lowest dev loss.
 
         train, dev: as read_examples takes them; without dev the last tenth of train is held out
-        (at most 256), with an empty one nothing is. callback: one or several, called with each
-        step's metrics. Raises ValueError for too few examples and, before the first step, for a
-        folder that can't be written.
+        (at most 256), with an empty one nothing is. callback: one or several, that get each step's
+        metrics. Raises ValueError for too few examples and a folder that can't be written.
         """
         train = read_examples(train, self.tokenizer)
         if dev is None:
@@ -190,7 +187,7 @@ class Finetuner:
         finally:
             if trial.is_dir():
                 shutil.rmtree(trial)
-        # Tied ones are stored once.
+        # Tied ones are stored once
         wanted = len({p.data_ptr() for p in trainable_parameters(self.model).values()})
         if found < wanted:
             raise ValueError(f"of {wanted} tensors, only {found} were read back from a trial")

@@ -58,11 +58,9 @@ class Profile:
     def quantize(self, model, tokenizer, spec: Spec, method: str | None = None,
                  target_modules="all", examples=None,
                  options: GPTQOptions = GPTQOptions()) -> list[LayerReport]:  # fmt: skip
-        """Quantize these linears of the decoder blocks in place; a row a layer.
-
-        method: "gptq" (a QuantSpec's default), "rtn", or "nf4" (for an NF4Spec). examples: what
-        GPTQ is calibrated on, as `finetune` takes them; None: train problems.
-        """
+        """Quantize these linears of the decoder blocks in place; returns a row a layer. method:
+        "gptq" (a QuantSpec's default), "rtn", or "nf4" (for an NF4Spec). examples: what GPTQ is
+        calibrated on, as `finetune` takes them; None: train problems."""
         recipe = Recipe.of(spec, method, options, target_modules)
         batches = self.calibration(tokenizer, examples) if recipe.method == "gptq" else None
         return apply_recipe(model, recipe, batches)
@@ -111,11 +109,10 @@ class Profile:
         targets = {"all": ALL_LINEAR, "attention": ATTENTION}.get(targets, targets)
         dtype = dtype_name(resolve_dtype(compute_dtype or self.compute_dtype, device))
         try:
-            ledger = memory_ledger(
-                AutoConfig.from_pretrained(self.model), "qlora" if spec else "lora",
-                config.batch_size, config.max_length, rank, targets, spec or NF4Spec(),
-                config.gradient_checkpointing, dtype, config.optimizer, CHUNK,
-            )  # fmt: skip
+            ledger = memory_ledger(AutoConfig.from_pretrained(self.model),
+                                   "qlora" if spec else "lora", config.batch_size,
+                                   config.max_length, rank, targets, spec or NF4Spec(),
+                                   config.gradient_checkpointing, dtype, config.optimizer, CHUNK)
         except (OSError, ValueError) as error:  # what is wrong with it, loading says better
             print(f"memory: not predicted ({str(error).splitlines()[0]})")
             return
@@ -156,11 +153,10 @@ INSTEAD = {
 
 def load_profile(name: str, model: str | Path | None = None, data: str | Path | None = None,
                  problems: str | None = None) -> Profile:  # fmt: skip
-    """The profile "tiny", "smollm2" or "llama2-7b".
+    """The profile "tiny", "smollm2" or "llama2-7b". Raises ValueError for other names.
 
     model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
-    problems as {split}.jsonl. problems: "minigsm" or "gsm8k"; None: the profile's. Raises
-    ValueError for other names.
+    problems as {split}.jsonl. problems: "minigsm" or "gsm8k"; None: the profile's.
     """
     if name not in _SIZES:
         raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_SIZES)}")

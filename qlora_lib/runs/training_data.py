@@ -135,11 +135,9 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
     return short_path(path), form, train, dev
 
 
-def count_tokens(
-    examples: Sequence[Example], max_length: int, left_out: int, batch_size: int = 32
-) -> TokenCount:
-    """Counts of what training will see, in batches as it makes them, of examples without those
-    that are `left_out`."""
+def count_tokens(examples: Sequence[Example], max_length: int, left_out: int,
+                 batch_size: int = 32) -> TokenCount:  # fmt: skip
+    """Counts of what training will see of examples from which `left_out` were taken already."""
     seen = [example.cut(max_length) for example in examples]
     supervised = padding = 0
     for start in range(0, len(seen), batch_size):

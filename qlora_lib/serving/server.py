@@ -150,7 +150,8 @@ class AdapterServer:
         try:
             while True:
                 await self._filled()
-                batch = [self._waiting.popleft() for _ in range(self._ready())]
+                rows = min(len(self._waiting), self.decoding.batch_size)
+                batch = [self._waiting.popleft() for _ in range(rows)]
                 batch = [r for r in batch if not r.answer.done()]  # given up just now
                 if batch:
                     await self._run(batch)
@@ -161,13 +162,9 @@ class AdapterServer:
                 if not request.answer.done():
                     request.answer.set_exception(ServerStopped("the server stopped"))
 
-    def _ready(self) -> int:
-        """How many rows the next batch would have now."""
-        return min(len(self._waiting), self.decoding.batch_size)
-
     async def _filled(self) -> None:
         """Wait until a batch is full, its oldest request has waited enough, or the server stops."""
-        while not self._stopping and self._ready() < self.decoding.batch_size:
+        while not self._stopping and len(self._waiting) < self.decoding.batch_size:
             left = None
             if self._waiting:
                 left = self._waiting[0].arrived + self.max_wait - time.monotonic()

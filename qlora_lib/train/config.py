@@ -46,7 +46,7 @@ class TrainConfig:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
         if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0
                 and 0 < self.lora_plus_ratio < math.inf):  # fmt: skip
-            raise ValueError(f"expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0 and "
+            raise ValueError("expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0 and "
                              f"lora_plus_ratio > 0 (1: plain LoRA), got {self}")  # fmt: skip
         if self.resume and self.folder is None:
             raise ValueError("resume=True needs the folder of the run to resume")

@@ -90,8 +90,8 @@ def finetune(model, tokenizer, examples: Iterable[Example | Pair],
     of 16 bits stay fp32 unless others are frozen in 16 bits.
 
     Several processes, called with the same arguments and frozen weights, share the examples of a
-    step and sum the gradients: the steps are those of one process but for rounding and dropout's
-    masks. The first writes the files; parameters start as its own.
+    step: the steps are those of one but for rounding and dropout's masks. The first writes the
+    files; parameters start as its own.
 
     Raises ValueError for nothing to train or to train on, examples that don't fit the model or
     max_length, another run's checkpoint, processes that differ, and a loss that is not finite.
@@ -139,17 +139,16 @@ def finetune(model, tokenizer, examples: Iterable[Example | Pair],
                 if step % config.save_every == 0 or step == total:
                     save_last(folder, stepper, identity, step)
             if config.progress:
-                speed, peak = metrics["tokens_per_second"], metrics["peak_memory"] / 1e9
-                progress(step, f"loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s, {peak:.1f} GB "
-                         "at the peak")  # fmt: skip
+                progress(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} "
+                         f"tokens/s, {metrics['peak_memory'] / 1e9:.1f} GB at the peak")
             if callback:
                 callback(metrics)
     return history
 
 
 def validation_loss(model, tokenizer, examples: Iterable, config: TrainConfig) -> float:
-    """Mean loss a supervised token over all examples (whatever read_examples takes), in config's
-    compute dtype and lengths. Of several processes each takes its share; all must call it."""
+    """Mean loss a supervised token over all examples, as read_examples takes them, in config's
+    compute dtype and lengths. All of several processes must call it."""
     return _Loss(model, config).mean(_ready(examples, tokenizer, config))
 
 
@@ -158,8 +157,6 @@ def _ready(examples: Iterable[Example | Pair], tokenizer, config: TrainConfig) -
 
 
 class _Loss:
-    """A model's loss on examples, which processes share."""
-
     def __init__(self, model, config: TrainConfig):
         self.model, self.size = model, config.batch_size
         self.device = next(model.parameters()).device
@@ -181,7 +178,7 @@ class _Loss:
 
 
 def supervised(examples: Sequence[Example]) -> int:
-    """The tokens that the loss of these examples sums over: none predicts the first."""
+    """How many tokens the loss sums over: nothing predicts the first."""
     return sum(label != IGNORE for example in examples for label in example.labels[1:])
 
 

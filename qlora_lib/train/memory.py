@@ -64,16 +64,15 @@ class MemoryLedger:
     def __str__(self) -> str:
         sizes = self.parts | {"total": self.total, "at the peak": self.peak}
         rows = [f"  {part:<18}{n / 1e9:9.3f} GB" for part, n in sizes.items() if n]
-        base = (f"  base {self.bits_per_parameter:.2f} bits a parameter; "
-                f"{self.trained:,} of {self.parameters:,} parameters trained")  # fmt: skip
+        trained = f"{self.trained:,} of {self.parameters:,} parameters trained"
+        base = f"  base {self.bits_per_parameter:.2f} bits a parameter; {trained}"
         return "\n".join([self.setting, *rows, base])
 
 
-def memory_ledger(
-    config, method: str = "full", batch: int = 1, seq: int = 512, rank: int = 16,
-    targets=ALL_LINEAR, spec: QuantSpec | NF4Spec = NF4Spec(), checkpointing: bool = False,
-    compute_dtype: str = "bf16", optimizer: str = "adamw", logit_tokens: int | None = None,
-) -> MemoryLedger:  # fmt: skip
+def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, rank: int = 16,
+                  targets=ALL_LINEAR, spec: QuantSpec | NF4Spec = NF4Spec(),
+                  checkpointing: bool = False, compute_dtype: str = "bf16",
+                  optimizer: str = "adamw", logit_tokens: int | None = None) -> MemoryLedger:
     """Predicted memory of training the model that `config` describes.
 
     config: a transformers config, of a decoder whose linears have Llama's names. method: "full"
@@ -147,9 +146,8 @@ def decoding_ledger(config, context: int, batch: int = 1, spec: QuantSpec | NF4S
     return stored | {"cache": cache_bytes(config, context, cache, batch, size)}
 
 
-def fitting_batch(
-    model, tokens: int, most: int, cache: CacheSpec | None = None, free: float | None = None
-) -> int:
+def fitting_batch(model, tokens: int, most: int, cache: CacheSpec | None = None,
+                  free: float | None = None) -> int:  # fmt: skip
     """How many sequences of up to `tokens` tokens, prompt and completion, to decode at once:
     `most`, halved until they fit beside the model (at least 1); `most` for unknown decoders.
 
