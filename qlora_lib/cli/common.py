@@ -9,8 +9,7 @@ from pathlib import Path
 
 
 def add_command(commands, name: str, run, text: str, *options, asks: bool = False):
-    """Add a command that calls run(args), with the options of these parsers and, if it asks a run's
-    model, of those; returns what adds an option of its own."""
+    """Add a command that calls run(args); returns what adds an option. asks: a run's model."""
     command = commands.add_parser(name, parents=options, help=text)
     command.set_defaults(run=run)
     add = command.add_argument
@@ -53,7 +52,6 @@ def check_device(device: str | None) -> None:
 
 
 def shared_options() -> argparse.ArgumentParser:
-    """Options of every command."""
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--profile", default="tiny", help="tiny (default), smollm2 or llama2-7b")

@@ -71,8 +71,7 @@ def add_commands(commands, shared) -> None:
 
 
 def recipe_of(args):
-    """The recipe of the options; None for --method none. Raises ValueError for options that the
-    method does not have, by name."""
+    """The recipe, None for --method none; ValueError for options that the method does not have."""
     from ..quant.gptq import GPTQOptions
     from ..quant.nf4 import NF4Spec
     from ..quant.recipe import Recipe
@@ -88,9 +87,9 @@ def recipe_of(args):
     spec = NF4Spec() if args.method == "nf4" else grid(args.bits, args.group_size)
     if args.best:
         return Recipe.of(spec, "gptq", GPTQOptions.best(match_dense=True))
-    damping = {None: 0.01, "auto": None}.get(args.damping, args.damping)
+    share = {None: 0.01, "auto": None}.get(args.damping, args.damping)
     flags = {n: getattr(args, n) for n in ("match_dense", "weigh_columns", "refit_scales")}
-    return Recipe.of(spec, args.method, GPTQOptions(damp_percent=damping, **flags))
+    return Recipe.of(spec, args.method, GPTQOptions(damp_percent=share, **flags))
 
 
 def training_data(opened: Opened, args):
@@ -99,7 +98,6 @@ def training_data(opened: Opened, args):
 
     length = getattr(args, "max_length", None) or opened.profile.train.max_length
     keep = [getattr(args, f"keep_{what}", False) for what in ("notes", "overlap")]
-
     known = []
 
     def read(tokenizer):

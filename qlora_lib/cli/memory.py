@@ -29,12 +29,11 @@ def memory(args) -> None:
     if args.bits and args.method in ("full", "lora"):
         raise ValueError(f"--bits are of QLoRA's base; --method {args.method} has none")
     opened = open_options(args)
-    profile = opened.profile
-    config = model_config(profile.model)
+    config = model_config(opened.profile.model)
     spec = grid(args.bits, args.group_size) if args.bits else NF4Spec()
     targets = ALL_LINEAR if args.targets == "all" else ATTENTION
     dtype = dtype_name(resolve_dtype(opened.compute_dtype, opened.device or default_device()))
-    size = args.batch_size, args.tokens, args.rank or profile.rank
+    size = args.batch_size, args.tokens, args.rank or opened.profile.rank
     how = args.gradient_checkpointing, dtype, args.optimizer, CHUNK
     for method in [args.method] if args.method else METHODS:
         print(memory_ledger(config, method, *size, targets, spec, *how))

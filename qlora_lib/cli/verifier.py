@@ -19,7 +19,6 @@ def add_commands(commands, shared) -> None:
 
 
 def train(args) -> None:
-    """Write the run's verifier."""
     import torch
 
     from ..base.files import write_json_atomic

@@ -80,9 +80,8 @@ def quantized_base(plan: BasePlan, folder: Path | None):
 
 
 def make_base(plan: BasePlan, folder: Path):
-    """See that `folder`/base is what the plan makes: keep it, or make it, in the first process.
-    Returns (model, tokenizer) where they are in memory anyway, else None. Raises
-    FileNotFoundError for no weights, and what check_place and quantizing raise."""
+    """Keep `folder`/base if it is what the plan makes, else make it, in the first process; returns
+    (model, tokenizer) where they are in memory anyway, else None."""
     base, made = Path(folder) / BASE, []
 
     def make() -> None:
@@ -118,7 +117,9 @@ def read_recipe(folder: Path) -> dict | None:
 def _is_made_so(base: Path, plan: BasePlan) -> bool:
     from transformers import AutoTokenizer
 
-    made = read_recipe(base.parent) or {}
+    made = read_recipe(base.parent)
+    if made is None:
+        return False
     before = made.pop("calibration", None)  # older ones do not say
     if made != json.loads(json.dumps(plan.record())):  # as JSON holds it, which has no tuples
         return False
@@ -147,9 +148,8 @@ def _quantize(plan: BasePlan, base: Path | None = None):
         for row in report:
             _show(row)
         save_quantized(model, tokenizer, base)
-        before = sum(row.bytes_before for row in report)
         after = sum(layer.quantized.nbytes for layer in quantized_layers(model).values())
-        was = f"{before:,} -> " if report else ""
+        was = f"{sum(row.bytes_before for row in report):,} -> " if report else ""
         print(f"  {was}{after:,} bytes, saved to {short_path(base)}")
     return model, tokenizer
 

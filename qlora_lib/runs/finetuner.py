@@ -19,6 +19,8 @@ from ..base.files import atomic_folder, check_place, open_tensors, write_json_at
 from ..base.paths import short_path
 from ..base.stamp import stamp
 from ..data.examples import hold_out, read_examples
+from ..data.tokens import Pair
+from ..evaluation.tasks import Score, Task, score
 from ..generation.generate import Decoding, generator
 from ..lora.files import ADAPTER_CONFIG, save_adapter
 from ..lora.fingerprint import residual_fingerprint
@@ -56,9 +58,8 @@ class Finetuner:
     itself (then give `tokenizer`), which is changed in place. method: "full" trains every weight,
     in fp32; "lora" an adapter beside dense weights; "qlora" beside quantized ones: quantized here
     to `spec` (NF4, or a QuantSpec rounded to nearest) or by the plan's recipe, unless the model
-    that is handed over already is. folder: of the run (run_folder.py); None: nothing is kept on
-    disk. Further keywords go to inject_lora, such as rank, alpha, target_modules and init. Raises
-    ValueError for settings that do not go together or with the model.
+    already is. folder: of the run (run_folder.py); None: nothing is kept on disk. Further keywords
+    (rank, alpha ...) go to inject_lora. Raises ValueError for settings that do not go together.
     """
 
     def __init__(self, model, tokenizer=None, method: str = "qlora",
@@ -147,12 +148,10 @@ class Finetuner:
 
     def fit(self, train, dev=None, config: TrainConfig = TrainConfig(),
             callback: Callback | Sequence[Callback] = (), best: bool = True) -> History:
-        """Train; then, with `best`, put back the parameters of the lowest dev loss.
-
-        train, dev: as read_examples takes them; without dev the last tenth of train is held out
-        (at most 256), with an empty one nothing is. callback: one or several, that get each step's
-        metrics. Raises ValueError for too few examples and a folder that can't be written.
-        """
+        """Train; then, with `best`, put back the parameters of the lowest dev loss. train, dev: as
+        read_examples takes them; without dev the last tenth of train is held out (at most 256),
+        with an empty one nothing is. callback: one or several, that get each step's metrics.
+        Raises ValueError for too few examples and a folder that can't be written."""
         train = read_examples(train, self.tokenizer)
         if dev is None:
             if len(train) < 2:
@@ -238,3 +237,7 @@ class Finetuner:
         """Completions of the prompts, with the keywords of Decoding: up to "Question:", as for
         gsm8k.PROMPT; for chats and prompts of your own give stop=()."""
         return generator(self.model, self.tokenizer, Decoding(**decoding))(prompts)
+
+    def score(self, task: Task, pairs: Sequence[Pair]) -> Score:
+        """Exact match on pairs of a task, by its rule."""
+        return score(generator(self.model, self.tokenizer, task.decoding()), task, pairs)

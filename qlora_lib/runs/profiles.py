@@ -72,9 +72,8 @@ class Profile:
 
     def plan(self, recipe: Recipe, device=None, compute_dtype: str | None = None,
              calibrated_on: str | None = None, examples: Callable | None = None, **how):
-        """The BasePlan of this profile's model; further keywords are its own. calibrated_on,
-        examples: a name, and a function from the tokenizer to the examples that GPTQ sees, where
-        those are not the profile's train problems."""
+        """The BasePlan of this profile's model. calibrated_on, examples: a name, and a function
+        from the tokenizer to what GPTQ sees, where that is not the profile's train problems."""
         from .base import BasePlan
 
         dtype = compute_dtype or self.compute_dtype

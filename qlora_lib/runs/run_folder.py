@@ -4,6 +4,7 @@
     adapter/   what was trained, in PEFT's layout; model/ after full fine-tuning
     training/  metrics.jsonl, and the checkpoints to resume from
     run.json   how the adapter was made, and on which base
+    verifier/  where one was trained
 """
 
 from pathlib import Path
@@ -63,10 +64,8 @@ def load_base(folder: Path, device=None, compute_dtype: str = "auto"):
 
 def load_run(folder: Path | str, model=None, tokenizer=None, device=None, compute_dtype="auto"):
     """(model, tokenizer) of a finished run, in eval mode, its adapter the default.
-
     model, tokenizer: the base, where it was handed over as a module; a dense one is quantized as
-    the run did. Raises FileNotFoundError, and ValueError for an unknown or another base.
-    """
+    the run did. Raises FileNotFoundError, and ValueError for an unknown or another base."""
     folder = Path(folder)
     about, here = read_run(folder), short_path(folder)
     trained, where = about["trained"], (device, compute_dtype)

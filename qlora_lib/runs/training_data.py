@@ -58,7 +58,6 @@ class TrainingData:
         return said
 
     def report(self) -> dict:
-        """What a run's report should say."""
         found = {kind: len(getattr(self.overlap, kind)) for kind in ("equal", "contain", "share")}
         return {
             "source": self.source,

@@ -90,11 +90,9 @@ class AdapterServer:
 
     async def generate(self, prompt: str, task: str | None = None) -> Completion:
         """The completion of a prompt with the adapter `task` (None: the base model alone).
-
         Cancelling the awaiting task gives its place up. Raises ValueError for an unknown adapter
-        and a prompt that does not fit the context; ServerFull, RequestTimeout, ServerStopped; and
-        what generating raised, for this request alone.
-        """
+        or a prompt that doesn't fit, ServerFull, RequestTimeout, ServerStopped, and what generating
+        raised, for this request alone."""
         if self._loop_task is None or self._stopping or self._loop_task.done():
             raise ServerStopped("the server is not running: use it within `async with server:`")
         self._counts["requests"] += 1

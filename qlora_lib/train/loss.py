@@ -17,10 +17,8 @@ CHUNK = 256  # supervised positions whose logits are alive together
 
 def loss_sum(model, batch: dict[str, Tensor], dtype: torch.dtype, chunk: int | None = CHUNK):
     """Cross-entropy summed over the supervised tokens of a batch, fp32 scalar, computed in `dtype`.
-
     batch: input_ids, attention_mask, labels, int64 (batch, seq). chunk: as chunk_for says; None
-    takes the model's own forward pass, with the logits of all positions.
-    """
+    takes the model's own forward pass, with the logits of all positions."""
     return sum(_losses(model, batch, dtype, chunk, "sum"))
 
 
@@ -37,7 +35,7 @@ def _losses(model, batch, dtype: torch.dtype, chunk: int | None, reduction: str)
     targets = batch["labels"][:, 1:]  # position t predicts token t + 1
     kept = targets != IGNORE
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    with _autocast(targets.device, dtype):
+    with torch.autocast(targets.device.type, dtype, enabled=dtype != torch.float32):
         if chunk is None:
             logits = model(**inputs, use_cache=False).logits  # (batch, seq, vocab)
             return [cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction=reduction)]
@@ -63,7 +61,7 @@ def chunk_for(model, dtype: torch.dtype) -> int | None:
     ids = torch.arange(4, device=device).unsqueeze(0)  # (1, 4)
     was_training = model.training
     model.eval()
-    with _autocast(device, dtype):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         expected = model(input_ids=ids, use_cache=False).logits
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         logits = _logits(model, hidden)
@@ -71,10 +69,6 @@ def chunk_for(model, dtype: torch.dtype) -> int | None:
     slack = 1e-2 * expected.nan_to_num().abs().max().item()
     same = torch.allclose(logits, expected, rtol=0, atol=slack, equal_nan=True)
     return CHUNK if same else None
-
-
-def _autocast(device: torch.device, dtype: torch.dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _logits(model, hidden: Tensor) -> Tensor:

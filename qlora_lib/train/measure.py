@@ -44,8 +44,7 @@ def check_fits(ledger, device: torch.device | str) -> None:
     """Raises NotEnoughMemory, with the ledger, when its peak exceeds what is free."""
     free = available_memory(device)
     if ledger.peak > free:
-        raise NotEnoughMemory(
-            f"training needs {ledger.peak / 1e9:.2f} GB at its peak, and {device} has "
-            f"{free / 1e9:.2f} GB free; take fewer or shorter sequences at a time, gradient "
-            f"checkpointing, a quantized base or a smaller model\n{ledger}"
-        )
+        needed, room = f"{ledger.peak / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
+        raise NotEnoughMemory(f"training needs {needed} at its peak, and {device} has {room} free; "
+                              "take fewer or shorter sequences at a time, gradient checkpointing, "
+                              f"a quantized base or a smaller model\n{ledger}")  # fmt: skip

@@ -151,9 +151,8 @@ def fitting_batch(model, tokens: int, most: int, cache: CacheSpec | None = None,
     """How many sequences of up to `tokens` tokens, prompt and completion, to decode at once:
     `most`, halved until they fit beside the model (at least 1); `most` for unknown decoders.
 
-    cache: as in decoding_ledger. free: bytes; None: those of the model's device now. Halved, so
-    that a little more or less of them mostly gives the same batches, with which alone a killed
-    evaluation goes on.
+    cache: as in decoding_ledger. free: bytes; None: those of the model's device now. Halving them
+    mostly gives the same batches again, with which alone a killed evaluation goes on.
     """
     config, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
     try:

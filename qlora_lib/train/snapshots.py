@@ -21,7 +21,6 @@ Parameters = dict[str, nn.Parameter]
 
 
 def save_parameters(path: Path, parameters: Parameters, metadata: dict) -> None:
-    """Write the trained parameters alone."""
     _save(path, {f"parameter/{n}": p for n, p in parameters.items()}, metadata)
 
 
@@ -43,7 +42,6 @@ def start_metrics(folder: Path, steps: Sequence[dict]) -> None:
 
 
 def add_metrics(folder: Path, metrics: dict) -> None:
-    """Append a step's metrics to metrics.jsonl."""
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
         stream.write(json.dumps(metrics) + "\n")
 

@@ -18,8 +18,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def check_widths(model, compute_dtype: torch.dtype) -> None:
-    """Raises ValueError where trained parameters, in fp32, meet frozen ones of 16 bits without
-    autocast."""
+    """Raises ValueError where trained fp32 parameters meet frozen 16 bits without autocast."""
     half = {p.requires_grad: n for n, p in model.named_parameters() if p.dtype in HALF}
     if len(half) == 2 and compute_dtype == torch.float32:
         raise ValueError(f"{half[True]} is trained, in fp32, beside frozen weights of 16 bits such "
@@ -77,11 +76,9 @@ class Stepper:
 
     def take(self, step: int, parts: Iterable[Tensor]) -> dict:
         """Take a step of 1..total; returns its loss, lr and grad_norm, before clipping (None if
-        fp16 overflowed).
-
-        parts: the loss is their sum, over all processes; each is differentiated before the next
-        is computed. Raises ValueError, parameters untouched, for a loss or gradient not finite.
-        """
+        fp16 overflowed). parts: the loss is their sum, over all processes; each is differentiated
+        before the next is computed. Raises ValueError, parameters untouched, for a loss or gradient
+        that is not finite."""
         lr = learning_rate(step, self.total, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
