@@ -1,9 +1,7 @@
 """`python -m qlora_lib quantize | finetune | verifier | evaluate | generate | export |
 memory`.
 
-Thin over the library. A run lives in checkpoints/PROFILE: `base` (the quantized model),
-`adapter`, `training` (metrics and the checkpoint to resume from), `run.json` (how the adapter
-was made) and, where one was trained, `verifier`.
+Thin over the library. A run lives in checkpoints/PROFILE (runs/run_folder.py says what is there).
 Several processes share `finetune` and `evaluate`: torchrun --nproc-per-node 2 -m qlora_lib ...,
 or accelerate launch. Only the command line reads environment variables: MODEL, GSM8K_DIR, and
 those by which a launcher numbers its processes.
@@ -14,22 +12,15 @@ import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 
+from .cli import evaluate, export, finetune, memory, verifier
 from .cli.common import check_device, shared_options
-from .cli.evaluate import add_evaluate_and_generate, evaluate, generate
-from .cli.export import add_export, export
-from .cli.finetune import add_quantize_and_finetune, finetune, quantize
-from .cli.memory import add_memory, memory
-from .cli.verifier import add_verifier
-from .cli.verifier import train as verifier
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m qlora_lib", description=__doc__.split("\n")[0])
     commands, shared = top.add_subparsers(dest="command", required=True), shared_options()
-    for add in (
-        add_quantize_and_finetune, add_verifier, add_evaluate_and_generate, add_export, add_memory
-    ):  # fmt: skip
-        add(commands, shared)
+    for group in (finetune, verifier, evaluate, export, memory):
+        group.add_commands(commands, shared)
     return top
 
 
@@ -40,20 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from .base import processes  # and with it torch, which --help does without
 
-    commands = {"quantize": quantize, "finetune": finetune}
-    commands |= {"verifier": verifier, "evaluate": evaluate, "generate": generate}
-    commands |= {"export": export, "memory": memory}
     try:
         if processes.launched() > 1 and args.command not in ("finetune", "evaluate"):
-            raise ValueError(
-                f"{args.command} runs in one process, {processes.launched()} were launched; start "
-                f"it as python -m qlora_lib {args.command}"
-            )
+            raise ValueError(f"{args.command} runs in one process, {processes.launched()} were "
+                             f"launched; start it as python -m qlora_lib {args.command}")
         check_device(args.device)
         args.device = processes.start(args.device)
         # One process speaks for all; errors are each one's own.
         with nullcontext() if processes.first() else redirect_stdout(open(os.devnull, "w")):
-            commands[args.command](args)
+            args.run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

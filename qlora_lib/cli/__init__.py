@@ -1,1 +1,0 @@
-"""The commands of `python -m qlora_lib`, a file for each group."""

@@ -8,6 +8,19 @@ from pathlib import Path
 # torch and transformers take seconds to import, so --help does without them, in all commands.
 
 
+def add_command(commands, name: str, run, text: str, *options, asks: bool = False):
+    """Add a command that calls run(args); returns what adds an option. asks: a run's model."""
+    command = commands.add_parser(name, parents=options, help=text)
+    command.set_defaults(run=run)
+    add = command.add_argument
+    if asks:
+        add("--dense", action="store_true", help="for a run made with --method none")
+        add("--no-adapter", action="store_true", help="the base model alone")
+        add("--max-new-tokens", type=positive, help="(default: the profile's)")
+        add("--cache-bits", type=int, choices=(8, 4), help="of the keys and values of old tokens")
+    return add
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
     if not text.isdecimal() or int(text) < 1:
@@ -39,7 +52,6 @@ def check_device(device: str | None) -> None:
 
 
 def shared_options() -> argparse.ArgumentParser:
-    """Options of every command."""
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--profile", default="tiny", help="tiny (default), smollm2 or llama2-7b")
@@ -53,14 +65,6 @@ def shared_options() -> argparse.ArgumentParser:
     add("--compute-dtype", choices=("auto", "bf16", "fp16", "fp32"), help="(default: profile's)")
     add("--seed", type=int, default=0)
     return shared
-
-
-def add_run_options(add) -> None:
-    """Options of the commands that ask a run's model."""
-    add("--dense", action="store_true", help="for a run made with --method none")
-    add("--no-adapter", action="store_true", help="the base model alone")
-    add("--max-new-tokens", type=positive, help="(default: the profile's)")
-    add("--cache-bits", type=int, choices=(8, 4), help="of the keys and values of old tokens")
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,13 @@ class Opened:
         from ..base.paths import short_path
         from ..runs.run_folder import BASE
 
-        base = self.folder / BASE
+        base, remedy = self.folder / BASE, self.command(remedy)
         if not base.is_dir():
-            remedy = self.command(remedy)
             raise FileNotFoundError(f"there is no quantized base {short_path(base)}; {remedy}")
         return base
 
 
 def open_options(args) -> Opened:
-    """Profile, folder and the like. Raises ValueError and FileNotFoundError for unknown ones."""
     from transformers.utils.logging import disable_progress_bar
 
     from ..runs.profiles import load_profile
@@ -105,7 +107,7 @@ def open_options(args) -> Opened:
 
 def read_data_option(args) -> tuple[str | None, str | None, str | None]:
     """(kind of problems, None for the profile's; their folder; what to train on, None for them).
-    Sets that are only for training go with GSM8K's problems, your own files with the profile's."""
+    Training sets go with GSM8K's problems, your own files with the profile's."""
     from ..data.sources import TRAINING_SETS, holds_problems
 
     data, gsm8k = args.data, os.environ.get("GSM8K_DIR")
@@ -117,11 +119,17 @@ def read_data_option(args) -> tuple[str | None, str | None, str | None]:
     if data and holds_problems(Path(data)):
         return None, data, None
     if data and args.command not in ("quantize", "finetune", "export"):
-        raise ValueError(
-            f"--data {data} is something to train on; {args.command} asks problems: name a folder "
-            "with test.jsonl (question and answer a line), or leave --data out"
-        )
+        raise ValueError(f"--data {data} is something to train on; {args.command} asks problems: "
+                         "name a folder with test.jsonl (question and answer a line), or leave "
+                         "--data out")  # fmt: skip
     return None, None if args.profile == "tiny" else gsm8k, data
+
+
+def make_decoding(opened: Opened, args, **settings):
+    from ..generation.generate import Decoding
+
+    length = args.max_new_tokens or opened.profile.max_new_tokens
+    return Decoding(max_new_tokens=length, cache_bits=args.cache_bits, **settings)
 
 
 def open_run(opened: Opened, dense: bool, adapter: bool):
@@ -137,11 +145,10 @@ def open_run(opened: Opened, dense: bool, adapter: bool):
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; {remedy}") from None
     if about and (about["trained"] == "lora") != dense:
-        found = f"the adapter in {short_path(folder)} was trained on a "
-        if dense:
-            raise ValueError(found + "quantized base; leave out --dense")
-        raise ValueError(f"{found}dense base: its layers are not quantized; give --dense, or "
-                         f"{remedy}")  # fmt: skip
+        found = "quantized base; leave out --dense"
+        if not dense:
+            found = f"dense base: its layers are not quantized; give --dense, or {remedy}"
+        raise ValueError(f"the adapter in {short_path(folder)} was trained on a {found}")
     where = {"device": opened.device, "compute_dtype": opened.compute_dtype}
     if dense:
         model, tokenizer = opened.profile.load(**where)
@@ -153,8 +160,8 @@ def open_run(opened: Opened, dense: bool, adapter: bool):
             model, tokenizer = load_base(folder, **where)
         except ValueError as error:
             raise ValueError(f"{error}; {remedy}") from error
-        layers = quantized_layers(model)
-        specs = ", ".join(sorted({str(layer.spec) for layer in layers.values()}))
+        layers = quantized_layers(model).values()
+        specs = ", ".join(sorted({str(layer.spec) for layer in layers}))
         print(f"checked: all {len(layers)} linear layers are quantized, {specs}")
     if about:
         adapted = load_adapter(model, folder / about["path"])

@@ -3,18 +3,16 @@
 import dataclasses
 from pathlib import Path
 
-from .common import Opened, add_run_options, open_options, open_run, positive
+from .common import Opened, add_command, make_decoding, open_options, open_run, positive
 from .verifier import open_verifier
 
 SPLITS = ("dev", "test", "test_changed", "test_larger", "gsm_hard")
 VOTES = ("majority", "verifier", "weighted", "likelihood")
 
 
-def add_evaluate_and_generate(commands, shared) -> None:
-    """The two commands and their options."""
+def add_commands(commands, shared) -> None:
     text = "score the fine-tuned model on held-out problems"
-    add = commands.add_parser("evaluate", parents=[shared], help=text).add_argument
-    add_run_options(add)
+    add = add_command(commands, "evaluate", evaluate, text, shared, asks=True)
     add("--split", default="test", choices=SPLITS, help="which problems (default: test)")
     add("--limit", type=positive, help="only the first so many problems")
     add("--few-shot", type=int, default=0, metavar="K", help="solved problems before each")
@@ -28,23 +26,15 @@ def add_evaluate_and_generate(commands, shared) -> None:
     add("--top-p", type=float, default=1.0, help="only the likeliest tokens, this much together")
     add("--verifier", type=Path, help="(default: verifier in the run's folder)")
 
-    add = commands.add_parser("generate", parents=[shared], help="answer one question").add_argument
-    add_run_options(add)
+    add = add_command(commands, "generate", generate, "answer one question", shared, asks=True)
     add("--form", choices=("question", "prompt", "chat"), default="question",
         help="how it is asked: with the template of the problems (default; the answer ends before "
         "another \"Question:\"), exactly as it stands, or as a chat's first turn")  # fmt: skip
     add("question")
 
 
-def make_decoding(opened: Opened, args, **settings):
-    from ..generation.generate import Decoding
-
-    length = args.max_new_tokens or opened.profile.max_new_tokens
-    return Decoding(max_new_tokens=length, cache_bits=args.cache_bits, **settings)
-
-
 def sampler(opened: Opened, args, prompts: list[str]):
-    """(function from prompts to completions, vote or None) as the options say, for these prompts."""
+    """(function from prompts to completions, vote or None) as the options say."""
     from ..evaluation import votes as sampling
     from ..generation.generate import generator
 
@@ -53,10 +43,8 @@ def sampler(opened: Opened, args, prompts: list[str]):
     temperature = args.temperature
     if temperature is None:
         temperature = 0.7 if args.samples > 1 else 0.0
-    decoding = make_decoding(
-        opened, args, temperature=temperature, top_p=args.top_p, samples=args.samples,
-        seed=args.seed,
-    )  # fmt: skip
+    settings = {"temperature": temperature, "top_p": args.top_p}
+    decoding = make_decoding(opened, args, **settings, samples=args.samples, seed=args.seed)
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     batch = args.batch_size or usual_batch(model, tokenizer, prompts, decoding)
     decoding = dataclasses.replace(decoding, batch_size=max(1, batch // args.samples))
@@ -69,14 +57,13 @@ def sampler(opened: Opened, args, prompts: list[str]):
         # After it: the adapter takes part in what the fingerprint covers.
         generate = sampling.with_scores(generate, verifier, "verifier")
     elif vote == "likelihood":
-        score = sampling.likelihood(model, tokenizer)
-        generate = sampling.with_scores(generate, score, "likelihood")
+        generate = sampling.with_scores(generate, sampling.likelihood(model, tokenizer), vote)
     votes = {"majority": sampling.majority, "weighted": sampling.weighted_vote}
     return generate, votes.get(vote, sampling.best_score)
 
 
 def usual_batch(model, tokenizer, prompts: list[str], decoding) -> int:
-    """64 completions at a time, or what fits into memory beside the model, on every process."""
+    """64 completions at a time, or what fits into memory on every process."""
     from ..base import processes
     from ..data.tokens import encode_prompt
     from ..generation.kv_cache import CacheSpec
@@ -99,8 +86,7 @@ def evaluate(args) -> None:
     other = EvalReport.load(args.compare) if args.compare else None  # missing: say so at once
     opened = open_options(args)
     profile = opened.profile
-    problems = profile.examples(args.split)[: args.limit]
-    prompt = format_gsm8k
+    problems, prompt = profile.examples(args.split)[: args.limit], format_gsm8k
     if args.few_shot:
         prompt = few_shot(profile.examples("train"), args.few_shot)
     out = args.out or Path("outputs") / profile.name / evaluation_name(args)
@@ -116,11 +102,9 @@ def evaluate(args) -> None:
 
     batch = args.samples * generate.info["decoding"]["batch_size"]
     report = score(generate, problems, out, prompt, show, batch, vote, restart=args.restart)
-    print(report)
-    print(f"report in {short_path(out)}")
+    print(f"{report}\nreport in {short_path(out)}")
     if other:
-        names = (short_path(args.compare), short_path(out))
-        print(report_difference(other, report, names))
+        print(report_difference(other, report, (short_path(args.compare), short_path(out))))
 
 
 def evaluation_name(args) -> str:
@@ -146,9 +130,9 @@ def generate(args) -> None:
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     stop = {} if args.form == "question" else {"stop": ()}
     ask = generator(model, tokenizer, make_decoding(opened, args, batch_size=1, **stop))
-    prompt = {"question": PROMPT.format(question=args.question), "prompt": args.question}
-    if args.form == "chat":
-        turn = [{"role": "user", "content": args.question}]
-        prompt["chat"] = write_chat(tokenizer, turn, ask=True)
-    (completion,) = ask([prompt[args.form]])
-    print(completion)
+    prompt = args.question
+    if args.form == "question":
+        prompt = PROMPT.format(question=prompt)
+    elif args.form == "chat":
+        prompt = write_chat(tokenizer, [{"role": "user", "content": prompt}], ask=True)
+    print(*ask([prompt]))

@@ -4,16 +4,15 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from .common import Opened, open_options
+from .common import Opened, add_command, open_options
 from .finetune import training_data
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
 
-def add_export(commands, shared) -> None:
-    """The command and its options."""
+def add_commands(commands, shared) -> None:
     text = "write a GPTQ checkpoint, for vLLM, transformers and GPTQModel"
-    add = commands.add_parser("export", parents=[shared], help=text).add_argument
+    add = add_command(commands, "export", export, text, shared)
     merge = "put the adapter into the weights and quantize them again; without, it stays beside"
     add("--merge", choices=("gptq", "rtn"), help=merge)
     form = "gptq is for readers that know only version 1 (default: gptq_v2)"
@@ -22,7 +21,6 @@ def add_export(commands, shared) -> None:
 
 
 def export(args) -> None:
-    """Export the run's base, with the adapter merged into it if args.merge says how."""
     from ..base.paths import short_path
     from ..formats.gptq_checkpoint import export_gptq
     from ..models.checkpoint import load_quantized
@@ -62,7 +60,7 @@ def trained_adapter(folder: Path) -> Path | None:
 
 
 def merge_adapter(model, tokenizer, adapter: Path, args, opened: Opened) -> None:
-    """Merge in place, to the nearest level or by GPTQ with the options that made the base."""
+    """Merge in place, by rounding or by GPTQ with the options that made the base."""
     from ..lora.files import load_adapter
     from ..lora.merge import merge_lora
     from ..models.merge_hessians import merge_hessians
@@ -95,10 +93,8 @@ def calibration(opened: Opened, args, tokenizer, recipe: dict) -> list:
         opened = dataclasses.replace(opened, source=recipe.get("calibrated_on"))
     source = opened.source
     if source and source not in TRAINING_SETS and not Path(source).exists():
-        raise FileNotFoundError(
-            f"the base was calibrated on {source}, which is not here: name it, or what is to take "
-            "its place, with --data"
-        )
+        raise FileNotFoundError(f"the base was calibrated on {source}, which is not here: name it, "
+                                "or what is to take its place, with --data")
     examples = training_data(opened, args)(tokenizer).train if source else None
     batches = opened.profile.calibration(tokenizer, examples)
     if recipe.get("calibration") not in (None, calibration_hash(batches)):
@@ -107,7 +103,7 @@ def calibration(opened: Opened, args, tokenizer, recipe: dict) -> list:
 
 
 def serve_command(folder: Path, adapter: Path | None = None) -> str:
-    """The vLLM command line for an exported folder, with an adapter beside it or without."""
+    """The vLLM command line for an exported folder and an adapter beside it."""
     from ..base.files import read_json
 
     # vLLM's kernel for grids with zero-points has no bf16.

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from functools import partial
 
-from .common import Opened, grid, open_options, positive
+from .common import Opened, add_command, grid, open_options, positive
 
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
@@ -25,8 +25,7 @@ def above_zero(text: str) -> float:
     return number
 
 
-def add_quantize_and_finetune(commands, shared) -> None:
-    """The two commands and their options."""
+def add_commands(commands, shared) -> None:
     base = argparse.ArgumentParser(add_help=False)
     add = base.add_argument
     add("--method", choices=METHODS, default="gptq", help="of quantization; none: a dense base")
@@ -41,14 +40,13 @@ def add_quantize_and_finetune(commands, shared) -> None:
     flag("--best", help="with gptq: --match-dense --weigh-columns --refit-scales --damping auto")
     flag("--stream", help="quantize with one block in memory at a time")
 
-    text = "calibrate, quantize, save"
-    add = commands.add_parser("quantize", parents=[shared, base], help=text).add_argument
+    add = add_command(commands, "quantize", quantize, "calibrate, quantize, save", shared, base)
     text = "linears to quantize: all (default), or q, k, v, o alone"
     add("--targets", choices=("all", "attention"), default="all", help=text)
     add("--spill", help="with --stream: a folder to keep activations in")
 
     text = "quantize, inject LoRA, train, save"
-    add = commands.add_parser("finetune", parents=[shared, base], help=text).add_argument
+    add = add_command(commands, "finetune", finetune, text, shared, base)
     add("--epochs", type=positive, help="passes over the training examples")
     add("--max-steps", type=positive, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=positive, help="examples at a time; the rest of a step is accumulated")
@@ -73,10 +71,7 @@ def add_quantize_and_finetune(commands, shared) -> None:
 
 
 def recipe_of(args):
-    """The recipe that the options describe; None for --method none.
-
-    Raises ValueError for options that the method does not have, by name.
-    """
+    """The recipe, None for --method none; ValueError for options that the method does not have."""
     from ..quant.gptq import GPTQOptions
     from ..quant.nf4 import NF4Spec
     from ..quant.recipe import Recipe
@@ -89,18 +84,12 @@ def recipe_of(args):
                          "that has them")  # fmt: skip
     if args.method == "none":
         return None
-    if args.method == "nf4":
-        return Recipe.of(NF4Spec())
-    spec = grid(args.bits, args.group_size)
-    if args.method == "rtn":
-        return Recipe.of(spec, "rtn")
+    spec = NF4Spec() if args.method == "nf4" else grid(args.bits, args.group_size)
     if args.best:
         return Recipe.of(spec, "gptq", GPTQOptions.best(match_dense=True))
-    return Recipe.of(spec, "gptq", GPTQOptions(
-        match_dense=args.match_dense, weigh_columns=args.weigh_columns,
-        refit_scales=args.refit_scales,
-        damp_percent={None: 0.01, "auto": None}.get(args.damping, args.damping),
-    ))  # fmt: skip
+    share = {None: 0.01, "auto": None}.get(args.damping, args.damping)
+    flags = {n: getattr(args, n) for n in ("match_dense", "weigh_columns", "refit_scales")}
+    return Recipe.of(spec, args.method, GPTQOptions(damp_percent=share, **flags))
 
 
 def training_data(opened: Opened, args):
@@ -140,11 +129,10 @@ def quantize(args) -> None:
 
 
 def train_config(opened: Opened, args):
-    """The profile's settings, changed by the options that were given."""
-    names = ("epochs", "max_steps", "batch_size", "accumulation", "optimizer", "lr", "max_length",
-             "seed", "eval_every", "gradient_checkpointing", "resume")  # fmt: skip
-    changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    """The profile's settings, changed by the given options."""
     usual = opened.profile.train
+    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(usual)}
+    changes = {name: value for name, value in given.items() if value is not None}
     if args.batch_size and not args.accumulation:  # less memory, the same optimizer step
         changes["accumulation"] = max(1, usual.batch_size * usual.accumulation // args.batch_size)
     changes |= {"compute_dtype": opened.compute_dtype, "folder": opened.folder / "training"}
@@ -164,19 +152,14 @@ def finetune(args) -> None:
     config, profile = train_config(opened, args), opened.profile
     targets = args.targets if args.targets in WORDS else tuple(args.targets.split(","))
     rank = args.rank or profile.rank
-    lora = {
-        "rank": rank, "alpha": 2 * rank if args.alpha is None else args.alpha,
-        "dropout": args.dropout, "init": args.init, "use_rslora": args.rslora,
-    }  # fmt: skip
-    profile.check_memory(
-        rank, recipe and recipe.spec, config, targets, opened.device, opened.compute_dtype
-    )
+    lora = {"rank": rank, "alpha": 2 * rank if args.alpha is None else args.alpha,
+            "dropout": args.dropout, "init": args.init, "use_rslora": args.rslora}  # fmt: skip
+    where = opened.device, opened.compute_dtype
+    profile.check_memory(rank, recipe and recipe.spec, config, targets, *where)
     data = training_data(opened, args)
     plan = plan_of(opened, recipe or Recipe(), data, stream=args.stream)
-    tuner = Finetuner(
-        plan, method="qlora" if recipe else "lora", folder=opened.folder, seed=args.seed,
-        target_modules=targets, **lora,
-    )  # fmt: skip
+    tuner = Finetuner(plan, method="qlora" if recipe else "lora", folder=opened.folder,
+                      seed=args.seed, target_modules=targets, **lora)  # fmt: skip
     count = sum(p.numel() for p in trainable_parameters(tuner.model).values())
     print(f"LoRA: {lora} on {len(tuner.layers)} layers, {count:,} parameters to train")
     found, metrics = data(tuner.tokenizer), short_path(config.folder / "metrics.jsonl")

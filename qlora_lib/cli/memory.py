@@ -1,12 +1,11 @@
 """`python -m qlora_lib memory`: what training would take, part by part, without loading it."""
 
-from .common import grid, open_options, positive
+from .common import add_command, grid, open_options, positive
 
 
-def add_memory(commands, shared) -> None:
-    """The command and its options."""
+def add_commands(commands, shared) -> None:
     text = "predict the memory of full fine-tuning, LoRA and QLoRA, without loading the model"
-    add = commands.add_parser("memory", parents=[shared], help=text).add_argument
+    add = add_command(commands, "memory", memory, text, shared)
     add("--method", choices=("full", "lora", "qlora"), help="(default: all three)")
     add("--bits", type=int, help="of QLoRA's base: 2, 3, 4 or 8 (default: NF4)")
     add("--group-size", type=int, help="with --bits: weights that share a scale; 0: a row")
@@ -19,44 +18,37 @@ def add_memory(commands, shared) -> None:
 
 
 def memory(args) -> None:
-    """Print a ledger a method. Raises what memory_ledger raises."""
     from ..base.devices import default_device, dtype_name, resolve_dtype
     from ..lora.targets import ALL_LINEAR, ATTENTION
     from ..quant.nf4 import NF4Spec
     from ..train.loss import CHUNK
-    from ..train.memory import memory_ledger
+    from ..train.memory import METHODS, memory_ledger
 
     if args.group_size is not None and not args.bits:
         raise ValueError("--group-size belongs to a grid; give --bits too (NF4 has blocks of 64)")
     if args.bits and args.method in ("full", "lora"):
         raise ValueError(f"--bits are of QLoRA's base; --method {args.method} has none")
     opened = open_options(args)
-    profile = opened.profile
-    config = model_config(profile)
+    config = model_config(opened.profile.model)
     spec = grid(args.bits, args.group_size) if args.bits else NF4Spec()
     targets = ALL_LINEAR if args.targets == "all" else ATTENTION
     dtype = dtype_name(resolve_dtype(opened.compute_dtype, opened.device or default_device()))
-    for method in [args.method] if args.method else ("full", "lora", "qlora"):
-        print(memory_ledger(
-            config, method, args.batch_size, args.tokens, args.rank or profile.rank, targets, spec,
-            args.gradient_checkpointing, dtype, args.optimizer, CHUNK,
-        ))  # fmt: skip
+    size = args.batch_size, args.tokens, args.rank or opened.profile.rank
+    how = args.gradient_checkpointing, dtype, args.optimizer, CHUNK
+    for method in [args.method] if args.method else METHODS:
+        print(memory_ledger(config, method, *size, targets, spec, *how))
 
 
-def model_config(profile):
-    """The config of the profile's model; LLaMA-2-7B's published shape where it can't be had.
-
-    Raises FileNotFoundError for any other model without one.
-    """
+def model_config(model: str):
+    """The config of a model; of LLaMA-2-7B its published shape, where it can't be had. Raises
+    FileNotFoundError for any other model without one."""
     from transformers import AutoConfig, LlamaConfig
 
     try:
-        return AutoConfig.from_pretrained(profile.model)
+        return AutoConfig.from_pretrained(model)
     except OSError as error:
-        if profile.model != "meta-llama/Llama-2-7b-hf":
-            raise FileNotFoundError(
-                f"{profile.model} has no config.json that can be read here: name a model's folder "
-                "or hub id (a GGUF file has none)"
-            ) from error
+        if model != "meta-llama/Llama-2-7b-hf":
+            raise FileNotFoundError(f"{model} has no config.json that can be read here: name a "
+                                    "model's folder or hub id (a GGUF file has none)") from error
         print("its config can't be had here; taken: the published shape of LLaMA-2-7B")
         return LlamaConfig(max_position_embeddings=4096)  # otherwise the class's defaults

@@ -3,14 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from .common import Opened, add_run_options, open_options, open_run, positive
+from .common import Opened, add_command, make_decoding, open_options, open_run, positive
 
 
-def add_verifier(commands, shared) -> None:
-    """The command and its options."""
+def add_commands(commands, shared) -> None:
     text = "sample solutions of train problems, label them, train a verifier on them"
-    add = commands.add_parser("verifier", parents=[shared], help=text).add_argument
-    add_run_options(add)
+    add = add_command(commands, "verifier", train, text, shared, asks=True)
     add("--limit", type=positive, default=1000, help="train problems to sample for (default: 1000)")
     add("--samples", type=positive, default=8, metavar="K", help="solutions of each (default: 8)")
     add("--temperature", type=float, default=0.7)
@@ -21,7 +19,6 @@ def add_verifier(commands, shared) -> None:
 
 
 def train(args) -> None:
-    """Write args.folder/verifier."""
     import torch
 
     from ..base.files import write_json_atomic
@@ -30,17 +27,15 @@ def train(args) -> None:
     from ..data.gsm8k import format_gsm8k
     from ..evaluation.extraction import is_correct
     from ..evaluation.verifier import Verifier, train_verifier
-    from ..generation.generate import Decoding, generator
+    from ..generation.generate import generator
     from ..train.config import TrainConfig
 
     opened = open_options(args)
     profile = opened.profile
     entries = profile.examples("train")[: args.limit]
-    decoding = Decoding(
-        temperature=args.temperature, samples=args.samples, seed=args.seed,
-        max_new_tokens=args.max_new_tokens or profile.max_new_tokens,
-        cache_bits=args.cache_bits, batch_size=max(1, args.batch_size // args.samples),
-    )  # fmt: skip
+    settings = {n: getattr(args, n) for n in ("temperature", "samples", "seed")}
+    batch_size = max(1, args.batch_size // args.samples)
+    decoding = make_decoding(opened, args, **settings, batch_size=batch_size)
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     prompts = [format_gsm8k(entry)[0] for entry in entries]
     groups = generator(model, tokenizer, decoding)(prompts)
@@ -55,10 +50,9 @@ def train(args) -> None:
     steps = train_verifier(verifier, asked, said, right, TrainConfig(**settings))
     out = opened.folder / "verifier"
     verifier.save(out)
-    write_json_atomic(out / "verifier.json", {
-        "decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right),
-        "loss": steps[-1]["loss"], "stamp": stamp(args.seed),
-    })  # fmt: skip
+    about = {"decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right)}
+    about |= {"loss": steps[-1]["loss"], "stamp": stamp(args.seed)}
+    write_json_atomic(out / "verifier.json", about)
     print(f"verifier saved to {short_path(out)}")
 
 
@@ -67,8 +61,7 @@ def open_verifier(model, tokenizer, opened: Opened, folder: Path | None = None):
     from ..base.paths import short_path
     from ..evaluation.verifier import Verifier
 
-    folder = folder or opened.folder / "verifier"
+    folder, remedy = folder or opened.folder / "verifier", opened.command("verifier")
     if not folder.is_dir():
-        there = short_path(folder)
-        raise FileNotFoundError(f"there is no verifier {there}; {opened.command('verifier')}")
+        raise FileNotFoundError(f"there is no verifier {short_path(folder)}; {remedy}")
     return Verifier.load(model, tokenizer, folder)

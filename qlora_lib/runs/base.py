@@ -1,14 +1,12 @@
 """The quantized base of a run: made once by its plan, and taken from the run's folder afterwards.
 
-`FOLDER/base` holds the packed model and recipe.json, which says what made it. The base is made
-anew when anything in there is another one: weights, recipe, dtype, calibration examples. Weights
-that are 4-bit already (a checkpoint of bitsandbytes) are taken as they are, as an NF4 base.
+`FOLDER/base` holds the packed model and recipe.json, which says what made it: weights, recipe,
+dtype, calibration examples. Where one of them is another one, the base is made anew.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -46,7 +44,7 @@ class BasePlan:
     _batches: list[Batches] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def record(self) -> dict:
-        """What recipe.json says of a base that this plan makes, but for the calibration's hash."""
+        """What recipe.json says of this plan's base, but for the calibration's hash."""
         said = {"weights": weights_id(self.model), "compute_dtype": self.compute_dtype}
         if self.recipe.method == "gptq" and self.calibrated_on:
             said["calibrated_on"] = self.calibrated_on
@@ -54,8 +52,9 @@ class BasePlan:
 
     def dense(self):
         """(model, tokenizer) as its weights come, before anything is quantized here."""
-        load = self.load or partial(load_model, self.model, self.device, self.compute_dtype)
-        return load()
+        if self.load:
+            return self.load()
+        return load_model(self.model, self.device, self.compute_dtype)
 
     def batches(self, tokenizer) -> Batches | None:
         """What GPTQ is calibrated on, tokenized once; None for other methods."""
@@ -66,7 +65,7 @@ class BasePlan:
         return self._batches[0]
 
     def calibration_hash(self, tokenizer) -> str | None:
-        """SHA-256 of the token ids that GPTQ sees; None for other methods and published sets."""
+        """The hash of what GPTQ sees; None for other methods and published sets."""
         if self.recipe.method != "gptq" or self.calibrated_on in TRAINING_SETS:
             return None
         return calibration_hash(self.batches(tokenizer))
@@ -81,11 +80,8 @@ def quantized_base(plan: BasePlan, folder: Path | None):
 
 
 def make_base(plan: BasePlan, folder: Path):
-    """See that `folder`/base is what the plan makes: keep it, or make it, in the first process.
-
-    Returns (model, tokenizer) where they are in memory anyway, else None. Raises
-    FileNotFoundError where there are no weights, and what check_place and quantizing raise.
-    """
+    """Keep `folder`/base if it is what the plan makes, else make it, in the first process; returns
+    (model, tokenizer) where they are in memory anyway, else None."""
     base, made = Path(folder) / BASE, []
 
     def make() -> None:
@@ -125,8 +121,7 @@ def _is_made_so(base: Path, plan: BasePlan) -> bool:
     if made is None:
         return False
     before = made.pop("calibration", None)  # older ones do not say
-    # Compared as JSON holds it, which has no tuples.
-    if made != json.loads(json.dumps(plan.record())):
+    if made != json.loads(json.dumps(plan.record())):  # as JSON holds it, which has no tuples
         return False
     if before is None:
         return True
@@ -137,7 +132,7 @@ def _is_made_so(base: Path, plan: BasePlan) -> bool:
 
 
 def _quantize(plan: BasePlan, base: Path | None = None):
-    """(model, tokenizer), quantized in memory, and saved to `base` if there is one."""
+    """(model, tokenizer), quantized in memory, and saved to `base` if given."""
     model, tokenizer = plan.dense()
     layers, report = quantized_layers(model), []
     if layers and (plan.any_base or plan.recipe.method == "nf4"):
@@ -153,9 +148,8 @@ def _quantize(plan: BasePlan, base: Path | None = None):
         for row in report:
             _show(row)
         save_quantized(model, tokenizer, base)
-        before = sum(row.bytes_before for row in report)
         after = sum(layer.quantized.nbytes for layer in quantized_layers(model).values())
-        was = f"{before:,} -> " if report else ""
+        was = f"{sum(row.bytes_before for row in report):,} -> " if report else ""
         print(f"  {was}{after:,} bytes, saved to {short_path(base)}")
     return model, tokenizer
 
@@ -166,12 +160,9 @@ def _stream(plan: BasePlan, base: Path):
 
     source, recipe = local_folder(plan.model), plan.recipe
     tokenizer = AutoTokenizer.from_pretrained(source)
-    how = {"options": recipe.options} if recipe.options else {}
-    quantize_checkpoint(
-        source, base, recipe.spec, plan.batches(tokenizer), recipe.method, **how,
-        target_modules=recipe.targets, compute_dtype=plan.compute_dtype, device=plan.device,
-        spill=plan.spill, progress=_show,
-    )  # fmt: skip
+    quantize_checkpoint(source, base, recipe.spec, plan.batches(tokenizer), recipe.method,
+                        recipe.options, recipe.targets, compute_dtype=plan.compute_dtype,
+                        device=plan.device, spill=plan.spill, progress=_show)  # fmt: skip
     made = read_json(base / REPORT)
     print(f"  {made['weight_bytes']:,} bytes for {made['parameters']:,} parameters, "
           f"{made['bits_per_parameter']:.2f} bits each, saved to {short_path(base)}")  # fmt: skip

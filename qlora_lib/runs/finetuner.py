@@ -3,8 +3,6 @@
     tuner = Finetuner("data/tiny-llama", method="qlora", folder="outputs/mine")
     tuner.fit("my.jsonl", config=TrainConfig(epochs=2), callback=print)
     tuner.generate(["Question: ..."]);  tuner.save();  Finetuner.load("outputs/mine")
-
-The command line takes this road too.
 """
 
 import dataclasses
@@ -36,11 +34,11 @@ from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
 from ..train.config import TrainConfig
 from ..train.finetune import History, finetune
+from ..train.memory import METHODS
 from ..train.snapshots import load_parameters
 from .base import BASE, RECIPE, BasePlan, quantized_base, read_recipe
 from .run_folder import ABOUT, ADAPTER, MODEL, TRAINING, load_run
 
-METHODS = ("full", "lora", "qlora")
 Callback = Callable[[dict], None]
 
 
@@ -57,20 +55,16 @@ class Finetuner:
     """A model that learns by one of three methods.
 
     model: a hub id, a folder or a GGUF file; the plan of a base (runs/base.py); or a causal model
-    itself (then give `tokenizer`): it is changed in place, and the adapter becomes its default.
-    method: "full" trains every weight, in fp32; "lora" an adapter beside dense weights; "qlora"
-    beside quantized ones: quantized here to `spec` (NF4, or a QuantSpec rounded to nearest) or by
-    the plan's recipe, unless the model that is handed over already is (by GPTQ, say). folder: of
-    the run (run_folder.py); None: nothing is kept on disk. Further keywords go to inject_lora,
-    such as rank, alpha, target_modules and init. Raises ValueError for settings that do not go
-    together or with the model, and what the parts raise.
+    itself (then give `tokenizer`), which is changed in place. method: "full" trains every weight,
+    in fp32; "lora" an adapter beside dense weights; "qlora" beside quantized ones: quantized here
+    to `spec` (NF4, or a QuantSpec rounded to nearest) or by the plan's recipe, unless the model
+    already is. folder: of the run (run_folder.py); None: nothing is kept on disk. Further keywords
+    (rank, alpha ...) go to inject_lora. Raises ValueError for settings that do not go together.
     """
 
-    def __init__(
-        self, model, tokenizer=None, method: str = "qlora", folder: str | Path | None = None,
-        spec=NF4Spec(), adapter: str = "default", seed: int = 0, device=None,
-        compute_dtype: str = "auto", **lora,
-    ):  # fmt: skip
+    def __init__(self, model, tokenizer=None, method: str = "qlora",
+                 folder: str | Path | None = None, spec=NF4Spec(), adapter: str = "default",
+                 seed: int = 0, device=None, compute_dtype: str = "auto", **lora):  # fmt: skip
         if method not in METHODS:
             raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}")
         if method == "full" and lora:
@@ -88,8 +82,7 @@ class Finetuner:
         if self.plan:
             self.recipe = self.plan.recipe
         self.lora = _with_defaults(lora) if method != "full" else {}
-        # Whether the adapter takes its start out of the dense weights
-        self.residual = self.lora.get("init") in RESIDUAL_INITS
+        self.residual = self.lora.get("init") in RESIDUAL_INITS  # starts from the dense weights
         self._check()
         if self.plan is None and tokenizer is None:
             raise ValueError("a model that is handed over needs its tokenizer too")
@@ -107,8 +100,7 @@ class Finetuner:
             set_adapter(model, adapter)  # what is trained is what calls use
 
     def _check(self) -> None:
-        """Refuse inits that don't go with the base, and places that could not be written at the
-        end, before anything is loaded."""
+        """Refuse inits that don't go with the base, and places that can't be written."""
         taken_apart = self.residual and self.method == "qlora"
         if taken_apart and self.plan and self.recipe.method == "gptq":
             raise ValueError(f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's "
@@ -122,7 +114,7 @@ class Finetuner:
             check_place(self.folder / BASE, checkpoint.QUANTIZATION)
 
     def _quantize(self, model) -> None:
-        """A dense module is quantized here if it is to be, and if no adapter takes it apart."""
+        """Quantize a dense module if it is to be, and if no adapter takes it apart."""
         if self.method == "qlora" and quantized_layers(model):
             self.recipe = None  # it was given so
         elif quantized_layers(model):
@@ -154,17 +146,12 @@ class Finetuner:
             said = self.plan.record() if self.plan else recipe.as_json()
             write_json_atomic(self.folder / BASE / RECIPE, said | {"residual": how})
 
-    def fit(
-        self, train, dev=None, config: TrainConfig = TrainConfig(),
-        callback: Callback | Sequence[Callback] = (), best: bool = True,
-    ) -> History:  # fmt: skip
-        """Train; then, with `best`, put back the parameters of the lowest dev loss.
-
-        train, dev: as read_examples takes them; without dev the last tenth of train is held out
-        (at most 256), with an empty one nothing is. callback: called with each step's metrics, or
-        several that are. Before the first step, saving is tried. Raises ValueError for no
-        examples, fewer than two without a dev set, and a folder that can't be written.
-        """
+    def fit(self, train, dev=None, config: TrainConfig = TrainConfig(),
+            callback: Callback | Sequence[Callback] = (), best: bool = True) -> History:
+        """Train; then, with `best`, put back the parameters of the lowest dev loss. train, dev: as
+        read_examples takes them; without dev the last tenth of train is held out (at most 256),
+        with an empty one nothing is. callback: one or several, that get each step's metrics.
+        Raises ValueError for too few examples and a folder that can't be written."""
         train = read_examples(train, self.tokenizer)
         if dev is None:
             if len(train) < 2:
@@ -177,18 +164,16 @@ class Finetuner:
             place = self.folder / TRAINING if self.folder else Path(scratch)
             if self.folder:
                 processes.on_first(self.try_saving)
-            self.history = finetune(
-                self.model, self.tokenizer, train, dataclasses.replace(config, folder=place),
-                dev or None, lambda metrics: [call(metrics) for call in callbacks],
-            )  # fmt: skip
+            config = dataclasses.replace(config, folder=place)
+            self.history = finetune(self.model, self.tokenizer, train, config, dev or None,
+                                    lambda metrics: [call(metrics) for call in callbacks])
             if best and dev:
                 processes.on_first(lambda: None)  # it has written them
                 load_parameters(place / "best.safetensors", trainable_parameters(self.model))
         return self.history
 
     def try_saving(self) -> None:
-        """Save into the folder, read back, remove: what would fail at the end fails now, with a
-        ValueError."""
+        """Save, read back, remove: what would fail at the end fails now, with a ValueError."""
         trial, found = self.folder / "trial", 0
         try:
             self._write(trial)
@@ -201,7 +186,7 @@ class Finetuner:
         finally:
             if trial.is_dir():
                 shutil.rmtree(trial)
-        # Tied ones are stored once.
+        # Tied ones are stored once
         wanted = len({p.data_ptr() for p in trainable_parameters(self.model).values()})
         if found < wanted:
             raise ValueError(f"of {wanted} tensors, only {found} were read back from a trial")
@@ -218,15 +203,14 @@ class Finetuner:
             checkpoint.save_settings(self.model, self.tokenizer, state, scratch, dtype=dtype)
 
     def save(self, folder: str | Path | None = None, **facts) -> Path:
-        """Write the result: the model (full) or the adapter, and run.json with further `facts`.
-        Returns the folder; ValueError for none, here or when the tuner was made."""
+        """Write the model (full) or the adapter, and run.json with further `facts`, to a folder,
+        None for the tuner's, which is returned; ValueError for neither."""
         if folder is None and self.folder is None:
             raise ValueError("there is no folder to save in; give one")
         folder = Path(folder or self.folder)
         self._write(folder)
-        recipe, method = self.recipe, "none"
-        if self.method == "qlora":
-            method = recipe.method if recipe else "given"
+        method = self.recipe.method if self.recipe else "given"
+        method = method if self.method == "qlora" else "none"
         about = {
             "trained": self.method,
             "method": method,  # of the base's quantization
@@ -240,7 +224,7 @@ class Finetuner:
         if self.folder and self.method == "qlora" and (base := read_recipe(self.folder)):
             about["base"] = base
         elif method in ("nf4", "rtn"):
-            about["recipe"] = recipe.as_json()  # the base is made again from it
+            about["recipe"] = self.recipe.as_json()  # the base is made again from it
         write_json_atomic(folder / ABOUT, about | facts | {"stamp": stamp(self.seed)})
         return folder
 
@@ -250,8 +234,8 @@ class Finetuner:
         return load_run(folder, model, tokenizer, **options)
 
     def generate(self, prompts: Sequence[str], **decoding) -> list:
-        """Completions of the prompts, up to "Question:" as answers to gsm8k.PROMPT should be; for
-        chats and prompts of your own give stop=(). Keywords are those of Decoding."""
+        """Completions of the prompts, with the keywords of Decoding: up to "Question:", as for
+        gsm8k.PROMPT; for chats and prompts of your own give stop=()."""
         return generator(self.model, self.tokenizer, Decoding(**decoding))(prompts)
 
     def score(self, task: Task, pairs: Sequence[Pair]) -> Score:

@@ -1,7 +1,4 @@
-"""One code path, three sizes: which model, which problems, which settings.
-
-Everything is a parameter; nothing is read from the environment here.
-"""
+"""One code path, three sizes: which model, which problems, which settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +31,9 @@ class Profile:
 
     name: str
     model: str  # a hub id, a folder, or a GGUF file
-    read: Callable[[str], list[Entry]]  # a split's name to its problems
+    # The entries (question, answer) of "train", "dev" or "test", or of a harder test:
+    # "test_changed" and "test_larger" of mini-GSM, "gsm_hard" of GSM8K
+    examples: Callable[[str], list[Entry]]
     compute_dtype: str  # auto, bf16, fp16 or fp32
     max_new_tokens: int  # room for the longest solutions
     rank: int  # of the LoRA adapter
@@ -42,20 +41,10 @@ class Profile:
     target_modules: str | tuple[str, ...] = ALL_LINEAR  # that get an adapter
     ngram: int | None = NGRAM  # words in a row that no training text shares with a test question
 
-    def examples(self, split: str) -> list[Entry]:
-        """The entries (question, answer) of "train", "dev" or "test", or of a harder test:
-        "test_changed" and "test_larger" for mini-GSM, "gsm_hard" for GSM8K."""
-        return self.read(split)
-
-    def load(
-        self, quantize: Spec | None = None, method: str | None = None, device=None,
-        compute_dtype: str | None = None,
-    ):  # fmt: skip
-        """Model in eval mode, and tokenizer; quantized when `quantize` is a spec.
-
-        method: "gptq" (the default for a QuantSpec; calibrated on train problems), "rtn", or
-        "nf4" (for an NF4Spec). Raises what load_model raises, saying how to get the weights.
-        """
+    def load(self, quantize: Spec | None = None, method: str | None = None, device=None,
+             compute_dtype: str | None = None):  # fmt: skip
+        """(model in eval mode, tokenizer); quantized, as `quantize` does, if a spec is given.
+        Raises what load_model raises, saying how to get the weights."""
         try:
             model, tokenizer = load_model(self.model, device, compute_dtype or self.compute_dtype)
         except FileNotFoundError as error:
@@ -66,14 +55,12 @@ class Profile:
             self.quantize(model, tokenizer, quantize, method)
         return model, tokenizer
 
-    def quantize(
-        self, model, tokenizer, spec: Spec, method: str | None = None, target_modules="all",
-        examples=None, options: GPTQOptions = GPTQOptions(),
-    ) -> list[LayerReport]:  # fmt: skip
-        """Quantize these linears of the decoder blocks in place; a row a layer.
-
-        examples: what GPTQ is calibrated on, as `finetune` takes them; None: train problems.
-        """
+    def quantize(self, model, tokenizer, spec: Spec, method: str | None = None,
+                 target_modules="all", examples=None,
+                 options: GPTQOptions = GPTQOptions()) -> list[LayerReport]:  # fmt: skip
+        """Quantize these linears of the decoder blocks in place; returns a row a layer. method:
+        "gptq" (a QuantSpec's default), "rtn", or "nf4" (for an NF4Spec). examples: what GPTQ is
+        calibrated on, as `finetune` takes them; None: train problems."""
         recipe = Recipe.of(spec, method, options, target_modules)
         batches = self.calibration(tokenizer, examples) if recipe.method == "gptq" else None
         return apply_recipe(model, recipe, batches)
@@ -83,15 +70,10 @@ class Profile:
         examples = self.examples("train") if examples is None else examples
         return calibration_batches(tokenizer, examples, CALIBRATION, self.train.max_length)
 
-    def plan(
-        self, recipe: Recipe, device=None, compute_dtype: str | None = None,
-        calibrated_on: str | None = None, examples: Callable | None = None, **how,
-    ):  # fmt: skip
-        """The BasePlan of this profile's model; further keywords are its own.
-
-        calibrated_on, examples: a name, and a function from the tokenizer to the examples that
-        GPTQ sees, where those are not the profile's train problems.
-        """
+    def plan(self, recipe: Recipe, device=None, compute_dtype: str | None = None,
+             calibrated_on: str | None = None, examples: Callable | None = None, **how):
+        """The BasePlan of this profile's model. calibrated_on, examples: a name, and a function
+        from the tokenizer to what GPTQ sees, where that is not the profile's train problems."""
         from .base import BasePlan
 
         dtype = compute_dtype or self.compute_dtype
@@ -102,27 +84,19 @@ class Profile:
             load=lambda: self.load(device=device, compute_dtype=dtype),
         )  # fmt: skip
 
-    def quantized_base(
-        self, folder: Path, spec: Spec = GRID, method: str | None = None, stream: bool = False
-    ):
+    def quantized_base(self, folder: Path, spec: Spec = GRID, method: str | None = None,
+                       stream: bool = False):  # fmt: skip
         """(model, tokenizer) of the base in `folder`/base, made there first if it is not there.
-
-        Weights that are NF4 already are taken as they are, unless a `method` is named.
-        """
+        Weights that are NF4 already are taken as they are, unless a `method` is named."""
         from .base import quantized_base
 
         recipe = Recipe.of(spec, method)
         return quantized_base(self.plan(recipe, stream=stream, any_base=method is None), folder)
 
-    def check_memory(
-        self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,
-        target_modules=None, device=None, compute_dtype: str | None = None,
-    ) -> None:  # fmt: skip
-        """Refuse, before anything is loaded, a training that would not fit into memory.
-
-        spec: of the quantized base; None: a dense one. Predicted for the longest sequences that
-        are allowed; where that can't be, it says so. Raises NotEnoughMemory, with the ledger.
-        """
+    def check_memory(self, rank: int, spec: Spec | None = None, config: TrainConfig | None = None,
+                     target_modules=None, device=None, compute_dtype: str | None = None) -> None:
+        """Raises NotEnoughMemory, before anything is loaded, for a training whose longest sequences
+        would not fit; says so where that can't be predicted. spec: None: a dense base."""
         from transformers import AutoConfig
 
         from ..train.loss import CHUNK
@@ -134,11 +108,10 @@ class Profile:
         targets = {"all": ALL_LINEAR, "attention": ATTENTION}.get(targets, targets)
         dtype = dtype_name(resolve_dtype(compute_dtype or self.compute_dtype, device))
         try:
-            ledger = memory_ledger(
-                AutoConfig.from_pretrained(self.model), "qlora" if spec else "lora",
-                config.batch_size, config.max_length, rank, targets, spec or NF4Spec(),
-                config.gradient_checkpointing, dtype, config.optimizer, CHUNK,
-            )  # fmt: skip
+            ledger = memory_ledger(AutoConfig.from_pretrained(self.model),
+                                   "qlora" if spec else "lora", config.batch_size,
+                                   config.max_length, rank, targets, spec or NF4Spec(),
+                                   config.gradient_checkpointing, dtype, config.optimizer, CHUNK)
         except (OSError, ValueError) as error:  # what is wrong with it, loading says better
             print(f"memory: not predicted ({str(error).splitlines()[0]})")
             return
@@ -177,15 +150,12 @@ INSTEAD = {
 }
 
 
-def load_profile(
-    name: str, model: str | Path | None = None, data: str | Path | None = None,
-    problems: str | None = None,
-) -> Profile:  # fmt: skip
-    """The profile "tiny", "smollm2" or "llama2-7b".
+def load_profile(name: str, model: str | Path | None = None, data: str | Path | None = None,
+                 problems: str | None = None) -> Profile:  # fmt: skip
+    """The profile "tiny", "smollm2" or "llama2-7b". Raises ValueError for other names.
 
     model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
-    its problems as {split}.jsonl. problems: "minigsm" or "gsm8k", where others than the
-    profile's are wanted. Raises ValueError for other names.
+    problems as {split}.jsonl. problems: "minigsm" or "gsm8k"; None: the profile's.
     """
     if name not in _SIZES:
         raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_SIZES)}")
@@ -197,7 +167,7 @@ def load_profile(
     return Profile(
         name=name,
         model=str(model or own),
-        read=partial(readers[problems], folder=data),
+        examples=partial(readers[problems], folder=data),
         compute_dtype="fp32" if tiny else "auto",
         max_new_tokens=128 if tiny else 320,
         rank=32 if tiny else 16,

@@ -4,6 +4,7 @@
     adapter/   what was trained, in PEFT's layout; model/ after full fine-tuning
     training/  metrics.jsonl, and the checkpoints to resume from
     run.json   how the adapter was made, and on which base
+    verifier/  where one was trained
 """
 
 from pathlib import Path
@@ -26,12 +27,9 @@ OLD = Path("result") / "finetuner.json"  # where Finetuner kept its result befor
 
 
 def read_run(folder: Path) -> dict:
-    """What run.json says; of older runs, whose entries were fewer, the same.
-
-    Entries: trained ("full", "lora" or "qlora"), method (of the base's quantization, or "none"),
-    model (a name, None for a module that was handed over), adapter (its name), path (of what was
-    trained), and whatever else was kept. Raises FileNotFoundError for no finished run.
-    """
+    """What run.json says, the same for older runs: trained ("full", "lora" or "qlora"), method (of
+    the base's quantization, or "none"), model (a name; None for a module), adapter (its name),
+    path (of what was trained), and what else was kept. FileNotFoundError for no finished run."""
     if (folder / ABOUT).is_file():
         said = read_json(folder / ABOUT)
         trained = said.get("trained") or ("lora" if said["method"] == "none" else "qlora")
@@ -50,10 +48,8 @@ def check_base(folder: Path) -> None:
     """Raises ValueError where run.json says that the adapter was trained on another base."""
     then, now = read_run(folder).get("base"), read_recipe(folder)
     if then and now and (changed := changes(then, now)):
-        raise ValueError(
-            f"the adapter in {short_path(folder)} was trained on another base ({changed}); "
-            "quantize as it was then, or finetune on this one"
-        )
+        raise ValueError(f"the adapter in {short_path(folder)} was trained on another base "
+                         f"({changed}); quantize as it was then, or finetune on this one")
 
 
 def load_base(folder: Path, device=None, compute_dtype: str = "auto"):
@@ -68,11 +64,8 @@ def load_base(folder: Path, device=None, compute_dtype: str = "auto"):
 
 def load_run(folder: Path | str, model=None, tokenizer=None, device=None, compute_dtype="auto"):
     """(model, tokenizer) of a finished run, in eval mode, its adapter the default.
-
-    model, tokenizer: the base, where it was handed over as a module; a dense one is quantized in
-    place where the run did that. Raises FileNotFoundError, and ValueError where the base is not
-    known or another one.
-    """
+    model, tokenizer: the base, where it was handed over as a module; a dense one is quantized as
+    the run did. Raises FileNotFoundError, and ValueError for an unknown or another base."""
     folder = Path(folder)
     about, here = read_run(folder), short_path(folder)
     trained, where = about["trained"], (device, compute_dtype)

@@ -16,7 +16,7 @@ from .profiles import Profile
 
 @dataclass
 class TokenCount:
-    """How many tokens a set of examples has, and what max_length does to them."""
+    """How many tokens examples have, and what max_length does to them."""
 
     examples: int
     tokens: int  # after cutting
@@ -27,11 +27,10 @@ class TokenCount:
     padding_labels: int  # labels on padding, in batches as training makes them; 0, or a bug
 
     def __str__(self) -> str:
-        return (
-            f"{self.examples:,} examples, {self.tokens:,} tokens, the longest {self.longest:,}; "
-            f"{self.cut:,} are cut, {self.left_out:,} left out (the prompt fills max_length); "
-            f"{self.supervised:,} labels are supervised, {self.padding_labels} of them padding"
-        )
+        return (f"{self.examples:,} examples, {self.tokens:,} tokens, the longest "
+                f"{self.longest:,}; {self.cut:,} are cut, {self.left_out:,} left out (the prompt "
+                f"fills max_length); {self.supervised:,} labels are supervised, "
+                f"{self.padding_labels} of them padding")  # fmt: skip
 
 
 @dataclass
@@ -49,20 +48,16 @@ class TrainingData:
     count: TokenCount
 
     def __str__(self) -> str:
-        dev = f"{len(self.dev):,} held out for dev"
+        said = f"data: {self.source}; calculator notes {self.notes}; "
+        said += f"{len(self.dev):,} held out for dev"
         if self.dev_versions:
-            dev += f", {self.dev_versions:,} other versions of their problems left out"
-        lines = [
-            f"data: {self.source}; calculator notes {self.notes}; {dev}",
-            f"  test set: {self.overlap}; {self.left_out} left out",
-            f"  train: {self.count}",
-        ]
+            said += f", {self.dev_versions:,} other versions of their problems left out"
+        said += f"\n  test set: {self.overlap}; {self.left_out} left out\n  train: {self.count}"
         if self.readable is not None:
-            lines.append(f"  strict extraction finds an answer in {self.readable:,} of the targets")
-        return "\n".join(lines)
+            said += f"\n  strict extraction finds an answer in {self.readable:,} of the targets"
+        return said
 
     def report(self) -> dict:
-        """What a run's report should say."""
         found = {kind: len(getattr(self.overlap, kind)) for kind in ("equal", "contain", "share")}
         return {
             "source": self.source,
@@ -75,19 +70,16 @@ class TrainingData:
         }
 
 
-def prepare(
-    profile: Profile, tokenizer, source: str | Path | Iterable[dict] | None = None,
-    max_length: int = 512, notes: bool = False, keep_overlap: bool = False,
-) -> TrainingData:  # fmt: skip
+def prepare(profile: Profile, tokenizer, source: str | Path | Iterable[dict] | None = None,
+            max_length: int = 512, notes: bool = False, keep_overlap: bool = False) -> TrainingData:
     """Train and dev examples from a source.
 
     source: None for the profile's own problems; "metamathqa" or "mathinstruct"; a file, or a
-    folder with train.jsonl (and dev.jsonl), in a format of examples.py; or rows themselves, such
-    as a split of a dataset. Without a dev file the last examples are held out, and other versions
-    of their problems leave train. Left out are examples whose prompt fills max_length, and those
-    that overlap with the profile's test questions, unless `keep_overlap`, which does without the
-    test set where it can't be read.
-    Raises what the readers raise, and ValueError for another source and when nothing is left.
+    folder with train.jsonl (and dev.jsonl), in a format of examples.py; or rows themselves. Without
+    a dev file the last examples are held out, and other versions of their problems leave train.
+    Left out are examples whose prompt fills max_length, and those that overlap with the profile's
+    test questions, unless `keep_overlap`, which also does without a test set that can't be read.
+    Raises what the readers raise, and ValueError when nothing is left.
     """
     name, form, train, dev = _read(profile, tokenizer, source, notes)
     versions = 0
@@ -101,7 +93,7 @@ def prepare(
     except FileNotFoundError:
         if not keep_overlap:
             raise
-        test = []  # nothing to compare with: none of 0 questions
+        test = []
     overlap = find_overlap([example.texts for example in train], test, profile.ngram)
     dropped = set() if keep_overlap else overlap.found
     train = [example for i, example in enumerate(train) if i not in dropped]
@@ -113,10 +105,8 @@ def prepare(
     if not train:
         raise ValueError(f"{name}: no example is left to train on; {len(dropped)} overlap with the "
                          f"test set, and of {count.left_out} the prompt fills {max_length=}")
-    return TrainingData(
-        f"{name} ({form})", train, dev, versions, overlap, len(dropped),
-        "kept" if notes else "stripped", readable, count,
-    )  # fmt: skip
+    return TrainingData(f"{name} ({form})", train, dev, versions, overlap, len(dropped),
+                        "kept" if notes else "stripped", readable, count)  # fmt: skip
 
 
 def _read(profile: Profile, tokenizer, source, notes: bool):
@@ -128,8 +118,8 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
         return make_examples(rows, tokenizer, notes)
 
     if source is None:
-        train, dev = profile.examples("train"), profile.examples("dev")
-        form, train = read(train, "train problem")
+        form, train = read(profile.examples("train"), "train problem")
+        dev = profile.examples("dev")
         dev = read(dev, "dev problem")[1] if dev else []
         return f"the problems of profile {profile.name}", form, train, dev
     if not isinstance(source, (str, Path)):
@@ -137,19 +127,16 @@ def _read(profile: Profile, tokenizer, source, notes: bool):
         return f"a {type(source).__name__} of rows", *rows, None
     if source in TRAINING_SETS:
         return source, *read(load_training_set(source), f"{source}, row"), None
-    path = Path(source)
+    path, dev = Path(source), None
     form, train = read(read_rows(data_file(path) if path.is_dir() else path))
-    dev = None
     if any((path / f"dev.{suffix}").is_file() for suffix in ("jsonl", "json")):
         dev = read(read_rows(data_file(path, "dev")))[1]
     return short_path(path), form, train, dev
 
 
-def count_tokens(
-    examples: Sequence[Example], max_length: int, left_out: int, batch_size: int = 32
-) -> TokenCount:
-    """Counts of what training will see of the examples, in batches as it makes them; left_out: how
-    many are not among them, as the prompt fills max_length."""
+def count_tokens(examples: Sequence[Example], max_length: int, left_out: int,
+                 batch_size: int = 32) -> TokenCount:  # fmt: skip
+    """Counts of what training will see of examples from which `left_out` were taken already."""
     seen = [example.cut(max_length) for example in examples]
     supervised = padding = 0
     for start in range(0, len(seen), batch_size):
@@ -158,7 +145,6 @@ def count_tokens(
         supervised += int(labels[:, 1:].sum())  # nothing predicts the first token
         padding += int((labels & (batch["attention_mask"] == 0)).sum())
     lengths = [len(example.input_ids) for example in examples]
-    return TokenCount(
-        len(examples), sum(min(n, max_length) for n in lengths), max(lengths, default=0),
-        sum(n > max_length for n in lengths), left_out, supervised, padding,
-    )  # fmt: skip
+    tokens, cut = sum(min(n, max_length) for n in lengths), sum(n > max_length for n in lengths)
+    longest = max(lengths, default=0)
+    return TokenCount(len(examples), tokens, longest, cut, left_out, supervised, padding)

@@ -1,13 +1,11 @@
 """AdapterServer: requests for different adapters, answered in batches over one base model.
 
-A small in-process server on asyncio, to see how multi-adapter serving works: requests wait in
-a bounded queue, the next batch takes the oldest of them whatever their adapters, and its rows
-use an adapter each (`use_adapter` with a list). Generation runs in one worker thread: the
-event loop goes on accepting, and no two batches meet in the model.
+An in-process server on asyncio: requests wait in a bounded queue, the next batch takes the oldest
+of them, and its rows use an adapter each. Generation runs in one worker thread: the event loop
+goes on accepting, and no two batches meet in the model.
 
-Not handled: sampling (a row's draws would depend on its batch), stopping a batch that runs,
-joining a batch that has begun (continuous batching), and HTTP. For these serve the same folders
-with vLLM (docs/REAL_MODELS.md).
+Not handled: sampling, stopping a batch that runs, joining one that has begun (continuous
+batching), and HTTP. For these serve the same folders with vLLM (docs/REAL_MODELS.md).
 """
 
 import asyncio
@@ -49,40 +47,27 @@ class AdapterServer:
     """Answers prompts with the adapters of one model, in batches that mix them, within
     `async with AdapterServer(model, tokenizer) as server: await server.generate(...)`.
 
-    model: its adapters must stay, and nobody may train or merge them, while the server runs.
-    decoding: greedy, one sample; its batch_size is the most rows of a batch. max_wait_ms: how
-    long the oldest request may wait for others to fill its batch. max_queue: requests that may
-    wait; one more is refused at once (ServerFull). timeout_s: from arrival to answer, then
-    RequestTimeout; None: no limit. Leaving the block answers what is queued, then stops.
-    Raises ValueError for a decoding that samples and for limits out of range.
+    model: its adapters must stay as they are while the server runs. decoding: greedy, one sample;
+    its batch_size is the most rows of a batch. max_wait_ms: how long the oldest request may wait
+    for others to fill its batch. max_queue: requests that may wait; one more is ServerFull.
+    timeout_s: from arrival to answer, then RequestTimeout; None: no limit. Leaving the block
+    answers what is queued, then stops. Raises ValueError for sampling and limits out of range.
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        decoding: Decoding = Decoding(max_new_tokens=128),
-        max_wait_ms: float = 5.0,
-        max_queue: int = 256,
-        timeout_s: float | None = 60.0,
-    ):
+    def __init__(self, model, tokenizer, decoding: Decoding = Decoding(max_new_tokens=128),
+                 max_wait_ms: float = 5.0, max_queue: int = 256, timeout_s: float | None = 60.0):
         if decoding.temperature > 0 or decoding.samples > 1:
-            raise ValueError(
-                f"{decoding} samples: an answer would depend on the batch it falls into; "
-                "serve with temperature=0 and samples=1"
-            )
+            raise ValueError(f"{decoding} samples: an answer would depend on the batch it falls "
+                             "into; serve with temperature=0 and samples=1")  # fmt: skip
         if max_queue < 1 or max_wait_ms < 0 or (timeout_s is not None and timeout_s <= 0):
-            raise ValueError(
-                f"max_queue={max_queue}, max_wait_ms={max_wait_ms}, timeout_s={timeout_s}: "
-                "expected max_queue >= 1, max_wait_ms >= 0, and timeout_s > 0 or None"
-            )
+            raise ValueError(f"{max_queue=}, {max_wait_ms=}, {timeout_s=}: expected max_queue >= 1,"
+                             " max_wait_ms >= 0, and timeout_s > 0 or None")  # fmt: skip
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         self.max_wait, self.max_queue, self.timeout_s = max_wait_ms / 1000, max_queue, timeout_s
         self._answer_batch = generator(model, tokenizer, decoding)  # prompts, tasks -> Completions
         self._waiting: deque[_Request] = deque()
-        self._counts = dict.fromkeys(
-            "requests refused answered failed timed_out cancelled batches rows tokens".split(), 0
-        )
+        names = "requests refused answered failed timed_out cancelled batches rows tokens"
+        self._counts = dict.fromkeys(names.split(), 0)
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
         self._loop_task: asyncio.Task | None = None
 
@@ -104,12 +89,10 @@ class AdapterServer:
             self._worker.shutdown(wait=False)
 
     async def generate(self, prompt: str, task: str | None = None) -> Completion:
-        """Return the completion of a prompt with the adapter `task` (None: the base model alone).
-
-        Cancelling the awaiting task gives its place up. Raises ValueError, before it is queued,
-        for an unknown adapter and a prompt that does not fit the context; ServerFull,
-        RequestTimeout, ServerStopped; and what generating raised, for this request alone.
-        """
+        """The completion of a prompt with the adapter `task` (None: the base model alone).
+        Cancelling the awaiting task gives its place up. Raises ValueError for an unknown adapter
+        or a prompt that doesn't fit, ServerFull, RequestTimeout, ServerStopped, and what generating
+        raised, for this request alone."""
         if self._loop_task is None or self._stopping or self._loop_task.done():
             raise ServerStopped("the server is not running: use it within `async with server:`")
         self._counts["requests"] += 1
@@ -147,11 +130,9 @@ class AdapterServer:
         return completion
 
     def metrics(self) -> dict:
-        """Return counts since the start, and the latency in seconds from arrival to answer.
-
-        requests = answered + failed + refused + timed_out + cancelled + those under way;
-        rows: of all batches; tokens: generated, of answered requests.
-        """
+        """Counts since the start (rows: of all batches; tokens: generated, of answered requests),
+        and the latency in seconds from arrival to answer. requests = answered + failed + refused
+        + timed_out + cancelled + those under way."""
         found, counts = sorted(self._latencies), self._counts
         return counts | {
             "waiting": len(self._waiting),
@@ -167,7 +148,8 @@ class AdapterServer:
         try:
             while True:
                 await self._filled()
-                batch = [self._waiting.popleft() for _ in range(self._ready())]
+                rows = min(len(self._waiting), self.decoding.batch_size)
+                batch = [self._waiting.popleft() for _ in range(rows)]
                 batch = [r for r in batch if not r.answer.done()]  # given up just now
                 if batch:
                     await self._run(batch)
@@ -178,13 +160,9 @@ class AdapterServer:
                 if not request.answer.done():
                     request.answer.set_exception(ServerStopped("the server stopped"))
 
-    def _ready(self) -> int:
-        """Return how many rows the next batch would have now."""
-        return min(len(self._waiting), self.decoding.batch_size)
-
     async def _filled(self) -> None:
         """Wait until a batch is full, its oldest request has waited enough, or the server stops."""
-        while not self._stopping and self._ready() < self.decoding.batch_size:
+        while not self._stopping and len(self._waiting) < self.decoding.batch_size:
             left = None
             if self._waiting:
                 left = self._waiting[0].arrived + self.max_wait - time.monotonic()
@@ -199,9 +177,8 @@ class AdapterServer:
     async def _run(self, batch: Sequence[_Request]) -> None:
         self._counts["batches"] += 1
         self._counts["rows"] += len(batch)
-        outcomes = await asyncio.get_running_loop().run_in_executor(
-            self._worker, self._outcomes, [(r.prompt, r.task) for r in batch]
-        )
+        asked, loop = [(r.prompt, r.task) for r in batch], asyncio.get_running_loop()
+        outcomes = await loop.run_in_executor(self._worker, self._outcomes, asked)
         for request, outcome in zip(batch, outcomes):
             if request.answer.done():  # timed out or cancelled meanwhile
                 continue
@@ -211,8 +188,8 @@ class AdapterServer:
                 request.answer.set_result(outcome)
 
     def _outcomes(self, asked: list[tuple[str, str | None]]) -> list[Completion | Exception]:
-        """Return the completion of each request, or the error; runs in the worker thread. A batch
-        that fails is asked again one by one, so that only the request at fault fails."""
+        """The completion of each request, or its error: a batch that fails is asked again one by
+        one, so that only the request at fault fails. Runs in the worker thread."""
         try:
             return self._answer_batch([p for p, _ in asked], [task for _, task in asked])
         except Exception as error:
@@ -222,6 +199,6 @@ class AdapterServer:
 
 
 def _percentile(found: Sequence[float], part: float) -> float | None:
-    """Return the nearest rank's value among sorted ones; None where there are none."""
+    """The nearest rank's value among sorted ones; None for none."""
     # Less a billionth: 0.95 * n may come out just above the whole number that it is.
     return found[max(0, math.ceil(part * len(found) - 1e-9) - 1)] if found else None

@@ -1,10 +1,9 @@
 """Adam with its two moments in 8 bits: 2.03 bytes a parameter instead of 8.
 
-Dettmers et al. 2022 (arXiv 2110.02861): each moment is stored as 8-bit codes of the dynamic
-map, signed for the first and unsigned for the second, in blocks of 256 with an absmax each, as
-bitsandbytes' AdamW8bit does. One rule is not theirs: a second moment above 0 is rounded up to the
-lowest level, 3e-7 of its block's absmax, and never to 0: one gradient much smaller than those
-before it would leave the first moment divided by next to nothing.
+Each moment is stored as 8-bit codes of the dynamic map in blocks of 256 with an absmax each, as in
+bitsandbytes' AdamW8bit (Dettmers et al. 2022, arXiv 2110.02861). One rule is not theirs: a second
+moment above 0 is never rounded to 0, but up to the lowest level, 3e-7 of its block's absmax: after
+one much smaller gradient the first moment would be divided by next to nothing.
 """
 
 import math
@@ -24,17 +23,15 @@ class Adam8bit(torch.optim.Optimizer):
     """AdamW (decoupled weight decay; Loshchilov and Hutter, arXiv 1711.05101), 8-bit moments.
 
     State of a parameter of n elements: `step` (fp32 scalar, on the CPU); `exp_avg` and
-    `exp_avg_sq` (uint8 (n,)), `exp_avg_absmax` and `exp_avg_sq_absmax` (fp32 (ceil(n / 256),)).
-    Below 4096 elements the moments are fp32 (n,), without absmax. Raises ValueError for
-    settings out of range.
+    `exp_avg_sq` (uint8 (n,)), `exp_avg_absmax` and `exp_avg_sq_absmax` (fp32 (ceil(n / 256),));
+    below 4096 elements fp32 (n,) moments alone. Raises ValueError for settings out of range.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(
-                f"{settings}: expected lr >= 0, 0 <= beta < 1, eps > 0, weight_decay >= 0"
-            )
+            expected = "lr >= 0, 0 <= beta < 1, eps > 0, weight_decay >= 0"
+            raise ValueError(f"{settings}: expected {expected}")
         super().__init__(params, settings)
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -47,7 +44,6 @@ class Adam8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of each parameter that has a gradient."""
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
@@ -64,10 +60,11 @@ class Adam8bit(torch.optim.Optimizer):
         flat, grad = p.reshape(-1), p.grad.reshape(-1)  # in the order of the elements
         for start in range(0, p.numel(), SLICE):
             part = slice(start, start + SLICE)
-            m, v = (_read(state, name, part) for name in MOMENTS)
+            blocks = slice(start // NESTED_BLOCK, part.stop // NESTED_BLOCK)
+            m, v = (_read(state, name, part, blocks) for name in MOMENTS)
             _adamw(flat[part], grad[part].float(), m, v, int(state["step"]), group)
             for name, moment in zip(MOMENTS, (m, v)):
-                _write(state, name, part, moment)
+                _write(state, name, part, blocks, moment)
         if not p.is_contiguous():  # then `flat` may be a copy
             p.copy_(flat.view(p.shape))
 
@@ -82,26 +79,22 @@ def _new_state(n: int, device) -> dict[str, Tensor]:
     return state
 
 
-def _read(state: dict, name: str, part: slice) -> Tensor:
-    """fp32 moments of a slice; those that are stored in fp32 as a view."""
+def _read(state: dict, name: str, part: slice, blocks: slice) -> Tensor:
+    """Moments of a slice in fp32; a view where they are stored so."""
     if state[name].dtype == torch.float32:
         return state[name][part]
-    absmax = state[f"{name}_absmax"][_blocks_of(part)]
+    absmax = state[f"{name}_absmax"][blocks]
     return dequantize_8bit(state[name][part], absmax, _levels(name, absmax.device))
 
 
-def _write(state: dict, name: str, part: slice, moment: Tensor) -> None:
+def _write(state: dict, name: str, part: slice, blocks: slice, moment: Tensor) -> None:
     if state[name].dtype == torch.float32:
         return  # was updated in place
     codes, absmax = quantize_8bit(moment, _levels(name, moment.device))
     if name == "exp_avg_sq":
         codes = torch.where(moment > 0, codes.clamp(min=1), codes)
     state[name][part] = codes
-    state[f"{name}_absmax"][_blocks_of(part)] = absmax
-
-
-def _blocks_of(part: slice) -> slice:
-    return slice(part.start // NESTED_BLOCK, part.stop // NESTED_BLOCK)
+    state[f"{name}_absmax"][blocks] = absmax
 
 
 @cache

@@ -1,11 +1,10 @@
-"""The plan of a training run: its settings, learning rate and order of the data.
-
-All of it follows from the settings alone, so that a resumed run takes the same steps.
-"""
+"""The plan of a training run, which follows from its settings alone: a resumed run takes the same
+steps."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ class TrainConfig:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
         if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0
                 and 0 < self.lora_plus_ratio < math.inf):  # fmt: skip
-            raise ValueError(f"expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0 and "
+            raise ValueError("expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0 and "
                              f"lora_plus_ratio > 0 (1: plain LoRA), got {self}")  # fmt: skip
         if self.resume and self.folder is None:
             raise ValueError("resume=True needs the folder of the run to resume")
@@ -58,17 +57,13 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     warmup = round(config.warmup_ratio * total)
     if step <= warmup:
         return config.lr * step / warmup
-    # + 1: the last step still moves.
-    progress = (step - warmup) / (total - warmup + 1)
+    progress = (step - warmup) / (total - warmup + 1)  # + 1: the last step still moves
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def epoch_order(lengths: Sequence[int], window: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of the examples of each step of an epoch, `window` a step (the last has the rest).
-
-    Shuffled, then sorted by length among POOL steps' examples so that a step pads little,
-    then the steps shuffled.
-    """
+    """Indices of the examples of each step of an epoch, `window` a step (the last has the rest):
+    shuffled, sorted by length among POOL steps' so that a step pads little, the steps shuffled."""
     draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=draw).tolist()
     steps = []
@@ -78,16 +73,14 @@ def epoch_order(lengths: Sequence[int], window: int, seed: int, epoch: int) -> l
     return [steps[i] for i in torch.randperm(len(steps), generator=draw).tolist()]
 
 
-def schedule(
-    lengths: Sequence[int], window: int, seed: int, total: int, done: int = 0
-) -> Iterator[tuple[int, int, list[int]]]:
+def schedule(lengths: Sequence[int], window: int, seed: int, total: int,
+             done: int = 0) -> Iterator[tuple[int, int, list[int]]]:  # fmt: skip
     """(step, epoch, indices of its examples) for the steps done + 1 to total."""
-    step = epoch = 0
-    while True:
+    step = 0
+    for epoch in count():
         for chosen in epoch_order(lengths, window, seed, epoch):
             step += 1
             if step > done:
                 yield step, epoch, chosen
             if step == total:
                 return
-        epoch += 1

@@ -1,10 +1,8 @@
 """Fine-tuning: a plain loop over examples, and the history that it leaves.
 
-AdamW on the trainable parameters (adapters, or a whole model), linear warm-up, then cosine to
-zero. The loss is the mean over the supervised tokens of one optimizer step, however they are cut
-into batches or shared among processes. A killed run goes on from its last checkpoint and gives,
-on one machine and with as many processes, the bits of the uninterrupted one: the order of the
-data follows from (seed, epoch), dropout from (seed, step, process).
+The loss is the mean over the supervised tokens of one optimizer step, however they are cut into
+batches or shared among processes. A killed run goes on from its last checkpoint and gives, on one
+machine and with as many processes, the bits of the uninterrupted one.
 """
 
 import math
@@ -49,7 +47,7 @@ class History:
 
     @property
     def dev(self) -> list[tuple[int, float]]:
-        """(step, dev loss) wherever it was measured."""
+        """(step, dev loss) where it was measured."""
         return [(s["step"], s["dev_loss"]) for s in self.steps if "dev_loss" in s]
 
     @property
@@ -63,11 +61,9 @@ class History:
         if self.dev:
             step, lowest = self.best
             dev = f", dev loss {self.dev[-1][1]:.4f} (best {lowest:.4f} at step {step})"
-        return (
-            f"{last['step']} steps in {last['seconds']:.0f} s, loss {first['loss']:.4f} -> "
-            f"{last['loss']:.4f}{dev}; {self.trained_parameters:,} trained parameters, "
-            f"compute dtype {self.compute_dtype}, peak memory {last['peak_memory'] / 1e9:.2f} GB"
-        )
+        return (f"{last['step']} steps in {last['seconds']:.0f} s, loss {first['loss']:.4f} -> "
+                f"{last['loss']:.4f}{dev}; {self.trained_parameters:,} trained parameters, compute "
+                f"dtype {self.compute_dtype}, peak memory {last['peak_memory'] / 1e9:.2f} GB")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -82,30 +78,23 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kB
 
 
-def finetune(
-    model,
-    tokenizer,
-    examples: Iterable[Example | Pair],
-    config: TrainConfig = TrainConfig(),
-    dev: Iterable[Example | Pair] | None = None,
-    callback: Callable[[dict], None] | None = None,
-) -> History:
+def finetune(model, tokenizer, examples: Iterable[Example | Pair],
+             config: TrainConfig = TrainConfig(), dev: Iterable[Example | Pair] | None = None,
+             callback: Callable[[dict], None] | None = None) -> History:  # fmt: skip
     """Train the parameters of `model` that require a gradient, in place and in fp32.
 
     examples, dev: whatever read_examples takes, such as (prompt, target) pairs, of which only
     target and eos are supervised. `callback` gets each step's metrics. With config.folder:
-    `metrics.jsonl`, a line a step; `last.safetensors` (parameters and optimizer, to resume
-    from); `best.safetensors` (parameters at the lowest dev loss). Reseeds torch's global
-    generator at each step. Parameters of 16 bits become fp32, and stay so unless others are
-    frozen in 16 bits (`training_mode`).
+    `metrics.jsonl`, a line a step; `last.safetensors`, to resume from; `best.safetensors`, the
+    parameters at the lowest dev loss. Reseeds torch's global generator at each step. Parameters
+    of 16 bits stay fp32 unless others are frozen in 16 bits.
 
-    Several processes, each called with the same arguments and frozen weights, share the examples
-    of a step and sum the gradients: the steps are those of one process but for rounding (and for
-    dropout's masks). The first writes the files; parameters start as its own.
+    Several processes, called with the same arguments and frozen weights, share the examples of a
+    step: the steps are those of one but for rounding and dropout's masks. The first writes the
+    files; parameters start as its own.
 
-    Raises ValueError for no examples, nothing to train (with a LoRA+ ratio: no B), a prompt that
-    fills max_length, a token that the model does not have, a checkpoint of another run, processes
-    that differ in their settings or examples, and a loss or gradient that is not finite.
+    Raises ValueError for nothing to train or to train on, examples that don't fit the model or
+    max_length, another run's checkpoint, processes that differ, and a loss that is not finite.
     """
     parameters = trainable_parameters(model)
     if not parameters:
@@ -130,7 +119,7 @@ def finetune(
         progress = Progress("training", total, "steps", done)
         for step, epoch, chosen in schedule(lengths, window, config.seed, total, done):
             started = time.perf_counter()
-            # Dropout; another one in each process, whose examples are others.
+            # Dropout, another one in each process
             torch.manual_seed((processes.rank() << 40) + config.seed * 1_000_003 + step)
             metrics = {"step": step, "epoch": epoch}
             asked = [examples[i] for i in chosen]
@@ -150,17 +139,16 @@ def finetune(
                 if step % config.save_every == 0 or step == total:
                     save_last(folder, stepper, identity, step)
             if config.progress:
-                speed, peak = metrics["tokens_per_second"], metrics["peak_memory"] / 1e9
-                progress(step, f"loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s, {peak:.1f} GB "
-                         "at the peak")  # fmt: skip
+                progress(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} "
+                         f"tokens/s, {metrics['peak_memory'] / 1e9:.1f} GB at the peak")
             if callback:
                 callback(metrics)
     return history
 
 
 def validation_loss(model, tokenizer, examples: Iterable, config: TrainConfig) -> float:
-    """Mean loss a supervised token over all examples (whatever read_examples takes), in config's
-    compute dtype and lengths. Of several processes each takes its share; all must call it."""
+    """Mean loss a supervised token over all examples, as read_examples takes them, in config's
+    compute dtype and lengths. All of several processes must call it."""
     return _Loss(model, config).mean(_ready(examples, tokenizer, config))
 
 
@@ -169,8 +157,6 @@ def _ready(examples: Iterable[Example | Pair], tokenizer, config: TrainConfig) -
 
 
 class _Loss:
-    """A model's loss on examples, in config's batches and dtype; processes share them."""
-
     def __init__(self, model, config: TrainConfig):
         self.model, self.size = model, config.batch_size
         self.device = next(model.parameters()).device
@@ -178,13 +164,12 @@ class _Loss:
         self.chunk = chunk_for(model, self.dtype)
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Tensor]:
-        """The losses of this process's batches, each summed over its supervised tokens."""
+        """The summed loss of each of this process's batches."""
         for _, batch in batches(processes.share(examples), self.size, self.device):
             yield loss_sum(self.model, batch, self.dtype, self.chunk)
 
     @torch.no_grad()
     def mean(self, examples: Sequence[Example]) -> float:
-        """Mean loss a supervised token, in eval mode."""
         was_training = self.model.training
         self.model.eval()
         loss = processes.total(sum(part.item() for part in self.parts(examples)), self.device)
@@ -193,7 +178,7 @@ class _Loss:
 
 
 def supervised(examples: Sequence[Example]) -> int:
-    """The tokens that the loss of these examples sums over: none predicts the first."""
+    """How many tokens the loss sums over: nothing predicts the first."""
     return sum(label != IGNORE for example in examples for label in example.labels[1:])
 
 
@@ -215,16 +200,15 @@ def _start(stepper: Stepper, identity: dict, config: TrainConfig, history: Histo
 def _identity(model, parameters, examples, config: TrainConfig, compute_dtype: str) -> dict:
     """What must be equal for a run to be the continuation of another."""
     free = ("folder", "resume", "progress", "save_every", "eval_every", "gradient_checkpointing")
-    identity = {k: v for k, v in asdict(config).items() if k not in free} | {
-        "compute_dtype": compute_dtype,
-        "examples": content_hash([[example.input_ids, example.labels] for example in examples]),
-    }  # fmt: skip
+    identity = {k: v for k, v in asdict(config).items() if k not in free}
+    identity["compute_dtype"] = compute_dtype
+    identity["examples"] = content_hash([[e.input_ids, e.labels] for e in examples])
     settings: dict[str, dict] = {}  # of each adapter, by layer
     for path, layer in lora_layers(model).items():
         for name, lora in layer.configs.items():
             for key, value in asdict(lora).items():
                 settings.setdefault(f"{key} of adapter {name!r}", {})[path] = value
-    for key, of in settings.items():  # the value, or where layers differ all of them
+    for key, of in settings.items():  # the value, or all of them where layers differ
         identity[key] = of if len(set(of.values())) > 1 else next(iter(of.values()))
     if config.folder is not None:  # reads the whole model: worth it only for a checkpoint
         identity["base"] = frozen_hash(model, parameters)

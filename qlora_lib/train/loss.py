@@ -1,8 +1,8 @@
 """The loss of next-token prediction, without all logits at once.
 
-The logits of a batch and their fp32 copy can outweigh all other activations. Here head and
-cross-entropy follow for CHUNK supervised positions at a time, and backward computes each chunk's
-logits anew (Chen et al. 2016, arXiv 1604.06174: checkpointing): one chunk's are alive at any time.
+They can outweigh all other activations, so head and cross-entropy follow for CHUNK supervised
+positions at a time, and backward computes each chunk's logits anew (checkpointing; Chen et al.
+2016, arXiv 1604.06174).
 """
 
 import torch
@@ -15,14 +15,10 @@ from ..data.tokens import IGNORE
 CHUNK = 256  # supervised positions whose logits are alive together
 
 
-def loss_sum(
-    model, batch: dict[str, Tensor], dtype: torch.dtype, chunk: int | None = CHUNK
-) -> Tensor:
-    """Cross-entropy summed over the supervised tokens of a batch, fp32 scalar.
-
-    batch: input_ids, attention_mask, labels, int64 (batch, seq). Computes in `dtype`. chunk: as
-    chunk_for says; None takes the model's own forward pass, with the logits of all positions.
-    """
+def loss_sum(model, batch: dict[str, Tensor], dtype: torch.dtype, chunk: int | None = CHUNK):
+    """Cross-entropy summed over the supervised tokens of a batch, fp32 scalar, computed in `dtype`.
+    batch: input_ids, attention_mask, labels, int64 (batch, seq). chunk: as chunk_for says; None
+    takes the model's own forward pass, with the logits of all positions."""
     return sum(_losses(model, batch, dtype, chunk, "sum"))
 
 
@@ -39,7 +35,7 @@ def _losses(model, batch, dtype: torch.dtype, chunk: int | None, reduction: str)
     targets = batch["labels"][:, 1:]  # position t predicts token t + 1
     kept = targets != IGNORE
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    with _autocast(targets.device, dtype):
+    with torch.autocast(targets.device.type, dtype, enabled=dtype != torch.float32):
         if chunk is None:
             logits = model(**inputs, use_cache=False).logits  # (batch, seq, vocab)
             return [cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction=reduction)]
@@ -57,16 +53,15 @@ def _losses(model, batch, dtype: torch.dtype, chunk: int | None, reduction: str)
 
 @torch.no_grad()
 def chunk_for(model, dtype: torch.dtype) -> int | None:
-    """CHUNK if applying the output head to the decoder's hidden states, and capping where the
-    config says so, reproduces the model's logits on four tokens; else None (Granite and Cohere
-    scale their logits)."""
+    """CHUNK if the output head on the decoder's hidden states reproduces the model's logits on four
+    tokens; else None (Granite and Cohere scale their logits)."""
     head, device = model.get_output_embeddings(), next(model.parameters()).device
     if head is None or model.get_decoder() in (model, head):
         return None
     ids = torch.arange(4, device=device).unsqueeze(0)  # (1, 4)
     was_training = model.training
     model.eval()
-    with _autocast(device, dtype):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         expected = model(input_ids=ids, use_cache=False).logits
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         logits = _logits(model, hidden)
@@ -74,10 +69,6 @@ def chunk_for(model, dtype: torch.dtype) -> int | None:
     slack = 1e-2 * expected.nan_to_num().abs().max().item()
     same = torch.allclose(logits, expected, rtol=0, atol=slack, equal_nan=True)
     return CHUNK if same else None
-
-
-def _autocast(device: torch.device, dtype: torch.dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _logits(model, hidden: Tensor) -> Tensor:

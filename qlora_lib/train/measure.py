@@ -12,11 +12,8 @@ class NotEnoughMemory(ValueError, MemoryError):
 
 
 def available_memory(device: torch.device | str) -> float:
-    """Bytes that this process can still take on a device; inf where nobody says.
-
-    CUDA: free on the GPU, and what PyTorch holds but does not use. Else the machine's free RAM,
-    or the room in its container (cgroup v2) where that is less.
-    """
+    """Bytes that this process can still take: on the GPU (what PyTorch holds unused counts as
+    free), else of the machine or its container (cgroup v2); inf where nobody says."""
     device = torch.device(device)
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -38,8 +35,7 @@ def _room_in_container(group: Path = Path("/sys/fs/cgroup")) -> float:
         limit = int((group / "memory.max").read_text(encoding="utf-8"))
         used = int((group / "memory.current").read_text(encoding="utf-8"))
         lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-        stat = dict(line.split() for line in lines)
-        return limit - used + int(stat["inactive_file"])
+        return limit - used + int(dict(map(str.split, lines))["inactive_file"])
     except (OSError, ValueError, KeyError):  # no cgroup v2, or "max": no limit
         return math.inf
 
@@ -48,8 +44,7 @@ def check_fits(ledger, device: torch.device | str) -> None:
     """Raises NotEnoughMemory, with the ledger, when its peak exceeds what is free."""
     free = available_memory(device)
     if ledger.peak > free:
-        raise NotEnoughMemory(
-            f"training needs {ledger.peak / 1e9:.2f} GB at its peak, and {device} has "
-            f"{free / 1e9:.2f} GB free; take fewer or shorter sequences at a time, gradient "
-            f"checkpointing, a quantized base or a smaller model\n{ledger}"
-        )
+        needed, room = f"{ledger.peak / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
+        raise NotEnoughMemory(f"training needs {needed} at its peak, and {device} has {room} free; "
+                              "take fewer or shorter sequences at a time, gradient checkpointing, "
+                              f"a quantized base or a smaller model\n{ledger}")  # fmt: skip

@@ -1,9 +1,8 @@
-"""The memory of fine-tuning, predicted part by part: full, LoRA or QLoRA; and of decoding text.
+"""The memory of fine-tuning (full, LoRA or QLoRA) and of decoding, predicted part by part.
 
-Weights, scales, adapters, gradients and optimizer are exact, from the shapes of the model itself,
-built on the meta device. Activations are what autograd saves in transformers' Llama blocks
-(Mistral's and Qwen2's are like them) with SDPA attention and no padding; for others an estimate.
-Not handled: several GPUs, what an allocator loses to fragments, the CUDA context (some 0.5 GB).
+All parts are exact, from the shapes of the model on the meta device, but for the activations: what
+autograd saves in Llama's blocks (and those like them) with SDPA attention, unpadded; for others an
+estimate. Not handled: several GPUs, an allocator's fragments, the CUDA context (some 0.5 GB).
 """
 
 import json
@@ -31,9 +30,8 @@ PARTS = ("weights", "packed weights", "scales", "adapters", "gradients", "optimi
 class MemoryLedger:
     """Bytes by part, in the order of PARTS; those that are not needed are 0.
 
-    `total` is their sum, `peak` what is alive at once, when gradients of several batches are
-    accumulated: the logits are gone when backward dequantizes its first layer or, under
-    checkpointing, recomputes its first block.
+    `peak` is what is alive at once when gradients are accumulated: the logits are gone when
+    backward dequantizes its first layer or, under checkpointing, recomputes its first block.
     """
 
     setting: str  # what it was made for, in words
@@ -64,30 +62,24 @@ class MemoryLedger:
         return 8 * stored / self.parameters
 
     def __str__(self) -> str:
-        sums = {"total": self.total, "at the peak": self.peak}
-        sizes = {part: n for part, n in self.parts.items() if n} | sums
-        return "\n".join([
-            self.setting,
-            *(f"  {part:<18}{n / 1e9:9.3f} GB" for part, n in sizes.items()),
-            f"  base {self.bits_per_parameter:.2f} bits a parameter; "
-            f"{self.trained:,} of {self.parameters:,} parameters trained",
-        ])  # fmt: skip
+        sizes = self.parts | {"total": self.total, "at the peak": self.peak}
+        rows = [f"  {part:<18}{n / 1e9:9.3f} GB" for part, n in sizes.items() if n]
+        trained = f"{self.trained:,} of {self.parameters:,} parameters trained"
+        base = f"  base {self.bits_per_parameter:.2f} bits a parameter; {trained}"
+        return "\n".join([self.setting, *rows, base])
 
 
-def memory_ledger(
-    config, method: str = "full", batch: int = 1, seq: int = 512, rank: int = 16,
-    targets=ALL_LINEAR, spec: QuantSpec | NF4Spec = NF4Spec(), checkpointing: bool = False,
-    compute_dtype: str = "bf16", optimizer: str = "adamw", logit_tokens: int | None = None,
-) -> MemoryLedger:  # fmt: skip
-    """Predicted peak memory of training the model that `config` describes.
+def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, rank: int = 16,
+                  targets=ALL_LINEAR, spec: QuantSpec | NF4Spec = NF4Spec(),
+                  checkpointing: bool = False, compute_dtype: str = "bf16",
+                  optimizer: str = "adamw", logit_tokens: int | None = None) -> MemoryLedger:
+    """Predicted memory of training the model that `config` describes.
 
-    config: a transformers config, of a decoder whose linears have Llama's names (of several
-    modalities, the text's). method: "full" trains every parameter, in fp32; "lora" adapters of
-    `rank` on `targets` over a dense base; "qlora" the same over linears stored as `spec` says.
-    batch: sequences of seq tokens at a time. compute_dtype: bf16, fp16 or fp32, of frozen dense
-    weights and activations. optimizer: "adamw" or "adam8bit". logit_tokens: tokens whose logits
-    exist at once; None: all. Raises ValueError for another method, dtype, optimizer or kind of
-    decoder, and for targets that match nothing.
+    config: a transformers config, of a decoder whose linears have Llama's names. method: "full"
+    trains every parameter, in fp32; "lora" adapters of `rank` on `targets` over a dense base;
+    "qlora" the same over linears stored as `spec` says. batch: sequences of seq tokens at a time.
+    compute_dtype: bf16, fp16 or fp32, of frozen dense weights and activations. logit_tokens:
+    whose logits exist at once; None: all. Raises ValueError for settings that are not known.
     """
     _check("method", method, METHODS)
     _check("optimizer", optimizer, OPTIMIZERS)
@@ -109,11 +101,12 @@ def memory_ledger(
         copied = sum(map(math.prod, linears.values())) + config.vocab_size * config.hidden_size
     else:
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        missing = set(targets) - set(map(_last, linears))
+        names = {path: path.rpartition(".")[2] for path in linears}
+        missing = set(targets) - set(names.values())
         if missing or not targets:
             raise ValueError(f"targets {sorted(missing) or targets} match no decoder linear")
         # Of A (rank, in) and B (out, rank)
-        sizes = [rank * n for path, s in linears.items() if _last(path) in targets for n in s]
+        sizes = [rank * n for path, s in linears.items() if names[path] in targets for n in s]
         parts["adapters"], copied, wide = 4 * sum(sizes), sum(sizes), size
     trained, copies = sum(sizes), copied * size if size < 4 else 0
     parts["gradients"] = 4 * trained
@@ -121,8 +114,8 @@ def memory_ledger(
     tokens = batch * seq
     block, rest = _activations(config, method, rank, targets, checkpointing, size)
     recomputed = tokens * block if checkpointing else 0
-    # Rotary cosines and sines first.
-    parts["activations"] = 2 * seq * head_dim(config) * wide + copies + tokens * (block + rest)
+    rotary = 2 * seq * head_dim(config) * wide  # cosines and sines
+    parts["activations"] = rotary + copies + tokens * (block + rest)
     # Logits, their fp32 copy, and its gradient.
     parts["logits"] = min(tokens, logit_tokens or tokens) * config.vocab_size * (size + 4 + 4)
     words = [
@@ -137,20 +130,14 @@ def memory_ledger(
     return MemoryLedger(", ".join(filter(None, words)), sum(counts), trained, parts, *how)
 
 
-def decoding_ledger(
-    config,
-    context: int,
-    batch: int = 1,
-    spec: QuantSpec | NF4Spec | None = None,
-    cache: CacheSpec | None = None,
-    compute_dtype: str = "bf16",
-) -> dict[str, int]:
+def decoding_ledger(config, context: int, batch: int = 1, spec: QuantSpec | NF4Spec | None = None,
+                    cache: CacheSpec | None = None, compute_dtype: str = "bf16") -> dict[str, int]:
     """Exact bytes of what decoding keeps, by part: "weights", "packed weights", "scales", and
     the "cache" of keys and values of `batch` sequences of `context` tokens.
 
     spec: how the decoder linears are stored; None: dense. cache: how old tokens are; None: as
-    they came. Not counted: the activations of a step, and a layer's cache while it is
-    dequantized. Raises ValueError for another dtype or kind of decoder.
+    they came. A step's activations, and a layer's cache while it is dequantized, come on top.
+    Raises ValueError for another dtype or kind of decoder.
     """
     _check("compute_dtype", compute_dtype, DTYPES)
     config, size = config.get_text_config(), DTYPES[compute_dtype].itemsize
@@ -159,16 +146,13 @@ def decoding_ledger(
     return stored | {"cache": cache_bytes(config, context, cache, batch, size)}
 
 
-def fitting_batch(
-    model, tokens: int, most: int, cache: CacheSpec | None = None, free: float | None = None
-) -> int:
-    """Return how many sequences of up to `tokens` tokens, prompt and completion, to decode at once:
-    `most`, halved until they fit the free memory of the model's device (at least 1); `most` for
-    decoders that the ledger does not know.
+def fitting_batch(model, tokens: int, most: int, cache: CacheSpec | None = None,
+                  free: float | None = None) -> int:  # fmt: skip
+    """How many sequences of up to `tokens` tokens, prompt and completion, to decode at once:
+    `most`, halved until they fit beside the model (at least 1); `most` for unknown decoders.
 
-    cache: how old tokens are stored, as in decoding_ledger. free: bytes; None: those free now,
-    beside the loaded model. Halved, so that a little more or less of them mostly gives the same
-    batches, with which alone a killed evaluation goes on.
+    cache: as in decoding_ledger. free: bytes; None: those of the model's device now. Halving them
+    mostly gives the same batches again, with which alone a killed evaluation goes on.
     """
     config, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
     try:
@@ -226,8 +210,7 @@ def packed_bytes(shape: tuple[int, int], spec: QuantSpec | NF4Spec) -> tuple[int
 
 
 def _activations(config, method, rank, targets, checkpointing: bool, size: int) -> tuple[int, int]:
-    """Bytes a token that autograd keeps from the forward pass, `size` bytes a number: of one
-    block, and of all the rest."""
+    """Bytes a token that autograd keeps, `size` a number: of one block, and of all the rest."""
     h, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     heads, head = config.num_attention_heads, head_dim(config)
     q, kv = head * heads, head * config.num_key_value_heads
@@ -238,8 +221,7 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
     norm = 4 * (h + 1) + 4 * h * full
     # SDPA: query, key, value, output, and an fp32 logsumexp a head.
     block = size * (q + 2 * kv + q) + 4 * heads
-    # SwiGLU, silu(gate) * up: gate, silu(gate), up.
-    block += size * 3 * inner
+    block += size * 3 * inner  # SwiGLU, silu(gate) * up: gate, silu(gate), up
     # A trained product W x or A x keeps its input: one that q, k, v share, and gate, up.
     for inputs in (targets & {"q_proj", "k_proj", "v_proj"}, targets & {"gate_proj", "up_proj"}):
         block += size * h * (len(inputs) if mixed else bool(inputs))
@@ -251,10 +233,6 @@ def _activations(config, method, rank, targets, checkpointing: bool, size: int) 
         return block, blocks * (4 if mixed else size) * h + last  # each block's input
     # No gradient flows to frozen embeddings: the first norm keeps nothing.
     return block, (blocks - 1) * block + last - (0 if full else norm)
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
 
 
 @cache

@@ -21,7 +21,6 @@ Parameters = dict[str, nn.Parameter]
 
 
 def save_parameters(path: Path, parameters: Parameters, metadata: dict) -> None:
-    """Write the trained parameters alone, with `metadata` as JSON."""
     _save(path, {f"parameter/{n}": p for n, p in parameters.items()}, metadata)
 
 
@@ -43,7 +42,6 @@ def start_metrics(folder: Path, steps: Sequence[dict]) -> None:
 
 
 def add_metrics(folder: Path, metrics: dict) -> None:
-    """Append a step's metrics to metrics.jsonl."""
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
         stream.write(json.dumps(metrics) + "\n")
 
@@ -59,19 +57,16 @@ def save_last(folder: Path, stepper: Stepper, identity: dict, step: int) -> None
 
 
 def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
-    """Put parameters, optimizer and scaler back; returns the metrics up to that step, [] where
-    there is no checkpoint yet. Raises ValueError, naming what differs, for the checkpoint of
-    another run (what an older one does not say counts as equal), and for a damaged one."""
+    """Put parameters, optimizer and scaler back; returns the metrics up to that step, [] for no
+    checkpoint. Raises ValueError for a damaged one and for another run's, naming what differs."""
     path = folder / "last.safetensors"
     if not path.exists():
         return []
     tensors, state = _load(path)
-    old = {k: v for k, v in state["identity"].items() if k in identity}
+    old = {k: v for k, v in state["identity"].items() if k in identity}  # older ones say less
     if changed := changes(old, {k: identity[k] for k in old}):
-        raise ValueError(
-            f"{path} belongs to another run: {changed}. Give the same settings to resume it, "
-            "or another folder (or resume=False) to start anew"
-        )
+        raise ValueError(f"{path} belongs to another run: {changed}. Give the same settings to "
+                         "resume it, or another folder (or resume=False) to start anew")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     if len(lines) < state["step"]:
         raise ValueError(f"{folder}/metrics.jsonl lacks steps before {path}; start the run anew")
@@ -80,15 +75,15 @@ def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
         key, _, name = name.partition("/")
         if key != "parameter":
             p = stepper.parameters[name]
-            # AdamW keeps its step counter on the CPU, the moments beside the parameter.
+            # AdamW's step counter is on the CPU.
             stepper.optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     stepper.scaler.load_state_dict(state["scaler"])
     return [json.loads(line) for line in lines[: state["step"]]]  # later ones come again
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    whole = {name: t.detach().contiguous() for name, t in tensors.items()}
     with whole_file(path) as part:
-        whole = {name: t.detach().contiguous() for name, t in tensors.items()}
         save_file(whole, part, {"json": json.dumps(metadata)})
 
 

@@ -1,5 +1,4 @@
-"""How a model is trained: its mode, and one optimizer step, of fine-tuning and of the verifier's
-training: learning rate, gradients of all processes, clipping, update."""
+"""How a model is trained, in fine-tuning and as a verifier: its mode, and one optimizer step."""
 
 import math
 from collections.abc import Iterable
@@ -19,8 +18,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def check_widths(model, compute_dtype: torch.dtype) -> None:
-    """Raises ValueError where trained parameters, in fp32, would meet frozen layers of 16 bits
-    outside of autocast, which alone joins them."""
+    """Raises ValueError where trained fp32 parameters meet frozen 16 bits without autocast."""
     half = {p.requires_grad: n for n, p in model.named_parameters() if p.dtype in HALF}
     if len(half) == 2 and compute_dtype == torch.float32:
         raise ValueError(f"{half[True]} is trained, in fp32, beside frozen weights of 16 bits such "
@@ -29,20 +27,17 @@ def check_widths(model, compute_dtype: torch.dtype) -> None:
 
 @contextmanager
 def training_mode(model, checkpointing: bool):
-    """Training mode, with activations recomputed if `checkpointing`, trained parameters in fp32.
-
-    In 16 bits most small updates would be rounded away. Afterwards the mode is as before;
-    parameters beside frozen ones of 16 bits return to their dtype, as layers compute in one.
-    """
+    """Training mode, with activations recomputed if `checkpointing`, and trained parameters in
+    fp32: 16 bits would round small updates away. Afterwards the mode is as before, and parameters
+    beside frozen ones of 16 bits return to their dtype, as layers compute in one."""
     was_training = model.training
     model.train()
     narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF}
     for p in narrow:
         p.data = p.data.float()
     if checkpointing:
-        # Not gradient_checkpointing_enable: it also makes the frozen embeddings' output need
-        # a gradient, for good. Only reentrant checkpointing would want that: it gives no
-        # gradient to a block whose input needs none.
+        # Not gradient_checkpointing_enable: it makes the frozen embeddings' output need a
+        # gradient, for good, which only reentrant checkpointing wants.
         recompute = keep_choice(partial(checkpoint, use_reentrant=False))
         model._set_gradient_checkpointing(True, recompute)
     try:
@@ -57,7 +52,6 @@ def training_mode(model, checkpointing: bool):
 
 
 def make_optimizer(name: str, parameters: Iterable, **settings) -> torch.optim.Optimizer:
-    """The optimizer that TrainConfig calls so."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     from .adam8bit import Adam8bit  # which most runs do without
@@ -66,10 +60,8 @@ def make_optimizer(name: str, parameters: Iterable, **settings) -> torch.optim.O
 
 
 class Stepper:
-    """The optimizer of a run of `total` steps, and its loss scaler (for fp16 alone).
-
-    parameters: those to train, by name. Raises ValueError for a LoRA+ ratio without a B.
-    """
+    """The optimizer of a run of `total` steps, and its loss scaler (for fp16 alone). Raises
+    ValueError for a LoRA+ ratio without a B."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig, total: int,
                  dtype: torch.dtype = torch.float32):  # fmt: skip
@@ -77,19 +69,16 @@ class Stepper:
         groups = parameters.values()
         if config.lora_plus_ratio != 1:
             groups = lora_plus_groups(parameters, config.lr, config.lora_plus_ratio)
-        self.optimizer = make_optimizer(
-            config.optimizer, groups, lr=config.lr, weight_decay=config.weight_decay
-        )
+        settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+        self.optimizer = make_optimizer(config.optimizer, groups, **settings)
         self.device = next(iter(parameters.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
 
     def take(self, step: int, parts: Iterable[Tensor]) -> dict:
-        """Step number `step` of 1..total; its loss, lr and grad_norm (None if fp16 overflowed).
-
-        parts: what the loss of this step is the sum of, over all processes; each is
-        differentiated before the next one is computed. grad_norm: before clipping. Raises
-        ValueError when loss or gradient is not finite; the parameters are then as before.
-        """
+        """Take a step of 1..total; returns its loss, lr and grad_norm, before clipping (None if
+        fp16 overflowed). parts: the loss is their sum, over all processes; each is differentiated
+        before the next is computed. Raises ValueError, parameters untouched, for a loss or gradient
+        that is not finite."""
         lr = learning_rate(step, self.total, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
@@ -113,8 +102,7 @@ class Stepper:
 
     def _check(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise ValueError(
-                f"the {what} is not finite at step {step} (lr={self.config.lr}, compute_dtype="
-                f"{self.config.compute_dtype}); try a lower lr, a longer warmup_ratio or fp32, and "
-                "look for NaN in the model's weights"
-            )
+            settings = f"lr={self.config.lr}, compute_dtype={self.config.compute_dtype}"
+            raise ValueError(f"the {what} is not finite at step {step} ({settings}); try a lower "
+                             "lr, a longer warmup_ratio or fp32, and look for NaN in the model's "
+                             "weights")  # fmt: skip

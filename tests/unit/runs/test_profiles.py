@@ -55,7 +55,7 @@ def test_calibration_sees_train_problems_only(folder, monkeypatch):
     profile = load_profile("tiny", model=folder)
     entry = {"question": "q?", "answer": "1+1=2\n#### 2"}
     monkeypatch.setattr(profiles, "CALIBRATION", 2)
-    object.__setattr__(profile, "read", lambda split: seen.append(split) or [entry] * 4)
+    object.__setattr__(profile, "examples", lambda split: seen.append(split) or [entry] * 4)
     profile.load(quantize=QuantSpec(group_size=32))
     assert seen == ["train"]
 
