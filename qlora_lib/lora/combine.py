@@ -7,13 +7,7 @@ from torch import nn
 
 from .init import balanced, product_svd
 from .layer import (
-    LoRAConfig,
-    LoRALinear,
-    adapter_names,
-    check_adapter,
-    check_names,
-    check_rank,
-    lora_layers,
+    LoRAConfig, LoRALinear, adapter_names, check_adapter, check_names, check_rank, lora_layers,
     named,
 )  # fmt: skip
 
@@ -28,22 +22,18 @@ def combine_adapters(
     how: str = "cat",
     rank: int | None = None,
 ) -> list[str]:
-    """Add an adapter `into` that is a weighted sum of others, within the layers of any of them.
+    """Add an adapter `into` that is a weighted sum of others; returns the paths of its layers.
 
-    With updates D_i = s_i B_i A_i (s_i the scaling) and weights w_i, negative ones too:
+    With updates D_i = s_i B_i A_i (s_i the scaling) and weights w_i, negative ones too, as PEFT's
+    add_weighted_adapter has them:
       "cat"     sum w_i D_i, exactly: A's below one another, B's side by side; the ranks add up
-      "svd"     the best approximation of that sum of rank `rank` (None: a layer's largest of
-                theirs)
-      "linear"  B A with A = sum sign(w_i) sqrt(|w_i| s_i) A_i, B = sum sqrt(|w_i| s_i) B_i:
-                one rank, and cross terms B_i A_j that no adapter ever was
-    These are PEFT's add_weighted_adapter with the combination types of these names. Weights
-    that sum to 1 average the updates with "cat" alone: mean(B) mean(A) != mean(B A), and with
-    "linear" two equal adapters at 1/2 each come out doubled.
+      "svd"     the best approximation of that sum of rank `rank` (None: a layer's largest one)
+      "linear"  B A with A = sum sign(w_i) sqrt(|w_i| s_i) A_i, B = sum sqrt(|w_i| s_i) B_i: one
+                rank, cross terms B_i A_j; two equal adapters at 1/2 each come out doubled
 
-    The new adapter is frozen, without dropout, with scaling 1, and not made the default. Returns
-    the paths of its layers. Raises ValueError, before anything is changed, for unknown adapters,
-    a name in use, weights that are not finite, an unknown `how`, different ranks with "linear",
-    a rank with others than "svd", one below 1 or above a layer's own, and adapters with DoRA.
+    The new adapter is frozen, without dropout, with scaling 1, and not made the default. Raises
+    ValueError, before anything is changed, for unknown adapters, a name in use, weights, `how`
+    or rank out of range or not fitting each other, and adapters with DoRA.
     """
     if how not in HOW:
         raise ValueError(f"how={how!r} must be one of {', '.join(HOW)}")

@@ -45,9 +45,8 @@ INSTEAD = "merge it with PEFT (merge_and_unload) and load the merged model, or t
 def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRAConfig]:
     """The layers of `model` that an adapter is for, each with its LoRA configuration.
 
-    described: the content of the adapter_config.json at `path` (named in errors). Raises
-    ValueError, by name, for settings that would change the result and are not supported here,
-    for unknown settings that are not empty, for missing ones, and when no layer matches.
+    described: the content of the adapter_config.json at `path` (named in errors). Raises ValueError
+    for settings that are missing, unknown or not supported here, and when no layer matches.
     """
     configs = {}
     with named(str(path)):
@@ -69,12 +68,8 @@ def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRA
 
 
 def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
-    """The settings of adapter_config.json from which PEFT makes these layers and ranks again.
-
-    configs: by path of the layer. The most common rank and alpha are `r` and `lora_alpha`, the
-    others go into rank_pattern and alpha_pattern. Raises ValueError when the layers differ in
-    what PEFT has one value for.
-    """
+    """The settings of adapter_config.json from which PEFT makes these layers (configurations by
+    path) again. Raises ValueError when they differ in what PEFT has one value for."""
     for field in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(config, field) for config in configs.values()}
         if len(values) > 1:
@@ -99,9 +94,8 @@ def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
     wanted = {path: (c.rank, c.alpha) for path, c in configs.items()}
     for targets in (described["target_modules"], sorted(configs)):  # short names, else whole paths
         described["target_modules"] = targets
-        said = {"peft_type": "LORA", **described}
         with suppress(ValueError):  # a short name may be that of other modules, too
-            found = read_config(Path("adapter_config.json"), said, model)
+            found = read_config(Path(), {"peft_type": "LORA", **described}, model)
             if {path: (c.rank, c.alpha) for path, c in found.items()} == wanted:
                 return described
     raise ValueError(f"PEFT's patterns cannot tell the layers {sorted(configs)} apart; rename them")
@@ -117,10 +111,8 @@ def _refuse(described: dict) -> None:
         raise ValueError(f"{key}={value!r} is not supported ({why}); {INSTEAD}")
     init = described.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
-        raise ValueError(
-            f"init_lora_weights={init!r} is not supported (it changes the base); save the adapter "
-            "again with PEFT's path_initial_model_for_weight_conversion"
-        )
+        raise ValueError(f"init_lora_weights={init!r} is not supported (it changes the base); save "
+                         "again with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
     for key, kinds in KINDS.items():
         if not isinstance(described.get(key), (*kinds, type(None))):
             names = " or ".join(kind.__name__ for kind in kinds)
