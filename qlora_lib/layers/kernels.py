@@ -27,8 +27,7 @@ class Int4Tiles(QuantizedTensor):
 
     codes       uint8 (out / tile, in, tile / 2): byte [t, k, i] holds input feature k of row
                 i of tile t (low nibble) and of row i + tile / 2 (high nibble)
-    op_grids    bf16 (groups, out, 2): scale, and the value of code 8; what the operator reads
-    The others are those of QuantizedTensor, and so is what `dequantize` returns.
+    op_grids    bf16 (groups, out, 2): scale, and the value of code 8
     """
 
     op_grids: Tensor
@@ -80,8 +79,8 @@ def int4_tiles(weight: QuantizedTensor | NF4Tensor) -> Int4Tiles | None:
 
 
 def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In what a product in `dtype` is computed: a CPU without instructions for half precision
-    multiplies in fp32, which is several times as fast there, and more exact."""
+    """In what a product in `dtype` is computed: fp32 on a CPU without instructions for half
+    precision, where it is several times as fast."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
     bf16_is_fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -128,9 +127,8 @@ def fused_kernels(device: torch.device):
 
         triton_kernels.try_out(device)
     except Exception as error:  # no C compiler, no headers of Python, a GPU that Triton can't serve
-        warnings.warn(f"Triton does not work here ({error}): packed weights are made dense for "
-                      "each product, which is slower. It needs a C compiler and Python's headers "
-                      "(apt install gcc python3-dev)")  # fmt: skip
+        warnings.warn(f"Triton does not work here ({error}): products are slower. It needs a C "
+                      "compiler and Python's headers (apt install gcc python3-dev)")  # fmt: skip
         return None
     return triton_kernels
 
@@ -152,10 +150,8 @@ def product_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """x (..., in) @ W^T -> (..., out) in `dtype`, without gradients.
-
-    From `product` it differs by the operator's bf16 grids: up to 2**-8 of |x| |W|^T.
-    """
+    """x (..., in) @ W^T -> (..., out) in `dtype`, without gradients; from `product` it differs by
+    the operator's bf16 grids: up to 2**-8 of |x| |W|^T."""
     few = x.shape[:-1].numel() <= INT4_TOKENS
     if not (isinstance(weight, Int4Tiles) and dtype == torch.bfloat16 and few):
         return product(x, weight, dtype)
