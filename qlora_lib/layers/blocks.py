@@ -51,8 +51,8 @@ def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list
         matrices = (f"{prefix}.{n}" for n, p in blocks.named_parameters() if p.dim() > 1)
         others = [n for n in matrices if not n.startswith(parts)]
         if others:
-            raise ValueError(f"the blocks of {type(model).__name__} have matrices outside of linear "
-                             f"layers, such as {others[0]}, so 'all' can't mean all; name "
+            raise ValueError(f"the blocks of {type(model).__name__} have matrices outside of "
+                             f"linear layers, such as {others[0]}, so 'all' can't mean all; name "
                              "target_modules to leave these as they are")  # fmt: skip
     else:
         parents = {path: path.rpartition(".")[0] for path in inside}

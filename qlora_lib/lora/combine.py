@@ -16,12 +16,9 @@ HOW = ("linear", "cat", "svd")
 
 @torch.no_grad()
 def combine_adapters(
-    model: nn.Module,
-    weights: dict[str, float],
-    into: str,
-    how: str = "cat",
+    model: nn.Module, weights: dict[str, float], into: str, how: str = "cat",
     rank: int | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Add an adapter `into` that is a weighted sum of others; returns the paths of its layers.
 
     With updates D_i = s_i B_i A_i (s_i the scaling) and weights w_i, negative ones too, as PEFT's
@@ -78,19 +75,17 @@ def check_plain(layer: LoRALinear, names) -> None:
 
 def _combined(layer: LoRALinear, weights: dict[str, float], how: str, rank: int | None):
     """B (out, r) and A (r, in) with scaling 1."""
-    factors = []
-    for name, weight in weights.items():
-        scale = weight * layer.configs[name].scaling
-        factors.append((scale, layer.lora_B[name].detach(), layer.lora_A[name].detach()))
+    scales = {n: weight * layer.configs[n].scaling for n, weight in weights.items()}
     ranks = {n: layer.configs[n].rank for n in weights}
     if how == "linear":
         if len(set(ranks.values())) > 1:
             raise ValueError(f"how='linear' adds A to A and B to B, of one rank; these have "
                              f"{ranks}: take how='cat' or 'svd'")  # fmt: skip
-        a = sum(math.copysign(math.sqrt(abs(s)), s) * a for s, _, a in factors)
-        return sum(math.sqrt(abs(s)) * b for s, b, _ in factors), a
-    b = torch.cat([b for _, b, _ in factors], dim=1)  # (out, sum of ranks)
-    a = torch.cat([s * a for s, _, a in factors])  # (sum of ranks, in)
+        b = sum(math.sqrt(abs(s)) * layer.lora_B[n] for n, s in scales.items())
+        a = sum(math.copysign(math.sqrt(abs(s)), s) * layer.lora_A[n] for n, s in scales.items())
+        return b, a
+    b = torch.cat([layer.lora_B[n] for n in scales], dim=1)  # (out, sum of ranks)
+    a = torch.cat([s * layer.lora_A[n] for n, s in scales.items()])  # (sum of ranks, in)
     if how == "cat":
         return b, a
     rank = max(ranks.values()) if rank is None else rank

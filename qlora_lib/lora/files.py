@@ -21,11 +21,9 @@ MAGNITUDE = "lora_magnitude_vector"  # DoRA's, in the file
 
 
 def save_adapter(
-    model: nn.Module,
-    folder: Path | str,
-    adapter: str = "default",
+    model: nn.Module, folder: Path | str, adapter: str = "default",
     dtype: torch.dtype = torch.float32,
-) -> None:
+) -> None:  # fmt: skip
     """Write one adapter in PEFT's layout: adapter_model.safetensors, adapter_config.json.
 
     dtype: of the stored tensors; they are read back as fp32. PiSSA over a dense base is written
@@ -57,10 +55,9 @@ def save_adapter(
     if Path(name).is_relative_to(ROOT):  # a folder of this repository as seen from its root
         name = Path(name).relative_to(ROOT).as_posix()
     described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name}
-    described |= describe(model, configs)
+    text = json.dumps(described | describe(model, configs), indent=1) + "\n"
     with atomic_folder(folder, ADAPTER_CONFIG) as scratch:
         save_file(state, scratch / ADAPTER, metadata=metadata)
-        text = json.dumps(described, indent=1) + "\n"
         (scratch / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -43,17 +43,11 @@ def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
 
 
 def inject_lora(
-    model: nn.Module,
-    target_modules=ATTENTION,
-    rank: int | dict[str, int] = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    spec: QuantSpec | NF4Spec | None = None,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    adapter: str = "default",
-) -> list[str]:
+    model: nn.Module, target_modules=ATTENTION, rank: int | dict[str, int] = 8,
+    alpha: float = 16, dropout: float = 0.0,
+    init: str = "kaiming", spec: QuantSpec | NF4Spec | None = None,
+    use_rslora: bool = False, use_dora: bool = False, adapter: str = "default",
+) -> list[str]:  # fmt: skip
     """Freeze the model and put an adapter on each target layer; returns the paths of these.
 
     target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). rank: one for all, or

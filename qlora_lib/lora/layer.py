@@ -254,10 +254,9 @@ class LoRALinear(nn.Module):
         """Whether the rows' updates were added into y, which saves the time of moving activations:
         without gradients, in fp32, without DoRA."""
         groups = [(name, rows) for name, rows in choice.groups if name in self.configs]
+        plain = x.dtype == y.dtype == torch.float32 and y.is_contiguous()
         autocast = torch.is_autocast_enabled(x.device.type)
-        if torch.is_grad_enabled() or self.training or autocast or not y.is_contiguous():
-            return False
-        if not x.dtype == y.dtype == torch.float32:
+        if torch.is_grad_enabled() or self.training or autocast or not plain:
             return False
         if any(self.configs[n].use_dora or not isinstance(rows, slice) for n, rows in groups):
             return False

@@ -32,12 +32,9 @@ class OriginalRow(MergeRow):
 
 
 def merge_lora(
-    model: nn.Module,
-    into: str = "dense",
-    hessians: dict[str, Hessian] | None = None,
-    options: GPTQOptions = GPTQOptions(),
-    unload: bool = False,
-) -> list[MergeRow]:
+    model: nn.Module, into: str = "dense", hessians: dict[str, Hessian] | None = None,
+    options: GPTQOptions = GPTQOptions(), unload: bool = False,
+) -> list[MergeRow]:  # fmt: skip
     """Merge the active adapter of each layer into its weight; returns what each layer lost.
 
     into: "dense" (a quantized base becomes dense, in the model's dtype), or "rtn" or "gptq":

@@ -1,7 +1,6 @@
 """adapter_config.json as PEFT 0.21 has it: which layers, of what rank, and what is refused."""
 
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from statistics import mode
@@ -31,15 +30,16 @@ REFUSED = {
 }  # fmt: skip
 # Initializations that leave the base alone; the others move a part of it into the adapter.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+PLACES = ("target_modules", "exclude_modules", "layers_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern")
 KINDS = {
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    **dict.fromkeys(PLACES, (str, list)),
+    **dict.fromkeys(PATTERNS, (dict,)),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
     **dict.fromkeys(("use_rslora", "use_dora"), (bool,)),
     "layers_to_transform": (int, list),
     "r": (int,),
 }
-INSTEAD = "merge it with PEFT (merge_and_unload) and load the merged model, or train without it"
 
 
 def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRAConfig]:
@@ -108,7 +108,8 @@ def _refuse(described: dict) -> None:
         if key in READ | HARMLESS or not value or (key, value) == ("bias", "none"):
             continue
         why = "adapts otherwise than this package" if key in REFUSED else "unknown to this version"
-        raise ValueError(f"{key}={value!r} is not supported ({why}); {INSTEAD}")
+        raise ValueError(f"{key}={value!r} is not supported ({why}); merge it with PEFT "
+                         "(merge_and_unload) and load that, or train without it")  # fmt: skip
     init = described.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise ValueError(f"init_lora_weights={init!r} is not supported (it changes the base); save "
@@ -120,19 +121,16 @@ def _refuse(described: dict) -> None:
     lacking = [key for key in REQUIRED if described.get(key) in (None, [], "")]
     if lacking:
         raise ValueError(f"the file lacks {lacking}; save the adapter again")
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+    for key in PLACES + PATTERNS:
         given = described.get(key) or []
-        _check_expressions(key, given if isinstance(given, dict) else [given])
-    _check_expressions("layers_pattern", _layer_lists(described))
-
-
-def _check_expressions(key: str, expressions: Iterable) -> None:
-    for expression in expressions:
-        try:
-            re.compile(expression if isinstance(expression, str) else "")
-        except re.error as error:
-            what = f"{key} holds {expression!r}, no valid regular expression ({error})"
-            raise ValueError(what) from None
+        if isinstance(given, list) and key != "layers_pattern":  # of paths, not of expressions
+            continue
+        for expression in [given] if isinstance(given, str) else given:
+            try:
+                re.compile(str(expression))
+            except re.error as error:
+                raise ValueError(f"{key} holds {expression!r}, no valid regular expression "
+                                 f"({error})") from None  # fmt: skip
 
 
 def _targets(described: dict, model: nn.Module) -> list[str]:

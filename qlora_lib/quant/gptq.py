@@ -98,10 +98,7 @@ def backsolve(W: Tensor, R: Tensor, grid, max_code: int, B: int, b: int) -> Tens
 
 @torch.no_grad()
 def gptq_quantize(
-    weight: Tensor,
-    hessian: Hessian | Tensor,
-    spec: QuantSpec,
-    options: GPTQOptions = GPTQOptions(),
+    weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, options: GPTQOptions = GPTQOptions()
 ) -> QuantizedTensor:
     """The layer's weight quantized with GPTQ (Algorithm 1 of the paper).
 

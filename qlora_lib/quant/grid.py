@@ -215,14 +215,9 @@ def _search(w: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
 
 def assemble(q: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor | None, spec: QuantSpec):
     """QuantizedTensor from codes (out, in) and grids (out, groups)."""
-    return QuantizedTensor(
-        pack(q.to(torch.uint8), spec.bits),
-        scale.to(SCALE_DTYPE),
-        zero.to(torch.uint8),
-        None if g_idx is None else g_idx.to(torch.int32),
-        torch.Size(q.shape),
-        spec,
-    )
+    codes = pack(q.to(torch.uint8), spec.bits)
+    g_idx = None if g_idx is None else g_idx.to(torch.int32)
+    return QuantizedTensor(codes, scale.to(SCALE_DTYPE), zero.to(torch.uint8), g_idx, q.shape, spec)
 
 
 def by_group(g_idx: Tensor, groups: int) -> Tensor:

@@ -30,12 +30,9 @@ class Recipe:
 
     @classmethod
     def of(
-        cls,
-        spec: Spec = GRID,
-        method: str | None = None,
-        options: GPTQOptions | None = None,
+        cls, spec: Spec = GRID, method: str | None = None, options: GPTQOptions | None = None,
         targets: str | tuple[str, ...] = "all",
-    ) -> "Recipe":
+    ) -> "Recipe":  # fmt: skip
         """The recipe that a method makes of a spec; None: NF4 for its spec, else GPTQ. Raises
         ValueError for an unknown method, and for a spec or options that it does not have."""
         method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
