@@ -1,8 +1,8 @@
 """Products with a packed weight, on the path that is fastest for device, dtype and batch.
 
 A few tokens in bf16 on a CPU: torch's int4 operator, which wants the codes in an order of its
-own (`Int4Tiles`), held instead of ours while text is decoded (`linear.decoding_layout`). On a
-GPU: our Triton kernels. Everything else: some rows of the weight are made dense at a time.
+own (`Int4Tiles`, see `linear.decoding_layout`). On a GPU: our Triton kernels. Everything else:
+some rows of the weight are made dense at a time.
 """
 
 import warnings

@@ -64,11 +64,8 @@ def choose(choices: dict, only: bool = False):
 
 
 def keep_choice(checkpoint):
-    """A checkpoint function like the given one, recomputing with the adapter of the forward pass.
-
-    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's own
-    (CUDA), which inherits no context variable: the block would run with the default adapter.
-    """
+    """A checkpoint function like the given one, recomputing with the adapter of the forward pass:
+    backward comes after `use_adapter` has ended, or in a thread without its context variable."""
     if getattr(checkpoint, "keeps_choice", False):
         return checkpoint
 

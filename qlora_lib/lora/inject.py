@@ -20,14 +20,12 @@ from .targets import ATTENTION, find_linears, replace_module
 def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
     """Within the block, calls use this adapter (None: the base alone), or one a row.
 
-    A list gives each row of the batch an adapter by name, or None: the base's product is computed
-    once for all rows. The first axis of what the layers see must be the batch, one row a name;
-    else the call raises ValueError. Not handled: models that regroup rows between layers, as
-    mixtures of experts do.
+    A list gives each row of the batch an adapter by name, or None. The first axis of what the
+    layers see must be the batch, one row a name, else the call raises ValueError: models that
+    regroup rows between layers, as mixtures of experts do, are not handled.
 
-    Other threads and asyncio tasks keep their choice. Gradient checkpointing recomputes a block
-    with the adapter of its forward pass; where you call torch's `checkpoint` yourself, wrap it
-    in `keep_choice`. Raises ValueError for an unknown adapter and for an empty list.
+    Other threads and asyncio tasks keep their choice. Where you call torch's `checkpoint` yourself,
+    wrap it in `keep_choice`. Raises ValueError for an unknown adapter and for an empty list.
     """
     rows = not (name is None or isinstance(name, str))
     check_names(model, *(name if rows else [name]))
@@ -51,13 +49,12 @@ def inject_lora(
     """Freeze the model and put an adapter on each target layer; returns the paths of these.
 
     target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). rank: one for all, or
-    {path: rank}: targets that it leaves out get no adapter; alpha is one, as with PEFT's
-    rank_pattern. use_dora: train each row's length apart (layer.weight_norm), for one more
-    dequantization a call. init: with "kaiming" and "gaussian" the outputs do not change; "loftq"
-    and "pissa" replace dense bases by residuals, quantized as `spec` says (init.py).
-    Calling it again with other targets adds those to the adapter, which is trained in all its
-    layers. The model's first adapter becomes the default of calls. Random draws come from torch's
-    global generator. Raises ValueError, before anything is changed, for targets that match
+    {path: rank}: targets that it leaves out get no adapter. use_dora: train each row's length
+    apart (layer.weight_norm), for one more dequantization a call. init: with "kaiming" and
+    "gaussian" the outputs do not change; "loftq" and "pissa" replace dense bases by residuals,
+    quantized as `spec` says (init.py).
+    Called again with other targets, it adds those to the adapter. The model's first adapter becomes
+    the default of calls. Raises ValueError, before anything is changed, for targets that match
     nothing, a rank out of range or of no target, a name in use, and an init that does not go with
     the spec, with DoRA or with the layers.
     """

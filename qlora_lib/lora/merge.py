@@ -76,11 +76,10 @@ def unmerge_lora(model: nn.Module) -> None:
 def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalRow]:
     """Add the active adapters of `model` to the weights of `original`, in place; a row a layer.
 
-    After training beside a quantized base this is *another model* than the trained one: what of
-    the update answers to the base's rounding errors has nothing to answer to here.
-
     original: the model that `model`'s base was quantized from, dense, without adapters. Its
-    weights keep their dtype. Of PiSSA what it learned is added, as save_adapter writes it.
+    weights keep their dtype. After training beside a quantized base this is *another model* than
+    the trained one: a part of the update answers to rounding errors that are not here. Of PiSSA
+    what it learned is added, as save_adapter writes it.
     Raises ValueError, before anything is changed, for another model, other layers, and an adapter
     that fits its own base alone (LoftQ, PiSSA over a quantized one).
     """

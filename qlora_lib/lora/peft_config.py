@@ -175,18 +175,13 @@ def _is_target(described: dict, name: str) -> bool:
         return _fits(targets, name)
     if not _fits(targets, name):
         return False
-    patterns = [rf"(?:.*?\.)?{p}" for p in _layer_lists(described)]
+    given = described.get("layers_pattern") or []
+    patterns = [rf"(?:.*?\.)?{p}" for p in ([given] if isinstance(given, str) else given)]
     for pattern in patterns or [r".*?\.[^.]*"]:  # the name of the list of blocks, or any
         # The first number after it: in layers.1.experts.0 the 1.
         if found := re.match(rf"{pattern}\.(?P<index>\d+)\.", name):
             return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
     return False
-
-
-def _layer_lists(described: dict) -> list[str]:
-    """Expressions for the name of the list of decoder blocks."""
-    given = described.get("layers_pattern") or []
-    return [given] if isinstance(given, str) else given
 
 
 def _by_pattern(patterns: dict | None, name: str, default):

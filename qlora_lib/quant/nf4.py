@@ -20,14 +20,12 @@ from .grid import PackedWeight, check_weight, row_slices
 from .packing import pack, unpack
 
 # The published values, to the bit: quantiles of N(0, 1) over the largest, which tests derive.
-# fmt: off
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-# fmt: on
+)  # fmt: skip
 NESTED_BLOCK = 256  # values that share an absmax in 8 bits, as under double quantization
 
 

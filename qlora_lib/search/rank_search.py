@@ -8,7 +8,8 @@ It loses if McNemar's exact test on the same dev questions, all seeds together, 
 Seeds share their questions, so p is somewhat too small, which favors more parameters.
 
 Candidates whose dev loss after a quarter of the steps is more than 4 times the lowest get no full
-training: a guess, which stops who learns late with those who never learn.
+training: a guess, which stops late learners too. And at one learning rate and alpha = 2 rank small
+ranks learn later: under Adam an update sums over `rank` numbers that each move by about the rate.
 """
 
 import copy
@@ -89,12 +90,8 @@ def _word(targets: str | tuple[str, ...]) -> str:
 
 
 def prepare(model, trial: Trial) -> int:
-    """Set up the model, in place, for a trial; returns the number of parameters to train.
-
-    At one learning rate and alpha = 2 rank, small ranks take smaller steps and learn later: under
-    Adam each number of B moves by about the rate, and an update sums over `rank` of them. Raises
-    ValueError for "full" on a quantized model, and what inject_lora raises.
-    """
+    """Set up the model, in place, for a trial; returns the number of parameters to train. Raises
+    ValueError for "full" on a quantized model, and what inject_lora raises."""
     places = trial.target_modules
     if trial.method == "full":
         if quantized_layers(model) and places != "embeddings":
@@ -103,18 +100,13 @@ def prepare(model, trial: Trial) -> int:
         (model if places == "all" else model.get_input_embeddings()).requires_grad_(True)
     else:
         torch.manual_seed(trial.seed)
-        names = mlp_names(model) if places == "mlp" else places
+        if places == "mlp":  # the blocks' linears outside of attention
+            linears = linear_layers(model)
+            every, attention = (linears_in_blocks(model, linears, w) for w in ("all", "attention"))
+            places = {path.rpartition(".")[2] for path in every if path not in attention}
         alpha = 2 * trial.rank if trial.alpha is None else trial.alpha
-        inject_lora(model, names, rank=trial.rank, alpha=alpha)
+        inject_lora(model, places, rank=trial.rank, alpha=alpha)
     return sum(p.numel() for p in trainable_parameters(model).values())
-
-
-def mlp_names(model) -> tuple[str, ...]:
-    """Last path components of the blocks' linears outside of attention."""
-    linears = linear_layers(model)
-    attention = linears_in_blocks(model, linears, "attention")
-    rest = [p for p in linears_in_blocks(model, linears, "all") if p not in attention]
-    return tuple(dict.fromkeys(path.rpartition(".")[2] for path in rest))
 
 
 class Search:
@@ -253,8 +245,8 @@ def find_optimal_rank(
 
     model: dense or quantized, left as it is. target_modules: some of "all", "attention", "mlp"
     and tuples of names. Candidates whose dev loss after rung * config.max_steps exceeds `hopeless`
-    times the lowest are stopped; None: none is. Ranks differ in how fast they learn (`prepare`).
-    Raises ValueError for no ranks or seeds, a rank below 1, and a stored search of other data.
+    times the lowest are stopped; None: none is. Raises ValueError for no ranks or seeds, a rank
+    below 1, and a stored search of other data.
     """
     if not ranks or not seeds or not target_modules:
         raise ValueError("give at least one rank, one seed and one set of target modules")
