@@ -10,11 +10,9 @@ WORDS = ("all", "attention")
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the blocks of a model's text decoder.
-
-    A vision or audio tower may have as many blocks, so only what transformers calls the decoder is
-    searched, without parts that have a config of another kind. Raises ValueError for none.
-    """
+    """Path and list of the blocks of a model's text decoder: a vision or audio tower may have as
+    many, so only what transformers calls the decoder is searched, without parts that have a config
+    of another kind. Raises ValueError for none."""
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config that counts its decoder blocks")
     text = model.config.get_text_config()
@@ -38,12 +36,9 @@ def _config_around(model: nn.Module, path: str):
 
 
 def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list[str]:
-    """Those of the linear layers at `paths` that a word means.
-
-    "all": every one in a decoder block, so not the head. "attention": of these, the ones inside a
-    module that is named for it. Raises ValueError when that is none, and for "all" where a block
-    has other matrices too, such as stacked experts.
-    """
+    """Those of the linear layers at `paths` that a word means: "all" in decoder blocks, so not the
+    head, or of these the ones inside a module that is named for "attention". Raises ValueError for
+    none, and for "all" where a block has other matrices too, such as stacked experts."""
     prefix, blocks = decoder_blocks(model)
     inside = [path for path in paths if path.startswith(f"{prefix}.")]
     if word == "all":
@@ -55,8 +50,7 @@ def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list
                              f"linear layers, such as {others[0]}, so 'all' can't mean all; name "
                              "target_modules to leave these as they are")  # fmt: skip
     else:
-        parents = {path: path.rpartition(".")[0] for path in inside}
-        inside = [path for path in inside if re.search("attn|attention", parents[path])]
+        inside = [p for p in inside if re.search("attn|attention", p.rpartition(".")[0])]
     if not inside:
         raise ValueError(f"{word!r} matches no linear layer of {type(model).__name__}")
     return inside

@@ -65,12 +65,11 @@ def _tiled(q: Tensor, tile: int) -> Tensor:
 
 def int4_tiles(weight: QuantizedTensor | NF4Tensor) -> Int4Tiles | None:
     """The weight in the operator's order, or None where the operator can't serve it."""
-    if not isinstance(weight, QuantizedTensor) or weight.spec.bits != 4:
+    grids = isinstance(weight, QuantizedTensor) and weight.spec.bits == 4 and weight.g_idx is None
+    if not grids or weight.codes.device.type != "cpu":
         return None
     (out, n), groups = weight.shape, weight.scale.shape[1]
-    if weight.g_idx is not None or n // groups not in INT4_GROUPS:
-        return None
-    if weight.codes.device.type != "cpu" or tile_rows() is None or out % tile_rows():
+    if n // groups not in INT4_GROUPS or tile_rows() is None or out % tile_rows():
         return None
     scale, zero = weight.scale.float(), weight.zero_point.float()
     op_grids = torch.stack([scale.t(), ((8 - zero) * scale).t()], dim=2)  # (groups, out, 2)
@@ -79,8 +78,7 @@ def int4_tiles(weight: QuantizedTensor | NF4Tensor) -> Int4Tiles | None:
 
 
 def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In what a product in `dtype` is computed: fp32 on a CPU without instructions for half
-    precision, where it is several times as fast."""
+    """In what a product in `dtype` is computed: fp32 on a CPU where half precision is slow."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
     bf16_is_fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")

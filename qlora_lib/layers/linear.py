@@ -38,8 +38,7 @@ class QuantizedLinear(nn.Module):
 
     Its buffers are the tensors of the quantized weight (`codes`, `scale`, ...), which `.to(dtype)`
     and `.half()` leave as they are. Computes in the autocast dtype where autocast is on, else in
-    the dtype of its input. Within `decoding_layout` the buffer `codes` lies in another order; what
-    state_dict, `quantized` and `dequantize` return is the same.
+    the dtype of its input. Within `decoding_layout` only the buffers lie in another order.
     """
 
     def __init__(self, quantized: Quantized, bias: Tensor | None = None):
@@ -179,7 +178,6 @@ def decoding_layout(model: nn.Module):
 
     Layers that torch's int4 operator can serve (4-bit grids on a CPU, groups of 32 to 256 in
     order) then hold their codes in its layout, adapters a copy of A and B in the autocast dtype.
-    The change and the way back cost about two dequantizations of each layer.
     """
     layers = [m for m in model.modules() if hasattr(m, "lay_out")]
     try:

@@ -1,10 +1,8 @@
 """Products with a packed 4-bit weight in Triton: decode and multiply in one pass (W4A16).
 
-The codes are decoded in registers, a tile at a time; no dense weight is written to memory:
-
-_vector    one token, the step of decoding: sums on ordinary cores
-_matrix    more tokens: tl.dot, on tensor cores
-_backward  the gradient of the inputs
+The codes are decoded in registers, a tile at a time; no dense weight is written to memory.
+`_vector` serves one token, the step of decoding, on ordinary cores, `_matrix` more of them on
+tensor cores, `_backward` the gradient of the inputs.
 
 Scale and zero-point are the same for a whole group, so they leave the sum:
     sum_k scale (q_k - zero) x_k  =  scale (sum_k q_k x_k  -  zero sum_k x_k)
@@ -13,9 +11,8 @@ A byte holds an even feature (low nibble) and the odd one after it (high nibble)
 even inputs, odd codes odd inputs, and both sums add up. With few tokens there are few tiles: the
 features are split between several programs (split-K), whose sums are added in fixed order.
 
-Without a GPU the kernels run in Triton's interpreter, op by op in NumPy. Its +, * and tl.dot of
-bf16 are wrong, without an error, and casts to bf16 truncate. So everything here is computed in
-fp32, or in the dtype that DOT names. `serves` says which weights these kernels do not take.
+Without a GPU the kernels run in Triton's interpreter, in NumPy. Its +, * and tl.dot of bf16 are
+wrong, without an error: everything here is computed in fp32, or in the dtype that DOT names.
 """
 
 import os

@@ -7,11 +7,15 @@ from torch import nn
 
 from .init import balanced, product_svd
 from .layer import (
-    LoRAConfig, LoRALinear, adapter_names, check_adapter, check_names, check_rank, lora_layers,
+    LoRAConfig,
+    LoRALinear,
+    adapter_names,
+    check_adapter,
+    check_names,
+    check_rank,
+    lora_layers,
     named,
 )  # fmt: skip
-
-HOW = ("linear", "cat", "svd")
 
 
 @torch.no_grad()
@@ -29,11 +33,11 @@ def combine_adapters(
                 rank, cross terms B_i A_j; two equal adapters at 1/2 each come out doubled
 
     The new adapter is frozen, without dropout, with scaling 1, and not made the default. Raises
-    ValueError, before anything is changed, for unknown adapters, a name in use, weights, `how`
-    or rank out of range or not fitting each other, and adapters with DoRA.
+    ValueError, before anything is changed, for unknown adapters, a name in use, a weight, `how` or
+    rank that is out of range, ranks that differ with "linear", and adapters with DoRA.
     """
-    if how not in HOW:
-        raise ValueError(f"how={how!r} must be one of {', '.join(HOW)}")
+    if how not in ("linear", "cat", "svd"):
+        raise ValueError(f"how={how!r} must be one of linear, cat, svd")
     if not weights:
         raise ValueError("weights is empty; give {adapter: weight}")
     check_names(model, *weights)

@@ -1,8 +1,7 @@
 """Adapters that start from the base, LoftQ and PiSSA; and the best product B A of a rank.
 
-Plain LoRA starts at B = 0 and leaves the base alone. These two take the dense weight W apart,
-    W  ~  base + B A,      B (out, r), A (r, in), from the largest singular triplets.
-The base is then a residual: without its adapter it is no model that anybody trained.
+W ~ base + B A, with B (out, r) and A (r, in) from the largest singular triplets: the base is then
+a residual, and without its adapter no model that anybody trained.
 """
 
 import torch

@@ -10,7 +10,13 @@ from ..quant.nf4 import NF4Spec
 from .choice import Rows, choose, keep_choice
 from .init import RESIDUAL_INITS
 from .layer import (
-    LoRAConfig, LoRALinear, check_adapter, check_dense, check_names, layers_with, lora_layers,
+    LoRAConfig,
+    LoRALinear,
+    check_adapter,
+    check_dense,
+    check_names,
+    layers_with,
+    lora_layers,
     named,
 )  # fmt: skip
 from .targets import ATTENTION, find_linears, replace_module
@@ -41,9 +47,8 @@ def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
 
 
 def inject_lora(
-    model: nn.Module, target_modules=ATTENTION, rank: int | dict[str, int] = 8,
-    alpha: float = 16, dropout: float = 0.0,
-    init: str = "kaiming", spec: QuantSpec | NF4Spec | None = None,
+    model: nn.Module, target_modules=ATTENTION, rank: int | dict[str, int] = 8, alpha: float = 16,
+    dropout: float = 0.0, init: str = "kaiming", spec: QuantSpec | NF4Spec | None = None,
     use_rslora: bool = False, use_dora: bool = False, adapter: str = "default",
 ) -> list[str]:  # fmt: skip
     """Freeze the model and put an adapter on each target layer; returns the paths of these.
@@ -52,11 +57,10 @@ def inject_lora(
     {path: rank}: targets that it leaves out get no adapter. use_dora: train each row's length
     apart (layer.weight_norm), for one more dequantization a call. init: with "kaiming" and
     "gaussian" the outputs do not change; "loftq" and "pissa" replace dense bases by residuals,
-    quantized as `spec` says (init.py).
-    Called again with other targets, it adds those to the adapter. The model's first adapter becomes
-    the default of calls. Raises ValueError, before anything is changed, for targets that match
-    nothing, a rank out of range or of no target, a name in use, and an init that does not go with
-    the spec, with DoRA or with the layers.
+    quantized as `spec` says (init.py). Draws come from torch's global generator. Called again with
+    other targets, it adds those to the adapter. The model's first adapter becomes its default.
+    Raises ValueError, before anything is changed, for targets that match nothing, a rank out of
+    range or of no target, a name in use, and an init that does not go with spec, DoRA or layers.
     """
     found = find_linears(model, target_modules)
     ranks = rank if isinstance(rank, dict) else dict.fromkeys(found, rank)
@@ -99,13 +103,12 @@ def add_adapters(
     have = lora_layers(model).values()
     default = next((m.active for m in have if m.active), None) if have else adapter
     for path, config in configs.items():
-        if isinstance(layers[path], LoRALinear):
-            layers[path].add(adapter, config)
-        else:
+        new = not isinstance(layers[path], LoRALinear)
+        if new:
             layers[path] = LoRALinear(layers[path])
-            layers[path].add(adapter, config)
-            layers[path].active = default
             replace_module(model, path, layers[path])
+        layers[path].add(adapter, config)
+        layers[path].active = default if new else layers[path].active
     return layers
 
 
@@ -122,7 +125,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 def delete_adapter(model: nn.Module, name: str) -> list[str]:
     """Take one adapter, which no call is using, off the model, where a layer's last one leaves the
     bare base layer behind; returns the paths of the layers that had it. Raises ValueError, and
-    then changes nothing, for an unknown name, merged layers, and PiSSA or LoftQ."""
+    then changes nothing, for an unknown name, merged layers, and PiSSA's or LoftQ's adapter."""
     check_names(model, name)
     layers = layers_with(model, name)
     for path, layer in layers.items():

@@ -4,7 +4,7 @@ Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
 with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
 
 Beside PEFT 0.21.2 (tuners/lora/layer.py, dora.py and bnb.py, 3,644 lines; here this file,
-choice.py and init.py, LINES): adapter files go there and back to the bit, logits and gradients
+choice.py and init.py, 486): adapter files go there and back to the bit, logits and gradients
 agree to 1e-5, DoRA's and PiSSA's to 1e-4. An adapter is chosen for a call, not set on the model.
 Left out: all but linear layers, a bias beside B, other quantizers, other initializations.
 """
@@ -162,8 +162,7 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
     def add(self, name: str, config: LoRAConfig) -> None:
-        """Add an adapter with B = 0; a layer's first one becomes its default (`active`). Raises
-        what check_adapter does."""
+        """Add an adapter, B = 0; a layer's first one is its default. Raises as check_adapter."""
         check_adapter(self, name, config)
         if name in self.configs:
             return
@@ -180,8 +179,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def take_apart(self, name: str, spec: QuantSpec | NF4Spec | None) -> None:
-        """Split the dense base into a residual, quantized as `spec` says, and adapter `name`;
-        `check_dense` is for before."""
+        """Split the dense base into a residual, quantized as `spec` says, and adapter `name`."""
         config, linear = self.configs[name], self.base
         split = loftq if config.init == "loftq" else pissa
         base, b, a = split(linear.weight.detach(), config.rank, spec)
@@ -202,8 +200,7 @@ class LoRALinear(nn.Module):
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
         self.lay_out(decoding=self.casts is not None)  # no casts of another's
         if config.use_dora:  # with B = 0 the lengths are those of W: nothing changes at step 0
-            norm = weight_norm(self.base, b, a, config.scaling)
-            self.magnitude[name] = nn.Parameter(norm)
+            self.magnitude[name] = nn.Parameter(weight_norm(self.base, b, a, config.scaling))
         self.configs[name] = config
 
     def remove(self, name: str) -> None:
@@ -251,8 +248,7 @@ class LoRALinear(nn.Module):
         return choice.join([self._adapted(name, x[rows], y[rows]) for name, rows in choice.groups])
 
     def _added_in_place(self, choice: Rows, x: Tensor, y: Tensor) -> bool:
-        """Whether the rows' updates were added into y, which saves the time of moving activations:
-        without gradients, in fp32, without DoRA."""
+        """Whether the updates were added into y itself: without gradients, in fp32, no DoRA."""
         groups = [(name, rows) for name, rows in choice.groups if name in self.configs]
         plain = x.dtype == y.dtype == torch.float32 and y.is_contiguous()
         autocast = torch.is_autocast_enabled(x.device.type)

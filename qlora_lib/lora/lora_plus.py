@@ -12,8 +12,8 @@ def lora_plus_groups(parameters: dict[str, nn.Parameter], lr: float, ratio: floa
     fast = [n for n in parameters if ".lora_B." in f".{n}" or ".magnitude." in f".{n}"]
     if not any(".lora_B." in f".{n}" for n in fast):
         raise ValueError("there is no lora_B among the parameters; call inject_lora first")
-    groups = []
-    for names, r in (([n for n in parameters if n not in fast], 1.0), (fast, float(ratio))):
-        if names:
-            groups.append({"params": [parameters[n] for n in names], "lr": lr * r, "lr_ratio": r})
-    return groups
+    slow = [n for n in parameters if n not in fast]
+    return [
+        {"params": [parameters[n] for n in names], "lr": lr * r, "lr_ratio": r}
+        for names, r in ((slow, 1.0), (fast, float(ratio))) if names
+    ]  # fmt: skip

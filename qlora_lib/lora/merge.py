@@ -79,9 +79,8 @@ def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalR
     original: the model that `model`'s base was quantized from, dense, without adapters. Its
     weights keep their dtype. After training beside a quantized base this is *another model* than
     the trained one: a part of the update answers to rounding errors that are not here. Of PiSSA
-    what it learned is added, as save_adapter writes it.
-    Raises ValueError, before anything is changed, for another model, other layers, and an adapter
-    that fits its own base alone (LoftQ, PiSSA over a quantized one).
+    what it learned is added, as save_adapter writes it. Raises ValueError, before anything is
+    changed, for another model, other layers, and an adapter that fits its own base alone.
     """
     layers = active_layers(model)
     if base_fingerprint(model) != base_fingerprint(original):
@@ -137,8 +136,7 @@ def _merge_layer(path, layer, into, dtype, hessian, options) -> tuple[nn.Module,
     dense = dense_weight(base)  # (out, in)
     target = dense + update
     if into == "dense":
-        if not isinstance(base, QuantizedLinear):
-            dtype = base.weight.dtype
+        dtype = dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
         merged = frozen_linear(target.to(dtype), base.bias)
     else:
         recipe = Recipe(base.spec, options if into == "gptq" else None)

@@ -43,27 +43,21 @@ KINDS = {
 
 
 def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRAConfig]:
-    """The layers of `model` that an adapter is for, each with its LoRA configuration.
-
-    described: the content of the adapter_config.json at `path` (named in errors). Raises ValueError
-    for settings that are missing, unknown or not supported here, and when no layer matches.
-    """
+    """The layers of `model`, each with its configuration, that the content of adapter_config.json
+    names; `path` is for errors. Raises ValueError for settings that are missing, unknown or not
+    supported here, and when no layer matches."""
     configs = {}
     with named(str(path)):
         _refuse(described)
+        init = "gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming"
+        shared = {"dropout": described.get("lora_dropout") or 0.0, "init": init}
+        shared |= {flag: described.get(flag) or False for flag in ("use_rslora", "use_dora")}
         for name in _targets(described, model):
             rank = _by_pattern(described.get("rank_pattern"), name, described["r"])
             alpha = _by_pattern(described.get("alpha_pattern"), name, described["lora_alpha"])
             if type(rank) is not int or type(alpha) not in (int, float):
                 raise ValueError(f"rank {rank!r} and alpha {alpha!r} of {name} must be numbers")
-            configs[name] = LoRAConfig(
-                rank=rank,
-                alpha=alpha,
-                dropout=described.get("lora_dropout") or 0.0,
-                init="gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming",
-                use_rslora=described.get("use_rslora") or False,
-                use_dora=described.get("use_dora") or False,
-            )
+            configs[name] = LoRAConfig(rank, alpha, **shared)
     return configs
 
 
@@ -171,10 +165,9 @@ def _fits(given: str | list[str], name: str) -> bool:
 def _is_target(described: dict, name: str) -> bool:
     targets, layers = described["target_modules"], described.get("layers_to_transform")
     # An expression, or a whole path in a list, needs no layer number.
-    if isinstance(targets, str) or name in targets or layers in (None, []):
-        return _fits(targets, name)
-    if not _fits(targets, name):
-        return False
+    fits = _fits(targets, name)
+    if not fits or isinstance(targets, str) or name in targets or layers in (None, []):
+        return fits
     given = described.get("layers_pattern") or []
     patterns = [rf"(?:.*?\.)?{p}" for p in ([given] if isinstance(given, str) else given)]
     for pattern in patterns or [r".*?\.[^.]*"]:  # the name of the list of blocks, or any

@@ -33,11 +33,9 @@ def _is_linear(layer: nn.Linear) -> bool:
 
 
 def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
-    """The target layers, dense or quantized, by path.
-
-    target_modules: "all" or "attention" (see blocks.py), or last path components, compared whole:
-    "k_proj" does not match "block_proj". Raises ValueError when a target matches nothing.
-    """
+    """The target layers, dense or quantized, by path. target_modules: "all" or "attention" (see
+    blocks.py), or last path components, compared whole: "k_proj" does not match "block_proj".
+    Raises ValueError when a target matches nothing."""
     linears = linear_layers(model)
     if target_modules in WORDS:
         return {n: linears[n] for n in linears_in_blocks(model, linears, target_modules)}

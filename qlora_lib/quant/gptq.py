@@ -12,7 +12,7 @@ and no later column can change it. Rounding this target is what the updates abov
 (the "nearest plane" of lattices: Chen et al. 2025, arXiv 2507.18553).
 
 Beside GPTQModel 7.6.0 (gptq.py and quantizer.py, 2,479 lines; here this file, hessian.py and
-grid.py, LINES): the same loss, damping, act-order, groups and clip search, and checkpoints that
+grid.py, 567): the same loss, damping, act-order, groups and clip search, and checkpoints that
 give the same logits in both. Codes differ, as scales are rounded to fp16 before codes are
 computed. Left out: group-aware act-order, convolutions and embeddings.
 """
@@ -100,11 +100,11 @@ def backsolve(W: Tensor, R: Tensor, grid, max_code: int, B: int, b: int) -> Tens
 def gptq_quantize(
     weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, options: GPTQOptions = GPTQOptions()
 ) -> QuantizedTensor:
-    """The layer's weight quantized with GPTQ (Algorithm 1 of the paper).
+    """The weight (out_features, in_features) quantized with GPTQ, in fp32, or fp64 as it came.
 
-    weight: floating point (out_features, in_features); hessian: a Hessian or its matrix (in, in),
-    which is not enough for match_dense and damp_percent=None. Works in fp32, for fp64 in fp64.
-    Raises ValueError for NaN or Inf, other shapes, and a Hessian without tokens or not mended.
+    hessian: a Hessian, or its matrix (in, in) where match_dense and damp_percent=None are not
+    asked for. Raises ValueError for NaN or Inf, other shapes, a Hessian that has seen no tokens,
+    and one that is not positive definite after damping.
     """
     check_weight(weight)
     h, n = _matrix_of(hessian), weight.shape[1]
@@ -147,8 +147,7 @@ def _matrix_of(hessian: Hessian | Tensor) -> Tensor:
 
 
 def _static_grids(w: Tensor, order: Tensor, spec: QuantSpec, cost: Tensor | None):
-    """Grids of the weight w (out, in) as it is: scale and zero-point (groups, out), and `grid` of
-    `backsolve`. order, cost: (in,)."""
+    """Scale and zero-point (groups, out) of w (out, in) as it is, and `grid` of `backsolve`."""
     groups, size = spec.groups(w.shape[1]), spec.group_size or w.shape[1]
     importance = None if cost is None else cost.view(groups, size)
     grids = fit_grid(w.unflatten(1, (groups, size)), spec, importance)  # (out, groups)

@@ -178,13 +178,11 @@ def fit_grid(w: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tu
     importance = importance.repeat(count, 1)  # (groups searched at once, size)
     groups = w.reshape(-1, size).split(len(importance))
     found = [_search(part, importance[: len(part)], spec) for part in groups]
-    scale, zero = (torch.cat(parts).view(low.shape) for parts in zip(*found))
-    return scale, zero
+    return tuple(torch.cat(parts).view(low.shape) for parts in zip(*found))
 
 
 def _search(w: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point (groups,) of the best grid among those of all CLIP_RATIOS; w and
-    importance (groups, group_size)."""
+    """Scale and zero-point (groups,) of the best grids; w and importance (groups, group_size)."""
     (least, first), (most, last) = w.min(-1), w.max(-1)  # (groups,)
     # What an error at either end of a group counts at least.
     ends = importance.gather(1, torch.stack([first, last], 1)).amin(1)  # (groups,)

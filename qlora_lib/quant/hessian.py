@@ -82,10 +82,9 @@ def act_order(h: Tensor) -> Tensor:
 def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
     """The upper triangular R (in, in) with R R^T = H + damping; R^-1 is the U of Algorithm 1.
 
-    order: (in,), in which the columns are gone through; R is of H[order][:, order]. Cholesky gives
-    a lower factor L of J H J, the rows and columns of H reversed, and R = J L J. Columns that no
-    input ever excites ("dead": H[j, j] = 0) get the mean diagonal, and so are rounded to nearest.
-    Raises ValueError, naming the column, when the damped H is not positive definite.
+    order (in,): R is of H[order][:, order]. Cholesky gives a lower factor L of J H J, the rows and
+    columns of H reversed, and R = J L J. Columns that no input excites (H[j, j] = 0) get the mean
+    diagonal, for rounding to nearest. Raises ValueError when the damped H is not positive definite.
     """
     order = torch.arange(len(h), device=h.device) if order is None else order
     last_first = order.flip(0)

@@ -3,7 +3,7 @@
 Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3.
 
 Beside bitsandbytes 0.50.2 (functional.py and backends/default/ops.py, 2,442 lines without the
-kernels in C++; here LINES): levels, packed bytes, absmax, nested absmax and decoded values are
+kernels in C++; here 170): levels, packed bytes, absmax, nested absmax and decoded values are
 the same to the bit. The 8-bit codes of double quantization are the nearest here, where its
 search on a CPU may miss by 3e-5 of the range. Left out: FP4, other dtypes than uint8.
 """

@@ -45,8 +45,7 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Inverse of `pack`: uint8 (..., ceil(n * bits / 8)) -> uint8 codes of `shape` (..., n).
-    Raises ValueError when bytes and shape disagree."""
+    """Inverse of `pack`: uint8 codes of `shape` (..., n); ValueError when the bytes do not fit."""
     check_bits(bits)
     n = shape[-1]
     expected = (*shape[:-1], packed_width(n, bits))

@@ -22,10 +22,9 @@ def refit_scales(
 ) -> QuantizedTensor:
     """The same codes with the scales that bring the layer's outputs closest to the weight's.
 
-    weight: floating point (out, in); quantized: any rounding of it; h: (in, in), the matrix of a
-    Hessian. damp_percent, added to h's diagonal relative to its mean, pulls towards the weight
-    itself. Scales stay positive and are rounded to fp16; a row whose damped loss would not fall
-    after that keeps its own. Raises ValueError for other shapes and groups of different sizes.
+    quantized: any rounding of the weight (out, in); h (in, in): the matrix of a Hessian, whose
+    damping pulls towards the weight. A row whose damped loss would not fall, with scales in fp16,
+    keeps its own. Raises ValueError for other shapes and groups of different sizes.
     """
     w = as_float(weight.detach())
     if w.shape != quantized.shape or h.shape != (w.shape[1], w.shape[1]):

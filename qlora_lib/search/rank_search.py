@@ -16,7 +16,7 @@ import copy
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -149,8 +149,7 @@ class Search:
         return self.rows[name]
 
     def train_one(self, trial: Trial):
-        """(a trained copy of the model, the trial's facts). Raises ValueError for more examples
-        than there are."""
+        """(a trained copy of the model, the trial's facts); ValueError for too many examples."""
         n = len(self.train) if trial.examples is None else trial.examples
         if not 1 <= n <= len(self.train):
             raise ValueError(f"examples={n}; the search has {len(self.train)} train pairs")
@@ -200,7 +199,7 @@ class RankSearch:
     candidates: list[Candidate]
     best: Candidate
     optimal: Candidate
-    stopped: list[Candidate] = field(default_factory=list)
+    stopped: list[Candidate]
 
     def __str__(self) -> str:
         lines = [f"{'rank':>5} {'on':<10}{'parameters':>11}{'seconds':>9}   dev accuracy [95%]"
