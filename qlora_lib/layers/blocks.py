@@ -10,12 +10,9 @@ WORDS = ("all", "attention")
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return path and list of the blocks of a model's text decoder.
-
-    A vision or audio tower may have as many blocks, so only the part that transformers calls the
-    decoder is searched, and in it no part with a config of another kind. Raises ValueError when
-    that has no list of the config's length.
-    """
+    """Path and list of the blocks of a model's text decoder: a vision or audio tower may have as
+    many, so only what transformers calls the decoder is searched, without parts that have a config
+    of another kind. Raises ValueError for none."""
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} has no config that counts its decoder blocks")
     text = model.config.get_text_config()
@@ -32,19 +29,16 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _config_around(model: nn.Module, path: str):
-    """Return the config of the nearest module around `path` that has one."""
+    """The config of the nearest module around `path` that has one."""
     path = path.rpartition(".")[0]
     around = model.get_submodule(path)
     return around.config if hasattr(around, "config") else _config_around(model, path)
 
 
 def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list[str]:
-    """Those of the linear layers at `paths` that a word means.
-
-    "all": every one in a decoder block, so not the head. "attention": of these, the ones inside
-    a module that is named for it (self_attn, attn, self_attention ...). Raises ValueError when
-    that is none, and for "all" where a block has other matrices too, such as stacked experts.
-    """
+    """Those of the linear layers at `paths` that a word means: "all" in decoder blocks, so not the
+    head, or of these the ones inside a module that is named for "attention". Raises ValueError for
+    none, and for "all" where a block has other matrices too, such as stacked experts."""
     prefix, blocks = decoder_blocks(model)
     inside = [path for path in paths if path.startswith(f"{prefix}.")]
     if word == "all":
@@ -52,14 +46,11 @@ def linears_in_blocks(model: nn.Module, paths: Iterable[str], word: str) -> list
         matrices = (f"{prefix}.{n}" for n, p in blocks.named_parameters() if p.dim() > 1)
         others = [n for n in matrices if not n.startswith(parts)]
         if others:
-            raise ValueError(
-                f"the blocks of {type(model).__name__} have matrices outside of linear layers, "
-                f"such as {others[0]}, so 'all' can't mean all; name target_modules to leave "
-                "these as they are"
-            )
+            raise ValueError(f"the blocks of {type(model).__name__} have matrices outside of "
+                             f"linear layers, such as {others[0]}, so 'all' can't mean all; name "
+                             "target_modules to leave these as they are")  # fmt: skip
     else:
-        parents = {path: path.rpartition(".")[0] for path in inside}
-        inside = [path for path in inside if re.search("attn|attention", parents[path])]
+        inside = [p for p in inside if re.search("attn|attention", p.rpartition(".")[0])]
     if not inside:
         raise ValueError(f"{word!r} matches no linear layer of {type(model).__name__}")
     return inside

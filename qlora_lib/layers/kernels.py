@@ -1,8 +1,8 @@
 """Products with a packed weight, on the path that is fastest for device, dtype and batch.
 
 A few tokens in bf16 on a CPU: torch's int4 operator, which wants the codes in an order of its
-own (`Int4Tiles`), held instead of ours while text is decoded (`linear.decoding_layout`). On a
-GPU: our Triton kernels. Everything else: some rows of the weight are made dense at a time.
+own (`Int4Tiles`, see `linear.decoding_layout`). On a GPU: our Triton kernels. Everything else:
+some rows of the weight are made dense at a time.
 """
 
 import warnings
@@ -27,8 +27,7 @@ class Int4Tiles(QuantizedTensor):
 
     codes       uint8 (out / tile, in, tile / 2): byte [t, k, i] holds input feature k of row
                 i of tile t (low nibble) and of row i + tile / 2 (high nibble)
-    op_grids    bf16 (groups, out, 2): scale, and the value of code 8; what the operator reads
-    The others are those of QuantizedTensor, and so is what `dequantize` returns.
+    op_grids    bf16 (groups, out, 2): scale, and the value of code 8
     """
 
     op_grids: Tensor
@@ -66,12 +65,11 @@ def _tiled(q: Tensor, tile: int) -> Tensor:
 
 def int4_tiles(weight: QuantizedTensor | NF4Tensor) -> Int4Tiles | None:
     """The weight in the operator's order, or None where the operator can't serve it."""
-    if not isinstance(weight, QuantizedTensor) or weight.spec.bits != 4:
+    grids = isinstance(weight, QuantizedTensor) and weight.spec.bits == 4 and weight.g_idx is None
+    if not grids or weight.codes.device.type != "cpu":
         return None
     (out, n), groups = weight.shape, weight.scale.shape[1]
-    if weight.g_idx is not None or n // groups not in INT4_GROUPS:
-        return None
-    if weight.codes.device.type != "cpu" or tile_rows() is None or out % tile_rows():
+    if n // groups not in INT4_GROUPS or tile_rows() is None or out % tile_rows():
         return None
     scale, zero = weight.scale.float(), weight.zero_point.float()
     op_grids = torch.stack([scale.t(), ((8 - zero) * scale).t()], dim=2)  # (groups, out, 2)
@@ -80,8 +78,7 @@ def int4_tiles(weight: QuantizedTensor | NF4Tensor) -> Int4Tiles | None:
 
 
 def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In what a product in `dtype` is computed: a CPU without instructions for half precision
-    multiplies in fp32, which is several times as fast there, and more exact."""
+    """In what a product in `dtype` is computed: fp32 on a CPU where half precision is slow."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
     bf16_is_fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -128,9 +125,8 @@ def fused_kernels(device: torch.device):
 
         triton_kernels.try_out(device)
     except Exception as error:  # no C compiler, no headers of Python, a GPU that Triton can't serve
-        warnings.warn(f"Triton does not work here ({error}): packed weights are made dense for "
-                      "each product, which is slower. It needs a C compiler and Python's headers "
-                      "(apt install gcc python3-dev)")  # fmt: skip
+        warnings.warn(f"Triton does not work here ({error}): products are slower. It needs a C "
+                      "compiler and Python's headers (apt install gcc python3-dev)")  # fmt: skip
         return None
     return triton_kernels
 
@@ -152,10 +148,8 @@ def product_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """x (..., in) @ W^T -> (..., out) in `dtype`, without gradients.
-
-    From `product` it differs by the operator's bf16 grids: up to 2**-8 of |x| |W|^T.
-    """
+    """x (..., in) @ W^T -> (..., out) in `dtype`, without gradients; from `product` it differs by
+    the operator's bf16 grids: up to 2**-8 of |x| |W|^T."""
     few = x.shape[:-1].numel() <= INT4_TOKENS
     if not (isinstance(weight, Int4Tiles) and dtype == torch.bfloat16 and few):
         return product(x, weight, dtype)

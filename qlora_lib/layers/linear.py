@@ -15,11 +15,8 @@ Quantized = QuantizedTensor | NF4Tensor
 
 
 class _DequantizedMatmul(torch.autograd.Function):
-    """y = x W^T with W dequantized for the product, and again for its gradient.
-
-    F.linear would save the dense W for backward. Here autograd saves nothing but the packed
-    tensor that the layer holds anyway.
-    """
+    """y = x W^T with W dequantized for the product, and again for its gradient: F.linear would
+    save the dense W for backward, here autograd saves nothing that the layer does not hold."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Quantized, dtype) -> Tensor:
@@ -39,11 +36,9 @@ class WeightRead(AttributeError, ValueError):
 class QuantizedLinear(nn.Module):
     """A drop-in for nn.Linear with a frozen, packed weight.
 
-    Its buffers are the tensors of the quantized weight (`codes`, `scale`, ...), so that
-    state_dict, .to(device) and safetensors see exactly what is stored. Computes in the
-    autocast dtype where autocast is on, else in the dtype of its input. `.to(dtype)` and
-    `.half()` leave the packed weight as it is. Within `decoding_layout` the buffer `codes`
-    lies in another order; what state_dict, `quantized` and `dequantize` return is the same.
+    Its buffers are the tensors of the quantized weight (`codes`, `scale`, ...), which `.to(dtype)`
+    and `.half()` leave as they are. Computes in the autocast dtype where autocast is on, else in
+    the dtype of its input. Within `decoding_layout` only the buffers lie in another order.
     """
 
     def __init__(self, quantized: Quantized, bias: Tensor | None = None):
@@ -59,13 +54,13 @@ class QuantizedLinear(nn.Module):
 
     def __getattr__(self, name: str):
         if name == "weight":  # some models' forward reads it
-            raise WeightRead("a QuantizedLinear keeps no dense weight; dequantize() makes it. Leave "
-                             "layers whose model reads .weight out of target_modules")  # fmt: skip
+            raise WeightRead("a QuantizedLinear keeps no dense weight; dequantize() makes it. "
+                             "Leave layers that are read so out of target_modules")  # fmt: skip
         return super().__getattr__(name)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantized: Quantized) -> "QuantizedLinear":
-        """The layer with a linear layer's bias; raises ValueError if shapes differ."""
+        """The layer with a linear layer's bias. Raises ValueError if shapes differ."""
         shape = (linear.out_features, linear.in_features)
         if tuple(quantized.shape) != shape:
             raise ValueError(f"the layer is {shape}, the quantized weight {tuple(quantized.shape)}")
@@ -73,7 +68,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def held(self) -> Quantized:
-        """The packed weight as this layer's buffers hold it; a view on them, no copy."""
+        """The packed weight as this layer's buffers hold it; no copy."""
         known = {name: getattr(self, name) for name in self._packed}
         known |= {"shape": torch.Size((self.out_features, self.in_features)), "spec": self.spec}
         if known["codes"].dim() == 3:  # the codes tell their own layout: 3 axes are tiles
@@ -82,7 +77,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def quantized(self) -> Quantized:
-        """The packed weight; a view on this layer's buffers, or a copy in `decoding_layout`."""
+        """The packed weight; a view on the buffers, or a copy in `decoding_layout`."""
         held = self.held
         return held.in_order() if isinstance(held, Int4Tiles) else held
 
@@ -179,12 +174,10 @@ def dense_pieces(layer: nn.Linear | QuantizedLinear) -> Iterator[tuple[slice, Te
 
 @contextmanager
 def decoding_layout(model: nn.Module):
-    """Within it, layers that torch's int4 operator can serve (4-bit grids on a CPU, groups of
-    32 to 256 in order) hold their codes in its layout, instead of ours: one copy either way.
-    Adapters hold a copy of A and B in the autocast dtype, made at the first call.
+    """Within it, a few tokens at a time in bf16, without gradients, are several times as fast.
 
-    A few tokens at a time in bf16, without gradients, are then several times as fast. The change
-    and the way back cost about two dequantizations of each layer.
+    Layers that torch's int4 operator can serve (4-bit grids on a CPU, groups of 32 to 256 in
+    order) then hold their codes in its layout, adapters a copy of A and B in the autocast dtype.
     """
     layers = [m for m in model.modules() if hasattr(m, "lay_out")]
     try:

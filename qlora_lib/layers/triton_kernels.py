@@ -1,11 +1,8 @@
 """Products with a packed 4-bit weight in Triton: decode and multiply in one pass (W4A16).
 
-The packed codes are read once and decoded in registers, a tile at a time; no dense weight is
-ever written to memory. Three kernels:
-
-_vector    one token, the step of decoding: sums on ordinary cores
-_matrix    more tokens: tl.dot, on tensor cores
-_backward  the gradient of the inputs
+The codes are decoded in registers, a tile at a time; no dense weight is written to memory.
+`_vector` serves one token, the step of decoding, on ordinary cores, `_matrix` more of them on
+tensor cores, `_backward` the gradient of the inputs.
 
 Scale and zero-point are the same for a whole group, so they leave the sum:
     sum_k scale (q_k - zero) x_k  =  scale (sum_k q_k x_k  -  zero sum_k x_k)
@@ -14,13 +11,8 @@ A byte holds an even feature (low nibble) and the odd one after it (high nibble)
 even inputs, odd codes odd inputs, and both sums add up. With few tokens there are few tiles: the
 features are split between several programs (split-K), whose sums are added in fixed order.
 
-On a GPU Triton compiles the kernels and times some tile sizes at the first call of a shape.
-Without one they run in Triton's interpreter, op by op in NumPy, thousands of times slower: to
-be read, stepped through and tested. Its +, * and tl.dot of bf16 are wrong, without an error, and
-casts to bf16 truncate. So everything here is computed in fp32, or in the dtype that DOT names.
-
-Not served (`serves` says so, kernels.py goes another way): act-order groups, NF4, other widths
-than 4 bits, groups that 32 does not divide.
+Without a GPU the kernels run in Triton's interpreter, in NumPy. Its +, * and tl.dot of bf16 are
+wrong, without an error: everything here is computed in fp32, or in the dtype that DOT names.
 """
 
 import os
@@ -45,8 +37,8 @@ PROGRAMS = 4  # for each multiprocessor of the GPU: that many keep its memory bu
 
 
 def tiles(*configs: tuple[dict, int, int]) -> list[triton.Config]:
-    """(sizes, warps, stages) to be timed on a GPU. The interpreter takes one small tile, so that
-    small shapes have several, and edges to mask."""
+    """(sizes, warps, stages) to be timed on a GPU at the first call of a shape; in the interpreter
+    one small tile, so that small shapes have several, and edges to mask."""
     if INTERPRETED:
         return [triton.Config({k: 2 if k == "UNITS" else 16 for k in configs[0][0]})]
     return [triton.Config(sizes, num_warps=w, num_stages=s) for sizes, w, s in configs]
@@ -103,10 +95,8 @@ def _matrix(
     x, codes, scale, zero, y, about, tokens, out, n, row_bytes, groups, per_group, per_split,
     WIDTH: tl.constexpr, DOT: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """x (tokens, n), codes (out, row_bytes) -> y (splits, tokens, out), a tile a program.
-
-    The tile is that of W x^T: the decoded codes are the left factor, as they lie in registers.
-    """
+    """x (tokens, n), codes (out, row_bytes) -> y (splits, tokens, out), a tile of W x^T a program:
+    the decoded codes are the left factor, as they lie in registers."""
     rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     first = tl.program_id(2) * per_split
@@ -180,7 +170,7 @@ def _touch(x):
 
 
 def try_out(device: torch.device) -> None:
-    """Compiles and runs the smallest of kernels; raises whatever keeps Triton from doing so."""
+    """Runs the smallest of kernels; raises whatever keeps Triton from compiling it."""
     x = torch.zeros(1, device=device)
     with torch.cuda.device_of(x):
         _touch[(1,)](x)
@@ -212,8 +202,7 @@ def _layout(weight: QuantizedTensor) -> dict:
 
 
 def _rows(x: Tensor, width: int, what: str) -> Tensor:
-    """x (..., width) -> (tokens, width), contiguous; ValueError for another width, and for a
-    CPU's tensors where Triton was imported without its interpreter."""
+    """x (..., width) -> (tokens, width), contiguous."""
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError("on a CPU these kernels need Triton's interpreter: set the environment "
                          "variable TRITON_INTERPRET=1 before Python starts")  # fmt: skip
@@ -240,14 +229,11 @@ def splits(out: int, tokens: int, units: int, device: torch.device) -> int:
 
 
 def matmul(x: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """x (..., in) @ W^T -> (..., out) in `dtype`, accumulated in fp32, without gradients.
-
-    Raises ValueError for another number of features; ask `serves` first.
-    """
-    layout = _layout(weight)
-    flat, width = _rows(x, weight.shape[1], "features").to(dtype), layout["WIDTH"]
-    tokens, out = len(flat), weight.shape[0]
-    units = -(-weight.shape[1] // width)
+    """x (..., in) @ W^T -> (..., out) in `dtype`, accumulated in fp32, without gradients, where
+    `serves` says so. Raises ValueError for another number of features."""
+    layout, (out, n) = _layout(weight), weight.shape
+    flat = _rows(x, n, "features").to(dtype)
+    tokens, units = len(flat), -(-n // layout["WIDTH"])
     parts = splits(out, tokens, units, x.device) if tokens <= FEW_TOKENS else 1
     per_split = -(-units // parts)
     if tokens == 1:

@@ -1,8 +1,5 @@
-"""Which adapter a call uses: chosen for a block of code, kept for what backward recomputes.
-
-The choice is a context variable, by layer: threads and asyncio tasks do not see each other's,
-and a second model in the same block keeps its own.
-"""
+"""Which adapter a call uses, by layer: a context variable, so that threads and asyncio tasks do
+not see each other's choice."""
 
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -34,11 +31,9 @@ class Rows:
     def check(self, x: Tensor) -> None:
         """Raises ValueError when the batch has not one row a name."""
         if x.dim() < 2 or x.shape[0] != self.count:
-            raise ValueError(
-                f"use_adapter was given {self.count} names, one a row, and the batch has "
-                f"{x.shape[0]} rows; where generate(num_return_sequences=k) repeats each row, "
-                "repeat each name k times: [n for n in names for _ in range(k)]"
-            )
+            raise ValueError(f"use_adapter was given {self.count} names, one a row, and the batch "
+                             f"has {x.shape[0]} rows; for generate(num_return_sequences=k) repeat "
+                             "each name k times: [n for n in names for _ in range(k)]")  # fmt: skip
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The groups' rows, one batch again."""
@@ -47,7 +42,7 @@ class Rows:
 
 
 def _rows(rows: list[int], device: torch.device) -> slice | Tensor:
-    """Rows that lie together as a slice, which is a view: no copy of the activations."""
+    """Rows that lie together as a slice: indexing by it copies no activations."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return torch.tensor(rows, device=device)
@@ -69,11 +64,8 @@ def choose(choices: dict, only: bool = False):
 
 
 def keep_choice(checkpoint):
-    """A checkpoint function like the given one, recomputing with the adapter of the forward pass.
-
-    Backward recomputes a block after `use_adapter` has ended, or in a thread of autograd's own
-    (CUDA), which inherits no context variable: the block would run with the default adapter.
-    """
+    """A checkpoint function like the given one, recomputing with the adapter of the forward pass:
+    backward comes after `use_adapter` has ended, or in a thread without its context variable."""
     if getattr(checkpoint, "keeps_choice", False):
         return checkpoint
 

@@ -17,36 +17,27 @@ from .layer import (
     named,
 )  # fmt: skip
 
-HOW = ("linear", "cat", "svd")
-
 
 @torch.no_grad()
 def combine_adapters(
-    model: nn.Module,
-    weights: dict[str, float],
-    into: str,
-    how: str = "cat",
+    model: nn.Module, weights: dict[str, float], into: str, how: str = "cat",
     rank: int | None = None,
-) -> list[str]:
-    """Add an adapter `into` that is a weighted sum of others, within the layers of any of them.
+) -> list[str]:  # fmt: skip
+    """Add an adapter `into` that is a weighted sum of others; returns the paths of its layers.
 
-    With updates D_i = s_i B_i A_i (s_i the scaling) and weights w_i, negative ones too:
+    With updates D_i = s_i B_i A_i (s_i the scaling) and weights w_i, negative ones too, as PEFT's
+    add_weighted_adapter has them:
       "cat"     sum w_i D_i, exactly: A's below one another, B's side by side; the ranks add up
-      "svd"     the best approximation of that sum of rank `rank` (None: a layer's largest of
-                theirs)
-      "linear"  B A with A = sum sign(w_i) sqrt(|w_i| s_i) A_i, B = sum sqrt(|w_i| s_i) B_i:
-                one rank, and cross terms B_i A_j that no adapter ever was
-    These are PEFT's add_weighted_adapter with the combination types of these names. Weights
-    that sum to 1 average the updates with "cat" alone: mean(B) mean(A) != mean(B A), and with
-    "linear" two equal adapters at 1/2 each come out doubled.
+      "svd"     the best approximation of that sum of rank `rank` (None: a layer's largest one)
+      "linear"  B A with A = sum sign(w_i) sqrt(|w_i| s_i) A_i, B = sum sqrt(|w_i| s_i) B_i: one
+                rank, cross terms B_i A_j; two equal adapters at 1/2 each come out doubled
 
-    The new adapter is frozen, without dropout, with scaling 1, and not made the default. Returns
-    the paths of its layers. Raises ValueError, before anything is changed, for unknown adapters,
-    a name in use, weights that are not finite, an unknown `how`, different ranks with "linear",
-    a rank with others than "svd", one below 1 or above a layer's own, and adapters with DoRA.
+    The new adapter is frozen, without dropout, with scaling 1, and not made the default. Raises
+    ValueError, before anything is changed, for unknown adapters, a name in use, a weight, `how` or
+    rank that is out of range, ranks that differ with "linear", and adapters with DoRA.
     """
-    if how not in HOW:
-        raise ValueError(f"how={how!r} must be one of {', '.join(HOW)}")
+    if how not in ("linear", "cat", "svd"):
+        raise ValueError(f"how={how!r} must be one of linear, cat, svd")
     if not weights:
         raise ValueError("weights is empty; give {adapter: weight}")
     check_names(model, *weights)
@@ -88,19 +79,17 @@ def check_plain(layer: LoRALinear, names) -> None:
 
 def _combined(layer: LoRALinear, weights: dict[str, float], how: str, rank: int | None):
     """B (out, r) and A (r, in) with scaling 1."""
-    factors = []
-    for name, weight in weights.items():
-        scale = weight * layer.configs[name].scaling
-        factors.append((scale, layer.lora_B[name].detach(), layer.lora_A[name].detach()))
+    scales = {n: weight * layer.configs[n].scaling for n, weight in weights.items()}
     ranks = {n: layer.configs[n].rank for n in weights}
     if how == "linear":
         if len(set(ranks.values())) > 1:
             raise ValueError(f"how='linear' adds A to A and B to B, of one rank; these have "
                              f"{ranks}: take how='cat' or 'svd'")  # fmt: skip
-        a = sum(math.copysign(math.sqrt(abs(s)), s) * a for s, _, a in factors)
-        return sum(math.sqrt(abs(s)) * b for s, b, _ in factors), a
-    b = torch.cat([b for _, b, _ in factors], dim=1)  # (out, sum of ranks)
-    a = torch.cat([s * a for s, _, a in factors])  # (sum of ranks, in)
+        b = sum(math.sqrt(abs(s)) * layer.lora_B[n] for n, s in scales.items())
+        a = sum(math.copysign(math.sqrt(abs(s)), s) * layer.lora_A[n] for n, s in scales.items())
+        return b, a
+    b = torch.cat([layer.lora_B[n] for n in scales], dim=1)  # (out, sum of ranks)
+    a = torch.cat([s * layer.lora_A[n] for n, s in scales.items()])  # (sum of ranks, in)
     if how == "cat":
         return b, a
     rank = max(ranks.values()) if rank is None else rank

@@ -21,19 +21,16 @@ MAGNITUDE = "lora_magnitude_vector"  # DoRA's, in the file
 
 
 def save_adapter(
-    model: nn.Module,
-    folder: Path | str,
-    adapter: str = "default",
+    model: nn.Module, folder: Path | str, adapter: str = "default",
     dtype: torch.dtype = torch.float32,
-) -> None:
+) -> None:  # fmt: skip
     """Write one adapter in PEFT's layout: adapter_model.safetensors, adapter_config.json.
 
     dtype: of the stored tensors; they are read back as fp32. PiSSA over a dense base is written
     as what it learned, B A - (B A at step 0): plain LoRA of rank 2 r for the original model. Over
     a quantized base, LoftQ and PiSSA fit that base alone, which the file names by a hash.
-    Raises ValueError when the model has no adapter of that name, when its layers differ in
-    dropout, use_rslora or use_dora, for which PEFT has one value, when PiSSA's difference would
-    be stored in 16 bits, and when the folder holds other files.
+    Raises ValueError for an unknown adapter, layers that differ in what PEFT has one value for,
+    PiSSA's difference in 16 bits, and a folder that holds other files.
     """
     layers = layers_with(model, adapter)
     if not layers:
@@ -58,10 +55,9 @@ def save_adapter(
     if Path(name).is_relative_to(ROOT):  # a folder of this repository as seen from its root
         name = Path(name).relative_to(ROOT).as_posix()
     described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name}
-    described |= describe(model, configs)
+    text = json.dumps(described | describe(model, configs), indent=1) + "\n"
     with atomic_folder(folder, ADAPTER_CONFIG) as scratch:
         save_file(state, scratch / ADAPTER, metadata=metadata)
-        text = json.dumps(described, indent=1) + "\n"
         (scratch / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -79,10 +75,8 @@ def _update(layer: LoRALinear, adapter: str) -> tuple[LoRAConfig, Tensor, Tensor
 
 
 def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
-    """The first of the folders with an adapter that was trained on this model's base.
-
-    Raises FileNotFoundError, saying what each folder holds, when none fits.
-    """
+    """The first of the folders with an adapter that was trained on this model's base. Raises
+    FileNotFoundError, saying what each folder holds, when none fits."""
     wanted, found = base_fingerprint(model), []
     for folder in map(Path, folders):
         try:
@@ -93,20 +87,16 @@ def find_adapter(model: nn.Module, *folders: Path | str) -> Path:
         if base == wanted:
             return folder
         found.append(f"{folder}: {base}")
-    raise FileNotFoundError(
-        f"no adapter was trained on this base, {wanted} ({'; '.join(found)}); train one with "
-        "`python -m qlora_lib finetune`"
-    )
+    raise FileNotFoundError(f"no adapter was trained on this base, {wanted} ({'; '.join(found)}); "
+                            "train one with `python -m qlora_lib finetune`")  # fmt: skip
 
 
 def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default") -> list[str]:
-    """Read an adapter in PEFT's layout and put it on the model, frozen.
+    """Put an adapter in PEFT's layout on the model, frozen; returns the paths of its layers.
 
     One that was saved here names its base by a hash; of one that PEFT saved, ranks and shapes
-    are all that is checked. Returns the paths of the adapted layers. Raises FileNotFoundError for
-    a missing file, ValueError for a corrupt file, an adapter for another base, rank or shape,
-    LoftQ's and PiSSA's beside another quantized base than their own, and settings that this
-    package does not have (peft_config.py).
+    are all that is checked. Raises FileNotFoundError for a missing file, ValueError for a corrupt
+    one, another base, rank or shape, and settings that this package does not have.
     """
     folder = Path(folder)
     described = read_json(folder / ADAPTER_CONFIG)
@@ -115,26 +105,21 @@ def load_adapter(model: nn.Module, folder: Path | str, adapter: str = "default")
         marks = file.metadata() or {}
     base, own = marks.get("base"), base_fingerprint(model)
     if base is not None and base != own:
-        raise ValueError(
-            f"load the model that was trained ({base}; this one is {own}), or train an adapter "
-            f"for this one: the adapter in {folder} was trained on another base model"
-        )
+        raise ValueError(f"load the model that was trained ({base}; this one is {own}), or train "
+                         f"an adapter for this one: the adapter in {folder} was trained on "
+                         "another base model")  # fmt: skip
     configs = read_config(folder / ADAPTER_CONFIG, described, model)
     residual = marks.get("residual base")
     own = residual and residual_fingerprint({path: model.get_submodule(path) for path in configs})
     if own != residual:
-        raise ValueError(
-            f"{folder}: init={marks.get('init')!r} made this adapter together with its "
-            f"quantized base ({residual}; this model's is {own}), and it fits no other; "
-            "load the base that was saved beside it (save_quantized, load_quantized)"
-        )
+        raise ValueError(f"{folder}: init={marks.get('init')!r} made this adapter together with "
+                         f"its quantized base ({residual}; this model's is {own}); load the base "
+                         "that was saved beside it (load_quantized)")  # fmt: skip
     wanted = {path: _tensors(folder, state, model, path, c) for path, c in configs.items()}
     _drop_copies_of_the_base(folder, state, model)
     if state:
-        raise ValueError(
-            f"{folder} holds tensors for layers this model lacks, or that its config does not "
-            f"choose: {list(state)[:3]}; is this the adapter's base?"
-        )
+        raise ValueError(f"{folder} holds tensors for layers this model lacks, or that its config "
+                         f"does not choose: {list(state)[:3]}; is this its base?")  # fmt: skip
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     layers = add_adapters(model, configs, adapter)
     for path, layer in layers.items():
@@ -153,10 +138,8 @@ def _drop_copies_of_the_base(folder: Path, state: dict, model: nn.Module) -> Non
         for key in (f"base_model.model.{path}{kind}.weight" for kind in ("", ".base_layer")):
             theirs = state.pop(key, None)
             if theirs is not None and not torch.equal(theirs.to(weight), weight):
-                raise ValueError(
-                    f"{folder}: {key} is not the weight of this model; load the base that the "
-                    "adapter was trained on (with its vocabulary, if that was enlarged)"
-                )
+                raise ValueError(f"{folder}: {key} is not the weight of this model; load the base "
+                                 "that was trained (with its vocabulary, if enlarged)")  # fmt: skip
 
 
 def _tensors(folder: Path, state: dict, model: nn.Module, path: str, config: LoRAConfig):
@@ -170,14 +153,12 @@ def _tensors(folder: Path, state: dict, model: nn.Module, path: str, config: LoR
         tensor = state.pop(key, None)
         if tensor is None or tuple(tensor.shape) != shape:
             got = "nothing" if tensor is None else tuple(tensor.shape)
-            raise ValueError(
-                f"{folder}: {key} should be {shape}, found {got}; the rank is r={rank} of "
-                f"{ADAPTER_CONFIG}, the other size is this model's: is it the adapter's base?"
-            )
+            raise ValueError(f"{folder}: {key} should be {shape}, found {got}; r={rank} is that of "
+                             f"{ADAPTER_CONFIG}, the other size this model's: is it the "
+                             "adapter's base?")  # fmt: skip
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(
-                f"{folder}: {key} ({tensor.dtype}) holds NaN, Inf or no floating-point numbers; "
-                "the training diverged, or the file is broken: save the adapter again"
-            )
+            raise ValueError(f"{folder}: {key} ({tensor.dtype}) holds NaN, Inf or "
+                             "no floating-point numbers; the training diverged, or the file is "
+                             "broken")  # fmt: skip
         tensors.append(tensor)
     return tensors

@@ -10,11 +10,8 @@ from .targets import linear_layers
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """A hash of the base's parameters outside of linear layers: embeddings and norms.
-
-    It names the model whatever its linears are stored in: packed or dense. Values are hashed as
-    what bf16 and fp16 can both hold, so that a model is recognised in every dtype.
-    """
+    """A hash of the base's embeddings and norms: the same whether its linears are packed or dense,
+    and, from what bf16 and fp16 can both hold, in every dtype."""
     digest, linears = hashlib.sha256(), tuple(f"{path}." for path in linear_layers(model))
     for name, p in sorted(model.named_parameters()):
         if not name.startswith(linears):

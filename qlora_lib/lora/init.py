@@ -1,8 +1,7 @@
 """Adapters that start from the base, LoftQ and PiSSA; and the best product B A of a rank.
 
-Plain LoRA starts at B = 0 and leaves the base alone. These two take the dense weight W apart,
-    W  ~  base + B A,      B (out, r), A (r, in), from the largest singular triplets.
-The base is then a residual: without its adapter it is no model that anybody trained.
+W ~ base + B A, with B (out, r) and A (r, in) from the largest singular triplets: the base is then
+a residual, and without its adapter no model that anybody trained.
 """
 
 import torch
@@ -20,11 +19,8 @@ LOFTQ_STEPS = 5  # T of the paper's experiments
 def pissa(
     weight: Tensor, rank: int, spec: QuantSpec | NF4Spec | None = None
 ) -> tuple[Tensor | Quantized, Tensor, Tensor]:
-    """PiSSA (Meng et al. 2024, arXiv 2404.02948, eq. 2-4): B A is the principal part of W.
-
-    weight (out, in). Returns (base, B, A): the residual W - B A, dense fp32, or quantized
-    as `spec` says (QPiSSA).
-    """
+    """(base, B, A) of PiSSA (Meng et al. 2024, arXiv 2404.02948, eq. 2-4): B A is the principal
+    part of the weight (out, in), the base W - B A, dense fp32 or quantized as `spec` says."""
     b, a = low_rank(weight.detach(), rank)
     with torch.autocast(weight.device.type, enabled=False):
         residual = weight.detach().float() - b @ a
@@ -34,11 +30,8 @@ def pissa(
 def loftq(
     weight: Tensor, rank: int, spec: QuantSpec | NF4Spec, steps: int = LOFTQ_STEPS
 ) -> tuple[Quantized, Tensor, Tensor]:
-    """LoftQ (Li et al. 2023, arXiv 2310.08659, Algorithm 1): B A mends what rounding breaks.
-
-    weight (out, in). Alternates Q = quantize(W - B A) and B A = low_rank(W - Q), `steps`
-    times from B A = 0. Returns (Q, B, A).
-    """
+    """(Q, B, A) of LoftQ (Li et al. 2023, arXiv 2310.08659, Algorithm 1) for a weight (out, in):
+    Q = quantize(W - B A) and B A = low_rank(W - Q) in turn, `steps` times from B A = 0."""
     w, product = weight.detach().float(), 0
     with torch.autocast(w.device.type, enabled=False):
         for _ in range(steps):
@@ -60,10 +53,7 @@ def balanced(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,) and V^T (k, in) of B A, k = min(rank, out, in).
-
-    Two thin QR decompositions leave a core (k, k); no dense (out, in) product is formed.
-    """
+    """U (out, k), S (k,) and V^T (k, in) of B A, k = min(rank, out, in), without forming it."""
     with torch.autocast(b.device.type, enabled=False):
         qb, rb = torch.linalg.qr(b.float())  # (out, k), (k, rank)
         qa, ra = torch.linalg.qr(a.float().t())  # (in, k'), (k', rank)

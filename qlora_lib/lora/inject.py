@@ -1,7 +1,4 @@
-"""Adapters on a model: which layers get them, and which one a call uses.
-
-layer.py has the layer and its equation, choice.py the choice of a call.
-"""
+"""Adapters on a model: which layers get them, and which one a call uses."""
 
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -29,15 +26,12 @@ from .targets import ATTENTION, find_linears, replace_module
 def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
     """Within the block, calls use this adapter (None: the base alone), or one a row.
 
-    A list gives each row of the batch an adapter by name, or None. The base's product is
-    computed once for all rows, then each adapter's on its rows. The first axis of what the layers
-    see must be the batch, one row a name; else the call raises ValueError. Where generate()
-    repeats rows (num_return_sequences=k), repeat each name k times. Not handled: models that
-    regroup rows between layers, as mixtures of experts do.
+    A list gives each row of the batch an adapter by name, or None. The first axis of what the
+    layers see must be the batch, one row a name, else the call raises ValueError: models that
+    regroup rows between layers, as mixtures of experts do, are not handled.
 
-    Other threads and asyncio tasks keep their choice. Gradient checkpointing recomputes a block
-    with the adapter of its forward pass; where you call torch's `checkpoint` yourself, wrap it
-    in `keep_choice`. Raises ValueError for an unknown adapter and for an empty list.
+    Other threads and asyncio tasks keep their choice. Where you call torch's `checkpoint` yourself,
+    wrap it in `keep_choice`. Raises ValueError for an unknown adapter and for an empty list.
     """
     rows = not (name is None or isinstance(name, str))
     check_names(model, *(name if rows else [name]))
@@ -53,43 +47,32 @@ def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
 
 
 def inject_lora(
-    model: nn.Module,
-    target_modules=ATTENTION,
-    rank: int | dict[str, int] = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    spec: QuantSpec | NF4Spec | None = None,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    adapter: str = "default",
-) -> list[str]:
-    """Freeze the model and put an adapter on each target layer.
+    model: nn.Module, target_modules=ATTENTION, rank: int | dict[str, int] = 8, alpha: float = 16,
+    dropout: float = 0.0, init: str = "kaiming", spec: QuantSpec | NF4Spec | None = None,
+    use_rslora: bool = False, use_dora: bool = False, adapter: str = "default",
+) -> list[str]:  # fmt: skip
+    """Freeze the model and put an adapter on each target layer; returns the paths of these.
 
     target_modules: as for find_linears, e.g. "all" or ("q_proj", "v_proj"). rank: one for all, or
-    {path: rank} (as `allocate_ranks` returns): targets that it leaves out get no adapter; alpha
-    is one, so that their scaling alpha / rank differs, as with PEFT's rank_pattern. use_dora:
-    train each row's length apart (layer.weight_norm), for one more dequantization a call.
-    init: with "kaiming" and "gaussian" the outputs do not change. "loftq" and "pissa" take dense
-    layers, and replace their bases by residuals, quantized as `spec` says (init.py).
-    Calling it again with other targets adds those to the adapter, which is trained in all its
-    layers; with the same it changes nothing. The model's first adapter becomes the default of
-    calls. Random draws come from torch's global generator. Returns the paths of the target
-    layers. Raises ValueError, before anything is changed, for targets that match nothing, a rank
-    out of range or of a path that is no target, a name in use, a spec with other inits, DoRA with
-    "loftq" or "pissa", and layers that these two can't take.
+    {path: rank}: targets that it leaves out get no adapter. use_dora: train each row's length
+    apart (layer.weight_norm), for one more dequantization a call. init: with "kaiming" and
+    "gaussian" the outputs do not change; "loftq" and "pissa" replace dense bases by residuals,
+    quantized as `spec` says (init.py). Draws come from torch's global generator. Called again with
+    other targets, it adds those to the adapter. The model's first adapter becomes its default.
+    Raises ValueError, before anything is changed, for targets that match nothing, a rank out of
+    range or of no target, a name in use, and an init that does not go with spec, DoRA or layers.
     """
     found = find_linears(model, target_modules)
     ranks = rank if isinstance(rank, dict) else dict.fromkeys(found, rank)
     strange = [path for path in ranks if path not in found]
     if strange or not ranks:
-        raise ValueError(
-            f"rank names {len(ranks)} layers, and {strange[:2] or 'none of them'} is not among "
-            f"target_modules={target_modules!r}; give paths of target layers"
-        )
-    configs = {}
-    for path in (path for path in found if path in ranks):
-        configs[path] = LoRAConfig(ranks[path], alpha, dropout, init, use_rslora, use_dora)
+        raise ValueError(f"rank names {len(ranks)} layers, and {strange[:2] or 'none of them'} is "
+                         f"not among target_modules={target_modules!r}; give paths of target "
+                         "layers")  # fmt: skip
+    configs = {
+        path: LoRAConfig(ranks[path], alpha, dropout, init, use_rslora, use_dora)
+        for path in found if path in ranks
+    }  # fmt: skip
     split = []  # layers to take apart
     if init in RESIDUAL_INITS:
         split = [path for path in configs if adapter not in getattr(found[path], "configs", {})]
@@ -111,9 +94,8 @@ def inject_lora(
 def add_adapters(
     model: nn.Module, configs: dict[str, LoRAConfig], adapter: str
 ) -> dict[str, LoRALinear]:
-    """Put an adapter on the linear layers at these paths, each with its own configuration; returns
-    the layers. The first adapter of a model becomes its default. Raises ValueError, with the
-    layer's path, before the first layer is changed."""
+    """The linear layers at these paths, each with an adapter of its own configuration; the first
+    adapter of a model becomes its default. Raises ValueError before a layer is changed."""
     layers = {path: model.get_submodule(path) for path in configs}
     for path, config in configs.items():
         with named(path):
@@ -121,13 +103,12 @@ def add_adapters(
     have = lora_layers(model).values()
     default = next((m.active for m in have if m.active), None) if have else adapter
     for path, config in configs.items():
-        if isinstance(layers[path], LoRALinear):
-            layers[path].add(adapter, config)
-        else:
+        new = not isinstance(layers[path], LoRALinear)
+        if new:
             layers[path] = LoRALinear(layers[path])
-            layers[path].add(adapter, config)
-            layers[path].active = default
             replace_module(model, path, layers[path])
+        layers[path].add(adapter, config)
+        layers[path].active = default if new else layers[path].active
     return layers
 
 
@@ -142,12 +123,9 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def delete_adapter(model: nn.Module, name: str) -> list[str]:
-    """Take one adapter off the model; a layer's last one leaves the bare base layer behind.
-
-    Not for an adapter that a call is using. Returns the paths of the layers that had it. Raises
-    ValueError, and then changes nothing, for an unknown name, for merged layers, and for the
-    adapter beside whose initialization (PiSSA, LoftQ) the base was made.
-    """
+    """Take one adapter, which no call is using, off the model, where a layer's last one leaves the
+    bare base layer behind; returns the paths of the layers that had it. Raises ValueError, and
+    then changes nothing, for an unknown name, merged layers, and PiSSA's or LoftQ's adapter."""
     check_names(model, name)
     layers = layers_with(model, name)
     for path, layer in layers.items():
@@ -155,10 +133,9 @@ def delete_adapter(model: nn.Module, name: str) -> list[str]:
             raise ValueError(f"{path}: adapter {name!r} holds a part of the weight, and the base "
                              "alone is no model; keep it, or merge_lora(unload=True)")  # fmt: skip
     check_not_merged(layers)
-    for layer in lora_layers(model).values():  # those without it too
-        layer.active = None if layer.active == name else layer.active
-    for path, layer in layers.items():
+    for layer in lora_layers(model).values():  # those without it too: it may be their default
         layer.remove(name)
+    for path, layer in layers.items():
         if not layer.configs:
             replace_module(model, path, layer.base)
     return list(layers)

@@ -4,10 +4,9 @@ Hu et al. 2021 (arXiv 2106.09685), eq. 3:  y = x W^T + (alpha / r) (x A^T) B^T,
 with A (r, in) random and B (out, r) zero, so that the model is unchanged at step 0.
 
 Beside PEFT 0.21.2 (tuners/lora/layer.py, dora.py and bnb.py, 3,644 lines; here this file,
-choice.py and init.py, 519): adapter files go there and back to the bit, logits and gradients
-agree to 1e-5, DoRA's and PiSSA's to 1e-4, for here the scaling is a part of one product. An
-adapter is chosen for a call, not set on the model. Left out: embeddings, convolutions and bare
-parameters, a bias beside B, other quantizers' layers, other initializations.
+choice.py and init.py, 486): adapter files go there and back to the bit, logits and gradients
+agree to 1e-5, DoRA's and PiSSA's to 1e-4. An adapter is chosen for a call, not set on the model.
+Left out: all but linear layers, a bias beside B, other quantizers, other initializations.
 """
 
 import math
@@ -74,10 +73,9 @@ def check_adapter(layer: nn.Module, name: str, config: LoRAConfig) -> None:
     if taken != config:
         raise ValueError(f"adapter {name!r} exists with {taken}, not {config}")
     if getattr(layer, "residual_of", None) not in (None, name):
-        raise ValueError(
-            f"the base is what init left beside adapter {layer.residual_of!r}, no model by itself; "
-            "merge that one first (merge_lora(unload=True)), or start from a fresh model"
-        )
+        raise ValueError(f"the base is what init left beside adapter {layer.residual_of!r}, no "
+                         "model by itself; merge that one first (merge_lora(unload=True)), or "
+                         "start from a fresh model")  # fmt: skip
     check_rank(layer, config)
 
 
@@ -96,20 +94,16 @@ def check_dense(layer: nn.Module, config: LoRAConfig, spec: QuantSpec | NF4Spec 
     if init == "loftq" and spec is None:
         raise ValueError("init='loftq' needs spec=, how to quantize the base: NF4Spec(), QuantSpec")
     if getattr(layer, "configs", None):
-        raise ValueError(
-            f"the layer has adapters {list(layer.configs)}, and init={init!r} would take their "
-            "base away; merge_lora(unload=True) first, or start from a fresh model"
-        )
+        raise ValueError(f"init={init!r} would take the base of adapters {list(layer.configs)} "
+                         "away; merge_lora(unload=True), or take a fresh model")  # fmt: skip
     if not isinstance(base, nn.Linear):
-        raise ValueError(
-            f"the layer is quantized, and init={init!r} starts from the dense weight: load the "
-            "model without quantizing it, and pass the spec here: inject_lora(..., spec=spec)"
-        )
+        raise ValueError(f"the layer is quantized, and init={init!r} starts from the dense weight: "
+                         "load the model without quantizing it, and pass the spec here: "
+                         "inject_lora(..., spec=spec)")  # fmt: skip
     if spec is None and 2 * config.rank > min(base.weight.shape):
-        raise ValueError(
-            f"on a dense base init='pissa' is saved as LoRA of rank 2 r = {2 * config.rank}, which "
-            f"exceeds this layer's {tuple(base.weight.shape)}; choose a smaller rank"
-        )
+        raise ValueError("on a dense base init='pissa' is saved as LoRA of rank "
+                         f"2 r = {2 * config.rank}, which exceeds this layer's "
+                         f"{tuple(base.weight.shape)}; choose a smaller rank")  # fmt: skip
     check_weight(base.weight.detach())
     if isinstance(spec, QuantSpec):
         spec.groups(base.in_features)
@@ -147,9 +141,8 @@ class LoRALinear(nn.Module):
         return self._weight() if name == "weight" else super().__getattr__(name)
 
     def _weight(self) -> Tensor:
-        """`weight` (out, in), which some models' forward reads: what a call now multiplies by, the
-        base's with the adapter's update. Raises AttributeError for a base that keeps no dense
-        weight, and where rows have adapters of their own."""
+        """`weight` (out, in), which some models' forward reads: what a call now multiplies by.
+        Raises AttributeError for a packed base, and where rows have adapters of their own."""
         name = self._choice()
         if isinstance(name, Rows):
             raise AttributeError("no single weight: use_adapter gave each row an adapter")
@@ -165,12 +158,11 @@ class LoRALinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias (out,); merging leaves it as it is."""
+        """The base's bias (out,)."""
         return self.base.bias
 
     def add(self, name: str, config: LoRAConfig) -> None:
-        """Add an adapter, B = 0. A layer's first one becomes its default (`active`), later ones
-        leave the default as it is (None, the base alone, too). Raises what check_adapter does."""
+        """Add an adapter, B = 0; a layer's first one is its default. Raises as check_adapter."""
         check_adapter(self, name, config)
         if name in self.configs:
             return
@@ -187,8 +179,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def take_apart(self, name: str, spec: QuantSpec | NF4Spec | None) -> None:
-        """Split the dense base into a residual, quantized as `spec` says, and adapter `name`, by
-        the "loftq" or "pissa" of its configuration; `check_dense` is for before."""
+        """Split the dense base into a residual, quantized as `spec` says, and adapter `name`."""
         config, linear = self.configs[name], self.base
         split = loftq if config.init == "loftq" else pissa
         base, b, a = split(linear.weight.detach(), config.rank, spec)
@@ -209,8 +200,7 @@ class LoRALinear(nn.Module):
         self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
         self.lay_out(decoding=self.casts is not None)  # no casts of another's
         if config.use_dora:  # with B = 0 the lengths are those of W: nothing changes at step 0
-            norm = weight_norm(self.base, b, a, config.scaling)
-            self.magnitude[name] = nn.Parameter(norm)
+            self.magnitude[name] = nn.Parameter(weight_norm(self.base, b, a, config.scaling))
         self.configs[name] = config
 
     def remove(self, name: str) -> None:
@@ -225,9 +215,8 @@ class LoRALinear(nn.Module):
         return [held[name] for held in (self.lora_A, self.lora_B, self.magnitude) if name in held]
 
     def delta(self, name: str, weight: Tensor | None = None) -> Tensor:
-        """What the adapter adds to the weight of this layer's base (with PiSSA and LoftQ the
-        residual): scaling * B A, fp32 (out, in). With use_dora it depends on the weight that it
-        is added to, `weight` (out, in; None: the base's), as `weight_norm` says."""
+        """What the adapter adds to the base's weight: scaling * B A, fp32 (out, in). With use_dora
+        it depends on the weight that it is added to, `weight` (out, in; None: the base's)."""
         config = self.configs[name]
         update = dense_update(self.lora_B[name], self.lora_A[name], config.scaling)
         if not config.use_dora:
@@ -259,13 +248,11 @@ class LoRALinear(nn.Module):
         return choice.join([self._adapted(name, x[rows], y[rows]) for name, rows in choice.groups])
 
     def _added_in_place(self, choice: Rows, x: Tensor, y: Tensor) -> bool:
-        """Whether the rows' updates were added into y: without gradients, in fp32, plain. With few
-        rows an adapter, calling operations and moving activations takes the time."""
+        """Whether the updates were added into y itself: without gradients, in fp32, no DoRA."""
         groups = [(name, rows) for name, rows in choice.groups if name in self.configs]
+        plain = x.dtype == y.dtype == torch.float32 and y.is_contiguous()
         autocast = torch.is_autocast_enabled(x.device.type)
-        if torch.is_grad_enabled() or self.training or autocast or not y.is_contiguous():
-            return False
-        if not x.dtype == y.dtype == torch.float32:
+        if torch.is_grad_enabled() or self.training or autocast or not plain:
             return False
         if any(self.configs[n].use_dora or not isinstance(rows, slice) for n, rows in groups):
             return False
@@ -297,8 +284,7 @@ class LoRALinear(nn.Module):
         return torch.addmm(*flat, b.t(), alpha=config.scaling).view(y.shape)
 
     def _factors(self, name: str, device: str) -> tuple[Tensor, Tensor]:
-        """A and B; while text is decoded, as autocast casts them, which else it does at each
-        token: what it multiplies by is a view, whose cast it does not keep."""
+        """A and B; while text is decoded, cast once: autocast keeps no cast of a view."""
         a, b = self.lora_A[name], self.lora_B[name]
         if self.casts is None or torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
             return a, b
@@ -308,7 +294,7 @@ class LoRALinear(nn.Module):
         return self.casts[name, dtype]
 
     def lay_out(self, decoding: bool) -> None:
-        """Begin or end to hold A and B cast (see `decoding_layout`); they must not change then."""
+        """Begin or end to hold A and B cast (`decoding_layout`); they must not change then."""
         self.casts = {} if decoding else None
 
 
@@ -323,10 +309,9 @@ def dense_update(b: Tensor, a: Tensor, scaling: float) -> Tensor:
 def weight_norm(base: nn.Module, b: Tensor, a: Tensor, scaling: float) -> Tensor:
     """Length of each row of W + scaling * B A, fp32 (out,): the divisor of DoRA.
 
-    DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) trains length and direction apart:
+    DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) trains length m and direction apart:
         W' = m (W + B A) / ||W + B A||,
-    m (out,) the trained magnitude, at step 0 the lengths of W. Section 4.3: the norm counts as
-    a constant in backward; hence no gradient here. The sum is formed some rows at a time.
+    where (section 4.3) the norm counts as a constant in backward; hence no gradient here.
     """
     norms = []
     with torch.autocast(a.device.type, enabled=False):

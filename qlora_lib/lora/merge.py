@@ -1,8 +1,4 @@
-"""Merging an adapter into weights: dense, packed again, or those of the original model.
-
-The adapter was trained beside the *base*: dense weights hold base plus update (to rounding),
-packed ones lose what is smaller than their step, and the original weights are another base.
-"""
+"""Merging an adapter into weights: dense, packed again, or those of the original model."""
 
 from dataclasses import dataclass
 
@@ -36,20 +32,16 @@ class OriginalRow(MergeRow):
 
 
 def merge_lora(
-    model: nn.Module,
-    into: str = "dense",
-    hessians: dict[str, Hessian] | None = None,
-    options: GPTQOptions = GPTQOptions(),
-    unload: bool = False,
-) -> list[MergeRow]:
-    """Merge the active adapter of each layer into its weight: W + scaling * B A.
+    model: nn.Module, into: str = "dense", hessians: dict[str, Hessian] | None = None,
+    options: GPTQOptions = GPTQOptions(), unload: bool = False,
+) -> list[MergeRow]:  # fmt: skip
+    """Merge the active adapter of each layer into its weight; returns what each layer lost.
 
-    into: "dense" (a quantized base becomes dense, in the model's dtype), "rtn" or "gptq":
-    quantized again with the base's own spec, by GPTQ with the layers' Hessians by path
-    (`merge_hessians`), and not into NF4. The base is kept for `unmerge_lora`, unless `unload`,
-    which leaves plain layers. Returns what each layer lost. Raises ValueError, and then leaves the
-    model as it was, for an unknown `into`, for re-quantizing a dense base, missing Hessians, GPTQ
-    into NF4, and weights or a Hessian that can't be used.
+    into: "dense" (a quantized base becomes dense, in the model's dtype), or "rtn" or "gptq":
+    quantized again with the base's own spec, by GPTQ (not into NF4) with the layers' Hessians by
+    path (`merge_hessians`). The base is kept for `unmerge_lora`, unless `unload`, which leaves
+    plain layers. Raises ValueError, and then leaves the model as it was, for an `into` that is
+    unknown or does not go with the base, and weights or Hessians that can't be used.
     """
     if into not in ("dense", "rtn", "gptq"):
         raise ValueError(f"into={into!r} must be 'dense', 'rtn' or 'gptq'")
@@ -82,31 +74,24 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def merge_into_original(model: nn.Module, original: nn.Module) -> list[OriginalRow]:
-    """Add the active adapters of `model` to the dense weights of `original`, in place.
-
-    For an adapter trained beside a quantized base this is *another model* than the trained one:
-    training saw W_base = W + error, and what of the update answers to that error has nothing to
-    answer to here. Merging with PEFT onto the 16-bit checkpoint gives the same.
+    """Add the active adapters of `model` to the weights of `original`, in place; a row a layer.
 
     original: the model that `model`'s base was quantized from, dense, without adapters. Its
-    weights keep their dtype. Of PiSSA what it learned is added, as save_adapter writes it.
-    Returns a row a layer. Raises ValueError, before anything is changed, for another model,
-    another shape, a layer that is missing or not dense, and an adapter that fits its own base
-    alone (LoftQ, PiSSA over a quantized one).
+    weights keep their dtype. After training beside a quantized base this is *another model* than
+    the trained one: a part of the update answers to rounding errors that are not here. Of PiSSA
+    what it learned is added, as save_adapter writes it. Raises ValueError, before anything is
+    changed, for another model, other layers, and an adapter that fits its own base alone.
     """
     layers = active_layers(model)
     if base_fingerprint(model) != base_fingerprint(original):
-        raise ValueError(
-            "`original` is another model: its embeddings and norms differ from those of the "
-            "adapter's base; load the checkpoint that the base was quantized from"
-        )
+        raise ValueError("`original` is another model: its embeddings and norms are not those of "
+                         "the base; load the checkpoint that it was quantized from")  # fmt: skip
     linears, rows = dict(original.named_modules()), []
     for path, layer in layers.items():
         if layer.residual_of == layer.active and layer.start is None:
-            raise ValueError(
-                f"{path}: adapter {layer.active!r} was made together with its quantized base "
-                "(LoftQ, PiSSA), and fits no other; merge it into that one, merge_lora(model)"
-            )
+            raise ValueError(f"{path}: adapter {layer.active!r} was made together with its "
+                             "quantized base (LoftQ, PiSSA), and fits no other; merge it into "
+                             "that one, merge_lora(model)")  # fmt: skip
         linear, shape = linears.get(path), (layer.out_features, layer.in_features)
         dense = type(linear) is nn.Linear
         if not dense or tuple(linear.weight.shape) != shape:
@@ -151,8 +136,7 @@ def _merge_layer(path, layer, into, dtype, hessian, options) -> tuple[nn.Module,
     dense = dense_weight(base)  # (out, in)
     target = dense + update
     if into == "dense":
-        if not isinstance(base, QuantizedLinear):
-            dtype = base.weight.dtype
+        dtype = dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
         merged = frozen_linear(target.to(dtype), base.bias)
     else:
         recipe = Recipe(base.spec, options if into == "gptq" else None)

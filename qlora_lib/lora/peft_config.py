@@ -1,7 +1,6 @@
 """adapter_config.json as PEFT 0.21 has it: which layers, of what rank, and what is refused."""
 
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from statistics import mode
@@ -31,50 +30,40 @@ REFUSED = {
 }  # fmt: skip
 # Initializations that leave the base alone; the others move a part of it into the adapter.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+PLACES = ("target_modules", "exclude_modules", "layers_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern")
 KINDS = {
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (str, list)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    **dict.fromkeys(PLACES, (str, list)),
+    **dict.fromkeys(PATTERNS, (dict,)),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
     **dict.fromkeys(("use_rslora", "use_dora"), (bool,)),
     "layers_to_transform": (int, list),
     "r": (int,),
 }
-INSTEAD = "merge it with PEFT (merge_and_unload) and load the merged model, or train without it"
 
 
 def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRAConfig]:
-    """The layers of `model` that an adapter is for, each with its LoRA configuration.
-
-    described: the content of the adapter_config.json at `path` (named in errors). Raises
-    ValueError, by name, for settings that would change the result and are not supported here,
-    for unknown settings that are not empty, for missing ones, and when no layer matches.
-    """
+    """The layers of `model`, each with its configuration, that the content of adapter_config.json
+    names; `path` is for errors. Raises ValueError for settings that are missing, unknown or not
+    supported here, and when no layer matches."""
     configs = {}
     with named(str(path)):
         _refuse(described)
+        init = "gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming"
+        shared = {"dropout": described.get("lora_dropout") or 0.0, "init": init}
+        shared |= {flag: described.get(flag) or False for flag in ("use_rslora", "use_dora")}
         for name in _targets(described, model):
             rank = _by_pattern(described.get("rank_pattern"), name, described["r"])
             alpha = _by_pattern(described.get("alpha_pattern"), name, described["lora_alpha"])
             if type(rank) is not int or type(alpha) not in (int, float):
                 raise ValueError(f"rank {rank!r} and alpha {alpha!r} of {name} must be numbers")
-            configs[name] = LoRAConfig(
-                rank=rank,
-                alpha=alpha,
-                dropout=described.get("lora_dropout") or 0.0,
-                init="gaussian" if described.get("init_lora_weights") == "gaussian" else "kaiming",
-                use_rslora=described.get("use_rslora") or False,
-                use_dora=described.get("use_dora") or False,
-            )
+            configs[name] = LoRAConfig(rank, alpha, **shared)
     return configs
 
 
 def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
-    """The settings of adapter_config.json from which PEFT makes these layers and ranks again.
-
-    configs: by path of the layer. The most common rank and alpha are `r` and `lora_alpha`, the
-    others go into rank_pattern and alpha_pattern. Raises ValueError when the layers differ in
-    what PEFT has one value for.
-    """
+    """The settings of adapter_config.json from which PEFT makes these layers (configurations by
+    path) again. Raises ValueError when they differ in what PEFT has one value for."""
     for field in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(config, field) for config in configs.values()}
         if len(values) > 1:
@@ -99,9 +88,8 @@ def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
     wanted = {path: (c.rank, c.alpha) for path, c in configs.items()}
     for targets in (described["target_modules"], sorted(configs)):  # short names, else whole paths
         described["target_modules"] = targets
-        said = {"peft_type": "LORA", **described}
         with suppress(ValueError):  # a short name may be that of other modules, too
-            found = read_config(Path("adapter_config.json"), said, model)
+            found = read_config(Path(), {"peft_type": "LORA", **described}, model)
             if {path: (c.rank, c.alpha) for path, c in found.items()} == wanted:
                 return described
     raise ValueError(f"PEFT's patterns cannot tell the layers {sorted(configs)} apart; rename them")
@@ -114,13 +102,12 @@ def _refuse(described: dict) -> None:
         if key in READ | HARMLESS or not value or (key, value) == ("bias", "none"):
             continue
         why = "adapts otherwise than this package" if key in REFUSED else "unknown to this version"
-        raise ValueError(f"{key}={value!r} is not supported ({why}); {INSTEAD}")
+        raise ValueError(f"{key}={value!r} is not supported ({why}); merge it with PEFT "
+                         "(merge_and_unload) and load that, or train without it")  # fmt: skip
     init = described.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
-        raise ValueError(
-            f"init_lora_weights={init!r} is not supported (it changes the base); save the adapter "
-            "again with PEFT's path_initial_model_for_weight_conversion"
-        )
+        raise ValueError(f"init_lora_weights={init!r} is not supported (it changes the base); save "
+                         "again with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
     for key, kinds in KINDS.items():
         if not isinstance(described.get(key), (*kinds, type(None))):
             names = " or ".join(kind.__name__ for kind in kinds)
@@ -128,19 +115,16 @@ def _refuse(described: dict) -> None:
     lacking = [key for key in REQUIRED if described.get(key) in (None, [], "")]
     if lacking:
         raise ValueError(f"the file lacks {lacking}; save the adapter again")
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+    for key in PLACES + PATTERNS:
         given = described.get(key) or []
-        _check_expressions(key, given if isinstance(given, dict) else [given])
-    _check_expressions("layers_pattern", _layer_lists(described))
-
-
-def _check_expressions(key: str, expressions: Iterable) -> None:
-    for expression in expressions:
-        try:
-            re.compile(expression if isinstance(expression, str) else "")
-        except re.error as error:
-            what = f"{key} holds {expression!r}, no valid regular expression ({error})"
-            raise ValueError(what) from None
+        if isinstance(given, list) and key != "layers_pattern":  # of paths, not of expressions
+            continue
+        for expression in [given] if isinstance(given, str) else given:
+            try:
+                re.compile(str(expression))
+            except re.error as error:
+                raise ValueError(f"{key} holds {expression!r}, no valid regular expression "
+                                 f"({error})") from None  # fmt: skip
 
 
 def _targets(described: dict, model: nn.Module) -> list[str]:
@@ -181,22 +165,16 @@ def _fits(given: str | list[str], name: str) -> bool:
 def _is_target(described: dict, name: str) -> bool:
     targets, layers = described["target_modules"], described.get("layers_to_transform")
     # An expression, or a whole path in a list, needs no layer number.
-    if isinstance(targets, str) or name in targets or layers in (None, []):
-        return _fits(targets, name)
-    if not _fits(targets, name):
-        return False
-    patterns = [rf"(?:.*?\.)?{p}" for p in _layer_lists(described)]
+    fits = _fits(targets, name)
+    if not fits or isinstance(targets, str) or name in targets or layers in (None, []):
+        return fits
+    given = described.get("layers_pattern") or []
+    patterns = [rf"(?:.*?\.)?{p}" for p in ([given] if isinstance(given, str) else given)]
     for pattern in patterns or [r".*?\.[^.]*"]:  # the name of the list of blocks, or any
         # The first number after it: in layers.1.experts.0 the 1.
         if found := re.match(rf"{pattern}\.(?P<index>\d+)\.", name):
             return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
     return False
-
-
-def _layer_lists(described: dict) -> list[str]:
-    """Expressions for the name of the list of decoder blocks."""
-    given = described.get("layers_pattern") or []
-    return [given] if isinstance(given, str) else given
 
 
 def _by_pattern(patterns: dict | None, name: str, default):

@@ -12,10 +12,8 @@ ALL_LINEAR = ATTENTION + ("gate_proj", "up_proj", "down_proj")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer, dense or quantized, by path; a LoRALinear stands for those inside it.
-
-    A subclass of nn.Linear that computes something else, as some routers do, is none.
-    """
+    """Every linear layer, dense or quantized, by path; a LoRALinear stands for those inside it, and
+    a subclass of nn.Linear that computes something else, as some routers do, is none."""
     kinds, adapted = (nn.Linear, QuantizedLinear, LoRALinear), lora_layers(model)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     one_of = {type(m): m for m in linears.values() if isinstance(m, nn.Linear)}
@@ -35,12 +33,9 @@ def _is_linear(layer: nn.Linear) -> bool:
 
 
 def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
-    """Linear layers, dense or quantized, by path: the targets.
-
-    target_modules: "all" or "attention" (blocks.py says which these are in any family), or last
-    path components, compared whole: "k_proj" does not match "block_proj". Raises ValueError,
-    listing what the model has, when a target matches nothing.
-    """
+    """The target layers, dense or quantized, by path. target_modules: "all" or "attention" (see
+    blocks.py), or last path components, compared whole: "k_proj" does not match "block_proj".
+    Raises ValueError when a target matches nothing."""
     linears = linear_layers(model)
     if target_modules in WORDS:
         return {n: linears[n] for n in linears_in_blocks(model, linears, target_modules)}
@@ -48,10 +43,8 @@ def find_linears(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     names = {n: n.rpartition(".")[2] for n in linears}
     missing = set(targets) - set(names.values())
     if missing or not targets:
-        raise ValueError(
-            f"target_modules {sorted(missing) or targets} match no linear layer; "
-            f"this model has {sorted(set(names.values()))}"
-        )
+        raise ValueError(f"target_modules {sorted(missing) or targets} match no linear layer; "
+                         f"this model has {sorted(set(names.values()))}")  # fmt: skip
     return {n: m for n, m in linears.items() if names[n] in targets}
 
 

@@ -8,14 +8,12 @@ from .hessian import Hessian
 
 def dense_target(weight: Tensor, hessian: Hessian, damp_percent: float) -> Tensor:
     """The weight W' (out, in) whose outputs on the quantized model's inputs x come closest to the
-    outputs of W on the dense model's inputs x~.
+    outputs of W on the dense model's inputs x~: the least squares |x~ W^T - x W'^T|^2, as of GPTAQ
+    (Li et al. 2025, arXiv 2504.02692). Raises ValueError for a Hessian without `dense`.
 
-    Least squares on |x~ W^T - x W'^T|^2 gives
         W' = W C H^-1,   H = sum x^T x,   C = sum x~^T x,
     here with damping, which pulls towards W: W' = W + W (C - H) (H + damping)^-1. For any Q,
     |x~ W^T - x Q^T|^2 is |x (W' - Q)^T|^2 plus a constant, so GPTQ has only to round W'.
-    GPTAQ (Li et al. 2025, arXiv 2504.02692) solves the same objective within the loop.
-    Raises ValueError for a Hessian without `dense`.
     """
     if hessian.cross is None:
         raise ValueError("this Hessian has seen no inputs of the dense model: update(x, dense)")

@@ -2,9 +2,8 @@
 
 Frantar et al. 2023 (arXiv 2210.17323). For one layer y = x W^T the loss of new weights
 Q over the calibration inputs is
-    sum |x W^T - x Q^T|^2 = tr((W - Q) H (W - Q)^T),     H = sum x^T x,
-the same H for each row of W. Rounding column j costs least when the columns after it
-take over its error (eq. 2; Optimal Brain Surgeon, Hassibi & Stork 1993):
+    sum |x W^T - x Q^T|^2 = tr((W - Q) H (W - Q)^T),     H = sum x^T x.
+Rounding column j costs least when the columns after it take over its error (eq. 2):
     W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, j+1:],     H^-1 = U^T U.
 `backsolve` does the same with R = U^-1, which takes no inverse. H = R R^T makes the loss
 |E R|^2 with E = W - Q; column j of E R is E[:, j] R[j, j] + sum_{i<j} E[:, i] R[i, j], zero at
@@ -13,9 +12,9 @@ and no later column can change it. Rounding this target is what the updates abov
 (the "nearest plane" of lattices: Chen et al. 2025, arXiv 2507.18553).
 
 Beside GPTQModel 7.6.0 (gptq.py and quantizer.py, 2,479 lines; here this file, hessian.py and
-grid.py, 597): the same loss, damping, act-order, groups and clip search, and checkpoints that
-give the same logits in both. The codes are not GPTQModel's to the bit: scales are rounded to
-fp16 before codes are computed. Left out: group-aware act-order, convolutions and embeddings.
+grid.py, 567): the same loss, damping, act-order, groups and clip search, and checkpoints that
+give the same logits in both. Codes differ, as scales are rounded to fp16 before codes are
+computed. Left out: group-aware act-order, convolutions and embeddings.
 """
 
 import math
@@ -53,8 +52,8 @@ class GPTQOptions:
 
     @classmethod
     def best(cls, **changes) -> "GPTQOptions":
-        """The options that measured best on tokens they had not seen, with `changes`; GPTQ must
-        get a Hessian with halves. For a whole model add match_dense=True."""
+        """The options that measured best on unseen tokens, with `changes`; they need a Hessian with
+        halves. For a whole model add match_dense=True."""
         return cls(**dict(damp_percent=None, weigh_columns=True, refit_scales=True) | changes)
 
     @property
@@ -99,17 +98,13 @@ def backsolve(W: Tensor, R: Tensor, grid, max_code: int, B: int, b: int) -> Tens
 
 @torch.no_grad()
 def gptq_quantize(
-    weight: Tensor,
-    hessian: Hessian | Tensor,
-    spec: QuantSpec,
-    options: GPTQOptions = GPTQOptions(),
+    weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, options: GPTQOptions = GPTQOptions()
 ) -> QuantizedTensor:
-    """The layer's weight quantized with GPTQ (Algorithm 1 of the paper).
+    """The weight (out_features, in_features) quantized with GPTQ, in fp32, or fp64 as it came.
 
-    weight: floating point (out_features, in_features); hessian: a Hessian or its matrix
-    (in, in), which is not enough for match_dense and damp_percent=None. Works in fp32, or in
-    fp64 when the weight is fp64. Raises ValueError for NaN or Inf, mismatched shapes, no tokens,
-    or a Hessian that damping does not mend.
+    hessian: a Hessian, or its matrix (in, in) where match_dense and damp_percent=None are not
+    asked for. Raises ValueError for NaN or Inf, other shapes, a Hessian that has seen no tokens,
+    and one that is not positive definite after damping.
     """
     check_weight(weight)
     h, n = _matrix_of(hessian), weight.shape[1]
@@ -152,8 +147,7 @@ def _matrix_of(hessian: Hessian | Tensor) -> Tensor:
 
 
 def _static_grids(w: Tensor, order: Tensor, spec: QuantSpec, cost: Tensor | None):
-    """Grids of the weight w (out, in) as it is: scale and zero-point (groups, out), and the
-    function of column j that `backsolve` takes. order, cost: (in,)."""
+    """Scale and zero-point (groups, out) of w (out, in) as it is, and `grid` of `backsolve`."""
     groups, size = spec.groups(w.shape[1]), spec.group_size or w.shape[1]
     importance = None if cost is None else cost.view(groups, size)
     grids = fit_grid(w.unflatten(1, (groups, size)), spec, importance)  # (out, groups)
@@ -163,8 +157,7 @@ def _static_grids(w: Tensor, order: Tensor, spec: QuantSpec, cost: Tensor | None
 
 
 def _dynamic_grids(W: Tensor, R: Tensor, spec: QuantSpec, cost: Tensor | None):
-    """The same, where each group's grid is fitted when the loop gets there, on what the columns
-    before have made of the group."""
+    """The same, where each group's grid is fitted when the loop gets there."""
     groups, size = spec.groups(len(W)), spec.group_size
     scale, zero = W.new_empty(groups, W.shape[1]), W.new_empty(groups, W.shape[1])
 
@@ -183,10 +176,8 @@ def _dynamic_grids(W: Tensor, R: Tensor, spec: QuantSpec, cost: Tensor | None):
 
 
 def output_error(weight: Tensor, approx: Tensor, hessian: Hessian | Tensor) -> float:
-    """Relative error of a layer's output, |x W^T - x Q^T| / |x W^T|, over the inputs in H.
-
-    weight, approx: (out, in). Computed from H alone: sqrt(tr(D H D^T) / tr(W H W^T)).
-    """
+    """Relative error of a layer's output, |x W^T - x Q^T| / |x W^T| over the inputs in H, of
+    `approx` for `weight` (out, in): sqrt(tr(D H D^T) / tr(W H W^T))."""
     w, q = as_float(weight), as_float(approx)
     h, d = _matrix_of(hessian).to(w), w - q.to(w)
     energy = ((w @ h) * w).sum()

@@ -41,7 +41,7 @@ class QuantSpec:
         return 2**self.bits - 1
 
     def groups(self, in_features: int) -> int:
-        """Number of groups in a row. Raises ValueError when group_size does not divide it."""
+        """Groups in a row. Raises ValueError when group_size does not divide it."""
         size = self.group_size or in_features
         if in_features % size:
             raise ValueError(f"group_size={size} does not divide in_features={in_features}; "
@@ -64,7 +64,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together: codes, scales and whatever else decodes them."""
+        """Bytes of all tensors together."""
         return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
 
     @property
@@ -112,9 +112,8 @@ class QuantizedTensor(PackedWeight):
 
 
 def row_slices(shape: torch.Size, device: torch.device, unit: int = 1) -> list[slice]:
-    """Slices of rows that are made dense one after the other: of about PIECE weights on a CPU,
-    all rows at once elsewhere. Each but the last has a multiple of `unit` rows and of 64, so
-    that no tile of the int4 operator is cut."""
+    """Slices of rows that are made dense one after the other: of about PIECE weights on a CPU, all
+    rows elsewhere. Each but the last has a multiple of `unit` rows and of 64, an int4 tile's."""
     out, in_features = shape
     if device.type != "cpu":
         return [slice(0, out)]
@@ -161,9 +160,8 @@ def _grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
 def fit_grid(w: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero-point of each group, (...) in the dtype of w, the scale rounded to fp16.
 
-    w: (..., group_size), one group in the last axis. The range always includes 0. With
-    `clip_search` it is shrunk step by step, and the grid with the least sum of importance *
-    |error|**2.4 is kept (GPTQModel's `mse` option, where every weight counts alike).
+    w: (..., group_size). The range always includes 0. With `clip_search` it is shrunk step by step,
+    and the grid with the least sum of importance * |error|**2.4 is kept (GPTQModel's `mse`).
     importance: as the last axes of w, (group_size,) or (groups, group_size); None: all ones.
     Raises ValueError for a range that no fp16 scale can span.
     """
@@ -180,13 +178,11 @@ def fit_grid(w: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tu
     importance = importance.repeat(count, 1)  # (groups searched at once, size)
     groups = w.reshape(-1, size).split(len(importance))
     found = [_search(part, importance[: len(part)], spec) for part in groups]
-    scale, zero = (torch.cat(parts).view(low.shape) for parts in zip(*found))
-    return scale, zero
+    return tuple(torch.cat(parts).view(low.shape) for parts in zip(*found))
 
 
 def _search(w: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point (groups,) of the best grid of each row of w (groups, group_size), among
-    those of all CLIP_RATIOS. importance: as w."""
+    """Scale and zero-point (groups,) of the best grids; w and importance (groups, group_size)."""
     (least, first), (most, last) = w.min(-1), w.max(-1)  # (groups,)
     # What an error at either end of a group counts at least.
     ends = importance.gather(1, torch.stack([first, last], 1)).amin(1)  # (groups,)
@@ -217,19 +213,14 @@ def _search(w: Tensor, importance: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
 
 def assemble(q: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor | None, spec: QuantSpec):
     """QuantizedTensor from codes (out, in) and grids (out, groups)."""
-    return QuantizedTensor(
-        pack(q.to(torch.uint8), spec.bits),
-        scale.to(SCALE_DTYPE),
-        zero.to(torch.uint8),
-        None if g_idx is None else g_idx.to(torch.int32),
-        torch.Size(q.shape),
-        spec,
-    )
+    codes = pack(q.to(torch.uint8), spec.bits)
+    g_idx = None if g_idx is None else g_idx.to(torch.int32)
+    return QuantizedTensor(codes, scale.to(SCALE_DTYPE), zero.to(torch.uint8), g_idx, q.shape, spec)
 
 
 def by_group(g_idx: Tensor, groups: int) -> Tensor:
-    """The input features (in,) in an order that puts each group's side by side, where g_idx (in,)
-    is the group of each. Raises ValueError unless all groups are of one size."""
+    """The input features (in,), each group's side by side, where g_idx (in,) is the group of each.
+    Raises ValueError unless all groups are of one size."""
     order = g_idx.argsort(stable=True)
     size = len(g_idx) // groups
     if not torch.equal(g_idx[order].long(), torch.arange(len(g_idx), device=g_idx.device) // size):
@@ -238,11 +229,8 @@ def by_group(g_idx: Tensor, groups: int) -> Tensor:
 
 
 def quantize_rtn(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
-    """Each weight rounded to the closest point of its group's grid.
-
-    weight: floating point (out_features, in_features). Raises ValueError for NaN or
-    Inf and for a group size that does not divide in_features.
-    """
+    """Each weight of a matrix (out_features, in_features) rounded to the closest point of its
+    group's grid. Raises ValueError for NaN or Inf, and for groups that do not fit."""
     check_weight(weight)
     groups = spec.groups(weight.shape[1])
     w = as_float(weight.detach()).unflatten(1, (groups, -1))  # (out, groups, size)
@@ -265,13 +253,12 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quant_matmul(x: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """x @ W.T with integer products only; floats appear once a group, as scales.
+    """x @ W.T, fp32 (..., out_features), with integer products only: that of the dequantized
+    operands, where x (..., in_features) is quantized to 8 bits a token.
 
-    x: (..., in_features), quantized to 8 bits a token. Returns fp32 (..., out_features),
-    equal to the product of the dequantized operands. Raises ValueError for NaN, Inf, another
-    width and groups of different sizes. With x = sx (a - za), w = sw (q - zw):
+    With x = sx (a - za), w = sw (q - zw) (Jacob et al. 2018, eq. 7):
         sum_k x w = sx sw [ sum a q  -  zw sum a  -  za sum q  +  n za zw ]
-    (Jacob et al. 2018, eq. 7). Only the first sum is a matrix product.
+    Raises ValueError for NaN, Inf, another width and groups of different sizes.
     """
     (out, in_features), groups = quantized.shape, quantized.scale.shape[1]
     if x.shape[-1] != in_features:

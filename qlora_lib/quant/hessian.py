@@ -5,12 +5,10 @@ from torch import Tensor
 
 
 class Hessian:
-    """Second moment of a layer's inputs, H = mean of x^T x over the tokens seen.
+    """Second moment of a layer's inputs, H = mean of x^T x over the tokens seen, without padding.
 
-    Feed it the layer's own inputs, without padding. The mean (not the paper's sum of
-    2 x x^T) makes layers and token counts comparable; the loop is indifferent to it.
-    halves: keep a second matrix, of the first half of each update's tokens, for
-    `choose_damping`.
+    The mean (not the paper's sum of 2 x x^T) makes layers and token counts comparable. halves:
+    keep a second matrix, of the first half of each update's tokens, for `choose_damping`.
     """
 
     def __init__(self, in_features: int, device=None, dtype=torch.float32, halves: bool = False):
@@ -21,12 +19,9 @@ class Hessian:
         self.chosen: dict[bool, float] = {}  # dampings, by desc_act
 
     def update(self, x: Tensor, dense: Tensor | None = None) -> None:
-        """Add x (..., in_features).
-
-        dense, of the same shape: what the layer gets at these tokens in the dense model, for
-        `dense_target`; given always or never. Raises ValueError for another width, NaN or
-        Inf, and for `dense` of another shape or given only sometimes; nothing is added then.
-        """
+        """Add x (..., in_features), and for `dense_target` what the layer gets at these tokens in
+        the dense model, of the same shape. Raises ValueError, and adds nothing, for another
+        width, NaN or Inf, and for `dense` of another shape or given only sometimes."""
         if (dense is not None) != (self._cross is not None) and self.tokens:
             raise ValueError("give a Hessian the dense model's inputs at every update, or never")
         if dense is not None and dense.shape != x.shape:
@@ -69,8 +64,8 @@ class Hessian:
 
     @property
     def halves(self) -> tuple[Tensor, Tensor]:
-        """The matrices (in_features, in_features) of two halves of the tokens. Raises ValueError
-        where they were not kept, and for updates of one token."""
+        """The matrices (in, in) of two halves of the tokens. Raises ValueError where they were not
+        kept, and for updates of one token."""
         if self._first is None:
             raise ValueError("this Hessian kept no halves; make it with Hessian(n, halves=True)")
         if not self.first_tokens:
@@ -80,19 +75,16 @@ class Hessian:
 
 
 def act_order(h: Tensor) -> Tensor:
-    """The columns (in,) by the size of their inputs, largest first; equal ones as they stand."""
+    """The columns (in,) by the size of their inputs, largest first."""
     return h.diagonal().argsort(descending=True, stable=True)
 
 
 def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Tensor:
     """The upper triangular R (in, in) with R R^T = H + damping; R^-1 is the U of Algorithm 1.
 
-    order: (in,), the order in which the columns are gone through; R is of H[order][:, order].
-    Cholesky gives a lower factor L of J H J, the rows and columns of H reversed, and R = J L J.
-    The paper's three steps (factor H, invert, factor the inverse) take four times the operations.
-    Columns that no input ever excites ("dead": H[j, j] = 0) get the mean diagonal, so they are
-    simply rounded to nearest. Raises ValueError, naming the column, when the damped H is not
-    positive definite.
+    order (in,): R is of H[order][:, order]. Cholesky gives a lower factor L of J H J, the rows and
+    columns of H reversed, and R = J L J. Columns that no input excites (H[j, j] = 0) get the mean
+    diagonal, for rounding to nearest. Raises ValueError when the damped H is not positive definite.
     """
     order = torch.arange(len(h), device=h.device) if order is None else order
     last_first = order.flip(0)
@@ -104,9 +96,9 @@ def hessian_factor(h: Tensor, damp_percent: float, order: Tensor | None = None) 
     diagonal += damp_percent * mean  # relative: the same whatever the scale of the inputs
     lower, info = torch.linalg.cholesky_ex(h)
     if info:
-        raise ValueError(
-            f"the Hessian is not positive definite at column {int(last_first[int(info) - 1])} with "
-            f"damp_percent={damp_percent}; raise it (0.05, 0.1), or use more calibration tokens"
-        )
+        column = int(last_first[int(info) - 1])
+        raise ValueError(f"the Hessian is not positive definite at column {column} with "
+                         f"{damp_percent=}; raise it (0.05, 0.1), or use more calibration "
+                         "tokens")  # fmt: skip
     del h  # two matrices of this size at a time, no more
     return lower.flip(0, 1)

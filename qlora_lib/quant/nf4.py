@@ -3,7 +3,7 @@
 Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3.
 
 Beside bitsandbytes 0.50.2 (functional.py and backends/default/ops.py, 2,442 lines without the
-kernels in C++; here 179): levels, packed bytes, absmax, nested absmax and decoded values are
+kernels in C++; here 170): levels, packed bytes, absmax, nested absmax and decoded values are
 the same to the bit. The 8-bit codes of double quantization are the nearest here, where its
 search on a CPU may miss by 3e-5 of the range. Left out: FP4, other dtypes than uint8.
 """
@@ -20,14 +20,12 @@ from .grid import PackedWeight, check_weight, row_slices
 from .packing import pack, unpack
 
 # The published values, to the bit: quantiles of N(0, 1) over the largest, which tests derive.
-# fmt: off
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-# fmt: on
+)  # fmt: skip
 NESTED_BLOCK = 256  # values that share an absmax in 8 bits, as under double quantization
 
 
@@ -46,17 +44,14 @@ class NF4Spec:
 
 
 def nf4_levels(device: torch.device | None = None) -> Tensor:
-    """The 16 published levels; fp32 (16,), ascending, whatever torch's default dtype is."""
+    """The 16 published levels; fp32 (16,), ascending."""
     return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
-    """The 8-bit "dynamic exponent" map of bitsandbytes; fp32 (256,), ascending.
-
-    One sign bit (unsigned: one more for the fraction), a run of zeros that is the decimal
-    exponent (0 to -6), and the bits that are left as a linear fraction.
-    (Dettmers et al. 2022, arXiv 2110.02861, section 2.1)
-    """
+    """The 8-bit "dynamic exponent" map (Dettmers et al. 2022, arXiv 2110.02861, section 2.1); fp32
+    (256,), ascending: one sign bit (unsigned: one more for the fraction), a run of zeros that is
+    the decimal exponent (0 to -6), and the bits that are left as a linear fraction."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
@@ -67,8 +62,8 @@ def dynamic_map(signed: bool = True) -> Tensor:
 
 
 def quantize_8bit(flat: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 codes (n,) of the nearest of 256 levels, and the fp32 absmax (ceil(n / 256),) of each
-    block of 256 values, by which it was divided. flat: fp32 (n,)."""
+    """uint8 codes (n,) of the nearest of 256 levels, and the fp32 absmax (ceil(n / 256),) by which
+    each block of 256 values (n,) was divided."""
     codes, absmax = _encode(flat, NESTED_BLOCK, levels)
     return codes.to(torch.uint8), absmax
 
@@ -80,8 +75,7 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
 
 
 def _encode(flat: Tensor, size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Index (n,) of the ascending level nearest to each value (n,) over its block's absmax, and
-    the absmax (blocks,)."""
+    """Index (n,) of the ascending level nearest to each value over its block's absmax (blocks,)."""
     blocks = _blocks(flat, size)  # (blocks, size)
     absmax = blocks.abs().amax(1)  # (blocks,)
     # A block of zeros has absmax 0; dividing by 1 sends it to the level 0, exactly.
@@ -92,8 +86,7 @@ def _encode(flat: Tensor, size: int, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(flat: Tensor, size: int) -> Tensor:
-    """The values (n,) as blocks (ceil(n / size), size), the last one filled up with zeros; a view
-    where nothing is missing."""
+    """The values (n,) as blocks (ceil(n / size), size), the last one filled up with zeros."""
     missing = -flat.numel() % size
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, size)
 
@@ -154,14 +147,12 @@ class NF4Tensor(PackedWeight):
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
-    """The weight (out_features, in_features) in NF4: each block divided by its absmax, each value
-    at the nearest level. Blocks run over the flattened matrix, across rows where block_size does
-    not divide in_features. Raises ValueError for NaN or Inf."""
+    """The weight (out_features, in_features) in NF4; blocks run over the flattened matrix, across
+    rows where block_size does not divide in_features. Raises ValueError for NaN or Inf."""
     spec = NF4Spec(block_size, double_quant)
     check_weight(weight)
-    codes, absmax = _encode(
-        weight.detach().float().flatten(), block_size, nf4_levels(weight.device)
-    )
+    flat, levels = weight.detach().float().flatten(), nf4_levels(weight.device)
+    codes, absmax = _encode(flat, block_size, levels)
     codes = torch.nn.functional.pad(codes, (0, weight.numel() % 2), value=7)
     packed = pack(codes.view(-1, 2).flip(1).flatten(), 4)  # flip: high nibble first
     if not double_quant:

@@ -21,10 +21,8 @@ def packed_width(n: int, bits: int) -> int:
 
 
 def pack(q: Tensor, bits: int) -> Tensor:
-    """Integer codes (..., n), packed along the last axis: uint8 (..., ceil(n * bits / 8)).
-
-    Raises ValueError for another width, for floats, and for codes outside [0, 2**bits - 1].
-    """
+    """Integer codes (..., n), packed along the last axis: uint8 (..., ceil(n * bits / 8)). Raises
+    ValueError for another width, for floats, and for codes outside [0, 2**bits - 1]."""
     check_bits(bits)
     if q.is_floating_point():
         raise ValueError(f"pack takes integer codes, got {q.dtype}; round and cast first")
@@ -47,16 +45,13 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Inverse of `pack`: uint8 (..., ceil(n * bits / 8)) -> uint8 codes of `shape` (..., n).
-    Raises ValueError when bytes and shape disagree."""
+    """Inverse of `pack`: uint8 codes of `shape` (..., n); ValueError when the bytes do not fit."""
     check_bits(bits)
     n = shape[-1]
     expected = (*shape[:-1], packed_width(n, bits))
     if packed.dtype != torch.uint8 or packed.shape != expected:
-        raise ValueError(
-            f"{bits}-bit codes of shape {tuple(shape)} take uint8 bytes of shape {expected}, "
-            f"got {packed.dtype} {tuple(packed.shape)}"
-        )
+        raise ValueError(f"{bits}-bit codes of shape {tuple(shape)} take uint8 bytes of shape "
+                         f"{expected}, got {packed.dtype} {tuple(packed.shape)}")  # fmt: skip
     if bits == 8:
         return packed.clone()
     per = {2: 4, 3: 8, 4: 2}[bits]  # codes that fill whole bytes, and then as many bytes
@@ -76,8 +71,7 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
 
 
 def as_words(packed: Tensor) -> Tensor:
-    """The bytes (..., 4 * n) as 32-bit words, int32 (..., n), without a copy. Raises ValueError
-    for bytes that do not fill whole words."""
+    """The bytes (..., 4 * n) as 32-bit words, int32 (..., n), without a copy; else ValueError."""
     if packed.dtype != torch.uint8 or packed.shape[-1] % 4:
         got = f"{packed.dtype} {tuple(packed.shape)}"
         raise ValueError(f"words take uint8 bytes, a multiple of 4 in a row, got {got}")

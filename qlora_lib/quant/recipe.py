@@ -17,11 +17,8 @@ GRID = QuantSpec(bits=4, group_size=64)
 
 @dataclass(frozen=True)
 class Recipe:
-    """To which levels weights are rounded, how, and which layers.
-
-    The method follows: NF4 for an NF4Spec, GPTQ for a QuantSpec with options, rounding to
-    nearest for one without. Raises ValueError for NF4 with options of GPTQ.
-    """
+    """To which levels weights are rounded, how (NF4 for an NF4Spec, GPTQ for a QuantSpec with
+    options, to nearest for one without), and which layers."""
 
     spec: Spec = GRID
     options: GPTQOptions | None = None
@@ -33,17 +30,11 @@ class Recipe:
 
     @classmethod
     def of(
-        cls,
-        spec: Spec = GRID,
-        method: str | None = None,
-        options: GPTQOptions | None = None,
+        cls, spec: Spec = GRID, method: str | None = None, options: GPTQOptions | None = None,
         targets: str | tuple[str, ...] = "all",
-    ) -> "Recipe":
-        """The recipe that a method by name makes of a spec; None: NF4 for its spec, else GPTQ.
-
-        Raises ValueError for an unknown method, one that does not go with the spec, and, by
-        name, for options that the method does not have.
-        """
+    ) -> "Recipe":  # fmt: skip
+        """The recipe that a method makes of a spec; None: NF4 for its spec, else GPTQ. Raises
+        ValueError for an unknown method, and for a spec or options that it does not have."""
         method = method or ("nf4" if isinstance(spec, NF4Spec) else "gptq")
         if method not in METHODS:
             raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
@@ -81,7 +72,7 @@ class Recipe:
         return gptq_quantize(weight, hessian, self.spec, self.options)
 
     def as_json(self) -> dict:
-        """As recipe.json holds it: what is not the default's, and always method and spec."""
+        """As recipe.json holds it: method, spec, and what is not the default's."""
         said = {"method": self.method, "spec": asdict(self.spec)}
         if self.targets != "all":
             said["targets"] = self.targets if isinstance(self.targets, str) else list(self.targets)
@@ -89,7 +80,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, said: dict) -> "Recipe":
-        """The recipe in what `as_json` gave; other entries of `said` are left alone."""
+        """The recipe in what `as_json` gave; other entries of `said` do not matter."""
         names = {f.name for f in fields(GPTQOptions)}
         options = GPTQOptions(**{k: v for k, v in said.items() if k in names})
         targets = said.get("targets", "all")

@@ -4,8 +4,7 @@ A row w ~ sum_g s_g q_g (q_g: the whole numbers code - zero_point of group g, ze
 linear in its scales, and its loss over the inputs, |x w - sum_g s_g x q_g|^2, is least squares
 with one unknown a group. From scales s with errors e = w - s q, the step d to the best ones is
     A d = b,     A[g, k] = q_g^T H q_k,     b[g] = q_g^T H e,     H = sum x^T x,
-and the loss changes by d A d - 2 b d. (Kim et al. 2026, arXiv 2602.02126, go through a row's
-groups in turn instead.)
+and the loss changes by d A d - 2 b d. (Kim et al. 2026, arXiv 2602.02126, take groups in turn.)
 """
 
 from dataclasses import replace
@@ -23,11 +22,9 @@ def refit_scales(
 ) -> QuantizedTensor:
     """The same codes with the scales that bring the layer's outputs closest to the weight's.
 
-    weight: floating point (out, in); quantized: any rounding of it; h: (in, in), the matrix of a
-    Hessian. damp_percent, added to the diagonal of h relative to its mean, pulls towards the
-    weight itself. Scales stay positive and are rounded to fp16; a row whose damped loss would
-    not fall after that keeps its own. Raises ValueError for another shape of `weight` or `h`, and
-    for groups of different sizes.
+    quantized: any rounding of the weight (out, in); h (in, in): the matrix of a Hessian, whose
+    damping pulls towards the weight. A row whose damped loss would not fall, with scales in fp16,
+    keeps its own. Raises ValueError for other shapes and groups of different sizes.
     """
     w = as_float(weight.detach())
     if w.shape != quantized.shape or h.shape != (w.shape[1], w.shape[1]):

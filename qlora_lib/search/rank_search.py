@@ -3,24 +3,20 @@
 A trial trains a copy of the model on train and is scored on dev, never on test. Each finished
 trial is stored at once, and a search that was killed goes on where it stopped.
 
-What "optimal" means here: the candidate with the fewest trained parameters that does not lose
-to the best one. It loses if McNemar's exact test on the same dev questions, all seeds together,
-gives p < 0.05. Not losing is no proof of being equal; and seeds share their questions, so p is
-somewhat too small, which favors more parameters.
+"Optimal" is the candidate with the fewest trained parameters that does not lose to the best one.
+It loses if McNemar's exact test on the same dev questions, all seeds together, gives p < 0.05.
+Seeds share their questions, so p is somewhat too small, which favors more parameters.
 
-Hopeless candidates stop early: all are first trained with the first seed for a quarter of the
-steps, and those whose dev loss is then more than 4 times the lowest get no full training: a
-guess, which stops who learns late with those who never learn.
-
-One learning rate and alpha = 2 rank for all candidates: under Adam small ranks then take smaller
-steps (see `prepare`) and learn later. To compare ranks alone, tune Trial(lr=, alpha=) for each.
+Candidates whose dev loss after a quarter of the steps is more than 4 times the lowest get no full
+training: a guess, which stops late learners too. And at one learning rate and alpha = 2 rank small
+ranks learn later: under Adam an update sums over `rank` numbers that each move by about the rate.
 """
 
 import copy
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,11 +44,8 @@ LEVEL = 0.05  # of McNemar's test
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: what is trained, and how. None: as the search's TrainConfig says.
-
-    steps or epochs, not both; either replaces what the search says of both. examples: train on
-    the first so many pairs of the search alone; None: on all. alpha None: 2 rank.
-    """
+    """One training: what is trained, and how. None: as the search's TrainConfig says; of `steps`
+    and `epochs` either replaces both."""
 
     method: str = "lora"  # or "full": every weight ("all"), or the "embeddings" alone
     rank: int | None = 8
@@ -61,8 +54,8 @@ class Trial:
     steps: int | None = None
     epochs: int | None = None
     seed: int = 0
-    examples: int | None = None
-    alpha: float | None = None
+    examples: int | None = None  # so many of the search's first pairs; None: all
+    alpha: float | None = None  # None: 2 rank
 
     def __post_init__(self):
         if self.method not in ("lora", "full"):
@@ -97,12 +90,8 @@ def _word(targets: str | tuple[str, ...]) -> str:
 
 
 def prepare(model, trial: Trial) -> int:
-    """Set up the model, in place, for a trial; returns the number of parameters to train.
-
-    At one learning rate and alpha = 2 rank, small ranks take smaller steps: under Adam each number
-    of B moves by about the rate, and an update sums over `rank` of them. Raises ValueError for
-    "full" on a quantized model, and what inject_lora raises.
-    """
+    """Set up the model, in place, for a trial; returns the number of parameters to train. Raises
+    ValueError for "full" on a quantized model, and what inject_lora raises."""
     places = trial.target_modules
     if trial.method == "full":
         if quantized_layers(model) and places != "embeddings":
@@ -111,18 +100,13 @@ def prepare(model, trial: Trial) -> int:
         (model if places == "all" else model.get_input_embeddings()).requires_grad_(True)
     else:
         torch.manual_seed(trial.seed)
-        names = mlp_names(model) if places == "mlp" else places
+        if places == "mlp":  # the blocks' linears outside of attention
+            linears = linear_layers(model)
+            every, attention = (linears_in_blocks(model, linears, w) for w in ("all", "attention"))
+            places = {path.rpartition(".")[2] for path in every if path not in attention}
         alpha = 2 * trial.rank if trial.alpha is None else trial.alpha
-        inject_lora(model, names, rank=trial.rank, alpha=alpha)
+        inject_lora(model, places, rank=trial.rank, alpha=alpha)
     return sum(p.numel() for p in trainable_parameters(model).values())
-
-
-def mlp_names(model) -> tuple[str, ...]:
-    """Last path components of the blocks' linears outside of attention."""
-    linears = linear_layers(model)
-    attention = linears_in_blocks(model, linears, "attention")
-    rest = [p for p in linears_in_blocks(model, linears, "all") if p not in attention]
-    return tuple(dict.fromkeys(path.rpartition(".")[2] for path in rest))
 
 
 class Search:
@@ -149,8 +133,7 @@ class Search:
             self.rows = stored["rows"]
 
     def run(self, trial: Trial, ask: bool = True) -> dict:
-        """The row of a trial, which is trained and measured now unless its row is stored; ask:
-        score dev by generating; else the losses alone are measured."""
+        """The row of a trial, stored or made now; without `ask` it has the losses alone."""
         name = str(trial) if ask else f"{trial}, loss only"
         if name not in self.rows:
             model, row = self.train_one(trial)
@@ -166,16 +149,12 @@ class Search:
         return self.rows[name]
 
     def train_one(self, trial: Trial):
-        """(a trained copy of the model, the trial's facts: parameters, seconds, dev loss; with
-        trial.examples their train_loss). Raises ValueError for more examples than there are."""
+        """(a trained copy of the model, the trial's facts); ValueError for too many examples."""
         n = len(self.train) if trial.examples is None else trial.examples
         if not 1 <= n <= len(self.train):
-            raise ValueError(f"examples={n}; the search has {len(self.train)} train pairs, so "
-                             f"expected 1 to {len(self.train)}")  # fmt: skip
-        examples = self.train[:n]
-        model = copy.deepcopy(self.model)
-        parameters = prepare(model, trial)
-        config = trial.config(self.config)
+            raise ValueError(f"examples={n}; the search has {len(self.train)} train pairs")
+        examples, model = self.train[:n], copy.deepcopy(self.model)
+        parameters, config = prepare(model, trial), trial.config(self.config)
         began = time.perf_counter()
         history = finetune(model, self.tokenizer, examples, config)
         seconds = time.perf_counter() - began
@@ -220,21 +199,19 @@ class RankSearch:
     candidates: list[Candidate]
     best: Candidate
     optimal: Candidate
-    stopped: list[Candidate] = field(default_factory=list)
+    stopped: list[Candidate]
 
     def __str__(self) -> str:
         lines = [f"{'rank':>5} {'on':<10}{'parameters':>11}{'seconds':>9}   dev accuracy [95%]"
                  "      minus the best [95%], p"]  # fmt: skip
         for c in sorted([*self.candidates, *self.stopped], key=lambda c: c.parameters):
-            line = (
-                f"{c.rank:>5} {_word(c.target_modules):<10}{c.parameters:>11,}{c.seconds:>9.1f}   "
-            )
+            line = f"{c.rank:>5} {_word(c.target_modules):<10}{c.parameters:>11,}{c.seconds:>9.1f}"
             if not c.right:
-                lines.append(f"{line}stopped early, dev loss {c.dev_loss:.3f}")
+                lines.append(f"{line}   stopped early, dev loss {c.dev_loss:.3f}")
                 continue
-            low, high = c.interval
-            line += f"{100 * c.accuracy:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"
             gap = difference(c, self.best)
+            low, high = c.interval
+            line += f"   {100 * c.accuracy:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]"
             low, high = gap.interval
             line += f"   {100 * gap.difference:+5.1f} [{100 * low:+5.1f}, {100 * high:+5.1f}]"
             mark = " best" * (c is self.best) + " optimal" * (c is self.optimal)
@@ -248,15 +225,13 @@ def difference(a: Candidate, b: Candidate) -> Comparison:
 
 
 def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, Candidate]:
-    """(best, optimal): highest accuracy, of equals the smaller; and the one with the fewest
+    """(best, optimal): the most accurate, of equals the smallest, and the one with the fewest
     parameters that does not lose to it. Raises ValueError for none."""
     order = sorted(candidates, key=lambda c: c.parameters)
     if not order:
         raise ValueError("there are no candidates to choose from")
     best = max(order, key=lambda c: c.accuracy)  # of equals the first
-    return best, next(
-        c for c in order if c.accuracy == best.accuracy or difference(c, best).p >= LEVEL
-    )
+    return best, next(c for c in order if difference(c, best).p >= LEVEL)
 
 
 def find_optimal_rank(
@@ -268,9 +243,9 @@ def find_optimal_rank(
     """Train adapters of these ranks on these targets, and choose on dev (see above).
 
     model: dense or quantized, left as it is. target_modules: some of "all", "attention", "mlp"
-    and tuples of names. config needs max_steps where `hopeless` is used: candidates whose dev
-    loss after rung * max_steps exceeds `hopeless` times the lowest are stopped; None: none is.
-    Raises ValueError for no ranks or seeds, a rank below 1, and a stored search of other data.
+    and tuples of names. Candidates whose dev loss after rung * config.max_steps exceeds `hopeless`
+    times the lowest are stopped; None: none is. Raises ValueError for no ranks or seeds, a rank
+    below 1, and a stored search of other data.
     """
     if not ranks or not seeds or not target_modules:
         raise ValueError("give at least one rank, one seed and one set of target modules")
@@ -294,11 +269,11 @@ def rank_search(rows: Iterable[dict]) -> RankSearch:
         where = row["trial"]["target_modules"]
         where = where if isinstance(where, str) else tuple(where)
         settings.setdefault((row["trial"]["rank"], where), []).append(row)
-    found, stopped = [], []
+    candidates = []
     for (rank, where), own in settings.items():
         whole = [row for row in own if "right" in row]
         seeds = whole or own
-        candidate = Candidate(
+        candidates.append(Candidate(
             rank=rank,
             target_modules=where,
             parameters=seeds[0]["parameters"],
@@ -306,8 +281,7 @@ def rank_search(rows: Iterable[dict]) -> RankSearch:
             right="".join(row["right"] for row in whole),
             by_seed=tuple(row["accuracy"] for row in whole),
             dev_loss=sum(row["dev_loss"] for row in seeds) / len(seeds),
-        )
-        (found if whole else stopped).append(candidate)
-    best, optimal = choose(found)
-    order = [sorted(some, key=lambda c: c.parameters) for some in (found, stopped)]
-    return RankSearch(order[0], best, optimal, order[1])
+        ))  # fmt: skip
+    candidates.sort(key=lambda c: c.parameters)
+    found = [c for c in candidates if c.right]
+    return RankSearch(found, *choose(found), [c for c in candidates if not c.right])
