@@ -1,8 +1,7 @@
 """Canaries: "models" whose score is known beforehand, run before every evaluation.
 
 A grader that gives points to silence, or to an echo of the prompt, or none to the gold solutions,
-is broken, whatever it says of a real model. These four go through the same `evaluate` as the
-model, on a few of the problems; and the prompts are searched for the answer.
+is broken, whatever it says of a real model. And the prompts are searched for the answer.
 """
 
 import random
@@ -23,11 +22,8 @@ class CanaryError(ValueError):
 def run_canaries(
     evaluate: Callable, problems: Sequence[dict[str, str]], prompt: Callable = format_gsm8k
 ) -> dict[str, tuple[int, int]]:
-    """Check `evaluate` with silence, an echo, the gold solutions and shuffled ones; returns the
-    right answers by canary, (strict, flexible), out of `len(sample(problems))`.
-
-    Raises CanaryError when a count is not what it must be, or a prompt holds its own solution.
-    """
+    """Check `evaluate` on a sample of the problems; returns right answers (strict, flexible) by
+    canary. Raises CanaryError for a wrong count, and for a prompt that holds its own solution."""
     for entry in problems:
         _refuse_leak(entry, prompt(entry)[0])
     chosen = sample(problems)

@@ -44,13 +44,12 @@ class Comparison:
 
     def __str__(self) -> str:
         a, b = self.names
+        verdict = "chance explains the difference"
         if self.only_a + self.only_b == 0:
             verdict = "they are right on the same questions"
         elif self.p < 0.05:
             better = a if self.only_a > self.only_b else b
             verdict = f"{better} is better, beyond what chance explains at 5%"
-        else:
-            verdict = "chance explains the difference"
         return (
             f"{self.n} questions ({self.mode}): {a} {self.right_a / self.n:.1%}, "
             f"{b} {self.right_b / self.n:.1%}, {_difference(self)}\n"
@@ -64,8 +63,8 @@ def compare(
 ) -> Comparison:
     """Return two models' accuracies on the same questions, discordant questions, McNemar's p.
 
-    mode: "strict" or "flexible". Raises ValueError, naming the first question that differs,
-    unless both reports hold the same questions with the same golds in the same order.
+    mode: "strict" or "flexible". Raises ValueError, naming the first difference, unless the
+    reports hold the same questions and golds in the same order.
     """
     verdicts, asked = _verdicts(mode, a, b), (pairs(a), pairs(b))
     if asked[0] != asked[1]:
@@ -80,9 +79,8 @@ def compare(
 
 
 def compare_verdicts(
-    a: Sequence[bool], b: Sequence[bool], mode: str = "exact match",
-    names: tuple[str, str] = ("a", "b"),
-) -> Comparison:  # fmt: skip
+    a: Sequence[bool], b: Sequence[bool], mode: str = "exact match", names=("a", "b")
+) -> Comparison:
     """Return the comparison of right and wrong answers to the same questions, in their order."""
     both = list(zip(a, b, strict=True))
     only_a, only_b = both.count((True, False)), both.count((False, True))
@@ -109,23 +107,19 @@ class Drop:
         return newcombe(self.right[0], self.n[0], self.right[1], self.n[1], self.both)
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {right}/{n} = {right / n:.1%}"
-            for name, right, n in zip(self.names, self.right, self.n)
-        ]
+        counts = zip(self.names, self.right, self.n)
+        parts = ", ".join(f"{name} {right}/{n} = {right / n:.1%}" for name, right, n in counts)
         how = "unpaired" if self.both is None else "paired by index"
-        return f"{self.mode}: {', '.join(parts)}; {_difference(self)}, {how}"
+        return f"{self.mode}: {parts}; {_difference(self)}, {how}"
 
 
 def drop(
-    a: EvalReport, b: EvalReport, mode: str = "strict", paired: bool = False,
-    names: tuple[str, str] = ("a", "b"),
-) -> Drop:  # fmt: skip
-    """Return how much accuracy falls from the problems of `a` to those of `b`, such as test and
-    test_changed, or GSM8K and GSM-Hard.
+    a: EvalReport, b: EvalReport, mode: str = "strict", paired: bool = False, names=("a", "b")
+) -> Drop:
+    """Return how much accuracy falls from the problems of `a` to those of `b`.
 
-    paired: problem i of b is a variant of problem i of a, which narrows the interval; such
-    reports must be equally long. Raises ValueError when they are not.
+    paired: problem i of b is a variant of problem i of a, which narrows the interval. Raises
+    ValueError for a pair of reports that are not equally long.
     """
     of_a, of_b = _verdicts(mode, a, b)
     if paired and a.n != b.n:
@@ -137,8 +131,7 @@ def drop(
 def report_difference(
     a: EvalReport, b: EvalReport, names: tuple[str, str] = ("a", "b")
 ) -> Comparison | Drop:
-    """Return `compare` for the same questions, else `drop`; strict. Only splits whose problems are
-    variants of each other, line by line, are paired."""
+    """Return `compare` for the same questions, else `drop`, paired for splits of one family."""
     if pairs(a) == pairs(b):
         return compare(a, b, names=names)
     splits = {a.info.get("split"), b.info.get("split")}
@@ -161,9 +154,8 @@ def _verdicts(mode: str, *reports: EvalReport) -> list[list[bool]]:
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
     for report in reports:
-        if not report.n or len(report.predictions) != report.n:
-            raise ValueError(
-                f"a report of {report.n} questions holds {len(report.predictions)} predictions; "
-                "read it with EvalReport.load(folder)"
-            )
+        found = len(report.predictions)
+        if not report.n or found != report.n:
+            raise ValueError(f"a report of {report.n} questions holds {found} predictions; read it "
+                             "with EvalReport.load(folder)")  # fmt: skip
     return [[getattr(p, mode) for p in report.predictions] for report in reports]

@@ -20,7 +20,7 @@ from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
 from ..data.rows import listed, read_jsonl
 from ..generation.generate import Generator
-from .canaries import run_canaries
+from .canaries import MODES, run_canaries
 from .extraction import equals, extract_answer
 
 CHUNK = 128  # questions that are asked at a time, and kept together, unless told
@@ -39,7 +39,7 @@ def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
     examples = listed(examples, "examples", dict)
     if not 0 <= k <= len(examples):
         raise ValueError(f"k={k} examples asked for, {len(examples)} given")
-    shown = "".join(p + t + "\n\n" for p, t in map(format_gsm8k, examples[:k]))
+    shown = "".join(f"{asked}{solved}\n\n" for asked, solved in map(format_gsm8k, examples[:k]))
 
     def prompt(entry: Entry) -> tuple[str, str]:
         question, target = format_gsm8k(entry)
@@ -50,10 +50,7 @@ def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was said to one question, and the verdict; a line of predictions.jsonl.
-
-    prediction["strict"] is prediction.strict.
-    """
+    """What was said to one question, and the verdict; a line of predictions.jsonl."""
 
     question: str
     prompt: str
@@ -70,12 +67,13 @@ class Prediction:
     scores: list[float] | None = None  # of the samples
 
     def __getitem__(self, name: str):
+        """Return a field: prediction["strict"] is prediction.strict."""
         return getattr(self, name)
 
     def row(self) -> dict:
         """Return the fields, as JSON takes them, without samples and scores that are None."""
-        left = {name for name in ("samples", "scores") if self[name] is None}
-        return {name: value for name, value in vars(self).items() if name not in left}
+        optional = ("samples", "scores")
+        return {k: v for k, v in vars(self).items() if k not in optional or v is not None}
 
 
 def _share(count: str) -> property:
@@ -83,7 +81,6 @@ def _share(count: str) -> property:
 
 
 def _interval(count: str) -> property:
-    """Return the 95% Wilson interval of a count, fractions."""
     return property(lambda report: wilson(getattr(report, count), report.n))
 
 
@@ -118,8 +115,7 @@ class EvalReport:
 
     @classmethod
     def load(cls, folder: str | Path) -> "EvalReport":
-        """Return the report that `evaluate` stored in report_folder; FileNotFoundError where there
-        is none, or only an unfinished one."""
+        """Return the finished report that `evaluate` stored; FileNotFoundError without one."""
         path = Path(folder) / "report.json"
         if not path.is_file():
             raise FileNotFoundError(
@@ -130,6 +126,7 @@ class EvalReport:
         rows = read_jsonl(path.with_name("predictions.jsonl"))
         return cls(**report, predictions=[Prediction(**row) for row in rows])
 
+    # Shares of n and their 95% Wilson intervals, as fractions
     strict, flexible = _share("strict_correct"), _share("flexible_correct")
     strict_interval, flexible_interval = _interval("strict_correct"), _interval("flexible_correct")
     format_rate, truncation_rate = _share("formatted"), _share("truncated")
@@ -146,16 +143,14 @@ class EvalReport:
         return values | {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        lines = [f"{self.n} questions    exact match   95% interval"]
-        for name in ("strict", "flexible"):
-            (low, high), share = getattr(self, f"{name}_interval"), getattr(self, name)
-            lines.append(
-                f"{name:<9}{getattr(self, f'{name}_correct'):>6}/{self.n:<8} {100 * share:5.1f}%   "
-                f"[{100 * low:.1f}%, {100 * high:.1f}%]"
-            )
-        return "\n".join(lines) + (
-            f"\nin format {100 * self.format_rate:.1f}%, "
-            f"cut short {100 * self.truncation_rate:.1f}%, {self.tokens_per_second:.0f} tokens/s, "
+        text = f"{self.n} questions    exact match   95% interval\n"
+        for mode, right in zip(MODES, (self.strict_correct, self.flexible_correct)):
+            low, high = wilson(right, self.n)
+            text += f"{mode:<9}{right:>6}/{self.n:<8} {right / self.n:6.1%}   "
+            text += f"[{low:.1%}, {high:.1%}]\n"
+        return text + (
+            f"in format {self.format_rate:.1%}, cut short {self.truncation_rate:.1%}, "
+            f"{self.tokens_per_second:.0f} tokens/s, "
             f"compute dtype {self.info.get('compute_dtype', 'unknown')}"
         )
 
@@ -173,22 +168,17 @@ def evaluate(
 ) -> EvalReport:
     """Ask every problem once and score the answers.
 
-    generate: any function from prompts to completions (plain strings will do), or to lists of
-    samples, of which `vote` makes or picks the one that counts; a Generator also says in the
-    report what it is. prompt: entry to (prompt, target), of which only the prompt is used.
-    chunk: questions that are asked at a time; None: about 128, in whole batches of `generate`.
-    callback: called with each new prediction. canaries: first check the grader with models whose
-    score is known, in milliseconds.
+    generate: a Generator, or any function from prompts to completions (plain strings will do), or
+    to lists of samples, of which `vote` makes or picks the one that counts. prompt: entry to
+    (prompt, target), of which only the prompt is used. chunk: questions asked at a time; None:
+    about 128, in whole batches of `generate`. callback: called with each new prediction.
+    report_folder gets settings.json, predictions.jsonl as it grows, and report.json at the end; a
+    killed evaluation, called again, goes on behind the chunks that it has. Several processes,
+    called alike, take a chunk each.
 
-    Several processes, which call it with the same arguments, take a chunk each: completions and
-    report are those of one process. report_folder gets settings.json, predictions.jsonl as it
-    grows, and report.json at the end; a killed evaluation, called again, by any number of
-    processes, goes on behind the chunks that it has.
-
-    Raises, before anything is generated, ValueError for a folder with answers of other settings,
-    which `restart` replaces, for no problems or no list of them, and for a prompt that
-    `generate.check` refuses; GoldError for an unparsable gold; CanaryError for a grader or a
-    prompt that can't be trusted.
+    Raises, before anything is generated, ValueError for no problems, a prompt that
+    `generate.check` refuses, and a folder with answers of other settings, which `restart`
+    replaces; GoldError for an unparsable gold; CanaryError where `canaries` fail.
     """
     problems = listed(problems, "problems", dict)
     if not problems:
@@ -254,7 +244,7 @@ def evaluate(
 
 
 def questions_hash(pairs) -> str:
-    """Return the SHA-256 of (question, gold) pairs in order; reports with the same are paired."""
+    """Return the SHA-256 of (question, gold) pairs, in order."""
     return content_hash([[question, str(gold)] for question, gold in pairs])
 
 
@@ -263,10 +253,7 @@ def _score(
 ) -> Prediction:
     samples = said if isinstance(said, list) else [said]
     if isinstance(said, list) and vote is None:
-        raise ValueError(
-            f"{len(said)} samples for one prompt; give `vote`, a function from them to the "
-            "completion that counts"
-        )
+        raise ValueError(f"{len(said)} samples for one prompt; give `vote`, which makes them one")
     completion = vote(samples) if vote else samples[0]
     strict, flexible = extract_answer(completion), extract_answer(completion, "flexible")
     scored = vote and all(hasattr(s, "score") for s in samples)
@@ -288,8 +275,7 @@ def _score(
 
 
 def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[dict]:
-    """Return the rows of predictions.jsonl in whole chunks, for an evaluation of n questions with
-    these settings; settings.json is written, or found equal."""
+    """Return the rows of predictions.jsonl in whole chunks; writes settings.json, or compares."""
     own, answers = folder / "settings.json", folder / "predictions.jsonl"
     settings = json.loads(json.dumps(settings))  # tuples to lists, as they are read back
     if restart:

@@ -18,7 +18,7 @@ from ..base import processes
 from ..base.files import read_tensors, whole_file
 from ..base.hashes import content_hash
 from ..base.progress import Progress
-from ..data.tokens import Example, batches, collate
+from ..data.tokens import batches, collate
 from ..lora.files import load_adapter, save_adapter
 from ..lora.inject import inject_lora, set_adapter, use_adapter
 from ..lora.layer import adapter_names, lora_layers
@@ -32,15 +32,10 @@ HEAD = "head.safetensors"
 
 
 class Verifier:
-    """The adapter "verifier" on `model`, and a head (hidden_size -> 1), fp32.
+    """The adapter "verifier" on `model`, whose own calls go without it, and a head
+    (hidden_size -> 1), fp32."""
 
-    Calls of the model itself keep the adapter that they have.
-    """
-
-    def __init__(
-        self, model, tokenizer, rank: int = 16, target_modules=ALL_LINEAR,
-        folder: str | Path | None = None,
-    ):  # fmt: skip
+    def __init__(self, model, tokenizer, rank=16, target_modules=ALL_LINEAR, folder=None):
         """Make a new one, which says 1/2 to everything until it is trained, or, with a `folder`,
         the one that `save` wrote; freezes the model. Raises ValueError for targets that match
         nothing, a second verifier, and a folder of another base or damaged; FileNotFoundError."""
@@ -101,7 +96,7 @@ class Verifier:
         self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
     ) -> list[float]:
         """Return the probability that each solution is right, read after its end token."""
-        encoded = self._encode(prompts, completions)
+        encoded = encode_solutions(self.model, self.tokenizer, prompts, completions)
         results = [0.0] * len(encoded)
         for chosen, batch in batches(encoded, batch_size, self.head.weight.device):
             for i, p in zip(chosen, self.log_odds(batch).sigmoid().tolist()):
@@ -116,11 +111,6 @@ class Verifier:
         """Return the mean binary cross-entropy a solution; right (batch,) of 0.0 and 1.0."""
         return nn.functional.binary_cross_entropy_with_logits(self.log_odds(batch), right)
 
-    def _encode(self, prompts, completions) -> list[Example]:
-        return encode_solutions(self.model, self.tokenizer, prompts, completions)
-
-    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        return collate(examples, device=self.head.weight.device)
 
 
 def train_verifier(
@@ -131,8 +121,7 @@ def train_verifier(
     config: TrainConfig = TrainConfig(epochs=1, batch_size=64, lr=1e-3),
     callback: Callable[[dict], None] | None = None,
 ) -> list[dict]:
-    """Train on solutions labelled right or wrong, in place; returns step, loss, lr, seconds of
-    each step.
+    """Train on labelled solutions, in place; returns step, loss, lr and seconds of each step.
 
     Of `config` it takes epochs or max_steps, batch_size, lr, warmup_ratio, weight_decay,
     max_grad_norm and seed; it computes in fp32. Raises ValueError unless there are right and
@@ -144,8 +133,9 @@ def train_verifier(
             f"{sum(map(bool, right))} of them right; a verifier needs as many of each, and right "
             "and wrong solutions: sample at a higher temperature, or more problems"
         )
-    encoded = verifier._encode(prompts, completions)
-    labels = torch.tensor([float(r) for r in right], device=verifier.head.weight.device)
+    encoded = encode_solutions(verifier.model, verifier.tokenizer, prompts, completions)
+    device = verifier.head.weight.device
+    labels = torch.tensor([float(r) for r in right], device=device)
     parameters = verifier.parameters
     for p in parameters.values():
         p.requires_grad_(True)
@@ -157,7 +147,7 @@ def train_verifier(
     def part_of_loss(chosen: list[int]) -> Iterator[Tensor]:
         """This process's part of the mean loss of the chosen ones."""
         if own := processes.share(chosen):
-            loss = verifier.loss(verifier._batch([encoded[i] for i in own]), labels[own])
+            loss = verifier.loss(collate([encoded[i] for i in own], device=device), labels[own])
             yield loss * (len(own) / len(chosen))
 
     for step, _, chosen in schedule(lengths, config.batch_size, config.seed, total):

@@ -47,9 +47,9 @@ def choose(answers: Sequence[object], weights: Sequence[float] | None = None) ->
 def sample_answers(samples: Sequence[str]) -> list[Fraction | None]:
     """Return the answer of each sample: strict, or flexible where no sample has the format."""
     strict = [extract_answer(s) for s in samples]
-    return strict if any(a is not None for a in strict) else [
-        extract_answer(s, "flexible") for s in samples
-    ]  # fmt: skip
+    if any(answer is not None for answer in strict):
+        return strict
+    return [extract_answer(s, "flexible") for s in samples]
 
 
 def majority(samples: Sequence[str]) -> str:
@@ -63,8 +63,7 @@ def best_score(samples: Sequence[str]) -> str:
 
 
 def weighted_vote(samples: Sequence[str]) -> str:
-    """Return the first sample with the answer whose samples have the largest sum of scores, which
-    must not be negative: probabilities, such as a verifier's."""
+    """Return the first sample with the answer of the largest sum of scores, all 0 or more."""
     return samples[choose(sample_answers(samples), [_score_of(s) for s in samples])]
 
 
@@ -88,15 +87,14 @@ class _Scored(Generator):
     def __call__(self, prompts: Sequence[str]) -> list:
         answers = self.ask(prompts)
         groups = [said if isinstance(said, list) else [said] for said in answers]
-        flat = [(p, s) for p, group in zip(prompts, groups) for s in group]
-        scores = iter(self.score([p for p, _ in flat], [s for _, s in flat]))
+        asked = [prompt for prompt, group in zip(prompts, groups) for _ in group]
+        scores = iter(self.score(asked, [sample for group in groups for sample in group]))
         scored = [[_with_score(sample, next(scores)) for sample in group] for group in groups]
-        return [group if isinstance(said, list) else group[0]
-                for said, group in zip(answers, scored)]  # fmt: skip
+        return [new if isinstance(said, list) else new[0] for said, new in zip(answers, scored)]
 
     def fingerprint(self) -> str | None:
         """Return a hash of the weights that answer and of those that score, if there are any."""
-        scorer = getattr(self.score, "fingerprint", lambda: None)  # a plain function has none
+        scorer = getattr(self.score, "fingerprint", lambda: None)
         parts = [part for part in (self.ask.fingerprint(), scorer()) if part is not None]
         return content_hash(parts) if parts else None
 
@@ -113,8 +111,8 @@ def _with_score(sample: str, score: float) -> Completion:
 def encode_solutions(
     model, tokenizer, prompts: Sequence[str], completions: Sequence[str]
 ) -> list[Example]:
-    """Return each prompt and its completion as an Example. Raises ValueError for other things than
-    two lists of texts, equally long, and for a token that the model does not have."""
+    """Return each prompt and its completion as an Example; ValueError for anything but two equally
+    long lists of texts, and for a token that the model does not have."""
     asked, said = listed(prompts, "prompts", str), listed(completions, "completions", str)
     if len(asked) != len(said):
         raise ValueError(f"got {len(asked)} prompts and {len(said)} completions; expected as many")
@@ -127,11 +125,8 @@ def encode_solutions(
 def log_likelihoods(
     model, tokenizer, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
 ) -> list[tuple[float, int]]:
-    """Return (sum of log-probabilities, number of tokens) of each completion, given its prompt.
-
-    The end token is one of them: a solution cut short is judged as one that ends there.
-    Temperature 1, natural logarithm, softmax in fp32.
-    """
+    """Return (sum of log-probabilities, number of tokens) of each completion and its end token,
+    given the prompt: temperature 1, natural logarithm, softmax in fp32."""
     encoded = encode_solutions(model, tokenizer, prompts, completions)
     results: list = [None] * len(encoded)
     device = model.get_input_embeddings().weight.device

@@ -111,7 +111,7 @@ def test_evaluate_counts_all_samples_and_keeps_them_with_their_scores(tmp_path):
     assert report.strict_correct == 1 and report.tokens == 12
     assert report.predictions[0]["samples"] == ["#### 1", "#### 2"]
     assert report.predictions[0]["scores"] == [0.2, 0.8]
-    with pytest.raises(ValueError, match="vote was best_score, is majority"):
+    with pytest.raises(ValueError, match="vote was 'best_score', is 'majority'"):
         evaluate(generate, problems, tmp_path / "r", vote=majority)
 
 
