@@ -5,9 +5,9 @@ as they came. Following KIVI (Liu et al. 2024, arXiv 2402.02750): a few channels
 large in every token, so a key's group is one channel of `group_size` tokens, and a value's group
 is `group_size` channels of one token.
 
-A forward pass attends to its own tokens exactly; codes are made afterwards. Bytes are saved, not
-time: each step dequantizes the whole cache, a layer at a time. Not handled: a bound on memory by
-a sliding window; padding shares the groups of real tokens.
+A forward pass attends to its own tokens exactly; codes are made afterwards. Each step dequantizes
+the whole cache, a layer at a time. Padding shares the groups of real tokens; a sliding window
+does not bound the memory.
 """
 
 import math
@@ -101,8 +101,8 @@ class PackedStates:
 
 
 class PackedLayer(DynamicLayer):
-    """One decoder layer's cache: the newest tokens in `keys` and `values`, as they came, the others
-    in `old_keys` and `old_values` (None: there are none)."""
+    """One decoder layer's cache: new tokens in `keys` and `values`, the others in `old_keys` and
+    `old_values` (None: there are none)."""
 
     is_croppable = False
 
@@ -113,7 +113,10 @@ class PackedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Add states (batch, heads, new tokens, head_dim); return those of all tokens."""
         keys, values = super().update(key_states, value_states)
-        whole = (self._join(self.old_keys, keys), self._join(self.old_values, values))
+        whole = (keys, values)
+        if self.stored:
+            pairs = ((self.old_keys, keys), (self.old_values, values))
+            whole = tuple(torch.cat([old.dequantize(new.dtype), new], 2) for old, new in pairs)
         n = self.spec.stored_tokens(self.stored + keys.shape[2]) - self.stored
         if n > 0:
             new_keys = PackedStates.of(keys[:, :, :n], self.spec, self.spec.keys)
@@ -124,9 +127,6 @@ class PackedLayer(DynamicLayer):
             # Copies: a view would keep all of it alive.
             self.keys, self.values = keys[:, :, n:].clone(), values[:, :, n:].clone()
         return whole
-
-    def _join(self, old: PackedStates | None, recent: Tensor) -> Tensor:
-        return recent if old is None else torch.cat([old.dequantize(recent.dtype), recent], dim=2)
 
     def get_seq_length(self) -> int:
         return self.stored + (self.keys.shape[2] if self._holds_states() else 0)
@@ -189,12 +189,10 @@ def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int =
     spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2).
     """
     head = head_dim(config)
-    heads = batch * config.num_hidden_layers * config.num_key_value_heads
     old = 0 if spec is None else spec.stored_tokens(tokens)
-    total = 2 * heads * (tokens - old) * head * size
+    total = 2 * (tokens - old) * head * size  # of one head in one layer
     for by in (spec.keys, spec.values) if old else ():
-        long, wide = (head, old) if by == "channel" else (old, head)  # rows, and a row's numbers
+        rows, wide = (head, old) if by == "channel" else (old, head)
         group = spec.group_size if by == "channel" else math.gcd(spec.group_size, head)
-        row = packed_width(wide, spec.bits) + wide // group * 2 * STORED.itemsize
-        total += heads * long * row
-    return total
+        total += rows * (packed_width(wide, spec.bits) + wide // group * 2 * STORED.itemsize)
+    return batch * config.num_hidden_layers * config.num_key_value_heads * total
