@@ -12,10 +12,7 @@ EVERY = 30.0  # seconds: with what takes as long between two calls, still a line
 
 class Progress:
     """Writes to stderr, each half minute, how many of `total` units are done and how long the
-    others will take. Shorter work says nothing, and of several processes the first speaks.
-
-    done: how many were done before, as when a run goes on. clock: gives seconds.
-    """
+    others will take. done: how many were done before, as when a run goes on."""
 
     def __init__(self, work: str, total: int, unit: str, done: int = 0,
                  clock: Callable[[], float] = time.monotonic):  # fmt: skip
@@ -29,7 +26,7 @@ class Progress:
             return
         self.said = now
         left = (now - self.began) / (done - self.before) * (self.total - done)
-        said = [f"{self.work}: {done:,} of {self.total:,} {self.unit}", facts,
-                f"{timedelta(seconds=round(left))} left"]  # fmt: skip
+        facts = f", {facts}" if facts else ""
         # A line of its own, at once: \r and a buffer would hide it in a log.
-        print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
+        print(f"{self.work}: {done:,} of {self.total:,} {self.unit}{facts}, "
+              f"{timedelta(seconds=round(left))} left", file=sys.stderr, flush=True)  # fmt: skip

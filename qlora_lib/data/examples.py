@@ -123,7 +123,9 @@ def _format_of(where: str, row: dict) -> str:
     found = [name for name, fields in FORMATS.items() if set(fields) <= row.keys()]
     if len(found) != 1:
         known = "; ".join(" + ".join(fields) for fields in FORMATS.values())
-        raise ValueError(f"{where} has the fields {sorted(row)}; expected one format's: {known}")
+        raise ValueError(
+            f"{where} has the fields {sorted(row)}; expected those of one format: {known}"
+        )
     return found[0]
 
 

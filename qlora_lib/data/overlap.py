@@ -1,8 +1,5 @@
-"""Training examples that hold test questions: found, counted, left out.
-
-Texts are compared as words, without case, spaces and punctuation. Like GPT-3's check (Brown et
-al. 2020, arXiv 2005.14165, appendix C): 13 words in a row in common are an overlap.
-"""
+"""Training examples that hold test questions, like GPT-3's check (Brown et al. 2020, arXiv
+2005.14165, appendix C): 13 words in a row in common are an overlap."""
 
 import re
 from collections import defaultdict
@@ -47,8 +44,8 @@ def find_overlap(
 ) -> Overlap:
     """Return which examples, each given as its texts, overlap with the questions of a test set.
 
-    ngram: None compares whole questions only, for problems made from templates, which share
-    long phrases by design. A question of fewer than SHORTEST words must be equal.
+    ngram None compares whole questions only, for problems that share templates. A question of
+    fewer than SHORTEST words must be equal.
     """
     asked = {words(question) for question in questions}
     # For each length, the runs of words that give an overlap away, and the questions they are of.

@@ -1,8 +1,7 @@
 """Known problems and solutions: GSM8K and its harder kin, mini-GSM, MetaMathQA, MathInstruct.
 
-Test problems are entries with `question` and `answer`, as in GSM8K. The two sets that are only
-for training keep the fields that they come with; examples.py knows them. All raise
-FileNotFoundError, saying what to do, where they can't be read, and ValueError for other names.
+Test problems are entries with `question` and `answer`; the sets for training keep their fields.
+All raise FileNotFoundError, saying what to do, and ValueError for other names.
 """
 
 import math
@@ -38,9 +37,8 @@ def load_gsm_hard(folder: str | Path | None = None) -> list[dict[str, str]]:
     """Return GSM-Hard (Gao et al. 2022, arXiv 2211.10435): GSM8K's test questions, larger numbers;
     `folder`/gsmhardv2.jsonl when given, else from the hub.
 
-    Its golds are floats, some negative or with many decimals. The answer is the shortest decimal
-    that reads back as that float: 14053029.666666666 is compared within 1e-6, 9867630.0 becomes
-    the integer 9867630, which is compared exactly. Raises GoldError for NaN and infinities.
+    Its golds are floats; an answer is the shortest decimal that reads back as that float, and
+    9867630.0 the integer 9867630. Raises GoldError for NaN and infinities.
     """
     if folder is not None:
         rows = read_jsonl(Path(folder) / "gsmhardv2.jsonl")
@@ -60,15 +58,11 @@ def _decimal(target: float) -> str:
 
 
 def load_minigsm(split: str, folder: str | Path | None = None) -> list[dict[str, str]]:
-    """Return mini-GSM's "train", "dev" or "test", bundled under data/minigsm.
-
-    "test_changed" and "test_larger" are test problems with other numbers, line by line.
-    """
+    """Return mini-GSM's "train", "dev" or "test", bundled under data/minigsm, or the test problems
+    with other numbers, line by line: "test_changed" or "test_larger"."""
     if split not in MINIGSM_SPLITS:
-        raise ValueError(
-            f"mini-GSM has the splits train, dev and test, and test with other numbers as "
-            f"test_changed and test_larger, not {split!r}"
-        )
+        raise ValueError(f"mini-GSM has the splits train, dev and test, test_changed and "
+                         f"test_larger, not {split!r}")  # fmt: skip
     path = Path(folder or DATA / "minigsm") / f"{split}.jsonl"
     if folder is None and not path.is_file():
         raise FileNotFoundError(f"there is no {short_path(path)}; mini-GSM {BUNDLED}")
@@ -89,10 +83,8 @@ def load_training_set(name: str) -> list[dict[str, str]]:
 
 
 def data_file(folder: Path, split: str = "train") -> Path:
-    """Return `folder`/{split}.jsonl or .json or, for "train", the only such file but dev and test.
-
-    Raises FileNotFoundError, saying what the folder holds.
-    """
+    """Return `folder`/{split}.jsonl or .json or, for "train", the only such file but dev and test;
+    FileNotFoundError, saying what the folder holds."""
     found = sorted([*folder.glob("*.jsonl"), *folder.glob("*.json")])
     named = [folder / f"{split}.{suffix}" for suffix in ("jsonl", "json")]
     if own := [file for file in named if file in found]:
@@ -107,8 +99,7 @@ def data_file(folder: Path, split: str = "train") -> Path:
 
 
 def holds_problems(folder: Path) -> bool:
-    """Return whether a folder holds problems to be tested on: test.jsonl with `question`s, or
-    GSM-Hard."""
+    """Return whether a folder holds test.jsonl with `question`s, or GSM-Hard."""
     test = folder / "test.jsonl"
     if test.is_file():
         return "question" in read_jsonl(test)[0]

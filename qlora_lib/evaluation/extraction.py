@@ -326,7 +326,7 @@ def _last_number(*texts: str) -> Fraction | None:
         if sentences and sentences[-1].endswith("?") and _ASKS.search(sentences[-1]):
             return None
         for sentence in reversed(sentences):
-            *_, part = sentence, *(bold for bold in _BOLD.findall(sentence) if QUANTITY.search(bold))
+            *_, part = sentence, *filter(QUANTITY.search, _BOLD.findall(sentence))
             found = [*QUANTITY.finditer(part)]
             if found and not sentence.endswith("?"):
                 joined = len(found) > 1 and _joined(part, *found[-2:], _OR)
