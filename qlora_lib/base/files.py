@@ -1,7 +1,4 @@
-"""Files and folders written whole or not at all, and read with an error that names them.
-
-Only safetensors and JSON, never pickle.
-"""
+"""Safetensors and JSON, written whole or not at all, and read with an error that names the file."""
 
 import json
 import os

@@ -36,10 +36,8 @@ def start(device: str | None = None) -> str | None:
     if torch.device(device or default_device()).type == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if device not in (None, "cuda") or local >= gpus:
-            raise ValueError(
-                f"process {local} of this machine has no GPU of its own (device={device}, {gpus} "
-                "GPUs); start one process a GPU, without --device, or give --device cpu"
-            )
+            raise ValueError(f"process {local} has no GPU of its own (device={device}, {gpus} GPUs)"
+                             ": start one a GPU, without --device, or --device cpu")  # fmt: skip
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
@@ -130,8 +128,7 @@ def total(value: float, device) -> float:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes, None counting as 0; None where all
-    are."""
+    """Replace each gradient by its sum over the processes; None counts as 0 where not all are."""
     if world() == 1:
         return
     parameters = list(parameters)

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 
 from . import processes
@@ -14,8 +13,7 @@ class Progress:
     """Writes to stderr, each half minute, how many of `total` units are done and how long the
     others will take. done: how many were done before, as when a run goes on."""
 
-    def __init__(self, work: str, total: int, unit: str, done: int = 0,
-                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+    def __init__(self, work: str, total: int, unit: str, done: int = 0, clock=time.monotonic):
         self.work, self.total, self.unit, self.before, self.clock = work, total, unit, done, clock
         self.began = self.said = clock()
 

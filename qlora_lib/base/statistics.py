@@ -32,8 +32,8 @@ def newcombe(
     """Return the 95% interval for a difference of two proportions, a - b, from Wilson's of each.
 
     Unpaired (both=None): Newcombe's method 10 of Statistics in Medicine 17 (1998) 873-890. Paired,
-    with `both` right in a and b: method 10 of 17 (1998) 2635-2650, the same with a correlation
-    phi, corrected for continuity. Raises ValueError for counts that do not fit together.
+    with `both` right in a and b: method 10 of 17 (1998) 2635-2650, the same with a correlation.
+    Raises ValueError for counts that do not fit together.
     """
     a, b = right_a / n_a if n_a else 0.0, right_b / n_b if n_b else 0.0
     (low_a, high_a), (low_b, high_b) = wilson(right_a, n_a), wilson(right_b, n_b)

@@ -12,12 +12,9 @@ from .tokens import Example, Pair, batches
 
 
 def calibration_batches(
-    tokenizer,
-    examples: str | Path | Iterable[Example | Pair],
-    n: int = 128,
-    max_length: int = 512,
-    batch_size: int = 16,
-) -> list[dict[str, Tensor]]:
+    tokenizer, examples: str | Path | Iterable[Example | Pair], n: int = 128,
+    max_length: int = 512, batch_size: int = 16,
+) -> list[dict[str, Tensor]]:  # fmt: skip
     """Return batches of the first `n` examples, of like length: input_ids and attention_mask, int64
     (batch, seq). examples: whatever read_examples takes, with its errors."""
     if not isinstance(examples, (str, Path)):

@@ -85,20 +85,16 @@ def _kind(example) -> str | None:
 def make_examples(
     rows: Sequence[tuple[str, dict]], tokenizer, notes: bool = False
 ) -> tuple[str, list[Example]]:
-    """Return (name of the format, examples, not cut) of rows as read_rows gives them.
-
-    notes: GSM8K's calculator notes stay. Raises ValueError, naming the row, for unknown or mixed
-    formats, fields that are empty or would be lost, chats that can't be written, and no rows.
-    """
+    """Return (name of the format, examples, not cut) of rows as read_rows gives them; notes: with
+    GSM8K's. Raises ValueError, naming the row, for unknown or mixed formats, fields that are empty
+    or would be lost, chats that can't be written, and no rows."""
     if not rows:
         raise ValueError("there are no rows to make examples of")
     name, examples, unread = _format_of(*rows[0]), [], set()
     for where, row in rows:
         if _format_of(where, row) != name:
-            raise ValueError(
-                f"{where} has the format {_format_of(where, row)!r}, but the file began with "
-                f"{name!r}; give one format a file"
-            )
+            raise ValueError(f"{where} has the format {_format_of(where, row)!r}, but the file "
+                             f"began with {name!r}; give one format a file")  # fmt: skip
         # A number, such as an id, says nothing; False does.
         says = (bool, str, list, dict)
         unread |= {f for f, v in row.items() if v is False or v and isinstance(v, says)}
@@ -169,10 +165,8 @@ def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
                     "writes the answer without it, as those of models that think first do; write "
                     "the row as prompt, up to there, and completion, the thinking included"
                 )
-            raise ValueError(
-                f"the chat template writes the first {i + 1} messages otherwise once others "
-                "follow; give each answer a chat of its own"
-            )
+            raise ValueError(f"the chat template writes the first {i + 1} messages otherwise once "
+                             "others follow; give each answer a chat of its own")  # fmt: skip
         # What is asked begins with bos, which most templates write.
         rest = asked[len(done) :]
         given = encode_after(tokenizer, done, rest) if done else encode_prompt(tokenizer, rest)
@@ -192,14 +186,11 @@ def write_chat(tokenizer, messages: list[dict], ask=False, tools: list | None = 
     """Return a chat as the tokenizer's template writes it; ask: up to where the assistant begins.
     Raises ValueError for a tokenizer without a template and for messages that it refuses."""
     if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template (base models have none); take an instruct model, "
-            "or write the chat as prompt and completion"
-        )
+        raise ValueError("the tokenizer has no chat template; take an instruct model, or write the "
+                         "chat as prompt and completion")  # fmt: skip
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools or None, tokenize=False, add_generation_prompt=ask
-        )
+        how = {"tokenize": False, "add_generation_prompt": ask}
+        return tokenizer.apply_chat_template(messages, tools=tools or None, **how)
     except Exception as error:  # what a template raises is its own affair
         raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
 
@@ -214,9 +205,8 @@ def _check_messages(messages) -> None:
             text_of(message, "content")
         learned = (None, 0, 1) if message["role"] == "assistant" else (None, 0)
         if message.get("weight") not in learned:
-            raise ValueError(
-                f"a turn of the assistant is learned (weight 1) or not (0), got {message!r:.80}"
-            )
+            raise ValueError("a turn of the assistant is learned (weight 1) or not (0), got "
+                             f"{message!r:.80}")  # fmt: skip
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"a chat should end with the assistant's turn, not {messages[-1]!r:.80}")
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from .rows import check_lost, text_of
 
-PROMPT = "Question: {question}\nAnswer:\n"
+PROMPT = "Question: {question}\nAnswer:\n"  # tokenizers split at a newline
 
 # A minus counts as a sign only where no number, name or bracket precedes it: 10-3 is not -3.
 NUMBER = re.compile(
@@ -33,11 +33,8 @@ def to_number(text: str) -> Fraction | None:
 
 
 def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
-    """Return (prompt, target) of an entry; the target's calculator notes go unless `notes`.
-
-    The prompt ends in a newline, where tokenizers split. Raises ValueError for an entry without a
-    question, with an unparsable answer, or with a field that would be lost, such as a context.
-    """
+    """Return (prompt, target) of an entry; the target's calculator notes go unless `notes`. Raises
+    ValueError for no question, an unparsable answer, and a field that would be lost."""
     check_lost(entry)
     question, answer = text_of(entry, "question"), text_of(entry, "answer")
     if "####" not in answer:

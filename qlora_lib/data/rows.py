@@ -12,11 +12,8 @@ LOST = ("system", "system_prompt", "context", "passage", "documents", "input", "
 
 
 def listed(given: Iterable, what: str, kind: type = object) -> list:
-    """Return the items of a list, a Dataset or another iterable in order.
-
-    what: the items in words. Raises ValueError for one text, a dict of columns or splits, a table,
-    and for items of another kind.
-    """
+    """Return the items of a list, a Dataset or another iterable in order. what: the items in words.
+    Raises ValueError for a text, a dict of columns or splits, a table, and items of other kinds."""
     if isinstance(given, Mapping) or hasattr(given, "columns"):
         raise ValueError(
             f"{what}: got a {type(given).__name__} of {[*getattr(given, 'columns', given)]!s:.80}; "
@@ -36,10 +33,8 @@ def check_lost(row: Mapping, *written: str) -> None:
     """Raise ValueError for a field of LOST with content, but those that are `written`."""
     for field in LOST:
         if row.get(field) and field not in written:
-            raise ValueError(
-                f"`{field}` {row[field]!r:.60} would be lost: nothing writes it here; put it "
-                "where it belongs, and write the row as prompt and completion"
-            )
+            raise ValueError(f"`{field}` {row[field]!r:.60} would be lost: nothing writes it here; "
+                             "write the row as prompt and completion")  # fmt: skip
 
 
 def text_of(row: Mapping, field: str) -> str:

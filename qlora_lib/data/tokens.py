@@ -1,8 +1,5 @@
-"""From texts to token ids and labels, and from those to padded batches.
-
-Training, calibration and evaluation all encode a prompt with `encode_prompt` and what follows it
-with `encode_after`, so a model is asked exactly as it was taught.
-"""
+"""From texts to token ids and labels, and from those to padded batches: in training, calibration
+and evaluation alike, so a model is asked exactly as it was taught."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +10,7 @@ from torch import Tensor
 Pair = tuple[str, str]  # prompt, target
 
 IGNORE = -100  # a label that cross-entropy leaves out
-PAD = 0  # the id that fills up a batch. It is masked, so any will do that every model has.
+PAD = 0  # the id that fills up a batch. It is masked: any will do that every model has.
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,8 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 def encode_after(tokenizer, before: str, text: str) -> list[int]:
     """Return the ids of `text` as it stands after `before`, whose own ids stay as they are alone.
 
-    Both are encoded together, since SentencePiece gives a text by itself a space before its first
-    word. Where a token lies across the border (two newlines, say), a newline stands in for
-    `before`, with which alone the model is asked.
+    Both are encoded together, since SentencePiece puts a space before a text by itself. Where a
+    token lies across the border (two newlines, say), a newline stands in for `before`.
     """
     for prefix in (before, "\n"):
         given = tokenizer.encode(prefix, add_special_tokens=False)
@@ -89,9 +85,7 @@ def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> 
     return torch.tensor(rows)
 
 
-def collate(
-    batch: Sequence[Example], pad_id: int = PAD, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+def collate(batch: Sequence[Example], pad_id: int = PAD, device="cpu") -> dict[str, Tensor]:
     """Return input_ids, attention_mask and labels, int64 (batch, seq), padded on the right.
 
     batch: Examples, or plain (input_ids, labels). Padding has label -100 and mask 0 whatever its
@@ -103,17 +97,13 @@ def collate(
     return {name: pad(rows, fill).to(device) for name, (rows, fill) in parts.items()}
 
 
-def by_length(
-    sequences: Sequence[Sequence[int]], size: int, longest_first: bool = False
-) -> list[list[int]]:
-    """Return the indices of the sequences, in batches of like length."""
+def by_length(sequences: Sequence[Sequence[int]], size: int, longest_first=False):
+    """Return the indices of the sequences, in batches of like length, as lists."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]) * (-1) ** longest_first)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def batches(
-    examples: Sequence[Example], size: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+def batches(examples: Sequence[Example], size: int, device="cpu") -> Iterator[tuple[list, dict]]:
     """Yield (indices, their batch) for all examples, those of like length together."""
     for chosen in by_length([example.input_ids for example in examples], size):
         yield chosen, collate([examples[i] for i in chosen], device=device)

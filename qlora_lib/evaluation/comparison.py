@@ -1,8 +1,4 @@
-"""Two reports compared: on the same questions with McNemar's test, else as a drop.
-
-A difference is told from chance only with an interval or a test, and the questions on which
-both models agree say nothing about it.
-"""
+"""Two reports compared: on the same questions with McNemar's test, else as a drop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,78 +9,6 @@ from .evaluate import EvalReport, questions_hash
 
 # Splits whose problems correspond line by line. GSM-Hard's are in the order of GSM8K's test.
 FAMILIES = ({"test", "test_changed", "test_larger"}, {"test", "gsm_hard"})
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two models on the same n questions."""
-
-    mode: str
-    n: int
-    right_a: int
-    right_b: int
-    only_a: int  # questions that only a has right
-    only_b: int
-    names: tuple[str, str] = ("a", "b")
-
-    @property
-    def p(self) -> float:
-        """McNemar's exact two-sided p."""
-        return mcnemar(self.only_a, self.only_b)
-
-    @property
-    def difference(self) -> float:
-        """Accuracy of a minus that of b."""
-        return (self.right_a - self.right_b) / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Newcombe's 95% interval of the difference, paired."""
-        return newcombe(self.right_a, self.n, self.right_b, self.n, self.right_a - self.only_a)
-
-    def __str__(self) -> str:
-        a, b = self.names
-        verdict = "chance explains the difference"
-        if self.only_a + self.only_b == 0:
-            verdict = "they are right on the same questions"
-        elif self.p < 0.05:
-            better = a if self.only_a > self.only_b else b
-            verdict = f"{better} is better, beyond what chance explains at 5%"
-        return (
-            f"{self.n} questions ({self.mode}): {a} {self.right_a / self.n:.1%}, "
-            f"{b} {self.right_b / self.n:.1%}, {_difference(self)}\n"
-            f"right in {a} only: {self.only_a}, in {b} only: {self.only_b}; "
-            f"exact McNemar p = {self.p:.2g}: {verdict}"
-        )
-
-
-def compare(
-    a: EvalReport, b: EvalReport, mode: str = "strict", names: tuple[str, str] = ("a", "b")
-) -> Comparison:
-    """Return two models' accuracies on the same questions, discordant questions, McNemar's p.
-
-    mode: "strict" or "flexible". Raises ValueError, naming the first difference, unless the
-    reports hold the same questions and golds in the same order.
-    """
-    verdicts, asked = _verdicts(mode, a, b), (pairs(a), pairs(b))
-    if asked[0] != asked[1]:
-        differ = next((i for i, (x, y) in enumerate(zip(*asked)) if x != y), min(a.n, b.n))
-        first, second = (questions_hash(each)[:12] for each in asked)
-        raise ValueError(
-            f"the reports are not about the same questions: {a.n} with hash {first}, {b.n} "
-            f"with hash {second}, the first to differ is number {differ + 1}; evaluate both "
-            "on the same problems, or take `drop` for two sets of problems"
-        )
-    return compare_verdicts(*verdicts, mode, names)
-
-
-def compare_verdicts(
-    a: Sequence[bool], b: Sequence[bool], mode: str = "exact match", names=("a", "b")
-) -> Comparison:
-    """Return the comparison of right and wrong answers to the same questions, in their order."""
-    both = list(zip(a, b, strict=True))
-    only_a, only_b = both.count((True, False)), both.count((False, True))
-    return Comparison(mode, len(both), sum(a), sum(b), only_a, only_b, names)
 
 
 @dataclass(frozen=True)
@@ -113,14 +37,71 @@ class Drop:
         return f"{self.mode}: {parts}; {_difference(self)}, {how}"
 
 
+class Comparison(Drop):
+    """Two models on the same questions, in the same order."""
+
+    @property
+    def only_a(self) -> int:  # questions that only a has right
+        return self.right[0] - self.both
+
+    @property
+    def only_b(self) -> int:
+        return self.right[1] - self.both
+
+    @property
+    def difference(self) -> float:
+        return (self.right[0] - self.right[1]) / self.n[0]
+
+    @property
+    def p(self) -> float:
+        """McNemar's exact two-sided p."""
+        return mcnemar(self.only_a, self.only_b)
+
+    def __str__(self) -> str:
+        (a, b), (right_a, right_b), n = self.names, self.right, self.n[0]
+        verdict = "chance explains the difference"
+        if self.only_a + self.only_b == 0:
+            verdict = "they are right on the same questions"
+        elif self.p < 0.05:
+            better = a if self.only_a > self.only_b else b
+            verdict = f"{better} is better, beyond what chance explains at 5%"
+        return (
+            f"{n} questions ({self.mode}): {a} {right_a / n:.1%}, {b} {right_b / n:.1%}, "
+            f"{_difference(self)}\n"
+            f"right in {a} only: {self.only_a}, in {b} only: {self.only_b}; "
+            f"exact McNemar p = {self.p:.2g}: {verdict}"
+        )
+
+
+def compare(a: EvalReport, b: EvalReport, mode: str = "strict", names=("a", "b")) -> Comparison:
+    """Return two models' accuracies on the same questions, discordant questions, McNemar's p.
+
+    mode: "strict" or "flexible". Raises ValueError for reports of other questions or golds.
+    """
+    verdicts, asked = _verdicts(mode, a, b), (pairs(a), pairs(b))
+    if asked[0] != asked[1]:
+        differ = next((i for i, (x, y) in enumerate(zip(*asked)) if x != y), min(a.n, b.n))
+        first, second = (questions_hash(each)[:12] for each in asked)
+        raise ValueError(
+            f"the reports are not about the same questions: {a.n} with hash {first}, {b.n} with "
+            f"hash {second}, the first to differ is number {differ + 1}; for two sets take `drop`"
+        )
+    return compare_verdicts(*verdicts, mode, names)
+
+
+def compare_verdicts(
+    a: Sequence[bool], b: Sequence[bool], mode: str = "exact match", names=("a", "b")
+) -> Comparison:
+    """Return the comparison of right and wrong answers to the same questions, in their order."""
+    both = sum(x and y for x, y in zip(a, b, strict=True))
+    return Comparison(mode, (len(a), len(b)), (sum(a), sum(b)), both, names)
+
+
 def drop(
     a: EvalReport, b: EvalReport, mode: str = "strict", paired: bool = False, names=("a", "b")
 ) -> Drop:
-    """Return how much accuracy falls from the problems of `a` to those of `b`.
-
-    paired: problem i of b is a variant of problem i of a, which narrows the interval. Raises
-    ValueError for a pair of reports that are not equally long.
-    """
+    """Return how much accuracy falls from the problems of `a` to those of `b`. paired: problem i of
+    b is a variant of problem i of a; ValueError for reports that are not equally long."""
     of_a, of_b = _verdicts(mode, a, b)
     if paired and a.n != b.n:
         raise ValueError(f"{a.n} and {b.n} problems can't be paired by index; paired=False?")
@@ -128,9 +109,7 @@ def drop(
     return Drop(mode, (a.n, b.n), (sum(of_a), sum(of_b)), both, names)
 
 
-def report_difference(
-    a: EvalReport, b: EvalReport, names: tuple[str, str] = ("a", "b")
-) -> Comparison | Drop:
+def report_difference(a: EvalReport, b: EvalReport, names=("a", "b")) -> Drop:
     """Return `compare` for the same questions, else `drop`, paired for splits of one family."""
     if pairs(a) == pairs(b):
         return compare(a, b, names=names)
@@ -144,7 +123,7 @@ def pairs(report: EvalReport) -> list[tuple[str, str]]:
     return [(p.question, p.gold) for p in report.predictions]
 
 
-def _difference(found: Comparison | Drop) -> str:
+def _difference(found: Drop) -> str:
     low, high = (100 * x for x in found.interval)
     return f"difference {100 * found.difference:+.1f} points [{low:+.1f}, {high:+.1f}]"
 

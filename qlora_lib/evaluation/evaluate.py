@@ -1,14 +1,12 @@
-"""Exact match on word problems: ask, score, report, and go on after a kill.
-
-The model sees the prompt only, and every question counts in the denominator. How an answer
-is read is in `extraction.py`; `canaries.py` tests the whole path before it is used.
-"""
+"""Exact match on word problems: ask, score, report, and go on after a kill. The model sees the
+prompt only, and every question counts in the denominator."""
 
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from operator import truediv
 from pathlib import Path
 
 from ..base import processes
@@ -26,12 +24,9 @@ from .extraction import equals, extract_answer
 CHUNK = 128  # questions that are asked at a time, and kept together, unless told
 Entry = dict[str, str]
 Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
-# What decides the completions; a folder holds the answers of one such set. Not among them:
-# date, machine, threads.
-SETTINGS = (
-    "model", "revision", "weights", "adapter", "compute_dtype", "decoding", "problems_hash",
-    "prompts_hash", "chunk", "vote", "score",
-)  # fmt: skip
+# What decides the completions (not date, machine, threads): a folder holds those of one such set.
+SETTINGS = ("model", "revision", "weights", "adapter", "compute_dtype", "decoding",
+            "problems_hash", "prompts_hash", "chunk", "vote", "score")  # fmt: skip
 
 
 def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
@@ -67,7 +62,6 @@ class Prediction:
     scores: list[float] | None = None  # of the samples
 
     def __getitem__(self, name: str):
-        """Return a field: prediction["strict"] is prediction.strict."""
         return getattr(self, name)
 
     def row(self) -> dict:
@@ -76,12 +70,8 @@ class Prediction:
         return {k: v for k, v in vars(self).items() if k not in optional or v is not None}
 
 
-def _share(count: str) -> property:
-    return property(lambda report: getattr(report, count) / report.n)
-
-
-def _interval(count: str) -> property:
-    return property(lambda report: wilson(getattr(report, count), report.n))
+def _of(count: str, function: Callable = truediv) -> property:
+    return property(lambda report: function(getattr(report, count), report.n))
 
 
 @dataclass
@@ -118,18 +108,17 @@ class EvalReport:
         """Return the finished report that `evaluate` stored; FileNotFoundError without one."""
         path = Path(folder) / "report.json"
         if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no {short_path(path)}; an evaluation writes it when it is finished"
-            )
+            raise FileNotFoundError(f"there is no {short_path(path)}; an evaluation writes it when "
+                                    "it is finished")  # fmt: skip
         saved = json.loads(path.read_text(encoding="utf-8"))
         report = {f.name: saved[f.name] for f in fields(cls) if f.name != "predictions"}
         rows = read_jsonl(path.with_name("predictions.jsonl"))
         return cls(**report, predictions=[Prediction(**row) for row in rows])
 
-    # Shares of n and their 95% Wilson intervals, as fractions
-    strict, flexible = _share("strict_correct"), _share("flexible_correct")
-    strict_interval, flexible_interval = _interval("strict_correct"), _interval("flexible_correct")
-    format_rate, truncation_rate = _share("formatted"), _share("truncated")
+    # Shares of n and their 95% intervals, as fractions
+    strict, strict_interval = _of("strict_correct"), _of("strict_correct", wilson)
+    flexible, flexible_interval = _of("flexible_correct"), _of("flexible_correct", wilson)
+    format_rate, truncation_rate = _of("formatted"), _of("truncated")
 
     @property
     def tokens_per_second(self) -> float:
@@ -148,11 +137,9 @@ class EvalReport:
             low, high = wilson(right, self.n)
             text += f"{mode:<9}{right:>6}/{self.n:<8} {right / self.n:6.1%}   "
             text += f"[{low:.1%}, {high:.1%}]\n"
-        return text + (
-            f"in format {self.format_rate:.1%}, cut short {self.truncation_rate:.1%}, "
-            f"{self.tokens_per_second:.0f} tokens/s, "
-            f"compute dtype {self.info.get('compute_dtype', 'unknown')}"
-        )
+        dtype = self.info.get("compute_dtype", "unknown")
+        text += f"in format {self.format_rate:.1%}, cut short {self.truncation_rate:.1%}, "
+        return text + f"{self.tokens_per_second:.0f} tokens/s, compute dtype {dtype}"
 
 
 def evaluate(
@@ -255,7 +242,7 @@ def _score(
     if isinstance(said, list) and vote is None:
         raise ValueError(f"{len(said)} samples for one prompt; give `vote`, which makes them one")
     completion = vote(samples) if vote else samples[0]
-    strict, flexible = extract_answer(completion), extract_answer(completion, "flexible")
+    strict, flexible = (extract_answer(completion, mode) for mode in MODES)
     scored = vote and all(hasattr(s, "score") for s in samples)
     return Prediction(
         question=question,
@@ -284,19 +271,15 @@ def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[di
     remedy = "name another folder, or replace them with restart=True (--restart)"
     if not own.is_file():
         if answers.is_file():
-            raise ValueError(
-                f"{short_path(answers)} is there without settings.json, which says what made "
-                f"it; {remedy}"
-            )
+            raise ValueError(f"{short_path(answers)} is there without settings.json, which says "
+                             f"what made it; {remedy}")  # fmt: skip
         write_json_atomic(own, settings)
         return []
     if changed := changes(json.loads(own.read_text(encoding="utf-8")), settings):
-        raise ValueError(
-            f"{short_path(folder)} holds answers of other settings ({changed}); {remedy}"
-        )
+        raise ValueError(f"{short_path(folder)} holds answers of other settings ({changed}); "
+                         f"{remedy}")  # fmt: skip
     text = answers.read_text(encoding="utf-8") if answers.is_file() else ""
-    # A kill may have torn the last line.
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    whole = text.splitlines(keepends=True)[: text.count("\n")]  # a kill may have torn the last
     if len(whole) < n:  # sampling and rounding depend on which questions are asked together
         whole = whole[: len(whole) // settings["chunk"] * settings["chunk"]]
     if "".join(whole) != text:

@@ -1,8 +1,7 @@
-"""From a completion to its answer, an exact fraction, or to none.
+"""From a completion to its answer, an exact fraction, or to none where it is ambiguous.
 
-docs/EXTRACTION.md is the policy that this code follows, section by section, and
-data/completions.jsonl holds texts with the verdicts of a careful grader. Where a text is
-ambiguous, there is no answer; nothing is evaluated, and no unit is converted.
+docs/EXTRACTION.md is the policy that this code follows, section by section;
+data/completions.jsonl holds texts with the verdicts of a careful grader.
 """
 
 import re

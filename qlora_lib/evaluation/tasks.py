@@ -35,22 +35,18 @@ class Score:
         return len(self.right)
 
     @property
-    def correct(self) -> int:
-        return sum(self.right)
-
-    @property
     def accuracy(self) -> float:
-        return self.correct / self.n
+        return sum(self.right) / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
         """95% Wilson interval, fractions."""
-        return wilson(self.correct, self.n)
+        return wilson(sum(self.right), self.n)
 
     def row(self) -> dict:
         """Return counts, interval, and a 1 or 0 a question, as JSON takes them."""
         right = "".join(str(int(r)) for r in self.right)
-        return {"n": self.n, "correct": self.correct, "accuracy": self.accuracy,
+        return {"n": self.n, "correct": sum(self.right), "accuracy": self.accuracy,
                 "interval": self.interval, "right": right}  # fmt: skip
 
     def __str__(self) -> str:

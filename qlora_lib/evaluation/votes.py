@@ -1,9 +1,8 @@
 """Many samples, one answer: votes and scores.
 
-A vote is a function from the samples of one question to the one that counts, for
-`evaluate(vote=...)`. Self-consistency is Wang et al. 2022 (arXiv 2203.11171). A score is a
+A vote is a function from the samples of one question to the one that counts. A score is a
 function from prompts and as many completions to a number each, higher is better: `likelihood`,
-or a Verifier (verifier.py).
+or a Verifier.
 """
 
 import math
@@ -24,19 +23,15 @@ Score = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
 def choose(answers: Sequence[object], weights: Sequence[float] | None = None) -> int:
-    """Return the index of the first sample with the answer that has most votes, or most weight.
-
-    A sample without an answer (None) has no vote; without any answer it is sample 0. Raises
-    ValueError for no samples, and for weights that are not as many, negative or not finite.
-    """
+    """Return the index of the first sample with the answer of most votes, or most weight; 0 where
+    all are None. Raises ValueError for no samples, and for weights that are not as many, negative
+    or not finite."""
     if not answers:
         raise ValueError("there are no samples to choose from")
     weights = [1.0] * len(answers) if weights is None else list(weights)
     if len(weights) != len(answers) or not all(0 <= w < math.inf for w in weights):
-        raise ValueError(
-            f"{len(answers)} samples with the weights {weights}; expected as many finite "
-            "numbers, 0 or more"
-        )
+        raise ValueError(f"{len(answers)} samples with the weights {weights}; expected as many "
+                         "finite numbers, 0 or more")  # fmt: skip
     votes: dict[object, float] = {}
     for answer, weight in zip(answers, weights):
         if answer is not None:
@@ -53,7 +48,8 @@ def sample_answers(samples: Sequence[str]) -> list[Fraction | None]:
 
 
 def majority(samples: Sequence[str]) -> str:
-    """Return the first sample with the most frequent answer (self-consistency)."""
+    """Return the first sample with the most frequent answer: self-consistency, Wang et al. 2022
+    (arXiv 2203.11171)."""
     return samples[choose(sample_answers(samples))]
 
 
@@ -93,7 +89,6 @@ class _Scored(Generator):
         return [new if isinstance(said, list) else new[0] for said, new in zip(answers, scored)]
 
     def fingerprint(self) -> str | None:
-        """Return a hash of the weights that answer and of those that score, if there are any."""
         scorer = getattr(self.score, "fingerprint", lambda: None)
         parts = [part for part in (self.ask.fingerprint(), scorer()) if part is not None]
         return content_hash(parts) if parts else None
@@ -108,11 +103,9 @@ def _with_score(sample: str, score: float) -> Completion:
     return new
 
 
-def encode_solutions(
-    model, tokenizer, prompts: Sequence[str], completions: Sequence[str]
-) -> list[Example]:
-    """Return each prompt and its completion as an Example; ValueError for anything but two equally
-    long lists of texts, and for a token that the model does not have."""
+def encode_solutions(model, tokenizer, prompts, completions) -> list[Example]:
+    """Return each prompt and its completion as an Example; ValueError unless they are equally long
+    lists of texts, of tokens that the model has."""
     asked, said = listed(prompts, "prompts", str), listed(completions, "completions", str)
     if len(asked) != len(said):
         raise ValueError(f"got {len(asked)} prompts and {len(said)} completions; expected as many")

@@ -1,7 +1,6 @@
-"""From prompts to completions: greedy decoding or sampling, batched, new tokens only.
+"""From prompts to completions: greedy decoding or sampling, in batches padded on the left.
 
-Prompts are encoded as in training (`encode_prompt`) and padded on the left, so that every row's
-last token is its prompt's. A stop string does not end the decoding: what follows it is cut.
+A stop string does not end the decoding: what follows it is cut.
 """
 
 from collections.abc import Callable, Sequence
@@ -216,9 +215,8 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> ModelGenerat
     """Return a function from a list of prompts to a list of Completions in the same order, or of
     lists of `samples` Completions where there are several.
 
-    Called with (prompts, adapters) it gives each prompt an adapter of its own, by name (None: the
-    base). Raises ValueError for anything but a list of texts, for what check_prompt refuses, and
-    for adapters that are unknown or not one a prompt.
+    Called with (prompts, adapters) it gives each prompt an adapter, by name (None: the base).
+    Raises ValueError for other things, for what check_prompt refuses, and for unknown adapters.
     """
     return ModelGenerator(model, tokenizer, decoding)
 
@@ -231,8 +229,7 @@ def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> 
     if len(ids) + decoding.max_new_tokens > context:
         raise ValueError(
             f"a prompt of {len(ids)} tokens and max_new_tokens={decoding.max_new_tokens} exceed "
-            f"the context of {context}: {prompt[:60]!r}...; shorten the prompt, or lower "
-            "max_new_tokens"
+            f"the context of {context}: {prompt[:60]!r}...; shorten the prompt, or lower the limit"
         )
 
 
