@@ -60,8 +60,7 @@ class Completion(str):
 
 
 class Generator:
-    """A function from a list of prompts to their completions, in order, with what a report says
-    of it."""
+    """A function from prompts to their completions, in order, with what a report says of it."""
 
     def __init__(self, ask: Callable[[Sequence[str]], list], info: dict | None = None):
         self.ask, self.info = ask, dict(info or {})  # info: such as model and decoding
