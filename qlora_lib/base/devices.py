@@ -11,11 +11,8 @@ def default_device() -> torch.device:
 
 
 def resolve_dtype(compute_dtype: str, device: torch.device | str | None = None) -> torch.dtype:
-    """Return the dtype to compute in.
-
-    "auto" is bf16 where the device has it natively (emulated bf16 is slower than fp32),
-    else fp16 on a GPU, else fp32. Raises ValueError for any other name.
-    """
+    """Return the dtype of a name; "auto" is bf16 where the device has it natively (emulated bf16 is
+    slower than fp32), else fp16 on a GPU, else fp32. Raises ValueError for other names."""
     if compute_dtype in DTYPES:
         return DTYPES[compute_dtype]
     if compute_dtype != "auto":

@@ -1,8 +1,4 @@
-"""Files written whole or not at all, and read with an error that names them.
-
-Only safetensors and JSON, never pickle. A folder is written beside its place and renamed, so
-that a killed run leaves no half checkpoint.
-"""
+"""Safetensors and JSON, written whole or not at all, and read with an error that names the file."""
 
 import json
 import os
@@ -17,9 +13,8 @@ from torch import Tensor
 
 
 def check_place(folder: Path | str, marker: str) -> None:
-    """Raise what writing a checkpoint to `folder` would raise: ValueError when it is a mount point
-    or holds files that are no checkpoint, which have `marker` (they would be deleted); OSError
-    when nothing can be written beside it."""
+    """Raise what writing a checkpoint to `folder` would raise: ValueError for a mount point, and
+    for files, but no `marker` of a checkpoint; OSError when nothing can be written beside it."""
     given, folder = folder, Path(folder).resolve()  # a link may lead to another disk
     if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
         raise ValueError(f"{given} holds other files; give a folder of its own")
@@ -45,11 +40,9 @@ def _system_errors(path: Path):
 
 @contextmanager
 def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
-    """Yield a scratch folder beside `folder` that takes its place when the block succeeds.
-
-    keep: a block that fails leaves its scratch folder, and the next one finds it. Of a link, the
-    folder that it leads to is replaced. Raises what check_place raises.
-    """
+    """Yield a scratch folder beside `folder` (a link's target) that takes its place when the block
+    succeeds. keep: a block that fails leaves its scratch folder, and the next one finds it. Raises
+    what check_place raises."""
     check_place(folder, marker)
     folder = Path(folder).resolve()
     scratch = folder.with_name(folder.name + (".unfinished" if keep else ".part"))
@@ -103,11 +96,8 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def whole_file(path: Path | str):
-    """Yield a scratch path beside `path`; when the block succeeds, the file takes its place.
-
-    A reader, or a kill at any moment, meets the old file or the new one, never half of one. Of a
-    link, the file that it leads to is written.
-    """
+    """Yield a scratch path beside `path` (a link's target); when the block succeeds, the file takes
+    its place: there is the old file or the new one, never half of one."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -120,10 +110,7 @@ def whole_file(path: Path | str):
 
 
 def write_json_atomic(path: Path | str, obj: Any) -> None:
-    """Write `obj` as indented JSON, whole or not at all.
-
-    Raises ValueError for NaN and Inf, which JSON does not know.
-    """
+    """Write `obj` as indented JSON, whole or not at all; ValueError for NaN and Inf."""
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     with whole_file(path) as part:
         part.write_text(text + "\n", encoding="utf-8")

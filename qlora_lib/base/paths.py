@@ -10,8 +10,7 @@ BUNDLED = "comes with the course's repository, not with the package alone: work 
 
 
 def short_path(path: Path) -> str:
-    """Return the path as seen from the working directory or, if it is not below that, from the
-    repository's root; a path outside both stays whole."""
+    """Return a path below the working directory, or the repository's root, as seen from there."""
     for folder in (Path.cwd(), ROOT):
         if path.is_relative_to(folder):
             return str(path.relative_to(folder))

@@ -1,10 +1,8 @@
 """Several processes that share a run: who is who, and what they tell each other.
 
-Data parallel, by torch.distributed alone: gloo between CPUs, NCCL between GPUs. A launcher
-(torchrun, accelerate launch) numbers the copies of a command in their environment. In one
-process each function here does nothing, or gives back what it was given. Values other than
-gradients travel as JSON: no pickle. Not handled: machines without a common file system; a model
-cut into parts.
+Data parallel, by torch.distributed alone: gloo between CPUs, NCCL between GPUs, started by
+torchrun or accelerate launch. In one process each function here does nothing, or gives back what
+it was given. Not handled: machines without a common file system; a model cut into parts.
 """
 
 import builtins
@@ -31,19 +29,15 @@ def launched() -> int:
 
 def start(device: str | None = None) -> str | None:
     """Join the other processes, if any; returns the device of this process, its own GPU of several.
-
-    Raises ValueError for one GPU asked for by several processes, and fewer GPUs than processes.
-    """
+    Raises ValueError for fewer GPUs than processes, and one GPU asked for by several."""
     if launched() == 1:
         return device
     backend = "gloo"
     if torch.device(device or default_device()).type == "cuda":
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if device not in (None, "cuda") or local >= gpus:
-            raise ValueError(
-                f"process {local} of this machine has no GPU of its own (device={device}, {gpus} "
-                "GPUs); start one process a GPU, without --device, or give --device cpu"
-            )
+            raise ValueError(f"process {local} has no GPU of its own (device={device}, {gpus} GPUs)"
+                             ": start one a GPU, without --device, or --device cpu")  # fmt: skip
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
@@ -78,7 +72,7 @@ def share(items: Sequence) -> Sequence:
 
 
 def gather(value) -> list:
-    """Return, on all processes, the `value` of each by rank. It must be as JSON holds it."""
+    """Return, on all processes, the `value` of each by rank, as JSON holds it (no pickle)."""
     if world() == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
@@ -92,7 +86,7 @@ def gather(value) -> list:
 
 def on_first(work: Callable):
     """Run work() in the first process while the others wait; returns its value, as JSON holds it,
-    on all. If it raises one of SPOKEN, every process does."""
+    or raises its error, if one of SPOKEN, on all."""
     value = error = None
     if first():
         try:
@@ -134,15 +128,11 @@ def total(value: float, device) -> float:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes.
-
-    A process without a gradient for a parameter counts as 0; without one on all it stays None.
-    """
+    """Replace each gradient by its sum over the processes; None counts as 0 where not all are."""
     if world() == 1:
         return
     parameters = list(parameters)
-    has = [int(p.grad is not None) for p in parameters]
-    has = torch.tensor(has, device=parameters[0].device)
+    has = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device).int()
     dist.all_reduce(has)
     some = [p for p, n in zip(parameters, has.tolist()) if n]
     for p in some:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 
 from . import processes
@@ -12,13 +11,9 @@ EVERY = 30.0  # seconds: with what takes as long between two calls, still a line
 
 class Progress:
     """Writes to stderr, each half minute, how many of `total` units are done and how long the
-    others will take. Shorter work says nothing, and of several processes the first speaks.
+    others will take. done: how many were done before, as when a run goes on."""
 
-    done: how many were done before, as when a run goes on. clock: gives seconds.
-    """
-
-    def __init__(self, work: str, total: int, unit: str, done: int = 0,
-                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+    def __init__(self, work: str, total: int, unit: str, done: int = 0, clock=time.monotonic):
         self.work, self.total, self.unit, self.before, self.clock = work, total, unit, done, clock
         self.began = self.said = clock()
 
@@ -29,7 +24,7 @@ class Progress:
             return
         self.said = now
         left = (now - self.began) / (done - self.before) * (self.total - done)
-        said = [f"{self.work}: {done:,} of {self.total:,} {self.unit}", facts,
-                f"{timedelta(seconds=round(left))} left"]  # fmt: skip
+        facts = f", {facts}" if facts else ""
         # A line of its own, at once: \r and a buffer would hide it in a log.
-        print(", ".join(filter(None, said)), file=sys.stderr, flush=True)
+        print(f"{self.work}: {done:,} of {self.total:,} {self.unit}{facts}, "
+              f"{timedelta(seconds=round(left))} left", file=sys.stderr, flush=True)  # fmt: skip

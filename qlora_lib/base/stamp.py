@@ -1,4 +1,4 @@
-"""What a result needs beside it to be made again: device, versions, seed, date, command."""
+"""What a result needs beside it to be made again."""
 
 import platform
 import shlex
@@ -9,12 +9,11 @@ from typing import Any
 
 
 def stamp(seed: int | None = None, **extra: Any) -> dict[str, Any]:
-    """Return what a result needs beside it to be made again; `extra` adds to it or replaces."""
+    """Return device, versions, seed, date and command; `extra` adds to them or replaces."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -5,8 +5,7 @@ import math
 
 def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Return Wilson's score interval (1927) for a proportion, (low, high) in [0, 1]; the default z
-    gives 95%. Raises ValueError unless 0 <= correct <= n and n > 0.
-    """
+    gives 95%. Raises ValueError unless 0 <= correct <= n and n > 0."""
     if n <= 0 or not 0 <= correct <= n:
         raise ValueError(f"got {correct} correct of {n}; expected 0 <= correct <= n and n > 0")
     p, z2 = correct / n, z * z
@@ -18,12 +17,8 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Return the two-sided p of McNemar's exact test (1947) for two models on the same questions.
-
-    only_a, only_b: questions that only one of them has right. If neither is better, each falls to
-    either side like a fair coin: p = 2 P(X <= min), X binomial(b + c, 1/2), at most 1. Computed
-    with integers. Raises ValueError for negative counts.
-    """
+    """Return the two-sided p of McNemar's exact test (1947), of questions that only one of two
+    models has right: 2 P(X <= min), X binomial(a + b, 1/2). ValueError for negative counts."""
     if min(only_a, only_b) < 0:
         raise ValueError(f"got the counts {only_a} and {only_b}; expected 0 or more")
     tosses = only_a + only_b
@@ -36,10 +31,9 @@ def newcombe(
 ) -> tuple[float, float]:
     """Return the 95% interval for a difference of two proportions, a - b, from Wilson's of each.
 
-    Unpaired (both=None): Newcombe's method 10 of Statistics in Medicine 17 (1998) 873-890.
-    Paired, with `both` right in a and in b and n_a = n_b: method 10 of 17 (1998) 2635-2650, the
-    same with a correlation phi, its numerator corrected for continuity. Raises ValueError for
-    counts that do not fit together.
+    Unpaired (both=None): Newcombe's method 10 of Statistics in Medicine 17 (1998) 873-890. Paired,
+    with `both` right in a and b: method 10 of 17 (1998) 2635-2650, the same with a correlation.
+    Raises ValueError for counts that do not fit together.
     """
     a, b = right_a / n_a if n_a else 0.0, right_b / n_b if n_b else 0.0
     (low_a, high_a), (low_b, high_b) = wilson(right_a, n_a), wilson(right_b, n_b)
@@ -48,10 +42,8 @@ def newcombe(
         only_a, only_b = right_a - both, right_b - both
         neither = n_a - both - only_a - only_b
         if n_a != n_b or min(both, only_a, only_b, neither) < 0:
-            raise ValueError(
-                f"{right_a} of {n_a} and {right_b} of {n_b} cannot have {both} questions "
-                "right in both"
-            )
+            raise ValueError(f"{right_a} of {n_a} and {right_b} of {n_b} cannot have {both} "
+                             "questions right in both")  # fmt: skip
         product = both * neither - only_a * only_b
         product = max(product - n_a / 2, 0) if product > 0 else product
         spread = right_a * (n_a - right_a) * right_b * (n_b - right_b)

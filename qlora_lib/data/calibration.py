@@ -12,17 +12,11 @@ from .tokens import Example, Pair, batches
 
 
 def calibration_batches(
-    tokenizer,
-    examples: str | Path | Iterable[Example | Pair],
-    n: int = 128,
-    max_length: int = 512,
-    batch_size: int = 16,
-) -> list[dict[str, Tensor]]:
-    """Return batches of the first `n` examples, for `quantize_model`: input_ids and
-    attention_mask, int64 (batch, seq), those of like length together.
-
-    examples: of any kind that read_examples takes, with its errors.
-    """
+    tokenizer, examples: str | Path | Iterable[Example | Pair], n: int = 128,
+    max_length: int = 512, batch_size: int = 16,
+) -> list[dict[str, Tensor]]:  # fmt: skip
+    """Return batches of the first `n` examples, of like length: input_ids and attention_mask, int64
+    (batch, seq). examples: whatever read_examples takes, with its errors."""
     if not isinstance(examples, (str, Path)):
         examples = listed(examples, "examples")[:n]
     encoded = [e.cut(max_length) for e in read_examples(examples, tokenizer)[:n]]

@@ -1,21 +1,17 @@
 """Rows of your own files, or of published sets, as training examples in tokens.
 
-`read_examples` is the one door: training and calibration take what it takes. A file has one
-format, told by its fields:
+A file has one format, told by its fields:
 
     text                      all of it is learned
     prompt, completion        the completion is learned, after the prompt exactly as it stands
-    messages                  a chat: [{"role": "user", "content": ...}, ...], written by the
-                              tokenizer's chat template, with `tools` where it is given; all turns
-                              of the assistant are learned, but those with "weight": 0
+    messages                  a chat, with `tools` or without, as the tokenizer's template writes
+                              it; the assistant's turns are learned, but those with "weight": 0
     question, answer          GSM8K's, asked with the one template (gsm8k.PROMPT)
-    query, response           MetaMathQA's, asked likewise; original_question, where there is one,
-                              tells rephrasings of a problem
-    instruction, output       MathInstruct's, asked likewise; rows whose source is PoT are left
-                              out: their solutions are programs, and nothing here runs them
+    query, response           MetaMathQA's, likewise; original_question tells rephrasings
+    instruction, output       MathInstruct's, likewise, without the programs (source PoT)
 
-The end token is learned too. Solutions stay as published. A field whose content would be lost,
-such as Alpaca's `input`, is refused (rows.LOST); a warning names others that are not read.
+The end token is learned too. A field whose content would be lost, such as Alpaca's `input`, is
+refused (rows.LOST); a warning names others that are not read.
 """
 
 import warnings
@@ -49,11 +45,10 @@ def hold_out(examples: Sequence, at_least: int = 0) -> tuple[Sequence, Sequence]
 
 
 def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
-    """Return whatever training takes as Examples, not cut.
+    """Return whatever training and calibration take as Examples, not cut.
 
     source: a file of rows; or a list or Dataset, all of one kind: Examples, (prompt, target) or
-    (input_ids, labels) pairs, plain texts, or rows as a file has them. Raises ValueError, naming
-    the row or line, for nothing, other things and mixtures.
+    (input_ids, labels) pairs, texts, or rows. Raises ValueError, naming the row or line.
     """
     if isinstance(source, (str, Path)):
         return make_examples(read_rows(Path(source)), tokenizer)[1]
@@ -72,49 +67,40 @@ def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
         return [e if isinstance(e, Example) else Example(*e) for e in source]
     if kinds[0] == "a pair of texts":
         return [encode_example(tokenizer, *pair) for pair in source]
-    rows = [{"text": text} for text in source] if kinds[0] == "a text" else source
+    rows = [{"text": row} if isinstance(row, str) else row for row in source]
     return make_examples([(f"example {i}", row) for i, row in enumerate(rows, 1)], tokenizer)[1]
 
 
 def _kind(example) -> str | None:
-    if isinstance(example, Example):
-        return "encoded"
-    if isinstance(example, str):
-        return "a text"
-    if isinstance(example, dict):
-        return "a row"
+    for kind, name in ((Example, "encoded"), (str, "a text"), (dict, "a row")):
+        if isinstance(example, kind):
+            return name
     if isinstance(example, (tuple, list)) and len(example) == 2:
-        if all(isinstance(part, str) for part in example):
-            return "a pair of texts"
-        if all(isinstance(part, list) for part in example):
-            return "encoded"
+        for kind, name in ((str, "a pair of texts"), (list, "encoded")):
+            if all(isinstance(part, kind) for part in example):
+                return name
     return None
 
 
 def make_examples(
     rows: Sequence[tuple[str, dict]], tokenizer, notes: bool = False
 ) -> tuple[str, list[Example]]:
-    """Return (name of the format, examples, not cut) of rows as read_rows gives them.
-
-    notes: GSM8K's calculator notes stay. Raises ValueError, naming the row, for unknown and mixed
-    formats, empty texts, fields that would be lost and chats that can't be written; and when no
-    row is left.
-    """
+    """Return (name of the format, examples, not cut) of rows as read_rows gives them; notes: with
+    GSM8K's. Raises ValueError, naming the row, for unknown or mixed formats, fields that are empty
+    or would be lost, chats that can't be written, and no rows."""
     if not rows:
         raise ValueError("there are no rows to make examples of")
     name, examples, unread = _format_of(*rows[0]), [], set()
     for where, row in rows:
         if _format_of(where, row) != name:
-            raise ValueError(
-                f"{where} has the format {_format_of(where, row)!r}, but the file began with "
-                f"{name!r}; give one format a file"
-            )
-        for field, value in row.items():  # a number, such as an id, says nothing; False does
-            if value is False or value and isinstance(value, (bool, str, list, dict)):
-                unread.add(field)
+            raise ValueError(f"{where} has the format {_format_of(where, row)!r}, but the file "
+                             f"began with {name!r}; give one format a file")  # fmt: skip
+        # A number, such as an id, says nothing; False does.
+        says = (bool, str, list, dict)
+        unread |= {f for f, v in row.items() if v is False or v and isinstance(v, says)}
+        if name == "MathInstruct" and "/PoT/" in str(row.get("source")):
+            continue
         try:
-            if name == "MathInstruct" and "/PoT/" in str(row.get("source")):
-                continue
             check_lost(row, *READ.get(name, ()))
             if name == "chat":
                 examples.append(chat_example(row["messages"], tokenizer, row.get("tools")))
@@ -158,10 +144,10 @@ def _example(name: str, row: dict, tokenizer, notes: bool) -> Example:
 def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
     """Return a chat, written by the tokenizer's template, its assistant's turns supervised.
 
-    Each turn is supervised from the end of what the template writes to ask for it to its own end
-    token, unless its "weight" is 0. An eos is added where the template writes none. Raises
-    ValueError for other messages than expected, and a template that is missing, can't write them,
-    leaves a field of theirs out, or writes a turn otherwise once others follow.
+    Each is supervised from the end of what the template writes to ask for it to its own end token,
+    unless its "weight" is 0. Raises ValueError for other messages than expected, and a template
+    that is missing, can't write them, leaves a field out, or writes a turn otherwise once others
+    follow.
     """
     _check_messages(messages)
     _check_written(messages, tokenizer, tools)
@@ -179,20 +165,16 @@ def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
                     "writes the answer without it, as those of models that think first do; write "
                     "the row as prompt, up to there, and completion, the thinking included"
                 )
-            raise ValueError(
-                f"the chat template writes the first {i + 1} messages otherwise once others "
-                "follow; give each answer a chat of its own"
-            )
+            raise ValueError(f"the chat template writes the first {i + 1} messages otherwise once "
+                             "others follow; give each answer a chat of its own")  # fmt: skip
         # What is asked begins with bos, which most templates write.
-        given = encode_prompt(tokenizer, asked)
-        if done:
-            given = encode_after(tokenizer, done, asked[len(done) :])
+        rest = asked[len(done) :]
+        given = encode_after(tokenizer, done, rest) if done else encode_prompt(tokenizer, rest)
         said = encode_after(tokenizer, asked, answered[len(asked) :])
         if i == len(messages) - 1 and tokenizer.eos_token_id not in said:
-            said = said + [tokenizer.eos_token_id]
-        ids += given + said
-        labels += [IGNORE] * len(given)
-        labels += [IGNORE] * len(said) if message.get("weight") == 0 else said
+            said = said + [tokenizer.eos_token_id]  # the template writes none
+        learned = [IGNORE] * len(said) if message.get("weight") == 0 else said
+        ids, labels = ids + given + said, labels + [IGNORE] * len(given) + learned
         done = answered
     if set(labels) == {IGNORE}:
         raise ValueError("no turn of the assistant is learned: all have the weight 0")
@@ -200,20 +182,15 @@ def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
     return Example(ids, labels, texts, "\n".join(texts))
 
 
-def write_chat(
-    tokenizer, messages: list[dict], ask: bool = False, tools: list | None = None
-) -> str:
+def write_chat(tokenizer, messages: list[dict], ask=False, tools: list | None = None) -> str:
     """Return a chat as the tokenizer's template writes it; ask: up to where the assistant begins.
     Raises ValueError for a tokenizer without a template and for messages that it refuses."""
     if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template (base models have none); take an instruct model, "
-            "or write the chat as prompt and completion"
-        )
+        raise ValueError("the tokenizer has no chat template; take an instruct model, or write the "
+                         "chat as prompt and completion")  # fmt: skip
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools or None, tokenize=False, add_generation_prompt=ask
-        )
+        how = {"tokenize": False, "add_generation_prompt": ask}
+        return tokenizer.apply_chat_template(messages, tools=tools or None, **how)
     except Exception as error:  # what a template raises is its own affair
         raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
 
@@ -228,9 +205,8 @@ def _check_messages(messages) -> None:
             text_of(message, "content")
         learned = (None, 0, 1) if message["role"] == "assistant" else (None, 0)
         if message.get("weight") not in learned:
-            raise ValueError(
-                f"a turn of the assistant is learned (weight 1) or not (0), got {message!r:.80}"
-            )
+            raise ValueError("a turn of the assistant is learned (weight 1) or not (0), got "
+                             f"{message!r:.80}")  # fmt: skip
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"a chat should end with the assistant's turn, not {messages[-1]!r:.80}")
 
@@ -242,9 +218,9 @@ def _check_written(messages: list[dict], tokenizer, tools: list | None) -> None:
     for field in fields - {"role", "content", "weight"}:
         rest = [{k: v for k, v in message.items() if k != field} for message in messages]
         less[f"`{field}` of a message"] = (rest, tools)
-    for what in sorted(less):
+    for what, (rest, other_tools) in sorted(less.items()):
         try:
-            without = write_chat(tokenizer, less[what][0], tools=less[what][1])
+            without = write_chat(tokenizer, rest, tools=other_tools)
         except ValueError:  # the template can't do without it
             continue
         if without == write_chat(tokenizer, messages, tools=tools):

@@ -1,8 +1,7 @@
 """GSM8K's problems: the one prompt template, and the gold answers as numbers.
 
-Training, calibration and evaluation all format with `format_gsm8k`, so a model is asked exactly
-as it was taught. Entries are dicts with `question` and `answer` (Cobbe et al. 2021, arXiv
-2110.14168): the answer holds calculator notes like `<<48/2=24>>` and ends in a line `#### N`.
+Entries are dicts with `question` and `answer` (Cobbe et al. 2021, arXiv 2110.14168): the answer
+holds calculator notes like `<<48/2=24>>` and ends in a line `#### N`.
 """
 
 import math
@@ -11,7 +10,7 @@ from fractions import Fraction
 
 from .rows import check_lost, text_of
 
-PROMPT = "Question: {question}\nAnswer:\n"
+PROMPT = "Question: {question}\nAnswer:\n"  # tokenizers split at a newline
 
 # A minus counts as a sign only where no number, name or bracket precedes it: 10-3 is not -3.
 NUMBER = re.compile(
@@ -34,12 +33,8 @@ def to_number(text: str) -> Fraction | None:
 
 
 def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
-    """Return (prompt, target) of an entry; the target's calculator notes go unless `notes`.
-
-    The prompt ends in a newline, where tokenizers split: its tokens are the same whether a target
-    follows or not. Raises ValueError for an entry without a question, with an unparsable answer,
-    or with a field that would be lost, such as a context.
-    """
+    """Return (prompt, target) of an entry; the target's calculator notes go unless `notes`. Raises
+    ValueError for no question, an unparsable answer, and a field that would be lost."""
     check_lost(entry)
     question, answer = text_of(entry, "question"), text_of(entry, "answer")
     if "####" not in answer:
@@ -56,9 +51,7 @@ def without_notes(answer: str) -> str:
 
 def parse_gold(gold: object) -> Fraction:
     """Return a gold answer as a number: an answer text with `####`, a numeral, or a number.
-
-    Raises GoldError (a ValueError) for anything else, NaN and infinities included.
-    """
+    Raises GoldError for anything else, NaN and infinities included."""
     if isinstance(gold, str):
         match = NUMBER.fullmatch(gold.rpartition("####")[2].strip())
         value = to_number(match.group()) if match else None

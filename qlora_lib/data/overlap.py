@@ -1,8 +1,5 @@
-"""Training examples that hold test questions: found, counted, left out.
-
-Texts are compared as words, without case, spaces and punctuation. Like GPT-3's check (Brown et
-al. 2020, arXiv 2005.14165, appendix C): 13 words in a row in common are an overlap.
-"""
+"""Training examples that hold test questions, like GPT-3's check (Brown et al. 2020, arXiv
+2005.14165, appendix C): 13 words in a row in common are an overlap."""
 
 import re
 from collections import defaultdict
@@ -11,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .sources import NGRAM
 
-SHORTEST = 8  # words of a question that are looked for within a longer text
+SHORTEST = 8  # words of a question that is looked for within a text; a shorter one must be equal
 
 
 @dataclass
@@ -46,10 +43,7 @@ def find_overlap(
     examples: Sequence[Sequence[str]], questions: Sequence[str], ngram: int | None = NGRAM
 ) -> Overlap:
     """Return which examples, each given as its texts, overlap with the questions of a test set.
-
-    ngram: None compares whole questions only, for problems made from templates, which share
-    long phrases by design. A question of fewer than SHORTEST words must be equal.
-    """
+    ngram None compares whole questions only, for problems that share templates."""
     asked = {words(question) for question in questions}
     # For each length, the runs of words that give an overlap away, and the questions they are of.
     runs: dict[int, dict[tuple, list[tuple]]] = defaultdict(lambda: defaultdict(list))

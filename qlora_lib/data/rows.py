@@ -12,11 +12,8 @@ LOST = ("system", "system_prompt", "context", "passage", "documents", "input", "
 
 
 def listed(given: Iterable, what: str, kind: type = object) -> list:
-    """Return the items of a list, a Dataset or another iterable in order.
-
-    what: the items in words. Raises ValueError for one text, a dict (of columns, or of splits) and
-    a table, which would give letters and names, and for items of another kind.
-    """
+    """Return the items of a list, a Dataset or another iterable in order. what: the items in words.
+    Raises ValueError for a text, a dict of columns or splits, a table, and items of other kinds."""
     if isinstance(given, Mapping) or hasattr(given, "columns"):
         raise ValueError(
             f"{what}: got a {type(given).__name__} of {[*getattr(given, 'columns', given)]!s:.80}; "
@@ -36,20 +33,17 @@ def check_lost(row: Mapping, *written: str) -> None:
     """Raise ValueError for a field of LOST with content, but those that are `written`."""
     for field in LOST:
         if row.get(field) and field not in written:
-            raise ValueError(
-                f"`{field}` {row[field]!r:.60} would be lost: nothing writes it here; put it "
-                "where it belongs, and write the row as prompt and completion"
-            )
+            raise ValueError(f"`{field}` {row[field]!r:.60} would be lost: nothing writes it here; "
+                             "write the row as prompt and completion")  # fmt: skip
 
 
 def text_of(row: Mapping, field: str) -> str:
-    """Return a field's text; ValueError for none or an empty one, and for half a surrogate pair,
-    which JSON can write and tokenizers refuse."""
+    """Return a field's text; ValueError for none, an empty one, and half a surrogate pair."""
     text = row.get(field)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"`{field}` should be a text that is not empty, got {text!r:.80}")
     try:
-        text.encode()
+        text.encode()  # JSON can write what tokenizers refuse
     except UnicodeEncodeError as error:
         half = text[error.start]
         raise ValueError(f"a text holds half a surrogate pair, {half!r}; mend it") from error
@@ -57,10 +51,8 @@ def text_of(row: Mapping, field: str) -> str:
 
 
 def read_rows(path: Path) -> list[tuple[str, dict]]:
-    """Return (where, row) for each row of a JSONL file or JSON list; where: "FILE, line 3".
-
-    Raises FileNotFoundError, or ValueError naming the line that is not a JSON object.
-    """
+    """Return (where, row) for each row of a JSONL file or JSON list; where: "FILE, line 3". Raises
+    FileNotFoundError, or ValueError naming the line that is not a JSON object."""
     name = where = short_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {name}; expected a file with a JSON object a line")

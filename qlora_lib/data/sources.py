@@ -1,9 +1,5 @@
-"""Known problems and solutions: GSM8K and its harder kin, mini-GSM, MetaMathQA, MathInstruct.
-
-Test problems are entries with `question` and `answer`, as in GSM8K. The two sets that are only
-for training keep the fields that they come with; examples.py knows them. All raise
-FileNotFoundError, saying what to do, where they can't be read, and ValueError for other names.
-"""
+"""GSM8K and its harder kin, mini-GSM, MetaMathQA, MathInstruct. All raise FileNotFoundError, saying
+what to do, and ValueError for other names."""
 
 import math
 from decimal import Decimal
@@ -36,12 +32,8 @@ def load_gsm8k(split: str, folder: str | Path | None = None) -> list[dict[str, s
 
 def load_gsm_hard(folder: str | Path | None = None) -> list[dict[str, str]]:
     """Return GSM-Hard (Gao et al. 2022, arXiv 2211.10435): GSM8K's test questions, larger numbers;
-    `folder`/gsmhardv2.jsonl when given, else from the hub.
-
-    Its golds are floats, some negative or with many decimals. The answer is the shortest decimal
-    that reads back as that float: 14053029.666666666 is compared within 1e-6, 9867630.0 becomes
-    the integer 9867630, which is compared exactly. Raises GoldError for NaN and infinities.
-    """
+    `folder`/gsmhardv2.jsonl when given, else from the hub. Its golds are floats, written as the
+    shortest decimal that reads back as that float; GoldError for NaN and infinities."""
     if folder is not None:
         rows = read_jsonl(Path(folder) / "gsmhardv2.jsonl")
     else:
@@ -60,15 +52,11 @@ def _decimal(target: float) -> str:
 
 
 def load_minigsm(split: str, folder: str | Path | None = None) -> list[dict[str, str]]:
-    """Return mini-GSM's "train", "dev" or "test", bundled under data/minigsm.
-
-    "test_changed" and "test_larger" are test problems with other numbers, line by line.
-    """
+    """Return mini-GSM's "train", "dev" or "test", bundled under data/minigsm, or the test problems
+    with other numbers, line by line: "test_changed" or "test_larger"."""
     if split not in MINIGSM_SPLITS:
-        raise ValueError(
-            f"mini-GSM has the splits train, dev and test, and test with other numbers as "
-            f"test_changed and test_larger, not {split!r}"
-        )
+        raise ValueError("mini-GSM has the splits train, dev and test, test_changed and "
+                         f"test_larger, not {split!r}")  # fmt: skip
     path = Path(folder or DATA / "minigsm") / f"{split}.jsonl"
     if folder is None and not path.is_file():
         raise FileNotFoundError(f"there is no {short_path(path)}; mini-GSM {BUNDLED}")
@@ -89,10 +77,8 @@ def load_training_set(name: str) -> list[dict[str, str]]:
 
 
 def data_file(folder: Path, split: str = "train") -> Path:
-    """Return `folder`/{split}.jsonl or .json or, for "train", the only such file but dev and test.
-
-    Raises FileNotFoundError, saying what the folder holds.
-    """
+    """Return `folder`/{split}.jsonl or .json or, for "train", the only such file but dev and test;
+    FileNotFoundError, saying what the folder holds."""
     found = sorted([*folder.glob("*.jsonl"), *folder.glob("*.json")])
     named = [folder / f"{split}.{suffix}" for suffix in ("jsonl", "json")]
     if own := [file for file in named if file in found]:
@@ -101,14 +87,12 @@ def data_file(folder: Path, split: str = "train") -> Path:
     if split == "train" and len(to_train) == 1:
         return to_train[0]
     names = ", ".join(file.name for file in found) or "no JSON file"
-    raise FileNotFoundError(
-        f"{short_path(folder)} has no {split}.jsonl (it holds {names}); name a file, or give it one"
-    )
+    place = short_path(folder)
+    raise FileNotFoundError(f"{place} has no {split}.jsonl (it holds {names}); name a file")
 
 
 def holds_problems(folder: Path) -> bool:
-    """Return whether a folder holds problems to be tested on: test.jsonl with `question`s, or
-    GSM-Hard."""
+    """Return whether a folder holds test.jsonl with `question`s, or GSM-Hard."""
     test = folder / "test.jsonl"
     if test.is_file():
         return "question" in read_jsonl(test)[0]
@@ -122,6 +106,5 @@ def _from_hub(name: str, split: str, remedy: str, config: str | None = None) -> 
 
         return [dict(row) for row in load_dataset(name, config, split=split)]
     except Exception as error:  # the hub client raises many kinds, all with one remedy
-        raise FileNotFoundError(
-            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). {remedy}"
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise FileNotFoundError(f"{name} did not load from the hub ({said}). {remedy}") from error

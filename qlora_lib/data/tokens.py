@@ -1,8 +1,5 @@
-"""From texts to token ids and labels, and from those to padded batches.
-
-Training, calibration and evaluation all encode a prompt with `encode_prompt` and what follows it
-with `encode_after`, so a model is asked exactly as it was taught.
-"""
+"""From texts to token ids and labels, and from those to padded batches: in training, calibration
+and evaluation alike, so a model is asked exactly as it was taught."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +10,7 @@ from torch import Tensor
 Pair = tuple[str, str]  # prompt, target
 
 IGNORE = -100  # a label that cross-entropy leaves out
-PAD = 0  # the id that fills up a batch. It is masked, so any will do that every model has.
+PAD = 0  # the id that fills up a batch. It is masked: any will do that every model has.
 
 
 @dataclass(frozen=True)
@@ -33,22 +30,19 @@ class Example:
         return any(label != IGNORE for label in self.labels[:max_length])
 
     def cut(self, max_length: int) -> "Example":
-        """Return the example without what exceeds max_length, at its end; ValueError when nothing
-        that is learned is left."""
+        """Return the first max_length tokens; ValueError when none that is learned is left."""
         if not self.teaches(max_length):
             said = f" ({self.texts[0][:60]!r}...)" if self.texts else ""
-            raise ValueError(
-                f"the first {max_length} tokens of an example of {len(self.input_ids)} hold "
-                f"nothing to learn: its prompt{said} fills the context; raise max_length, or "
-                "shorten it"
-            )
+            raise ValueError(f"the first {max_length} tokens of an example of {len(self.input_ids)}"
+                             f" hold nothing to learn: its prompt{said} fills the context; raise "
+                             "max_length, or shorten it")  # fmt: skip
         ids, labels = (part[:max_length] for part in self)
         return replace(self, input_ids=ids, labels=labels)
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Return [bos] + ids of the prompt; no bos for a tokenizer that has none, nor a second one
-    where the prompt begins with it, as those that chat templates write do."""
+    """Return [bos] + ids of the prompt; no bos where the tokenizer has none, or the prompt begins
+    with it, as chat templates write it."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     return ids if ids[:1] == bos else bos + ids
@@ -57,9 +51,8 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
 def encode_after(tokenizer, before: str, text: str) -> list[int]:
     """Return the ids of `text` as it stands after `before`, whose own ids stay as they are alone.
 
-    Encoded by itself, a text would get a space before its first word from SentencePiece. So both
-    are encoded together, and the ids of `before` cut off. Where a token lies across the border
-    (two newlines, say), a newline stands in for `before`, with which alone the model is asked.
+    Both are encoded together, since SentencePiece puts a space before a text by itself. Where a
+    token lies across the border (two newlines, say), a newline stands in for `before`.
     """
     for prefix in (before, "\n"):
         given = tokenizer.encode(prefix, add_special_tokens=False)
@@ -72,9 +65,8 @@ def encode_after(tokenizer, before: str, text: str) -> list[int]:
 def encode_example(tokenizer, prompt: str, target: str, max_length: int | None = None) -> Example:
     """Return [bos] + prompt + target + [eos] as an Example, cut to `max_length` tokens if given.
 
-    Labels are -100 on the prompt and the ids themselves on target and eos: the model must learn
-    to stop. A bos or eos that the text itself writes is not doubled. Raises ValueError when the
-    prompt leaves no room for a single target token.
+    Labels are -100 on the prompt and the ids themselves on target and eos. A bos or eos that the
+    text itself writes is not doubled. Raises ValueError when no target token fits.
     """
     start, end = encode_prompt(tokenizer, prompt), encode_after(tokenizer, prompt, target)
     if not prompt and end[:1] == start:  # the text writes its bos
@@ -93,36 +85,26 @@ def pad(sequences: Sequence[Sequence[int]], value: int, side: str = "right") -> 
     return torch.tensor(rows)
 
 
-def collate(
-    batch: Sequence[Example], pad_id: int = PAD, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+def collate(batch: Sequence[Example], pad_id: int = PAD, device="cpu") -> dict[str, Tensor]:
     """Return input_ids, attention_mask and labels, int64 (batch, seq), padded on the right.
 
     batch: Examples, or plain (input_ids, labels). Padding has label -100 and mask 0 whatever its
     id: where pad is eos, the real eos stays supervised and the padding does not.
     """
     inputs, labels = zip(*batch)
-    tensors = {
-        "input_ids": pad(inputs, pad_id),
-        "attention_mask": pad([[1] * len(ids) for ids in inputs], 0),
-        "labels": pad(labels, IGNORE),
-    }
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    mask = [[1] * len(ids) for ids in inputs]
+    parts = {"input_ids": (inputs, pad_id), "attention_mask": (mask, 0), "labels": (labels, IGNORE)}
+    return {name: pad(rows, fill).to(device) for name, (rows, fill) in parts.items()}
 
 
-def by_length(
-    sequences: Sequence[Sequence[int]], size: int, longest_first: bool = False
-) -> list[list[int]]:
-    """Return the indices of the sequences, in batches of like length."""
+def by_length(sequences: Sequence[Sequence[int]], size: int, longest_first=False):
+    """Return the indices of the sequences, in batches of like length, as lists."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]) * (-1) ** longest_first)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def batches(
-    examples: Sequence[Example], size: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield (indices, their batch) for all examples, those of like length together: they pad
-    little."""
+def batches(examples: Sequence[Example], size: int, device="cpu") -> Iterator[tuple[list, dict]]:
+    """Yield (indices, their batch) for all examples, those of like length together."""
     for chosen in by_length([example.input_ids for example in examples], size):
         yield chosen, collate([examples[i] for i in chosen], device=device)
 

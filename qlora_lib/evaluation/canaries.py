@@ -1,9 +1,5 @@
-"""Canaries: "models" whose score is known beforehand, run before every evaluation.
-
-A grader that gives points to silence, or to an echo of the prompt, or none to the gold solutions,
-is broken, whatever it says of a real model. These four go through the same `evaluate` as the
-model, on a few of the problems; and the prompts are searched for the answer.
-"""
+"""Canaries, run before every evaluation: silence, an echo, the gold solutions, and shuffled ones
+are "models" whose score is known beforehand. And the prompts are searched for the answer."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -23,11 +19,8 @@ class CanaryError(ValueError):
 def run_canaries(
     evaluate: Callable, problems: Sequence[dict[str, str]], prompt: Callable = format_gsm8k
 ) -> dict[str, tuple[int, int]]:
-    """Check `evaluate` with silence, an echo, the gold solutions and shuffled ones; returns the
-    right answers by canary, (strict, flexible), out of `len(sample(problems))`.
-
-    Raises CanaryError when a count is not what it must be, or a prompt holds its own solution.
-    """
+    """Check `evaluate` on a sample of the problems; returns right answers (strict, flexible) by
+    canary. Raises CanaryError for a wrong count, and for a prompt that holds its own solution."""
     for entry in problems:
         _refuse_leak(entry, prompt(entry)[0])
     chosen = sample(problems)
@@ -65,9 +58,8 @@ def run_canaries(
                     wrong = next(p for p in report.predictions if not getattr(p, mode))
                     broken += f", such as {wrong.completion[-60:]!r}"
                 expected = str(low) if low == high else f"{low} to {high}"
-                raise CanaryError(
-                    f"canary {name}: {right} of {n} right ({mode}), expected {expected}: {broken}"
-                )
+                found = f"{right} of {n} right ({mode})"
+                raise CanaryError(f"canary {name}: {found}, expected {expected}: {broken}")
     return scores
 
 
@@ -83,6 +75,6 @@ def _refuse_leak(entry: dict[str, str], prompt: str) -> None:
     last, whole = answer.splitlines()[-1], {answer, without_notes(answer).strip()}
     if prompt.rstrip().endswith(last) or any("\n" in w and f"{w}\n" in prompt for w in whole):
         raise CanaryError(
-            f"the prompt of {entry['question'][:60]!r} holds its gold solution; a model must "
-            "see the question only, and few-shot examples must come from other problems"
+            f"the prompt of {entry['question'][:60]!r} holds its gold solution; a model must see "
+            "the question only, and few-shot examples must come from other problems"
         )

@@ -1,14 +1,12 @@
-"""Exact match on word problems: ask, score, report, and go on after a kill.
-
-The model sees the prompt only, and every question counts in the denominator. How an answer
-is read is in `extraction.py`; `canaries.py` tests the whole path before it is used.
-"""
+"""Exact match on word problems: ask, score, report, and go on after a kill. The model sees the
+prompt only, and every question counts in the denominator."""
 
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from operator import truediv
 from pathlib import Path
 
 from ..base import processes
@@ -20,18 +18,15 @@ from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
 from ..data.rows import listed, read_jsonl
 from ..generation.generate import Generator
-from .canaries import run_canaries
+from .canaries import MODES, run_canaries
 from .extraction import equals, extract_answer
 
 CHUNK = 128  # questions that are asked at a time, and kept together, unless told
 Entry = dict[str, str]
 Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
-# What decides the completions; a folder holds the answers of one such set. Not among them:
-# date, machine, threads.
-SETTINGS = (
-    "model", "revision", "weights", "adapter", "compute_dtype", "decoding", "problems_hash",
-    "prompts_hash", "chunk", "vote", "score",
-)  # fmt: skip
+# What decides the completions (not date, machine, threads): a folder holds those of one such set.
+SETTINGS = ("model", "revision", "weights", "adapter", "compute_dtype", "decoding",
+            "problems_hash", "prompts_hash", "chunk", "vote", "score")  # fmt: skip
 
 
 def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
@@ -39,7 +34,7 @@ def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
     examples = listed(examples, "examples", dict)
     if not 0 <= k <= len(examples):
         raise ValueError(f"k={k} examples asked for, {len(examples)} given")
-    shown = "".join(p + t + "\n\n" for p, t in map(format_gsm8k, examples[:k]))
+    shown = "".join(f"{asked}{solved}\n\n" for asked, solved in map(format_gsm8k, examples[:k]))
 
     def prompt(entry: Entry) -> tuple[str, str]:
         question, target = format_gsm8k(entry)
@@ -50,10 +45,7 @@ def few_shot(examples: Sequence[Entry], k: int) -> Prompt:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was said to one question, and the verdict; a line of predictions.jsonl.
-
-    prediction["strict"] is prediction.strict.
-    """
+    """What was said to one question, and the verdict; a line of predictions.jsonl."""
 
     question: str
     prompt: str
@@ -74,17 +66,12 @@ class Prediction:
 
     def row(self) -> dict:
         """Return the fields, as JSON takes them, without samples and scores that are None."""
-        left = {name for name in ("samples", "scores") if self[name] is None}
-        return {name: value for name, value in vars(self).items() if name not in left}
+        optional = ("samples", "scores")
+        return {k: v for k, v in vars(self).items() if k not in optional or v is not None}
 
 
-def _share(count: str) -> property:
-    return property(lambda report: getattr(report, count) / report.n)
-
-
-def _interval(count: str) -> property:
-    """Return the 95% Wilson interval of a count, fractions."""
-    return property(lambda report: wilson(getattr(report, count), report.n))
+def _of(count: str, function: Callable = truediv) -> property:
+    return property(lambda report: function(getattr(report, count), report.n))
 
 
 @dataclass
@@ -118,21 +105,20 @@ class EvalReport:
 
     @classmethod
     def load(cls, folder: str | Path) -> "EvalReport":
-        """Return the report that `evaluate` stored in report_folder; FileNotFoundError where there
-        is none, or only an unfinished one."""
+        """Return the finished report that `evaluate` stored; FileNotFoundError without one."""
         path = Path(folder) / "report.json"
         if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no {short_path(path)}; an evaluation writes it when it is finished"
-            )
+            raise FileNotFoundError(f"there is no {short_path(path)}; an evaluation writes it when "
+                                    "it is finished")  # fmt: skip
         saved = json.loads(path.read_text(encoding="utf-8"))
         report = {f.name: saved[f.name] for f in fields(cls) if f.name != "predictions"}
         rows = read_jsonl(path.with_name("predictions.jsonl"))
         return cls(**report, predictions=[Prediction(**row) for row in rows])
 
-    strict, flexible = _share("strict_correct"), _share("flexible_correct")
-    strict_interval, flexible_interval = _interval("strict_correct"), _interval("flexible_correct")
-    format_rate, truncation_rate = _share("formatted"), _share("truncated")
+    # Shares of n and their 95% intervals, as fractions
+    strict, strict_interval = _of("strict_correct"), _of("strict_correct", wilson)
+    flexible, flexible_interval = _of("flexible_correct"), _of("flexible_correct", wilson)
+    format_rate, truncation_rate = _of("formatted"), _of("truncated")
 
     @property
     def tokens_per_second(self) -> float:
@@ -146,18 +132,14 @@ class EvalReport:
         return values | {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        lines = [f"{self.n} questions    exact match   95% interval"]
-        for name in ("strict", "flexible"):
-            (low, high), share = getattr(self, f"{name}_interval"), getattr(self, name)
-            lines.append(
-                f"{name:<9}{getattr(self, f'{name}_correct'):>6}/{self.n:<8} {100 * share:5.1f}%   "
-                f"[{100 * low:.1f}%, {100 * high:.1f}%]"
-            )
-        return "\n".join(lines) + (
-            f"\nin format {100 * self.format_rate:.1f}%, "
-            f"cut short {100 * self.truncation_rate:.1f}%, {self.tokens_per_second:.0f} tokens/s, "
-            f"compute dtype {self.info.get('compute_dtype', 'unknown')}"
-        )
+        text = f"{self.n} questions    exact match   95% interval\n"
+        for mode, right in zip(MODES, (self.strict_correct, self.flexible_correct)):
+            low, high = wilson(right, self.n)
+            text += f"{mode:<9}{right:>6}/{self.n:<8} {right / self.n:6.1%}   "
+            text += f"[{low:.1%}, {high:.1%}]\n"
+        dtype = self.info.get("compute_dtype", "unknown")
+        text += f"in format {self.format_rate:.1%}, cut short {self.truncation_rate:.1%}, "
+        return text + f"{self.tokens_per_second:.0f} tokens/s, compute dtype {dtype}"
 
 
 def evaluate(
@@ -173,22 +155,17 @@ def evaluate(
 ) -> EvalReport:
     """Ask every problem once and score the answers.
 
-    generate: any function from prompts to completions (plain strings will do), or to lists of
-    samples, of which `vote` makes or picks the one that counts; a Generator also says in the
-    report what it is. prompt: entry to (prompt, target), of which only the prompt is used.
-    chunk: questions that are asked at a time; None: about 128, in whole batches of `generate`.
-    callback: called with each new prediction. canaries: first check the grader with models whose
-    score is known, in milliseconds.
+    generate: a Generator, or any function from prompts to completions (plain strings will do), or
+    to lists of samples, of which `vote` makes or picks the one that counts. prompt: entry to
+    (prompt, target), of which only the prompt is used. chunk: questions asked at a time; None:
+    about 128, in whole batches of `generate`. callback: called with each new prediction.
+    report_folder gets settings.json, predictions.jsonl as it grows, and report.json at the end; a
+    killed evaluation, called again, goes on behind the chunks that it has. Several processes,
+    called alike, take a chunk each.
 
-    Several processes, which call it with the same arguments, take a chunk each: completions and
-    report are those of one process. report_folder gets settings.json, predictions.jsonl as it
-    grows, and report.json at the end; a killed evaluation, called again, by any number of
-    processes, goes on behind the chunks that it has.
-
-    Raises, before anything is generated, ValueError for a folder with answers of other settings,
-    which `restart` replaces, for no problems or no list of them, and for a prompt that
-    `generate.check` refuses; GoldError for an unparsable gold; CanaryError for a grader or a
-    prompt that can't be trusted.
+    Raises, before anything is generated, ValueError for no problems, a prompt that
+    `generate.check` refuses, and a folder with answers of other settings, which `restart`
+    replaces; GoldError for an unparsable gold; CanaryError where `canaries` fail.
     """
     problems = listed(problems, "problems", dict)
     if not problems:
@@ -254,7 +231,7 @@ def evaluate(
 
 
 def questions_hash(pairs) -> str:
-    """Return the SHA-256 of (question, gold) pairs in order; reports with the same are paired."""
+    """Return the SHA-256 of (question, gold) pairs, in order."""
     return content_hash([[question, str(gold)] for question, gold in pairs])
 
 
@@ -263,12 +240,9 @@ def _score(
 ) -> Prediction:
     samples = said if isinstance(said, list) else [said]
     if isinstance(said, list) and vote is None:
-        raise ValueError(
-            f"{len(said)} samples for one prompt; give `vote`, a function from them to the "
-            "completion that counts"
-        )
+        raise ValueError(f"{len(said)} samples for one prompt; give `vote`, which makes them one")
     completion = vote(samples) if vote else samples[0]
-    strict, flexible = extract_answer(completion), extract_answer(completion, "flexible")
+    strict, flexible = (extract_answer(completion, mode) for mode in MODES)
     scored = vote and all(hasattr(s, "score") for s in samples)
     return Prediction(
         question=question,
@@ -288,8 +262,7 @@ def _score(
 
 
 def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[dict]:
-    """Return the rows of predictions.jsonl in whole chunks, for an evaluation of n questions with
-    these settings; settings.json is written, or found equal."""
+    """Return the rows of predictions.jsonl in whole chunks; writes settings.json, or compares."""
     own, answers = folder / "settings.json", folder / "predictions.jsonl"
     settings = json.loads(json.dumps(settings))  # tuples to lists, as they are read back
     if restart:
@@ -298,19 +271,15 @@ def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[di
     remedy = "name another folder, or replace them with restart=True (--restart)"
     if not own.is_file():
         if answers.is_file():
-            raise ValueError(
-                f"{short_path(answers)} is there without settings.json, which says what made "
-                f"it; {remedy}"
-            )
+            raise ValueError(f"{short_path(answers)} is there without settings.json, which says "
+                             f"what made it; {remedy}")  # fmt: skip
         write_json_atomic(own, settings)
         return []
     if changed := changes(json.loads(own.read_text(encoding="utf-8")), settings):
-        raise ValueError(
-            f"{short_path(folder)} holds answers of other settings ({changed}); {remedy}"
-        )
+        raise ValueError(f"{short_path(folder)} holds answers of other settings ({changed}); "
+                         f"{remedy}")  # fmt: skip
     text = answers.read_text(encoding="utf-8") if answers.is_file() else ""
-    # A kill may have torn the last line.
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    whole = text.splitlines(keepends=True)[: text.count("\n")]  # a kill may have torn the last
     if len(whole) < n:  # sampling and rounding depend on which questions are asked together
         whole = whole[: len(whole) // settings["chunk"] * settings["chunk"]]
     if "".join(whole) != text:

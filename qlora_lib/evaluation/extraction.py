@@ -1,8 +1,7 @@
-"""From a completion to its answer, an exact fraction, or to none.
+"""From a completion to its answer, an exact fraction, or to none where it is ambiguous.
 
-docs/EXTRACTION.md is the policy that this code follows, section by section, and
-data/completions.jsonl holds texts with the verdicts of a careful grader. Where a text is
-ambiguous, there is no answer; nothing is evaluated, and no unit is converted.
+docs/EXTRACTION.md is the policy that this code follows, section by section;
+data/completions.jsonl holds texts with the verdicts of a careful grader.
 """
 
 import re
@@ -244,46 +243,38 @@ _AND = re.compile(r"\b(?:or|and|to|times|oder|und|ou|et|o|y|e)\b", re.IGNORECASE
 
 def _unnumbered(text: str) -> str:
     """The text without the numbers of its lists, which have a neighbour or are 1."""
-    items = {int(item[2]) for item in _ITEM.finditer(text)}
-
-    def drop(item: re.Match) -> str:
-        n = int(item[2])
-        return item[1] if n == 1 or items & {n - 1, n + 1} else item[0]
-
-    return _ITEM.sub(drop, text)
+    found = {int(item[2]) for item in _ITEM.finditer(text)}
+    listed = {n for n in found if n == 1 or found & {n - 1, n + 1}}
+    return _ITEM.sub(lambda item: item[1] if int(item[2]) in listed else item[0], text)
 
 
 def _after(marker: re.Pattern, text: str) -> list[tuple[int, int]]:
     """(start, end) of what follows each marker up to the next one or the end of the line."""
     found = [*marker.finditer(text)]
-    spans = []
-    for match, end in zip(found, [*(m.start() for m in found[1:]), len(text)]):
-        line = text.find("\n", match.end(), end)
-        spans.append((match.end(), end if line < 0 else line))
-    return spans
+    starts = [match.end() for match in found]
+    ends = [*(match.start() for match in found[1:]), len(text)]
+    return [(a, a + len(text[a:b].partition("\n")[0])) for a, b in zip(starts, ends)]
 
 
 def _boxed(text: str) -> list[tuple[int, int]]:
-    r"""[(start, end)] of the content of the last \boxed{...}, braces within it balanced; end -1
-    where it is not closed: it may be cut within its number."""
-    *_, box = [None, *_BOX.finditer(text)]
-    if box is None:
+    r"""[(start, end)] of the content of the last \boxed{...}; end -1 where it is not closed."""
+    boxes = [*_BOX.finditer(text)]
+    if not boxes:
         return []
-    depth = 1
-    for i in range(box.end(), len(text)):
+    start, depth = boxes[-1].end(), 1
+    for i in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if not depth:
-            return [(box.end(), i)]
-    return [(box.end(), -1)]
+            return [(start, i)]
+    return [(start, -1)]
 
 
 def _stated(text: str, spans: list[tuple[int, int]]) -> tuple[Fraction | None | object, str]:
-    """What the first of the spans with a number states, or _NOTHING and the text that follows
-    all answers in words."""
+    """What the first span with a number states, or _NOTHING and what follows answers in words."""
     *_, last = [-1, *(q.start() for q in QUANTITY.finditer(text))]
     follows = 0
     for start, end in spans:
-        if end < 0:
+        if end < 0:  # a box that may be cut within its number
             return None, ""
         span = text[start:end].lstrip()
         sentence = _SENTENCE.split(span, maxsplit=1)[0]
@@ -334,8 +325,7 @@ def _last_number(*texts: str) -> Fraction | None:
         if sentences and sentences[-1].endswith("?") and _ASKS.search(sentences[-1]):
             return None
         for sentence in reversed(sentences):
-            bold = [part for part in _BOLD.findall(sentence) if QUANTITY.search(part)]
-            part = bold[-1] if bold else sentence
+            *_, part = sentence, *filter(QUANTITY.search, _BOLD.findall(sentence))
             found = [*QUANTITY.finditer(part)]
             if found and not sentence.endswith("?"):
                 joined = len(found) > 1 and _joined(part, *found[-2:], _OR)
@@ -368,8 +358,8 @@ def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
 
 
 def is_correct(completion: str, gold: object, mode: str = "strict") -> bool:
-    """Return whether the extracted answer equals `gold` (an answer text, a numeral or a number):
-    exactly where that is an integer, else within 1e-6. Raises GoldError for an unparsable gold."""
+    """Return whether the extracted answer equals `gold`, as `parse_gold` reads it, with its errors:
+    exactly where that is an integer, else within 1e-6."""
     return equals(extract_answer(completion, mode), parse_gold(gold))
 
 

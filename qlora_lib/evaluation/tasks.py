@@ -35,35 +35,27 @@ class Score:
         return len(self.right)
 
     @property
-    def correct(self) -> int:
-        return sum(self.right)
-
-    @property
     def accuracy(self) -> float:
-        return self.correct / self.n
+        return sum(self.right) / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
         """95% Wilson interval, fractions."""
-        return wilson(self.correct, self.n)
+        return wilson(sum(self.right), self.n)
 
     def row(self) -> dict:
         """Return counts, interval, and a 1 or 0 a question, as JSON takes them."""
-        names = ("n", "correct", "accuracy", "interval")
         right = "".join(str(int(r)) for r in self.right)
-        return {name: getattr(self, name) for name in names} | {"right": right}
+        return {"n": self.n, "correct": sum(self.right), "accuracy": self.accuracy,
+                "interval": self.interval, "right": right}  # fmt: skip
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return (f"{self.task}: {100 * self.accuracy:.1f}% of {self.n} "
-                f"[{100 * low:.1f}, {100 * high:.1f}]")  # fmt: skip
+        low, high = (100 * end for end in self.interval)
+        return f"{self.task}: {self.accuracy:.1%} of {self.n} [{low:.1f}, {high:.1f}]"
 
 
 def score(generate: Callable, task: Task, pairs: Sequence[Pair]) -> Score:
-    """Ask the prompts alone, and hold each completion against its target by the task's rule.
-
-    Raises ValueError for no pairs.
-    """
+    """Ask the prompts alone, and hold each completion against its target; ValueError for none."""
     pairs = listed(pairs, "pairs")
     if not pairs:
         raise ValueError(f"there is nothing to ask of task {task.name}; give at least one pair")

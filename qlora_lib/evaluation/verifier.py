@@ -1,8 +1,7 @@
 """A verifier: the chance that a solution is right, read from the model that wrote it.
 
-Cobbe et al. 2021 (arXiv 2110.14168, section 4.2): sample solutions of train problems, label each
-by its final answer, and train the model with a scalar head to predict the label. The model's
-weights stay frozen: the verifier is a LoRA adapter beside the others, and the head.
+Cobbe et al. 2021 (arXiv 2110.14168, section 4.2) train the model with a scalar head to predict
+the labels of sampled solutions. Here its weights stay frozen: a LoRA adapter is trained.
 """
 
 import time
@@ -18,7 +17,7 @@ from ..base import processes
 from ..base.files import read_tensors, whole_file
 from ..base.hashes import content_hash
 from ..base.progress import Progress
-from ..data.tokens import Example, batches, collate
+from ..data.tokens import batches, collate
 from ..lora.files import load_adapter, save_adapter
 from ..lora.inject import inject_lora, set_adapter, use_adapter
 from ..lora.layer import adapter_names, lora_layers
@@ -32,18 +31,13 @@ HEAD = "head.safetensors"
 
 
 class Verifier:
-    """The adapter "verifier" on `model`, and a head (hidden_size -> 1), fp32.
+    """The adapter "verifier" on `model`, whose own calls go without it, and a head
+    (hidden_size -> 1), fp32."""
 
-    Calls of the model itself keep the adapter that they have.
-    """
-
-    def __init__(
-        self, model, tokenizer, rank: int = 16, target_modules=ALL_LINEAR,
-        folder: str | Path | None = None,
-    ):  # fmt: skip
-        """Make a new one, which says 1/2 to everything until it is trained, or, with a `folder`,
-        the one that `save` wrote; freezes the model. Raises ValueError for targets that match
-        nothing, a second verifier, and a folder of another base or damaged; FileNotFoundError."""
+    def __init__(self, model, tokenizer, rank=16, target_modules=ALL_LINEAR, folder=None):
+        """Make a new one, which says 1/2 until it is trained, or load `folder`; freezes the model.
+        Raises ValueError for targets that match nothing, a second verifier, and a folder that is
+        damaged or of another base; FileNotFoundError."""
         others = adapter_names(model)
         if ADAPTER in others:
             raise ValueError("the model has a verifier already; load the model anew")
@@ -89,10 +83,10 @@ class Verifier:
 
     def log_odds(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the log-odds of "right", read after each solution's end token: fp32 (batch,)."""
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         with use_adapter(self.model, ADAPTER):
-            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        last = inputs["attention_mask"].sum(1) - 1  # padded on the right: the end token's place
+            output = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden, last = output.last_hidden_state, mask.sum(1) - 1  # padded on the right: end tokens
         hidden = hidden[torch.arange(len(last)), last]  # (batch, seq, hidden) -> (batch, hidden)
         return self.head(hidden.float()).squeeze(-1)
 
@@ -101,7 +95,7 @@ class Verifier:
         self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
     ) -> list[float]:
         """Return the probability that each solution is right, read after its end token."""
-        encoded = self._encode(prompts, completions)
+        encoded = encode_solutions(self.model, self.tokenizer, prompts, completions)
         results = [0.0] * len(encoded)
         for chosen, batch in batches(encoded, batch_size, self.head.weight.device):
             for i, p in zip(chosen, self.log_odds(batch).sigmoid().tolist()):
@@ -116,36 +110,27 @@ class Verifier:
         """Return the mean binary cross-entropy a solution; right (batch,) of 0.0 and 1.0."""
         return nn.functional.binary_cross_entropy_with_logits(self.log_odds(batch), right)
 
-    def _encode(self, prompts, completions) -> list[Example]:
-        return encode_solutions(self.model, self.tokenizer, prompts, completions)
-
-    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        return collate(examples, device=self.head.weight.device)
-
 
 def train_verifier(
-    verifier: Verifier,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    right: Sequence[bool],
+    verifier: Verifier, prompts: Sequence[str], completions: Sequence[str], right: Sequence[bool],
     config: TrainConfig = TrainConfig(epochs=1, batch_size=64, lr=1e-3),
     callback: Callable[[dict], None] | None = None,
-) -> list[dict]:
-    """Train on solutions labelled right or wrong, in place; returns step, loss, lr, seconds of
-    each step.
+) -> list[dict]:  # fmt: skip
+    """Train on labelled solutions, in place, in fp32; returns step, loss, lr, seconds of each step.
 
     Of `config` it takes epochs or max_steps, batch_size, lr, warmup_ratio, weight_decay,
-    max_grad_norm and seed; it computes in fp32. Raises ValueError unless there are right and
-    wrong solutions, and when the loss is not finite.
+    max_grad_norm and seed. Raises ValueError unless some are right and some wrong, and when the
+    loss is not finite.
     """
     if not len(prompts) == len(completions) == len(right) or len(set(map(bool, right))) < 2:
         raise ValueError(
             f"got {len(prompts)} prompts, {len(completions)} completions and {len(right)} labels, "
-            f"{sum(map(bool, right))} of them right; a verifier needs as many of each, and right "
-            "and wrong solutions: sample at a higher temperature, or more problems"
+            f"{sum(map(bool, right))} of them right; expected as many of each, and right and wrong "
+            "solutions: sample at a higher temperature, or more problems"
         )
-    encoded = verifier._encode(prompts, completions)
-    labels = torch.tensor([float(r) for r in right], device=verifier.head.weight.device)
+    encoded = encode_solutions(verifier.model, verifier.tokenizer, prompts, completions)
+    device = verifier.head.weight.device
+    labels = torch.tensor([float(r) for r in right], device=device)
     parameters = verifier.parameters
     for p in parameters.values():
         p.requires_grad_(True)
@@ -157,7 +142,7 @@ def train_verifier(
     def part_of_loss(chosen: list[int]) -> Iterator[Tensor]:
         """This process's part of the mean loss of the chosen ones."""
         if own := processes.share(chosen):
-            loss = verifier.loss(verifier._batch([encoded[i] for i in own]), labels[own])
+            loss = verifier.loss(collate([encoded[i] for i in own], device=device), labels[own])
             yield loss * (len(own) / len(chosen))
 
     for step, _, chosen in schedule(lengths, config.batch_size, config.seed, total):

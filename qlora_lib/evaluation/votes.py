@@ -1,9 +1,8 @@
 """Many samples, one answer: votes and scores.
 
-A vote is a function from the samples of one question to the one that counts, for
-`evaluate(vote=...)`. Self-consistency is Wang et al. 2022 (arXiv 2203.11171). A score is a
+A vote is a function from the samples of one question to the one that counts. A score is a
 function from prompts and as many completions to a number each, higher is better: `likelihood`,
-or a Verifier (verifier.py).
+or a Verifier.
 """
 
 import math
@@ -24,19 +23,15 @@ Score = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
 def choose(answers: Sequence[object], weights: Sequence[float] | None = None) -> int:
-    """Return the index of the first sample with the answer that has most votes, or most weight.
-
-    A sample without an answer (None) has no vote; without any answer it is sample 0. Raises
-    ValueError for no samples, and for weights that are not as many, negative or not finite.
-    """
+    """Return the index of the first sample with the answer of most votes, or most weight; 0 where
+    all are None. Raises ValueError for no samples, and for weights that are not as many, negative
+    or not finite."""
     if not answers:
         raise ValueError("there are no samples to choose from")
     weights = [1.0] * len(answers) if weights is None else list(weights)
     if len(weights) != len(answers) or not all(0 <= w < math.inf for w in weights):
-        raise ValueError(
-            f"{len(answers)} samples with the weights {weights}; expected as many finite "
-            "numbers, 0 or more"
-        )
+        raise ValueError(f"{len(answers)} samples with the weights {weights}; expected as many "
+                         "finite numbers, 0 or more")  # fmt: skip
     votes: dict[object, float] = {}
     for answer, weight in zip(answers, weights):
         if answer is not None:
@@ -47,13 +42,14 @@ def choose(answers: Sequence[object], weights: Sequence[float] | None = None) ->
 def sample_answers(samples: Sequence[str]) -> list[Fraction | None]:
     """Return the answer of each sample: strict, or flexible where no sample has the format."""
     strict = [extract_answer(s) for s in samples]
-    return strict if any(a is not None for a in strict) else [
-        extract_answer(s, "flexible") for s in samples
-    ]  # fmt: skip
+    if any(answer is not None for answer in strict):
+        return strict
+    return [extract_answer(s, "flexible") for s in samples]
 
 
 def majority(samples: Sequence[str]) -> str:
-    """Return the first sample with the most frequent answer (self-consistency)."""
+    """Return the first sample with the most frequent answer: self-consistency, Wang et al. 2022
+    (arXiv 2203.11171)."""
     return samples[choose(sample_answers(samples))]
 
 
@@ -63,8 +59,7 @@ def best_score(samples: Sequence[str]) -> str:
 
 
 def weighted_vote(samples: Sequence[str]) -> str:
-    """Return the first sample with the answer whose samples have the largest sum of scores, which
-    must not be negative: probabilities, such as a verifier's."""
+    """Return the first sample with the answer of the largest sum of scores, all 0 or more."""
     return samples[choose(sample_answers(samples), [_score_of(s) for s in samples])]
 
 
@@ -88,15 +83,13 @@ class _Scored(Generator):
     def __call__(self, prompts: Sequence[str]) -> list:
         answers = self.ask(prompts)
         groups = [said if isinstance(said, list) else [said] for said in answers]
-        flat = [(p, s) for p, group in zip(prompts, groups) for s in group]
-        scores = iter(self.score([p for p, _ in flat], [s for _, s in flat]))
+        asked = [prompt for prompt, group in zip(prompts, groups) for _ in group]
+        scores = iter(self.score(asked, [sample for group in groups for sample in group]))
         scored = [[_with_score(sample, next(scores)) for sample in group] for group in groups]
-        return [group if isinstance(said, list) else group[0]
-                for said, group in zip(answers, scored)]  # fmt: skip
+        return [new if isinstance(said, list) else new[0] for said, new in zip(answers, scored)]
 
     def fingerprint(self) -> str | None:
-        """Return a hash of the weights that answer and of those that score, if there are any."""
-        scorer = getattr(self.score, "fingerprint", lambda: None)  # a plain function has none
+        scorer = getattr(self.score, "fingerprint", lambda: None)
         parts = [part for part in (self.ask.fingerprint(), scorer()) if part is not None]
         return content_hash(parts) if parts else None
 
@@ -110,11 +103,9 @@ def _with_score(sample: str, score: float) -> Completion:
     return new
 
 
-def encode_solutions(
-    model, tokenizer, prompts: Sequence[str], completions: Sequence[str]
-) -> list[Example]:
-    """Return each prompt and its completion as an Example. Raises ValueError for other things than
-    two lists of texts, equally long, and for a token that the model does not have."""
+def encode_solutions(model, tokenizer, prompts, completions) -> list[Example]:
+    """Return each prompt and its completion as an Example; ValueError unless they are equally long
+    lists of texts, of tokens that the model has."""
     asked, said = listed(prompts, "prompts", str), listed(completions, "completions", str)
     if len(asked) != len(said):
         raise ValueError(f"got {len(asked)} prompts and {len(said)} completions; expected as many")
@@ -127,11 +118,8 @@ def encode_solutions(
 def log_likelihoods(
     model, tokenizer, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
 ) -> list[tuple[float, int]]:
-    """Return (sum of log-probabilities, number of tokens) of each completion, given its prompt.
-
-    The end token is one of them: a solution cut short is judged as one that ends there.
-    Temperature 1, natural logarithm, softmax in fp32.
-    """
+    """Return (sum of log-probabilities, number of tokens) of each completion and its end token,
+    given the prompt: temperature 1, natural logarithm, softmax in fp32."""
     encoded = encode_solutions(model, tokenizer, prompts, completions)
     results: list = [None] * len(encoded)
     device = model.get_input_embeddings().weight.device

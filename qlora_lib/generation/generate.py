@@ -1,7 +1,6 @@
-"""From prompts to completions: greedy decoding or sampling, batched, new tokens only.
+"""From prompts to completions: greedy decoding or sampling, in batches padded on the left.
 
-Prompts are encoded as in training (`encode_prompt`) and padded on the left, so that every row's
-last token is its prompt's. A stop string does not end the decoding: what follows it is cut.
+A stop string does not end the decoding: what follows it is cut.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,8 +50,8 @@ class Decoding:
 
 
 class Completion(str):
-    """The generated text. `tokens`: how many were generated; `finished`: it ended by itself, with
-    an end token or a stop string, not by the limit of new tokens."""
+    """The generated text. `tokens`: how many were generated; `finished`: it was not cut by the
+    limit of new tokens."""
 
     def __new__(cls, text: str, tokens: int, finished: bool):
         self = super().__new__(cls, text)
@@ -61,8 +60,7 @@ class Completion(str):
 
 
 class Generator:
-    """A function from a list of prompts to their completions, in the same order, and what a
-    report says of it. Wraps any such function; `generator` makes one that asks a model."""
+    """A function from prompts to their completions, in order, with what a report says of it."""
 
     def __init__(self, ask: Callable[[Sequence[str]], list], info: dict | None = None):
         self.ask, self.info = ask, dict(info or {})  # info: such as model and decoding
@@ -101,10 +99,10 @@ class ModelGenerator(Generator):
 
     def check(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of the prompts; ValueError for one that check_prompt refuses."""
-        prompts = listed(prompts, "prompts", str)
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, encoded):
-            check_prompt(self.model, self.decoding, prompt, ids)
+        encoded = []
+        for prompt in listed(prompts, "prompts", str):
+            encoded.append(encode_prompt(self.tokenizer, prompt))
+            check_prompt(self.model, self.decoding, prompt, encoded[-1])
         return encoded
 
     def __call__(self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None):
@@ -147,11 +145,10 @@ class ModelGenerator(Generator):
         chat = model.generation_config.eos_token_id  # chat models have several
         chat = chat if isinstance(chat, list) else [chat]
         ends = {self.tokenizer.eos_token_id, *chat} - {None}
-        sampling, how = decoding.temperature > 0, {}
-        if sampling:
-            how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        sampling = decoding.temperature > 0
+        how = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
         settings = GenerationConfig(
-            **how,
+            **(how if sampling else {}),
             do_sample=sampling,
             num_return_sequences=decoding.samples,
             max_new_tokens=decoding.max_new_tokens,
@@ -176,9 +173,8 @@ class ModelGenerator(Generator):
         return [rows[i : i + decoding.samples] for i in range(0, len(rows), decoding.samples)]
 
     def _new_tokens(self, input_ids, mask, settings, names) -> list[list[int]]:
-        """The new ids of each row. Rows that have ended leave the batch, a quarter of it at a time,
-        so that the others do not wait for them; where tokens are drawn they stay, since a draw
-        depends on the rows beside it."""
+        """The new ids of each row. Rows that have ended leave the batch, a quarter of it at a time;
+        where tokens are drawn they stay, since a draw depends on the rows beside it."""
         from transformers import StoppingCriteriaList
 
         cache = _cache(self.model, self.decoding.cache_bits)
@@ -189,7 +185,7 @@ class ModelGenerator(Generator):
             ended = torch.zeros(len(going), dtype=torch.bool, device=input_ids.device)
 
             def enough(ids, scores):
-                """Whether enough rows have ended to go on without them; the same for each row."""
+                """Whether enough rows have ended to go on without them."""
                 ended.logical_or_(torch.isin(ids[:, -1], ends))
                 return torch.full_like(ended, leaving and ended.sum() >= max(FEW, len(ended) // 4))
 
@@ -215,26 +211,24 @@ class ModelGenerator(Generator):
 
 
 def generator(model, tokenizer, decoding: Decoding = Decoding()) -> ModelGenerator:
-    """Return a function from a list of prompts to a list of Completions in the same order.
+    """Return a function from a list of prompts to a list of Completions in the same order, or of
+    lists of `samples` Completions where there are several.
 
-    With samples > 1 it returns a list of `samples` Completions for each prompt. Called with
-    (prompts, adapters) it gives each prompt an adapter of its own, by name (None: the base), in
-    batches that mix them. Raises ValueError for anything but a list of texts, for what
-    check_prompt refuses, for unknown adapters, and unless there is one a prompt.
+    Called with (prompts, adapters) it gives each prompt an adapter, by name (None: the base).
+    Raises ValueError for other things, for what check_prompt refuses, and for unknown adapters.
     """
     return ModelGenerator(model, tokenizer, decoding)
 
 
 def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> None:
-    """Raise ValueError where a prompt (its tokens: ids) and max_new_tokens exceed the context, or
-    where the model does not have one of its tokens."""
+    """Raise ValueError where a prompt, with its token ids, and max_new_tokens exceed the context,
+    and for a token that the model does not have."""
     check_tokens(model, ids)
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
     if len(ids) + decoding.max_new_tokens > context:
         raise ValueError(
             f"a prompt of {len(ids)} tokens and max_new_tokens={decoding.max_new_tokens} exceed "
-            f"the context of {context}: {prompt[:60]!r}...; shorten the prompt, or lower "
-            "max_new_tokens"
+            f"the context of {context}: {prompt[:60]!r}...; shorten the prompt, or lower the limit"
         )
 
 
@@ -248,8 +242,7 @@ def _complete(tokenizer, new: list[int], ends: set[int], decoding: Decoding) -> 
 
 
 def _cache(model, bits: int | None):
-    """An empty cache of which rows can be dropped; None where only the model itself knows what
-    it keeps of old tokens (windows, states of its own)."""
+    """An empty cache of which rows can be dropped; None for models with windows or own states."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     from .kv_cache import CacheSpec, PackedCache

@@ -1,13 +1,10 @@
 """A cache of keys and values in 8, 4 or 2 bits, for transformers' `generate`.
 
-Old tokens are stored as codes, in groups that share a scale and a lowest value; the newest stay
-as they came. Following KIVI (Liu et al. 2024, arXiv 2402.02750): a few channels of the keys are
-large in every token, so a key's group is one channel of `group_size` tokens, and a value's group
-is `group_size` channels of one token.
-
-A forward pass attends to its own tokens exactly; codes are made afterwards. Bytes are saved, not
-time: each step dequantizes the whole cache, a layer at a time. Not handled: a bound on memory by
-a sliding window; padding shares the groups of real tokens.
+Old tokens are stored as codes, in groups that share a scale and a lowest value. Following KIVI
+(Liu et al. 2024, arXiv 2402.02750), a key's group is one channel of `group_size` tokens, since a
+few channels are large in every token, and a value's is `group_size` channels of one token. A
+forward pass attends to its own tokens exactly, and dequantizes the others, a layer at a time.
+Padding shares the groups of real tokens; a sliding window does not bound the memory.
 """
 
 import math
@@ -36,10 +33,8 @@ class CacheSpec:
     def __post_init__(self):
         check_bits(self.bits)
         if self.bits == 3 or self.group_size < 1 or self.group_size % 8 or self.recent < 0:
-            raise ValueError(
-                f"bits={self.bits}, group_size={self.group_size}, recent={self.recent}: expected "
-                "8, 4 or 2 bits, groups of a multiple of 8, and recent >= 0"
-            )
+            raise ValueError(f"bits={self.bits}, group_size={self.group_size}, recent={self.recent}"
+                             ": expected 8, 4 or 2, a multiple of 8, and 0 or more")  # fmt: skip
         if not {self.keys, self.values} <= {"channel", "token"}:
             raise ValueError(f"keys={self.keys!r}, values={self.values!r}: expected channel, token")
 
@@ -101,32 +96,30 @@ class PackedStates:
 
 
 class PackedLayer(DynamicLayer):
-    """One decoder layer's cache: the newest tokens in `keys` and `values`, as they came, the others
-    in `old_keys` and `old_values` (None: there are none)."""
+    """One decoder layer's cache: new tokens in `keys` and `values`, the others in `old`."""
 
     is_croppable = False
 
     def __init__(self, spec: CacheSpec):
         super().__init__()
-        self.spec, self.old_keys, self.old_values, self.stored = spec, None, None, 0
+        self.spec, self.stored = spec, 0  # tokens in old
+        self.old: list[PackedStates] = []  # keys and values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Add states (batch, heads, new tokens, head_dim); return those of all tokens."""
-        keys, values = super().update(key_states, value_states)
-        whole = (self._join(self.old_keys, keys), self._join(self.old_values, values))
-        n = self.spec.stored_tokens(self.stored + keys.shape[2]) - self.stored
+        recent = whole = super().update(key_states, value_states)
+        if self.old:
+            pairs = zip(self.old, recent)
+            whole = tuple(torch.cat([old.dequantize(x.dtype), x], dim=2) for old, x in pairs)
+        n = self.spec.stored_tokens(self.stored + recent[0].shape[2]) - self.stored
         if n > 0:
-            new_keys = PackedStates.of(keys[:, :, :n], self.spec, self.spec.keys)
-            new_values = PackedStates.of(values[:, :, :n], self.spec, self.spec.values)
-            self.old_keys = self.old_keys.append(new_keys) if self.stored else new_keys
-            self.old_values = self.old_values.append(new_values) if self.stored else new_values
+            kinds = zip(recent, (self.spec.keys, self.spec.values))
+            new = [PackedStates.of(x[:, :, :n], self.spec, by) for x, by in kinds]
+            self.old = [old.append(x) for old, x in zip(self.old, new)] if self.old else new
             self.stored += n
             # Copies: a view would keep all of it alive.
-            self.keys, self.values = keys[:, :, n:].clone(), values[:, :, n:].clone()
+            self.keys, self.values = (x[:, :, n:].clone() for x in recent)
         return whole
-
-    def _join(self, old: PackedStates | None, recent: Tensor) -> Tensor:
-        return recent if old is None else torch.cat([old.dequantize(recent.dtype), recent], dim=2)
 
     def get_seq_length(self) -> int:
         return self.stored + (self.keys.shape[2] if self._holds_states() else 0)
@@ -137,7 +130,7 @@ class PackedLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys, self.values, self.is_initialized = None, None, False  # older ones zero them
         super().reset()
-        self.old_keys, self.old_values, self.stored = None, None, 0
+        self.old, self.stored = [], 0
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("a packed cache keeps its tokens; decode without an assistant")
@@ -146,9 +139,7 @@ class PackedLayer(DynamicLayer):
         """Apply `change`, along the batch, to all that is stored."""
         if self._holds_states():
             self.keys, self.values = change(self.keys), change(self.values)
-        if self.stored:
-            self.old_keys = self.old_keys.each(change)
-            self.old_values = self.old_values.each(change)
+        self.old = [states.each(change) for states in self.old]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._choose(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -161,10 +152,8 @@ class PackedLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this layer holds."""
-        parts = [self.keys, self.values] if self.is_initialized else []
-        parts += [self.old_keys, self.old_values] if self.stored else []
-        return sum(part.nbytes for part in parts)
+        recent = [self.keys, self.values] if self.is_initialized else []
+        return sum(states.nbytes for states in [*recent, *self.old])
 
 
 class PackedCache(Cache):
@@ -185,16 +174,12 @@ def head_dim(config) -> int:
 
 def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int = 1, size: int = 2):
     """Return the bytes of the cache of `batch` sequences of so many tokens, of a Llama's config.
-
-    spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2).
-    """
+    spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2)."""
     head = head_dim(config)
-    heads = batch * config.num_hidden_layers * config.num_key_value_heads
     old = 0 if spec is None else spec.stored_tokens(tokens)
-    total = 2 * heads * (tokens - old) * head * size
+    total = 2 * (tokens - old) * head * size  # of one head in one layer
     for by in (spec.keys, spec.values) if old else ():
-        long, wide = (head, old) if by == "channel" else (old, head)  # rows, and a row's numbers
+        rows, wide = (head, old) if by == "channel" else (old, head)
         group = spec.group_size if by == "channel" else math.gcd(spec.group_size, head)
-        row = packed_width(wide, spec.bits) + wide // group * 2 * STORED.itemsize
-        total += heads * long * row
-    return total
+        total += rows * (packed_width(wide, spec.bits) + wide // group * 2 * STORED.itemsize)
+    return batch * config.num_hidden_layers * config.num_key_value_heads * total

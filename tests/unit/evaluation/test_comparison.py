@@ -118,7 +118,7 @@ def test_content_hash_is_of_the_content():
 def test_compare_counts_discordant_questions_and_says_so():
     a, b = report("1" * 40 + "1" * 12 + "0" * 48), report("1" * 40 + "0" * 12 + "1" * 2 + "0" * 46)
     found = compare(a, b, names=("gptq", "rtn"))
-    assert (found.right_a, found.right_b, found.only_a, found.only_b) == (52, 42, 12, 2)
+    assert (*found.right, found.only_a, found.only_b) == (52, 42, 12, 2)
     assert found.p == mcnemar(12, 2) and found.difference == pytest.approx(0.1)
     assert found.interval == newcombe(52, 100, 42, 100, 40)
     text = str(found)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from qlora_lib.data.tokens import collate
 from qlora_lib.evaluation.verifier import Verifier, train_verifier
+from qlora_lib.evaluation.votes import encode_solutions
 from qlora_lib.generation.generate import Decoding, generator
 from qlora_lib.lora.inject import set_adapter
 from qlora_lib.lora.layer import adapter_names
@@ -56,7 +58,7 @@ def test_only_the_adapter_and_the_head_get_a_gradient():
     for p in verifier.parameters.values():
         p.requires_grad_(True)
     torch.nn.init.normal_(verifier.head.weight)
-    batch = verifier._batch(verifier._encode(PROMPTS[:4], SAID[:4]))
+    batch = collate(encode_solutions(verifier.model, verifier.tokenizer, PROMPTS[:4], SAID[:4]))
     verifier.loss(batch, torch.ones(4)).backward()
     own = {id(p) for p in verifier.parameters.values()}
     assert all(p.grad is not None for p in verifier.parameters.values())
@@ -67,7 +69,8 @@ def test_only_the_adapter_and_the_head_get_a_gradient():
 def test_the_loss_reads_each_solution_after_its_end_token():
     verifier = new()
     torch.nn.init.normal_(verifier.head.weight)
-    encoded = verifier._encode(PROMPTS[:3], ["#### 1", "#### 1,000", "no"])
+    said = ["#### 1", "#### 1,000", "no"]
+    encoded = encode_solutions(verifier.model, verifier.tokenizer, PROMPTS[:3], said)
     values = []
     for (ids, _), right in zip(encoded, (1, 0, 1)):
         assert ids[-1] == small_tokenizer().eos_token_id
@@ -75,7 +78,7 @@ def test_the_loss_reads_each_solution_after_its_end_token():
             hidden = verifier.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
         odds = verifier.head(hidden)  # B is 0: the adapter changes nothing yet
         values.append(torch.nn.functional.softplus(-odds if right else odds))
-    loss = verifier.loss(verifier._batch(encoded), torch.tensor([1.0, 0.0, 1.0]))
+    loss = verifier.loss(collate(encoded), torch.tensor([1.0, 0.0, 1.0]))
     torch.testing.assert_close(loss, torch.cat(values).mean())
 
 

@@ -32,7 +32,7 @@ def test_targets_count_and_are_not_told_by_a_constant(name):
     for same in {target for _, target in pairs[:10]}:
         assert score(lambda prompts: [same] * len(prompts), task, pairs).accuracy < 0.6
     nothing = score(lambda prompts: [""] * len(prompts), task, pairs)
-    assert (nothing.correct, nothing.n) == (0, 100) and nothing.interval[0] == 0
+    assert (sum(nothing.right), nothing.n) == (0, 100) and nothing.interval[0] == 0
 
 
 def test_one_wrong_word_or_number_is_wrong_and_more_text_too():

@@ -102,8 +102,8 @@ def test_a_cache_returns_old_tokens_rounded_and_new_ones_as_they_came(spec):
         assert layer.stored == spec.stored_tokens(at) and layer.keys.shape[2] == at - layer.stored
     once = PackedCache(spec)
     once.update(keys, values, 0)
-    for name in ("old_keys", "old_values"):  # whatever the steps: the same codes
-        a, b = getattr(once.layers[0], name), getattr(layer, name)
+    assert len(layer.old) == 2
+    for a, b in zip(once.layers[0].old, layer.old, strict=True):  # whatever the steps: the same
         assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
 
 
