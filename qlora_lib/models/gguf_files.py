@@ -13,11 +13,9 @@ NEEDED = ("gguf", "accelerate")
 
 
 def gguf_file(path: Path | str) -> Path | None:
-    """Return the GGUF file that `path` names, or that is the only one in the folder `path`.
-
-    None where there is none, or safetensors. Raises FileNotFoundError for a file that is not
-    there, ValueError for a folder with several.
-    """
+    """Return the GGUF file that `path` names, or that is the only one in the folder `path`; None
+    where there is none, or safetensors. Raises FileNotFoundError for a file that is not there,
+    ValueError for a folder with several."""
     path = Path(path)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -46,9 +44,8 @@ def load_gguf(path: Path, dtype: torch.dtype):
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, output_loading_info=True
-        )
+        where |= {"dtype": dtype, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(**where)
     except Exception as error:  # its reader raises whatever a damaged file leads to
         raise ValueError(
             f"{path} could not be read ({type(error).__name__}: {error}); is it damaged, or of an "

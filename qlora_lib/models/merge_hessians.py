@@ -17,11 +17,10 @@ def merge_hessians(
 ) -> dict[str, Hessian]:
     """Return the Hessian of each adapted layer's inputs, by path, for merge_lora(into="gptq").
 
-    batches: input_ids and attention_mask, each (batch, seq); halves: as for a Hessian. One pass
-    of the trained model, base and adapter apart, in which all Hessians are alive together (layers
-    that share an input share one). For a model too large for that, merge into "dense" and run
-    quantize_model. Raises ValueError for no batches, a merged model, and inputs that do not hold
-    a row for each token.
+    batches: input_ids and attention_mask, each (batch, seq); halves: as for a Hessian. All are
+    alive together, one for layers that share an input; for a model too large for that, merge into
+    "dense" and run quantize_model. Raises ValueError for no batches, a merged model, and inputs
+    that do not hold a row for each token.
     """
     if not batches:
         raise ValueError("no calibration batches; pass at least one")
