@@ -45,23 +45,19 @@ def export_gptq(
     if checkpoint_format not in FORMATS:
         raise ValueError(f"checkpoint_format={checkpoint_format!r} must be one of {FORMATS}")
     layers = _exportable(model)
-    v1 = checkpoint_format == "gptq"
     state = {n: t for n, t in base_state(model).items() if n.rpartition(".")[0] not in layers}
     for path, layer in layers.items():
-        tensors = to_gptq(path, layer.quantized, v1)
+        tensors = to_gptq(path, layer.quantized, v1=checkpoint_format == "gptq")
         if layer.bias is not None:
             tensors["bias"] = layer.bias.cpu()
         state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
-    config = {
-        "architectures": [type(model).__name__],
-        "dtype": next(model.parameters()).dtype,
-        "quantization_config": _describe(model, layers, checkpoint_format),
-    }
+    described = _describe(model, layers, checkpoint_format)
+    config = {"architectures": [type(model).__name__], "dtype": next(model.parameters()).dtype}
     metadata = {"format": "pt"}  # transformers asks for this entry of the header
     with atomic_folder(folder, MARKER) as scratch:
         save_torch_state_dict(state, scratch, max_shard_size=max_shard_size, metadata=metadata)
-        save_settings(model, tokenizer, state, scratch, **config)
-        write_json_atomic(scratch / MARKER, config["quantization_config"])
+        save_settings(model, tokenizer, state, scratch, **config, quantization_config=described)
+        write_json_atomic(scratch / MARKER, described)
 
 
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -154,9 +150,9 @@ def _read_config(folder: Path) -> tuple[QuantSpec, bool]:
     if described is None and (folder / MARKER).is_file():  # AutoGPTQ wrote no other
         file = folder / MARKER
         described = {"quant_method": "gptq"} | read_json(file)
-    if not isinstance(described, dict) or described.get("quant_method") != "gptq":
-        found = described.get("quant_method") if isinstance(described, dict) else described
-        raise ValueError(f"{file}: quantization_config is {found!r}, not 'gptq'")
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method != "gptq":
+        raise ValueError(f"{file}: quantization_config is {method or described!r}, not 'gptq'")
     # AutoGPTQ's name and GPTQModel's; files older than either are v1.
     version = described.get("checkpoint_format") or described.get("format") or "gptq"
     if version not in FORMATS:
@@ -165,11 +161,10 @@ def _read_config(folder: Path) -> tuple[QuantSpec, bool]:
         raise ValueError(f"{file}: bits={described.get('bits')!r} is not one of {BITS}")
     if described.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"{file}: pack_dtype={described['pack_dtype']!r} must be 'int32'")
-    own = [name for name in described.get("dynamic") or {} if not name.startswith("-:")]
-    if own:
+    if own := [name for name in described.get("dynamic") or {} if not name.startswith("-:")]:
         raise ValueError(f"{file}: dynamic gives {own[0]!r} settings of its own; quantize alike")
     size, clip = described.get("group_size", -1), (described.get("meta") or {}).get("mse")
-    clip_search = isinstance(clip, (int, float)) and clip > 0
     size = None if size == -1 else size
-    spec = QuantSpec(described["bits"], size, described.get("sym", True), clip_search=clip_search)
+    searched = isinstance(clip, (int, float)) and clip > 0
+    spec = QuantSpec(described["bits"], size, described.get("sym", True), clip_search=searched)
     return spec, version == "gptq"

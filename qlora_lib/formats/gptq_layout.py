@@ -67,8 +67,7 @@ def _without_zero(path: str, quantized: QuantizedTensor, g_idx: Tensor) -> tuple
         return quantized.codes, zero
     q = unpack(quantized.codes, spec.bits, quantized.shape)  # (out, in)
     lifted = lift[:, g_idx.long().to(q.device)]  # (out, groups) -> (out, in)
-    stuck = int((lifted & (q == spec.max_code)).any(1).sum())
-    if stuck:
+    if stuck := int((lifted & (q == spec.max_code)).any(1).sum()):
         raise ValueError(
             f"{path}.qzeros: {stuck} of {q.shape[0]} outputs have a zero-point of 0 beside the "
             f"code {spec.max_code}; checkpoint_format='gptq' (v1) stores zero-points minus 1 and "
@@ -119,8 +118,7 @@ def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bo
     """Return the zero-points as uint8 (out, groups)."""
     zero = unpack(as_bytes(qzeros), spec.bits, shape)  # (groups, out)
     if v1:
-        overflowed = int((zero == spec.max_code).sum())
-        if overflowed:
+        if overflowed := int((zero == spec.max_code).sum()):
             raise ValueError(
                 f"{path}.qzeros: {overflowed} zero-points are stored as {spec.max_code}, which in "
                 "v1 is a zero-point of 0 that overflowed, and may have changed others: save it as "

@@ -67,8 +67,7 @@ def _check_config(path: Path) -> None:
     kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
     if kind != "nf4":
         raise ValueError(f"{path}: bnb_4bit_quant_type={kind!r} is not supported; {INSTEAD}")
-    unknown = {k: v for k, v in config.items() if k not in CONFIG_KEYS and v}
-    if unknown:
+    if unknown := {k: v for k, v in config.items() if k not in CONFIG_KEYS and v}:
         raise ValueError(f"{path}: settings {unknown} are not known here; {INSTEAD}")
 
 

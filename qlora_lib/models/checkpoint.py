@@ -59,8 +59,7 @@ def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
     """Write a model with quantized layers, without adapters: safetensors, config, tokenizer, specs.
     Raises ValueError when no layer is quantized, when base and merged copy are both kept, and when
     the folder holds other files."""
-    merged = [path for path, layer in lora_layers(model).items() if layer.merged is not None]
-    if merged:
+    if merged := [path for path, layer in lora_layers(model).items() if layer.merged is not None]:
         raise ValueError(
             f"{len(merged)} layers, {merged[0]} first, hold both their base and a merged copy: to "
             "save the base, call unmerge_lora; to save the other, merge with unload=True"
@@ -107,12 +106,9 @@ def spec_as_json(spec: QuantSpec | NF4Spec) -> dict:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Return the name of the safetensors file that holds each tensor, by the tensor's name.
-
-    The files are those of the index, or model.safetensors, or the only one there is, which old
-    GPTQ checkpoints call otherwise. Raises FileNotFoundError for missing and ValueError for
-    damaged ones.
-    """
+    """Return the name of the file that holds each tensor, by the tensor's name: those of the index,
+    or model.safetensors, or the only one there is, which old GPTQ checkpoints call otherwise.
+    Raises FileNotFoundError for missing and ValueError for damaged ones."""
     if (folder / INDEX).is_file():
         return read_json(folder / INDEX).get("weight_map", {})
     path, found = folder / WEIGHTS, sorted(folder.glob("*.safetensors"))
@@ -124,6 +120,15 @@ def weight_map(folder: Path) -> dict[str, str]:
     path = path if path.is_file() or not found else found[0]
     with open_tensors(path) as file:
         return dict.fromkeys(file.keys(), path.name)
+
+
+def stored_shapes(files) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in these files by name, from their headers alone."""
+    found = {}
+    for path in files:
+        with open_tensors(path) as file:
+            found |= {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
+    return found
 
 
 def read_weights(folder: Path, names: Container[str] | None = None) -> dict[str, Tensor]:
@@ -169,9 +174,7 @@ def put_packed(model, paths: Iterable[str], state: dict[str, Tensor], make: Make
         replace_module(model, path, QuantizedLinear(weight, bias))
 
 
-def our_tensor(
-    path: str, tensors: dict[str, Tensor], shape: torch.Size, layers: dict[str, dict]
-) -> Quantized:
+def our_tensor(path: str, tensors: dict[str, Tensor], shape: torch.Size, layers: dict) -> Quantized:
     """Return the weight of a layer of our own format; layers: as in quantization.json."""
     spec = dict(layers[path])
     make_tensor, make_spec, optional = KINDS[spec.pop("kind")]
@@ -281,7 +284,6 @@ def materialize_buffers(module: nn.Module, device="cpu", owner=None) -> bool:
     for name in empty:
         buffers[name] = torch.empty_like(buffers[name], device=device)
     inside = [materialize_buffers(child, device, owner) for child in module.children()]
-    any_here = bool(empty) or any(inside)
-    if any_here:
+    if found := bool(empty) or any(inside):
         owner._init_weights(module)
-    return any_here
+    return found

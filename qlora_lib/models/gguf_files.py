@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-NEEDED = ("gguf", "accelerate")
-
 
 def gguf_file(path: Path | str) -> Path | None:
     """Return the GGUF file that `path` names, or that is the only one in the folder `path`; None
@@ -35,8 +33,7 @@ def load_gguf(path: Path, dtype: torch.dtype):
     install, and ValueError for a damaged file and what transformers does not read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         raise ImportError(
             f"{path.name} is a GGUF file, and to read it takes {' and '.join(missing)}: "
             f"python -m pip install {' '.join(missing)}"
@@ -51,8 +48,7 @@ def load_gguf(path: Path, dtype: torch.dtype):
             f"{path} could not be read ({type(error).__name__}: {error}); is it damaged, or of an "
             "architecture that transformers does not read from GGUF?"
         ) from error
-    if found["missing_keys"]:
-        lost = sorted(found["missing_keys"])
+    if lost := sorted(found["missing_keys"]):
         raise ValueError(f"{path} lacks {len(lost)} of the model's tensors, such as {lost[0]}")
     # transformers takes it for quantized, and would neither save nor move it.
     model.hf_quantizer, model.is_quantized = None, False

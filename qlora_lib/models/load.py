@@ -82,8 +82,7 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
         raise ValueError(message) from error
     except OSError as error:
         raise _explained(path, error) from error
-    if found["missing_keys"]:  # transformers would fill them with random numbers
-        missing = sorted(found["missing_keys"])
+    if missing := sorted(found["missing_keys"]):  # transformers would fill them at random
         raise ValueError(
             f"{path} lacks {len(missing)} of the model's tensors, such as {missing[0]}; a dense "
             "checkpoint was expected (load_quantized reads what save_quantized wrote)"

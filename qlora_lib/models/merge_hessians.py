@@ -1,7 +1,5 @@
 """Hessians of the adapted layers of a trained model, for merging by GPTQ."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +10,7 @@ from .batches import Batch, batch_logits, real_tokens, token_mask
 from .calibrate import SharedInputs, watch_inputs
 
 
-def merge_hessians(
-    model: nn.Module, batches: Sequence[Batch], halves: bool = False
-) -> dict[str, Hessian]:
+def merge_hessians(model: nn.Module, batches: list[Batch], halves=False) -> dict[str, Hessian]:
     """Return the Hessian of each adapted layer's inputs, by path, for merge_lora(into="gptq").
 
     batches: input_ids and attention_mask, each (batch, seq); halves: as for a Hessian. All are

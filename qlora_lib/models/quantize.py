@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
@@ -19,7 +19,7 @@ from ..quant.grid import QuantSpec
 from ..quant.hessian import Hessian
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
-from .batches import check_tokens
+from .batches import Batch, check_tokens
 from .calibrate import BlockCalls, quantize_block
 
 
@@ -42,10 +42,8 @@ class LayerReport:
     seconds: float
 
 
-def quantize_layer(
-    path: str, layer: nn.Linear, recipe: Recipe, hessian: Hessian | None
-) -> tuple[QuantizedLinear, LayerReport]:
-    """Return one layer, quantized, and its row of the report; errors name its path."""
+def quantize_layer(path: str, layer: nn.Linear, recipe: Recipe, hessian: Hessian | None):
+    """Return (QuantizedLinear, its LayerReport) for one layer; errors name its path."""
     began, weight = time.perf_counter(), layer.weight.detach()
     with named(path):
         quantized = recipe.quantize(weight, hessian)
@@ -89,7 +87,7 @@ def warn_of_dense(paths: Iterable[str]) -> None:
 
 def quantize_model(
     model: nn.Module,
-    calibration: list[dict[str, Tensor]] | None,
+    calibration: list[Batch] | None,
     spec: QuantSpec | NF4Spec,
     method: str = "gptq",
     options: GPTQOptions = GPTQOptions(),
@@ -109,10 +107,8 @@ def quantize_model(
     return apply_recipe(model, Recipe.of(spec, method, options, target_modules), calibration)
 
 
-def apply_recipe(
-    model: nn.Module, recipe: Recipe, calibration: list[dict[str, Tensor]] | None = None
-) -> list[LayerReport]:
-    """Do what quantize_model does, by a recipe."""
+def apply_recipe(model, recipe: Recipe, calibration: list[Batch] | None = None) -> list:
+    """Do what quantize_model does, by a recipe; its rows and errors."""
     check_calibration(model, recipe, calibration)
     targets = find_linears(model, recipe.targets)
     for path, layer in targets.items():
@@ -146,8 +142,7 @@ def apply_recipe(
 
 def _quantize_blocks(model, batches, targets, swap, recipe: Recipe) -> list[LayerReport]:
     path_of_blocks, blocks = decoder_blocks(model)
-    outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
-    if outside:
+    if outside := [path for path in targets if not path.startswith(f"{path_of_blocks}.")]:
         raise ValueError(f"{outside} lie outside the decoder blocks; quantize them with 'rtn'")
     calls = BlockCalls(model, blocks, batches)
     dense_calls = BlockCalls(model, blocks, batches) if recipe.matches_dense else None

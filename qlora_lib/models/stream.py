@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,14 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base.devices import dtype_name
-from ..base.files import (
-    atomic_folder,
-    open_tensors,
-    read_json,
-    read_tensors,
-    whole_file,
-    write_json_atomic,
-)  # fmt: skip
+from ..base.files import atomic_folder, read_json, read_tensors, whole_file, write_json_atomic
 from ..base.hashes import content_hash
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
@@ -77,9 +69,8 @@ class StreamedModel:
         if limit is not None and not 1 <= limit <= count:
             raise ValueError(f"blocks={limit}, but {folder} has {count}")
         only = {} if limit is None else {"num_hidden_layers": limit}
-        model, self.dtype, self.device = checkpoint.empty_model(
-            folder, device, compute_dtype, **only
-        )
+        made = checkpoint.empty_model(folder, device, compute_dtype, **only)
+        model, self.dtype, self.device = made
         self.folder, self.model = folder, model.eval()
         self.path, self.blocks = decoder_blocks(model)
         self.names = self._check_tensors(range(limit or count, count))
@@ -89,10 +80,10 @@ class StreamedModel:
     def _check_tensors(self, left_out: range) -> list[str]:
         """Return the names of the tensors that the model needs; left_out: numbers of blocks."""
         model, folder, tied = self.model, self.folder, checkpoint.tied_weights(self.model)
-        two = checkpoint.read_weights(folder, {*tied, *tied.values()})
-        checkpoint.keep_own_weights(model, two)
+        checkpoint.keep_own_weights(model, checkpoint.read_weights(folder, {*tied, *tied.values()}))
         needed = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
-        stored = stored_shapes(folder / n for n in {*checkpoint.weight_map(folder).values()})
+        files = set(checkpoint.weight_map(folder).values())
+        stored = checkpoint.stored_shapes(folder / name for name in files)
         missing = [n for n in needed if n not in stored]
         strange = [n for n in sorted(stored.keys() - tied.keys() - needed.keys())
                    if self.block_of(n) not in left_out
@@ -138,37 +129,25 @@ class StreamedModel:
         return calls
 
 
-def stored_shapes(files) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor in these files by name, from their headers alone."""
-    found = {}
-    for path in files:
-        with open_tensors(path) as file:
-            found |= {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
-    return found
-
-
-class SpilledTensors:
-    """A list of hidden states (batch, seq, hidden) in files that lose their names once they are
-    mapped: whatever ends the run, nothing is left."""
+class SpilledTensors(list):
+    """Hidden states (batch, seq, hidden) in files that lose their names once they are mapped:
+    whatever ends the run, nothing is left."""
 
     def __init__(self, folder: Path | str, device: torch.device):
-        self.folder, self.device, self.mapped = folder, device, []
+        self.folder, self.device = folder, device
         Path(folder).mkdir(parents=True, exist_ok=True)
 
     def append(self, hidden: Tensor) -> None:
         with tempfile.NamedTemporaryFile(dir=self.folder) as file:
             size = {"size": hidden.numel(), "dtype": hidden.dtype}
             mapped = torch.from_file(file.name, shared=True, **size).view(hidden.shape)
-        self.mapped.append(mapped.copy_(hidden))
-
-    def __len__(self) -> int:
-        return len(self.mapped)
+        super().append(mapped.copy_(hidden))
 
     def __getitem__(self, n: int) -> Tensor:
-        return self.mapped[n].to(self.device)
+        return super().__getitem__(n).to(self.device)
 
     def __setitem__(self, n: int, hidden: Tensor) -> None:
-        self.mapped[n].copy_(hidden)
+        super().__getitem__(n).copy_(hidden)
 
 
 @torch.no_grad()
@@ -207,8 +186,7 @@ def quantize_checkpoint(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     targets = list(find_linears(model, target_modules))
     check_shared(model, targets)
-    outside = [path for path in targets if streamed.block_of(path) < 0]
-    if outside:
+    if outside := [path for path in targets if streamed.block_of(path) < 0]:
         raise ValueError(f"{outside} lie outside the decoder blocks, which alone are quantized")
     made_from = _made_from(streamed, recipe, calibration, targets)
     if (out / REPORT).is_file() and read_json(out / REPORT)["made_from"] == made_from:
@@ -239,10 +217,7 @@ def _made_from(streamed, recipe: Recipe, calibration, targets) -> dict:
     }
 
 
-def _quantize_blocks(
-    streamed: StreamedModel, output: "_Output", targets: list[str], calibration, recipe: Recipe,
-    spill, progress,
-) -> None:  # fmt: skip
+def _quantize_blocks(streamed, output, targets, calibration, recipe: Recipe, spill, progress):
     """Write a shard for each block that has none yet; free each block when the next is called."""
     if not output.shards[0].is_file():
         output.write(-1, streamed.read(-1))
@@ -251,7 +226,6 @@ def _quantize_blocks(
         calls = streamed.calls(calibration, spill)
         dense_calls = streamed.calls(calibration, spill) if recipe.matches_dense else None
     say = Progress(f"quantizing with {recipe.method}", len(targets), "layers", len(output.rows))
-    numbers = count(len(output.rows) + 1)
     for i, block in enumerate(streamed.blocks):
         twin = None
         if i >= output.done or dense_calls:
@@ -265,7 +239,7 @@ def _quantize_blocks(
                 # The dense weight goes as soon as its layer is done.
                 layer, row = quantize_layer(path, layers.pop(path), recipe, hessian)
                 replace_module(streamed.model, path, layer)
-                say(next(numbers), path)
+                say(len(output.rows) + len(paths) - len(layers), path)
                 if progress:
                     progress(row)
                 return row
@@ -318,8 +292,7 @@ class _Output:
             self._write_report()
         report = read_json(scratch / REPORT)
         old = report["made_from"]
-        other = {k: v for k, v in made_from.items() if old.get(k) != v}
-        if other:
+        if other := {k: v for k, v in made_from.items() if old.get(k) != v}:
             differ = "; ".join(f"{k} was {old.get(k)!r}, is {v!r}" for k, v in other.items())
             raise ValueError(
                 f"{scratch} holds an unfinished run of other settings: {differ}. Give "
@@ -327,7 +300,7 @@ class _Output:
             )
         self.done = sum(shard.is_file() for shard in self.shards[1:])
         # Rows of blocks that have no shard do not count: the shard comes last.
-        named = stored_shapes(filter(Path.is_file, self.shards))
+        named = checkpoint.stored_shapes(filter(Path.is_file, self.shards))
         self.rows = [row for row in _rows(report) if f"{row.name}.codes" in named]
 
     def _write_report(self, **more) -> None:
@@ -344,7 +317,7 @@ class _Output:
 
     def finish(self, parameters: int) -> None:
         """Write the index, and what the model's weights take, into the report."""
-        where = {n: shard.name for shard in self.shards for n in stored_shapes([shard])}
+        where = {n: shard.name for shard in self.shards for n in checkpoint.stored_shapes([shard])}
         write_json_atomic(self.scratch / checkpoint.INDEX, {"metadata": {}, "weight_map": where})
         size = sum(shard.stat().st_size for shard in self.shards)
         bits = round(8 * size / parameters, 4)
