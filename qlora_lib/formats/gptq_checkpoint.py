@@ -1,8 +1,7 @@
 """Checkpoints in the GPTQ format: what transformers, GPTQModel and vLLM read and write.
 
-A folder is a complete model: config.json, which says under "quantization_config" how to
-read the weights; safetensors with the quantized layers in the layout of gptq_layout.py and
-all other tensors under their own names; tokenizer and generation settings.
+A folder is a complete model: config.json, whose "quantization_config" says how to read the
+weights; safetensors with quantized layers in the layout of gptq_layout.py; tokenizer; settings.
 """
 
 import re
@@ -37,41 +36,33 @@ def export_gptq(
     """Write a model with QuantizedLinear layers as a GPTQ checkpoint, complete in its folder.
 
     checkpoint_format: "gptq_v2", or "gptq" for readers that know v1 alone; the weights are the
-    same to the bit in both (gptq_layout.py). Weights above max_shard_size (bytes, or "5GB") are
-    split into files with an index. Layers that are not quantized keep their dtype.
-    Raises ValueError, naming the layer, for adapters, NF4, mixed specs, shapes that are no
-    multiples of 32, v1 zero-points that can't be stored, and a folder with other files.
+    same to the bit. Weights above max_shard_size (bytes, or "5GB") are split into files. Layers
+    that are not quantized keep their dtype. Raises ValueError, naming the layer, for adapters and
+    what the format can't hold (gptq_layout.py), and for a folder with other files.
     """
     from huggingface_hub import save_torch_state_dict
 
     if checkpoint_format not in FORMATS:
         raise ValueError(f"checkpoint_format={checkpoint_format!r} must be one of {FORMATS}")
     layers = _exportable(model)
-    v1 = checkpoint_format == "gptq"
     state = {n: t for n, t in base_state(model).items() if n.rpartition(".")[0] not in layers}
     for path, layer in layers.items():
-        tensors = to_gptq(path, layer.quantized, v1)
+        tensors = to_gptq(path, layer.quantized, v1=checkpoint_format == "gptq")
         if layer.bias is not None:
             tensors["bias"] = layer.bias.cpu()
         state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
-
-    config = {
-        "architectures": [type(model).__name__],
-        "dtype": next(model.parameters()).dtype,
-        "quantization_config": _describe(model, layers, checkpoint_format),
-    }
+    described = _describe(model, layers, checkpoint_format)
+    config = {"architectures": [type(model).__name__], "dtype": next(model.parameters()).dtype}
+    metadata = {"format": "pt"}  # transformers asks for this entry of the header
     with atomic_folder(folder, MARKER) as scratch:
-        # transformers asks for this entry of the header
-        metadata = {"format": "pt"}
         save_torch_state_dict(state, scratch, max_shard_size=max_shard_size, metadata=metadata)
-        save_settings(model, tokenizer, state, scratch, **config)
-        write_json_atomic(scratch / MARKER, config["quantization_config"])
+        save_settings(model, tokenizer, state, scratch, **config, quantization_config=described)
+        write_json_atomic(scratch / MARKER, described)
 
 
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized layers by path; ValueError for what the format can't hold."""
-    adapted = next(iter(lora_layers(model)), None)
-    if adapted:
+    if adapted := next(iter(lora_layers(model)), None):
         raise ValueError(
             f"{adapted} has an adapter, which a GPTQ checkpoint can't hold: merge it first, "
             "merge_lora(model, into='rtn', unload=True), or save_adapter and export the base alone"
@@ -115,12 +106,12 @@ def _describe(model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_f
         },
     }
     prefix, blocks = decoder_blocks(model)
-    suffixes = []
+    suffixes = {}  # in order, each once
     for path in layers:
         match = re.fullmatch(rf"{re.escape(prefix)}\.\d+\.(.+)", path)
         if not match:
             raise ValueError(f"{path} lies outside the decoder blocks {prefix}; leave it dense")
-        suffixes += [match[1]] if match[1] not in suffixes else []
+        suffixes[match[1]] = None
     dense = {  # what stands behind a block's number, and one of these paths
         name: f"{prefix}.{i}.{name}"
         for i, block in enumerate(blocks)
@@ -129,18 +120,18 @@ def _describe(model: nn.Module, layers: dict[str, QuantizedLinear], checkpoint_f
     for suffix in filter(dense.get, suffixes):
         raise ValueError(f"{dense[suffix]} is dense, in other blocks it is quantized")
     if dense:  # the two ways of readers to say that not all layers of a block are packed
-        described["modules_in_block_to_quantize"] = [suffixes]
+        described["modules_in_block_to_quantize"] = [list(suffixes)]
         described["dynamic"] = {rf"-:.*\.{re.escape(name)}$": {} for name in sorted(dense)}
     return described
 
 
 def import_gptq(folder: Path | str, device=None, compute_dtype: str = "auto"):
-    """Read a GPTQ checkpoint, v1 or v2, one file or sharded, into QuantizedLinear layers.
+    """Read a GPTQ checkpoint, v1 or v2, one file or sharded, into QuantizedLinear layers: (model
+    in eval mode, tokenizer, or None when the folder has none).
 
     Old ones, with settings in quantize_config.json alone and weights of any name, are read too.
-    Returns (model in eval mode, tokenizer, or None when the folder has none). Raises
-    FileNotFoundError for missing files and ValueError, naming the file or tensor, for corrupt or
-    incomplete ones, formats and bits that are not supported, and v1 zero-points that overflowed.
+    Raises FileNotFoundError for missing files and ValueError, naming the file or tensor, for
+    corrupt, incomplete and unsupported ones, and v1 zero-points that overflowed.
     """
     folder = Path(folder)
     spec, v1 = _read_config(folder)
@@ -159,9 +150,9 @@ def _read_config(folder: Path) -> tuple[QuantSpec, bool]:
     if described is None and (folder / MARKER).is_file():  # AutoGPTQ wrote no other
         file = folder / MARKER
         described = {"quant_method": "gptq"} | read_json(file)
-    if not isinstance(described, dict) or described.get("quant_method") != "gptq":
-        found = described.get("quant_method") if isinstance(described, dict) else described
-        raise ValueError(f"{file}: quantization_config is {found!r}, not 'gptq'")
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method != "gptq":
+        raise ValueError(f"{file}: quantization_config is {method or described!r}, not 'gptq'")
     # AutoGPTQ's name and GPTQModel's; files older than either are v1.
     version = described.get("checkpoint_format") or described.get("format") or "gptq"
     if version not in FORMATS:
@@ -170,15 +161,10 @@ def _read_config(folder: Path) -> tuple[QuantSpec, bool]:
         raise ValueError(f"{file}: bits={described.get('bits')!r} is not one of {BITS}")
     if described.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"{file}: pack_dtype={described['pack_dtype']!r} must be 'int32'")
-    own = [name for name in described.get("dynamic") or {} if not name.startswith("-:")]
-    if own:
+    if own := [name for name in described.get("dynamic") or {} if not name.startswith("-:")]:
         raise ValueError(f"{file}: dynamic gives {own[0]!r} settings of its own; quantize alike")
-    size = described.get("group_size", -1)
-    clip = (described.get("meta") or {}).get("mse")
-    spec = QuantSpec(
-        bits=described["bits"],
-        group_size=None if size == -1 else size,
-        symmetric=described.get("sym", True),
-        clip_search=isinstance(clip, (int, float)) and clip > 0,
-    )
+    size, clip = described.get("group_size", -1), (described.get("meta") or {}).get("mse")
+    size = None if size == -1 else size
+    searched = isinstance(clip, (int, float)) and clip > 0
+    spec = QuantSpec(described["bits"], size, described.get("sym", True), clip_search=searched)
     return spec, version == "gptq"

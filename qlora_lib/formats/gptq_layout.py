@@ -31,50 +31,43 @@ def check_shape(path: str, in_features: int, out_features: int) -> None:
         )
 
 
-def groups_in_order(in_features: int, spec: QuantSpec) -> Tensor:
+def groups_in_order(in_features: int, groups: int) -> Tensor:
     """Return the group of each input, int32 (in,), where groups are neighbours."""
-    size = in_features // spec.groups(in_features)
-    return torch.arange(in_features, dtype=torch.int32) // size
+    return torch.arange(in_features, dtype=torch.int32) // (in_features // groups)
 
 
 def to_gptq(path: str, quantized: QuantizedTensor, v1: bool) -> dict[str, Tensor]:
     """Return qweight, qzeros, scales and g_idx of a layer, contiguous, on the CPU, which decode to
-    the very weights of `quantized`. Raises ValueError, naming the layer, for shapes that are no
-    multiples of 32 and for zero-points that v1 can't store."""
+    the very weights of `quantized`. Raises ValueError, naming the layer, for shapes and zero-points
+    that can't be stored."""
     out, in_features = quantized.shape
     check_shape(path, in_features, out)
-    spec, codes, zero = quantized.spec, quantized.codes, quantized.zero_point
+    codes, zero, g_idx = quantized.codes, quantized.zero_point, quantized.g_idx
+    if g_idx is None:
+        g_idx = groups_in_order(in_features, zero.shape[1])
     if v1:
-        codes, zero = _without_zero(path, quantized)
+        codes, zero = _without_zero(path, quantized, g_idx)
         zero = zero - 1
-    g_idx = quantized.g_idx
     tensors = {
         "qweight": as_words(codes).t(),  # (out, in * bits / 32) -> (in * bits / 32, out)
-        "qzeros": as_words(pack(zero.t(), spec.bits)),  # (groups, out * bits / 32)
+        "qzeros": as_words(pack(zero.t(), quantized.spec.bits)),  # (groups, out * bits / 32)
         "scales": quantized.scale.t(),  # (out, groups) -> (groups, out)
-        # Readers index with it, in order or not: it is never left out.
-        "g_idx": groups_in_order(in_features, spec) if g_idx is None else g_idx,
+        "g_idx": g_idx,  # readers index with it, in order or not: it is never left out
     }
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
 
 
-def _without_zero(path: str, quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """Return packed codes and zero-points (out, groups) >= 1 that decode to the same weights.
-
-    scale * (q - 0) = scale * ((q + 1) - 1): where a group has the zero-point 0, both move up by
-    one. ValueError where it uses the largest code, so that there is no v1 file with these weights.
-    """
+def _without_zero(path: str, quantized: QuantizedTensor, g_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Return packed codes and zero-points (out, groups) >= 1 that decode to the same weights: where
+    a group has the zero-point 0, both move up by one, scale * (q - 0) = scale * ((q + 1) - 1).
+    ValueError where it uses the largest code, so that no v1 file has these weights."""
     spec, zero = quantized.spec, quantized.zero_point
     lift = zero == 0  # (out, groups)
     if not lift.any():
         return quantized.codes, zero
     q = unpack(quantized.codes, spec.bits, quantized.shape)  # (out, in)
-    g_idx = quantized.g_idx
-    if g_idx is None:
-        g_idx = groups_in_order(q.shape[1], spec).to(q.device)
-    lifted = lift[:, g_idx.long()]  # (out, groups) -> (out, in)
-    stuck = int((lifted & (q == spec.max_code)).any(1).sum())
-    if stuck:
+    lifted = lift[:, g_idx.long().to(q.device)]  # (out, groups) -> (out, in)
+    if stuck := int((lifted & (q == spec.max_code)).any(1).sum()):
         raise ValueError(
             f"{path}.qzeros: {stuck} of {q.shape[0]} outputs have a zero-point of 0 beside the "
             f"code {spec.max_code}; checkpoint_format='gptq' (v1) stores zero-points minus 1 and "
@@ -115,7 +108,7 @@ def from_gptq(
         codes=as_bytes(tensors["qweight"].t()),  # (in * bits / 32, out) -> (out, in * bits / 8)
         scale=tensors["scales"].t().contiguous(),  # (groups, out) -> (out, groups)
         zero_point=_read_zeros(path, tensors["qzeros"], (groups, out), spec, v1),
-        g_idx=None if torch.equal(g_idx, groups_in_order(in_features, spec)) else g_idx,
+        g_idx=None if torch.equal(g_idx, groups_in_order(in_features, groups)) else g_idx,
         shape=torch.Size(shape),
         spec=spec,
     )
@@ -125,8 +118,7 @@ def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bo
     """Return the zero-points as uint8 (out, groups)."""
     zero = unpack(as_bytes(qzeros), spec.bits, shape)  # (groups, out)
     if v1:
-        overflowed = int((zero == spec.max_code).sum())
-        if overflowed:
+        if overflowed := int((zero == spec.max_code).sum()):
             raise ValueError(
                 f"{path}.qzeros: {overflowed} zero-points are stored as {spec.max_code}, which in "
                 "v1 is a zero-point of 0 that overflowed, and may have changed others: save it as "
@@ -137,7 +129,6 @@ def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bo
     if spec.symmetric and not (zero == middle).all():
         raise ValueError(
             f"{path}.qzeros: sym is true, but a zero-point is {int(zero[zero != middle][0])}, not "
-            f"{middle}: "
-            "config.json has the wrong checkpoint_format ('gptq' for 'gptq_v2'?) or the wrong sym"
+            f"{middle}: config.json has the wrong checkpoint_format ('gptq' for 'gptq_v2'?) or sym"
         )
     return zero.t().contiguous()

@@ -31,12 +31,9 @@ def token_mask(batch: Batch) -> Tensor:
 
 
 def real_tokens(x: Tensor, mask: Tensor, path: str) -> Tensor:
-    """Return the rows of a layer's input that belong to real tokens: (tokens, in).
-
-    x: (batch, seq, in), (batch * seq, in) in OPT, (batch, 1, seq, in) in DeepSeek's latent
-    attention. mask: bool (batch, seq). Raises ValueError, naming the layer, where the axes of x are
-    others, so that nothing tells which row is which token.
-    """
+    """Return the rows of a layer's input that belong to real tokens: (tokens, in). x: (batch, seq,
+    in), (batch * seq, in) in OPT, (batch, 1, seq, in) in DeepSeek's latent attention. mask: bool
+    (batch, seq). Raises ValueError, naming the layer, for other axes."""
     axes = [n for n in x.shape[:-1] if n != 1]
     if axes not in ([n for n in mask.shape if n != 1], [n for n in [mask.numel()] if n != 1]):
         raise ValueError(

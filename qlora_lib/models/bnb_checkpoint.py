@@ -25,20 +25,19 @@ CONFIG_KEYS = {  # those of the last two lines change nothing of what is read
     "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload",
     "llm_int8_has_fp16_weight", "llm_int8_skip_modules", "llm_int8_threshold",
 }  # fmt: skip
+STATE = ".quant_state.bitsandbytes__nf4"
 STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 INSTEAD = "load the dense model and quantize it with NF4Spec"
 
 
 def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
-    """Read an NF4 checkpoint of bitsandbytes into QuantizedLinear layers.
+    """Read an NF4 checkpoint of bitsandbytes, with or without double quantization, into
+    QuantizedLinear layers: (model in eval mode, tokenizer, or None when the folder has none).
 
-    folder: written by `save_pretrained` of a model with BitsAndBytesConfig(load_in_4bit=True,
-    bnb_4bit_quant_type="nf4"), with or without double quantization. The bytes stay what they are;
-    what was left dense takes the compute dtype. Returns (model in eval mode, tokenizer, or None
-    when the folder has none). Raises FileNotFoundError for missing files and ValueError, naming
-    the file or tensor, for what is not NF4 (fp4, LLM.int8), unknown settings, a missing
-    quant_state, and tensors that do not fit each other or the model.
+    What was left dense takes the compute dtype. Raises FileNotFoundError for missing files and
+    ValueError, naming the file or tensor, for what is not NF4 (fp4, LLM.int8), unknown settings,
+    and tensors that are missing or do not fit each other or the model.
     """
     folder = Path(folder)
     _check_config(folder / "config.json")
@@ -57,18 +56,18 @@ def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
 def _check_config(path: Path) -> None:
     """Raise ValueError, by name, for whatever is not a 4-bit NF4 checkpoint of bitsandbytes."""
     config = read_json(path).get("quantization_config") or {}
-    if config.get("quant_method") != "bitsandbytes":
+    method = config.get("quant_method")
+    if method != "bitsandbytes":
         raise ValueError(
-            f"{path}: quant_method={config.get('quant_method')!r}, not 'bitsandbytes'; read it "
-            "with load_quantized (ours), import_gptq (GPTQ) or load_model (dense)"
+            f"{path}: quant_method={method!r}, not 'bitsandbytes'; read it with load_quantized "
+            "(ours), import_gptq (GPTQ) or load_model (dense)"
         )
     if config.get("load_in_8bit") or not config.get("load_in_4bit"):
         raise ValueError(f"{path}: LLM.int8 (load_in_8bit) is not supported; {INSTEAD}")
     kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
     if kind != "nf4":
         raise ValueError(f"{path}: bnb_4bit_quant_type={kind!r} is not supported; {INSTEAD}")
-    unknown = {k: v for k, v in config.items() if k not in CONFIG_KEYS and v}
-    if unknown:
+    if unknown := {k: v for k, v in config.items() if k not in CONFIG_KEYS and v}:
         raise ValueError(f"{path}: settings {unknown} are not known here; {INSTEAD}")
 
 
@@ -96,14 +95,12 @@ def _quantized_paths(folder: Path, state: dict[str, Tensor]) -> list[str]:
 
 def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
     """Return a weight from its tensors, by what follows ".weight"; errors go on from that name."""
-    state = _quant_state(tensors.pop(".quant_state.bitsandbytes__nf4"))
+    state = _quant_state(tensors.pop(STATE))
     nested = NESTED_KEYS <= state.keys()
     known = STATE_KEYS | NESTED_KEYS if nested else STATE_KEYS
     if state.keys() != known:
-        raise ValueError(
-            f".quant_state.bitsandbytes__nf4: {sorted(state.keys() ^ known)} missing or not known; "
-            f"{INSTEAD}"
-        )
+        wrong = sorted(state.keys() ^ known)
+        raise ValueError(f"{STATE}: {wrong} missing or not known; {INSTEAD}")
     if state["quant_type"] != "nf4" or tuple(state["shape"]) != tuple(shape):
         raise ValueError(
             f" is {state['quant_type']} of shape {tuple(state['shape'])}, the model has "
@@ -111,19 +108,22 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
         )
     n, block = shape.numel(), state["blocksize"]
     if type(block) is not int or block < 1:
-        raise ValueError(f".quant_state.bitsandbytes__nf4: blocksize={block!r} is no block size")
-    blocks = -(-n // block)
-    if nested and state["nested_blocksize"] != NESTED_BLOCK:
-        raise ValueError(
-            f": nested_blocksize={state['nested_blocksize']} is not {NESTED_BLOCK}; {INSTEAD}"
-        )
-    # (elements, dtype); the packed bytes may be held in another dtype, bf16 under FSDP for one.
-    expected = {"": (-(-n // 2), torch.uint8), ".quant_map": (16, torch.float32)}
-    expected[".absmax"] = (blocks, torch.uint8 if nested else torch.float32)
-    nested_sizes = {".nested_absmax": -(-blocks // NESTED_BLOCK), ".nested_quant_map": 256}
-    expected |= {name: (size, torch.float32) for name, size in nested_sizes.items() if nested}
-    if "" in tensors:
-        tensors[""] = tensors[""].contiguous().flatten().view(torch.uint8)
+        raise ValueError(f"{STATE}: blocksize={block!r} is no block size")
+    blocks, inner = -(-n // block), state.get("nested_blocksize", NESTED_BLOCK)
+    if inner != NESTED_BLOCK:
+        raise ValueError(f": nested_blocksize={inner} is not {NESTED_BLOCK}; {INSTEAD}")
+    fp32 = torch.float32
+    expected = {  # elements, dtype
+        "": (-(-n // 2), torch.uint8),
+        ".quant_map": (16, fp32),
+        ".absmax": (blocks, torch.uint8 if nested else fp32),
+    }
+    if nested:
+        expected[".nested_absmax"] = (-(-blocks // NESTED_BLOCK), fp32)
+        expected[".nested_quant_map"] = (256, fp32)
+    tensors = {name: t.contiguous().flatten() for name, t in tensors.items()}
+    if "" in tensors:  # the packed bytes may be held in another dtype, bf16 under FSDP for one
+        tensors[""] = tensors[""].view(torch.uint8)
     if tensors.keys() != expected.keys():
         wrong = sorted(tensors.keys() ^ expected.keys())
         raise ValueError(f": {[name or 'weight' for name in wrong]} missing or not expected")
@@ -140,8 +140,8 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
             raise ValueError(f"{name} holds other levels than NF4 has here; {INSTEAD}")
     return NF4Tensor(
         codes=tensors[""],
-        absmax=tensors[".absmax"].flatten(),
-        nested_absmax=tensors[".nested_absmax"].flatten() if nested else None,
+        absmax=tensors[".absmax"],
+        nested_absmax=tensors.get(".nested_absmax"),
         offset=torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None,
         shape=shape,
         spec=NF4Spec(block, nested),
@@ -153,5 +153,4 @@ def _quant_state(packed: Tensor) -> dict:
     try:
         return dict(json.loads(bytes(packed.flatten().tolist()).decode()))
     except (ValueError, TypeError) as error:  # Unicode and JSON errors are ValueErrors
-        message = f".quant_state.bitsandbytes__nf4 holds no JSON object ({error}); save it again"
-        raise ValueError(message) from None
+        raise ValueError(f"{STATE} holds no JSON object ({error}); save it again") from None

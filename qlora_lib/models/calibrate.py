@@ -25,7 +25,7 @@ class BlockCalls:
 
     hidden    what the next block gets, (batch, seq, hidden) for each batch: at first the embedded
               tokens; `advance` replaces them by what a block gives. A list, or what acts like one
-    settings  settings[block][batch]: the other arguments, (args, kwargs)
+    settings  settings[batch][block]: the other arguments, (args, kwargs)
     masks     bool (batch, seq) for each batch, False for padding
 
     Raises ValueError for a model whose blocks are not a chain: called in another order, on changed
@@ -35,21 +35,19 @@ class BlockCalls:
     def __init__(self, model: nn.Module, blocks, batches: Iterable[Batch], hidden=None):
         device = model.get_input_embeddings().weight.device
         self.hidden = [] if hidden is None else hidden
-        self.settings: list[list[tuple]] = [[] for _ in blocks]
-        self.masks = []
+        self.settings, self.masks = [], []
         for batch in batches:
             self.masks.append(token_mask(batch).to(device))
             batch = {k: v.to(device) for k, v in batch.items()}
             first, settings = _record(model, blocks, batch)
-            if not self.settings[0]:
+            if not self.settings:
                 _check_settings(model, settings, _record(model, blocks, batch, torch.zeros_like)[1])
             self.hidden.append(first)
-            for all_batches, own in zip(self.settings, settings):
-                all_batches.append(own)
+            self.settings.append(settings)
 
     def output(self, i: int, block: nn.Module, n: int) -> Tensor:
         """Return the hidden states that `block`, in the place of block i, gives for batch n."""
-        args, kwargs = self.settings[i][n]
+        args, kwargs = self.settings[n][i]
         out = block(self.hidden[n], *args, **kwargs)
         return out[0] if isinstance(out, (tuple, list)) else out
 
@@ -140,9 +138,8 @@ def watch_inputs(layers: dict[str, nn.Module], see):
 
 
 class SharedInputs:
-    """Tells layers that are called one after the other with the same numbers, as q, k and v are:
-    numbers at the same place in memory, not written to since. The last input is held, so that no
-    other tensor can take its place."""
+    """Tells layers that are called in a row with the same numbers, as q, k and v are: at the same
+    place in memory, not written to since. The last input is held, so that its place stays taken."""
 
     def __init__(self):
         self.last = self.key = self.path = None
@@ -156,10 +153,8 @@ class SharedInputs:
 
 
 def _stages(i: int, block: nn.Module, layers: dict[str, nn.Module], calls) -> list[list[str]]:
-    """Return the layers of a block in the order of their calls, those with one input together.
-
-    Layers that are not called are in none. Raises ValueError for one that is called twice.
-    """
+    """Return the layers that a block calls, in order, those with one input together. Raises
+    ValueError for one that is called twice."""
     stages: dict[str, list[str]] = {}
     shared, seen = SharedInputs(), set()
 
@@ -194,13 +189,12 @@ def quantize_block(
     i: int, block: nn.Module, layers: dict[str, nn.Module], calls: BlockCalls, swap,
     dense: tuple[nn.Module, BlockCalls] | None = None, halves: bool = False,
 ) -> list:  # fmt: skip
-    """Build the Hessian of each layer of block i, and replace the layer through `swap`.
+    """Build the Hessian of each layer of block i, and replace the layer by swap(path, hessian).
 
-    layers: by path. swap(path, hessian) quantizes a layer and puts it in its place. dense: the
-    block as it was and its calls in the dense model, where Hessians shall know them. halves: as
-    for a Hessian. Returns what swap returned, in the order of calls; layers that are not called
-    stay. Raises ValueError, naming the layer, for inputs that do not hold a row for each token,
-    for two calls, and for a weight that the model reads itself.
+    layers: by path. dense: the block as it was and its calls in the dense model, where Hessians
+    shall know them. halves: as for a Hessian. Returns what swap returned, in the order of calls;
+    layers that are not called stay. Raises ValueError, naming the layer, for inputs that do not
+    hold a row for each token, and for two calls.
     """
     report, names = [], {module: name for name, module in block.named_modules()}
     names = {path: names[layer] for path, layer in layers.items()}

@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,10 +39,8 @@ DERIVED = "rotary_emb.inv_freq"  # old checkpoints hold it, though it follows fr
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state_dict of the base alone, under the names it has without adapters.
-
-    Tied weights are in it once, under the name that tie_weights gives to the others.
-    """
+    """Return the state_dict of the base alone, under the names it has without adapters; tied
+    weights once, under the name that tie_weights gives to the others."""
     found, state, seen, tied = {}, {}, set(), tied_weights(model)
     adapted = lora_layers(model)
     for name, tensor in model.state_dict().items():
@@ -57,13 +56,10 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
-    """Write a model with quantized layers: safetensors, config, tokenizer, specs.
-
-    Adapters are left out (save_adapter keeps them). Raises ValueError when no layer is quantized,
-    when base and merged copy are both kept, and when the folder holds other files.
-    """
-    merged = [path for path, layer in lora_layers(model).items() if layer.merged is not None]
-    if merged:
+    """Write a model with quantized layers, without adapters: safetensors, config, tokenizer, specs.
+    Raises ValueError when no layer is quantized, when base and merged copy are both kept, and when
+    the folder holds other files."""
+    if merged := [path for path, layer in lora_layers(model).items() if layer.merged is not None]:
         raise ValueError(
             f"{len(merged)} layers, {merged[0]} first, hold both their base and a merged copy: to "
             "save the base, call unmerge_lora; to save the other, merge with unload=True"
@@ -96,8 +92,7 @@ def save_settings(model, tokenizer, names: Iterable[str], folder: Path, **change
         _untie(config)
     config.update(changes)
     config.save_pretrained(folder)
-    # As it was read: save_pretrained would refuse what many published models hold, such as a
-    # temperature without do_sample.
+    # As it was read: save_pretrained refuses a temperature without do_sample, which many have.
     file = folder / "generation_config.json"
     model.generation_config.to_json_file(file, keys_to_pop=["compile_config"])
     if tokenizer is not None:
@@ -111,49 +106,53 @@ def spec_as_json(spec: QuantSpec | NF4Spec) -> dict:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Return the name of the safetensors file that holds each tensor, by the tensor's name.
-
-    The files are those of the index, or model.safetensors, or the only one there is, which old
-    GPTQ checkpoints call otherwise. Raises FileNotFoundError and ValueError, naming the file, for
-    missing and damaged ones.
-    """
+    """Return the name of the file that holds each tensor, by the tensor's name: those of the index,
+    or model.safetensors, or the only one there is, which old GPTQ checkpoints call otherwise.
+    Raises FileNotFoundError for missing and ValueError for damaged ones."""
     if (folder / INDEX).is_file():
         return read_json(folder / INDEX).get("weight_map", {})
     path, found = folder / WEIGHTS, sorted(folder.glob("*.safetensors"))
-    if not path.is_file() and found:
-        path = found[0]
-    if path.name != WEIGHTS and len(found) > 1:
+    if not path.is_file() and len(found) > 1:
         raise FileNotFoundError(
             f"{folder} holds {len(found)} files of weights ({found[0].name}, ...), but no {INDEX} "
             "that says what is where; get that too, or leave the one file that is meant"
         )
+    path = path if path.is_file() or not found else found[0]
     with open_tensors(path) as file:
         return dict.fromkeys(file.keys(), path.name)
+
+
+def stored_shapes(files) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in these files by name, from their headers alone."""
+    found = {}
+    for path in files:
+        with open_tensors(path) as file:
+            found |= {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
+    return found
 
 
 def read_weights(folder: Path, names: Container[str] | None = None) -> dict[str, Tensor]:
     """Return the tensors of a folder by name, those of `names` or all: views of the files, not yet
     in memory. Raises what `weight_map` raises."""
-    state, files = {}, weight_map(folder).items()
-    for name in sorted({file for n, file in files if names is None or n in names}):
+    where, state = weight_map(folder), {}
+    wanted = [n for n in where if names is None or n in names]
+    for name in sorted({where[n] for n in wanted}):
         with open_tensors(folder / name) as file:
-            wanted = [n for n in file.keys() if names is None or n in names]
-            state |= {n: file.get_tensor(n) for n in wanted}
+            state |= {n: file.get_tensor(n) for n in file.keys() if names is None or n in names}
     return state
 
 
 def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto"):
     """Read what save_quantized or quantize_checkpoint wrote: (model in eval mode, tokenizer).
-
-    The dense model never exists. Raises FileNotFoundError for missing files, ValueError for a
-    corrupt or newer checkpoint or one that lacks tensors.
-    """
+    Raises FileNotFoundError for missing files, ValueError for a corrupt or newer checkpoint or one
+    that lacks tensors."""
     folder = Path(folder)
     described = read_json(folder / QUANTIZATION)
     if described.get("format", 0) > FORMAT:
         raise ValueError(f"{folder} has format {described['format']}, newer than {FORMAT}; upgrade")
     layers, state = described["layers"], read_weights(folder)
-    return load_packed(folder, state, layers, our_tensor(layers), device, compute_dtype)
+    make = partial(our_tensor, layers=layers)
+    return load_packed(folder, state, layers, make, device, compute_dtype)
 
 
 def put_packed(model, paths: Iterable[str], state: dict[str, Tensor], make: Maker) -> None:
@@ -175,29 +174,24 @@ def put_packed(model, paths: Iterable[str], state: dict[str, Tensor], make: Make
         replace_module(model, path, QuantizedLinear(weight, bias))
 
 
-def our_tensor(layers: dict[str, dict]) -> Maker:
-    """Return `put_packed`'s make for our own format; layers: as in quantization.json."""
-
-    def make(path: str, tensors: dict[str, Tensor], shape: torch.Size) -> Quantized:
-        spec = dict(layers[path])
-        make_tensor, make_spec, optional = KINDS[spec.pop("kind")]
-        tensors = {**dict.fromkeys(optional), **tensors}
-        try:
-            quantized = make_tensor(**tensors, shape=shape, spec=make_spec(**spec))
-            # On the meta device this costs nothing, and shapes that do not fit each other show.
-            on_meta = {n: None if t is None else t.to("meta") for n, t in tensors.items()}
-            make_tensor(**on_meta, shape=shape, spec=quantized.spec).dequantize()
-        except (TypeError, ValueError, RuntimeError) as error:
-            names = sorted(tensors)
-            raise ValueError(f"{path}: tensors {names} do not make a layer ({error})") from None
-        return quantized
-
-    return make
+def our_tensor(path: str, tensors: dict[str, Tensor], shape: torch.Size, layers: dict) -> Quantized:
+    """Return the weight of a layer of our own format; layers: as in quantization.json."""
+    spec = dict(layers[path])
+    make_tensor, make_spec, optional = KINDS[spec.pop("kind")]
+    tensors = {**dict.fromkeys(optional), **tensors}
+    try:
+        quantized = make_tensor(**tensors, shape=shape, spec=make_spec(**spec))
+        # On the meta device this costs nothing, and shapes that do not fit each other show.
+        on_meta = {n: None if t is None else t.to("meta") for n, t in tensors.items()}
+        make_tensor(**on_meta, shape=shape, spec=quantized.spec).dequantize()
+    except (TypeError, ValueError, RuntimeError) as error:
+        names = sorted(tensors)
+        raise ValueError(f"{path}: tensors {names} do not make a layer ({error})") from None
+    return quantized
 
 
 def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **changes):
-    """Build the model that config.json, with `changes`, describes, without storage: (model, dtype,
-    device)."""
+    """Return (model without storage, dtype, device) by a folder's config.json with `changes`."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     device = torch.device(device or default_device())
@@ -217,8 +211,8 @@ def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **change
 def load_packed(
     folder: Path, state: dict[str, Tensor], paths: Iterable[str], make: Maker, device, dtype: str
 ):
-    """Return (model, tokenizer or None) of a folder whose tensors are in `state`, without the dense
-    model. paths, make: as for put_packed; errors too, and those of `fill`."""
+    """Return (model, tokenizer or None) of a folder whose tensors are in `state`; the dense model
+    never exists. paths, make: as for put_packed."""
     from transformers import AutoTokenizer
 
     model, dtype, device = empty_model(folder, device, dtype)
@@ -229,11 +223,9 @@ def load_packed(
 
 
 def fill(model: nn.Module, packed, state: dict[str, Tensor], folder: Path, dtype, device):
-    """Put the dense tensors of `state` into a model whose `packed` paths hold theirs already.
-
-    Returns the model, frozen and in eval mode. Weights that config.json ties become one, unless
-    the folder holds two. Raises ValueError for tensors that are missing, unexpected or misshapen.
-    """
+    """Put the dense tensors of `state` into a model whose `packed` paths hold theirs already, and
+    return it, frozen and in eval mode. Weights that config.json ties become one, unless the folder
+    holds two. Raises ValueError for tensors that are missing, unexpected or misshapen."""
     keep_own_weights(model, state, packed)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
     try:
@@ -281,11 +273,9 @@ def is_derived(model, name: str) -> bool:
 
 
 def materialize_buffers(module: nn.Module, device="cpu", owner=None) -> bool:
-    """Give storage and values to buffers that no checkpoint holds (rotary frequencies).
-
-    owner: the model of transformers that the module is a part of, which knows the values of its
-    buffers and of those inside it. Returns whether there were any.
-    """
+    """Give storage and values to buffers that no checkpoint holds (rotary frequencies), and return
+    whether there were any. owner: the model of transformers that the module is a part of, which
+    knows their values."""
     owner = module if hasattr(module, "_init_weights") else owner
     buffers = module._buffers
     empty = [n for n in module._non_persistent_buffers_set if getattr(buffers[n], "is_meta", False)]
@@ -294,7 +284,6 @@ def materialize_buffers(module: nn.Module, device="cpu", owner=None) -> bool:
     for name in empty:
         buffers[name] = torch.empty_like(buffers[name], device=device)
     inside = [materialize_buffers(child, device, owner) for child in module.children()]
-    any_here = bool(empty) or any(inside)
-    if any_here:
+    if found := bool(empty) or any(inside):
         owner._init_weights(module)
-    return any_here
+    return found

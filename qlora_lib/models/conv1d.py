@@ -1,7 +1,5 @@
-"""GPT-2's Conv1D, a linear layer with its weight stored as (in, out), as nn.Linear.
-
-It is turned round once, when a model is made, so that nothing else has to know of it.
-"""
+"""GPT-2's Conv1D, a linear layer whose weight is stored as (in, out), turned into nn.Linear once,
+when a model is made, so that nothing else has to know of it."""
 
 from torch import nn
 
@@ -10,10 +8,7 @@ from ..lora.targets import replace_module
 
 def linear_from_conv1d(model: nn.Module) -> list[str]:
     """Replace each Conv1D of transformers by an nn.Linear, in place; returns their paths.
-
-    state_dict and load_state_dict of the model go on to speak (in, out), whatever becomes of
-    these layers, so that save_pretrained writes what it always wrote.
-    """
+    state_dict and load_state_dict of the model still speak (in, out), as save_pretrained must."""
     from transformers.pytorch_utils import Conv1D
 
     found = {path: m for path, m in model.named_modules() if isinstance(m, Conv1D)}

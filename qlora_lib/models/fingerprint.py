@@ -7,12 +7,9 @@ from ..lora.layer import lora_layers
 
 
 def fingerprint(model) -> str:
-    """Return a SHA-256 of what a model computes with, whatever it is called and wherever it lies:
-    its modules as printed, its LoRA settings, and the bytes of all parameters and buffers.
-
-    Modules as printed say what stands in no tensor: kinds of layers, specs, dropout. Reports and
-    searches on disk hold this hash, so it stays as it is.
-    """
+    """Return a SHA-256 of what a model computes with, wherever it lies: its modules as printed
+    (kinds of layers, specs, dropout), its LoRA settings, and the bytes of all parameters and
+    buffers. Reports and searches on disk hold this hash, so it stays as it is."""
     digest = hashlib.sha256(str(model).encode())
     for name, layer in lora_layers(model).items():
         digest.update(f"{name} {layer.active} {layer.configs}".encode())

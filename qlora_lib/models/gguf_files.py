@@ -9,15 +9,11 @@ from pathlib import Path
 
 import torch
 
-NEEDED = ("gguf", "accelerate")
-
 
 def gguf_file(path: Path | str) -> Path | None:
-    """Return the GGUF file that `path` names, or that is the only one in the folder `path`.
-
-    None where there is none, or safetensors. Raises FileNotFoundError for a file that is not
-    there, ValueError for a folder with several.
-    """
+    """Return the GGUF file that `path` names, or that is the only one in the folder `path`; None
+    where there is none, or safetensors. Raises FileNotFoundError for a file that is not there,
+    ValueError for a folder with several."""
     path = Path(path)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -37,8 +33,7 @@ def load_gguf(path: Path, dtype: torch.dtype):
     install, and ValueError for a damaged file and what transformers does not read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         raise ImportError(
             f"{path.name} is a GGUF file, and to read it takes {' and '.join(missing)}: "
             f"python -m pip install {' '.join(missing)}"
@@ -46,16 +41,14 @@ def load_gguf(path: Path, dtype: torch.dtype):
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, output_loading_info=True
-        )
+        where |= {"dtype": dtype, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(**where)
     except Exception as error:  # its reader raises whatever a damaged file leads to
         raise ValueError(
             f"{path} could not be read ({type(error).__name__}: {error}); is it damaged, or of an "
             "architecture that transformers does not read from GGUF?"
         ) from error
-    if found["missing_keys"]:
-        lost = sorted(found["missing_keys"])
+    if lost := sorted(found["missing_keys"]):
         raise ValueError(f"{path} lacks {len(lost)} of the model's tensors, such as {lost[0]}")
     # transformers takes it for quantized, and would neither save nor move it.
     model.hf_quantizer, model.is_quantized = None, False

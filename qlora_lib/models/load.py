@@ -28,11 +28,10 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     """Load a causal language model and its tokenizer: (model in eval mode, tokenizer).
 
     path: a hub id, a folder with config.json, tokenizer and safetensors, a GGUF file or a
-    folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear. A
-    4-bit checkpoint of bitsandbytes gives NF4 layers (load_bnb_4bit). Raises FileNotFoundError,
-    saying what to do, where there are no weights, they are gated or the hub can't be reached;
-    ValueError for weights that are pickled, truncated, incomplete or quantized otherwise, and for
-    a tokenizer without an end token.
+    folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear; a
+    4-bit checkpoint of bitsandbytes gives NF4 layers. Raises FileNotFoundError where no weights can
+    be had, ValueError for weights that are pickled, truncated, incomplete or quantized otherwise,
+    and for a tokenizer without an end token.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -64,30 +63,26 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
             if tokenizer is None:
                 raise FileNotFoundError("there is no tokenizer_config.json")
             return model, tokenizer
-        if method is None:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        if method is not None:
+            raise ValueError(
+                f"{path} is quantized already ({method}); name the dense model, or read this one "
+                "with import_gptq if it is GPTQ"
             )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except SafetensorError as error:
-        raise ValueError(
-            f"{path}: its weights are truncated or corrupt ({error}); get them again"
-        ) from error
+        message = f"{path}: its weights are truncated or corrupt ({error}); get them again"
+        raise ValueError(message) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise ValueError(
-            f"{path} holds tensors of other shapes than its config.json says; get both again"
-        ) from error
+        message = f"{path} holds tensors of other shapes than its config.json says; get both again"
+        raise ValueError(message) from error
     except OSError as error:
         raise _explained(path, error) from error
-    if method is not None:
-        raise ValueError(
-            f"{path} is quantized already ({method}); name the dense model, or read this one with "
-            "import_gptq if it is GPTQ"
-        )
-    if found["missing_keys"]:  # transformers would fill them with random numbers
-        missing = sorted(found["missing_keys"])
+    if missing := sorted(found["missing_keys"]):  # transformers would fill them at random
         raise ValueError(
             f"{path} lacks {len(missing)} of the model's tensors, such as {missing[0]}; a dense "
             "checkpoint was expected (load_quantized reads what save_quantized wrote)"
@@ -96,9 +91,8 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
 
 
 def _explained(path: str, error: Exception) -> FileNotFoundError:
-    text = str(error)
-    reason = text.strip().splitlines()[0].rstrip(".")
-    reason = next((why for sign, why in REASONS.items() if sign in text.lower()), reason)
+    first = str(error).strip().splitlines()[0].rstrip(".")
+    reason = next((why for sign, why in REASONS.items() if sign in str(error).lower()), first)
     return FileNotFoundError(
         f"{path} could not be loaded: {reason}. A local folder or a GGUF file does instead: "
         "MODEL=, --model (LLaMA-2-7B also as NousResearch/Llama-2-7b-hf, ungated)"
@@ -106,8 +100,7 @@ def _explained(path: str, error: Exception) -> FileNotFoundError:
 
 
 def is_whole(name: str) -> bool:
-    """Whether a model can't be read block by block, by streaming: a GGUF file, or a 4-bit
-    checkpoint of bitsandbytes, whose layers are packed already."""
+    """Whether a model can't be streamed block by block: a GGUF file, or one of bitsandbytes."""
     from transformers import AutoConfig
 
     if gguf_file(name):
@@ -142,8 +135,8 @@ def local_folder(name: str) -> Path:
 
 
 def _check_folder(name: str) -> bool:
-    """Return whether `name` is a folder here, and no hub id. Raises ValueError, with what converts
-    them, for pickled weights alone, and FileNotFoundError for no model."""
+    """Return whether `name` is a folder here, and no hub id. Raises ValueError for pickled weights
+    alone, FileNotFoundError for no model."""
     path, pickled = Path(name), []
     if path.is_file():
         pickled = [path] if any(path.match(pattern) for pattern in (*PICKLED, "*.bin")) else []
@@ -183,7 +176,5 @@ def _conversion(file: Path) -> str:
             "save_file({n: t.clone().contiguous() for n, t in w.items()}, "
             f"{str(folder / 'model.safetensors')!r}, {{'format': 'pt'}})"
         )
-    return (
-        "If you trust its source, convert it once, then name the folder:\n"
-        f"python -c {shlex.quote(code)}"
-    )
+    how = "If you trust its source, convert it once, then name the folder:"
+    return f"{how}\npython -c {shlex.quote(code)}"

@@ -1,7 +1,5 @@
 """Hessians of the adapted layers of a trained model, for merging by GPTQ."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -12,16 +10,13 @@ from .batches import Batch, batch_logits, real_tokens, token_mask
 from .calibrate import SharedInputs, watch_inputs
 
 
-def merge_hessians(
-    model: nn.Module, batches: Sequence[Batch], halves: bool = False
-) -> dict[str, Hessian]:
+def merge_hessians(model: nn.Module, batches: list[Batch], halves=False) -> dict[str, Hessian]:
     """Return the Hessian of each adapted layer's inputs, by path, for merge_lora(into="gptq").
 
-    batches: input_ids and attention_mask, each (batch, seq); halves: as for a Hessian. One pass
-    of the trained model, base and adapter apart, in which all Hessians are alive together (layers
-    that share an input share one). For a model too large for that, merge into "dense" and run
-    quantize_model. Raises ValueError for no batches, a merged model, and inputs that do not hold
-    a row for each token.
+    batches: input_ids and attention_mask, each (batch, seq); halves: as for a Hessian. All are
+    alive together, one for layers that share an input; for a model too large for that, merge into
+    "dense" and run quantize_model. Raises ValueError for no batches, a merged model, and inputs
+    that do not hold a row for each token.
     """
     if not batches:
         raise ValueError("no calibration batches; pass at least one")

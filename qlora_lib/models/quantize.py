@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
@@ -19,7 +19,7 @@ from ..quant.grid import QuantSpec
 from ..quant.hessian import Hessian
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
-from .batches import check_tokens
+from .batches import Batch, check_tokens
 from .calibrate import BlockCalls, quantize_block
 
 
@@ -31,8 +31,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 @dataclass
 class LayerReport:
-    """One quantized layer. Sizes in bytes; output_error relative to what the dense weight gives
-    on the same calibration inputs."""
+    """One quantized layer; output_error: relative to the dense weight's, on the same inputs."""
 
     name: str
     shape: tuple[int, int]
@@ -43,10 +42,8 @@ class LayerReport:
     seconds: float
 
 
-def quantize_layer(
-    path: str, layer: nn.Linear, recipe: Recipe, hessian: Hessian | None
-) -> tuple[QuantizedLinear, LayerReport]:
-    """One layer, quantized, and its row of the report; errors name its path."""
+def quantize_layer(path: str, layer: nn.Linear, recipe: Recipe, hessian: Hessian | None):
+    """Return (QuantizedLinear, its LayerReport) for one layer; errors name its path."""
     began, weight = time.perf_counter(), layer.weight.detach()
     with named(path):
         quantized = recipe.quantize(weight, hessian)
@@ -90,7 +87,7 @@ def warn_of_dense(paths: Iterable[str]) -> None:
 
 def quantize_model(
     model: nn.Module,
-    calibration: list[dict[str, Tensor]] | None,
+    calibration: list[Batch] | None,
     spec: QuantSpec | NF4Spec,
     method: str = "gptq",
     options: GPTQOptions = GPTQOptions(),
@@ -101,21 +98,17 @@ def quantize_model(
     calibration: batches of input_ids and attention_mask, each (batch, seq); without a mask
     every token counts. Required by "gptq", optional for the others, which then report no
     output error. Each layer is calibrated on its own inputs as the layers before it, already
-    quantized, produce them, without padding; layers that share an input are done together. With
-    options.match_dense a layer aims at its outputs in the dense model (quant/dense_target.py).
-    target_modules: as for find_linears; "all" are the linears of the decoder blocks.
+    quantized, produce them, without padding. options.match_dense: a layer aims at its outputs in
+    the dense model (quant/dense_target.py). target_modules: as for find_linears.
     Returns a row a layer, and warns of layers that are never called, which stay dense. Raises
-    ValueError for a method that does not fit spec or options, targets that match nothing, a token
-    that the model does not have, a model with adapters, one that is quantized already, and one
-    that can't be calibrated block by block.
+    ValueError for settings that do not fit each other or the model, a model with adapters, one
+    that is quantized already, and one that can't be calibrated block by block.
     """
     return apply_recipe(model, Recipe.of(spec, method, options, target_modules), calibration)
 
 
-def apply_recipe(
-    model: nn.Module, recipe: Recipe, calibration: list[dict[str, Tensor]] | None = None
-) -> list[LayerReport]:
-    """What quantize_model does, for a recipe; its rows and errors."""
+def apply_recipe(model, recipe: Recipe, calibration: list[Batch] | None = None) -> list:
+    """Do what quantize_model does, by a recipe; its rows and errors."""
     check_calibration(model, recipe, calibration)
     targets = find_linears(model, recipe.targets)
     for path, layer in targets.items():
@@ -127,7 +120,6 @@ def apply_recipe(
         if isinstance(layer, LoRALinear):
             raise ValueError(f"{path} is a LoRALinear; quantize a dense model: merge_lora first")
     check_shared(model, targets)
-
     progress = Progress(f"quantizing with {recipe.method}", len(targets), "layers")
 
     def swap(path: str, hessian: Hessian | None) -> LayerReport:
@@ -150,8 +142,7 @@ def apply_recipe(
 
 def _quantize_blocks(model, batches, targets, swap, recipe: Recipe) -> list[LayerReport]:
     path_of_blocks, blocks = decoder_blocks(model)
-    outside = [path for path in targets if not path.startswith(f"{path_of_blocks}.")]
-    if outside:
+    if outside := [path for path in targets if not path.startswith(f"{path_of_blocks}.")]:
         raise ValueError(f"{outside} lie outside the decoder blocks; quantize them with 'rtn'")
     calls = BlockCalls(model, blocks, batches)
     dense_calls = BlockCalls(model, blocks, batches) if recipe.matches_dense else None
@@ -170,7 +161,7 @@ def dequantize_model(model: nn.Module) -> list[str]:
     """Replace each QuantizedLinear by a dense nn.Linear with its dequantized weight, in the model's
     own dtype. Adapters stay. Returns the paths."""
     dtype, paths = next(model.parameters()).dtype, list(quantized_layers(model))
-    inside = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    for path, layer in inside.items():  # an adapter's layer may hold two: base and merged
-        replace_module(model, path, layer.to_linear(dtype))
+    for path, layer in list(model.named_modules()):  # an adapter's layer may hold two of them
+        if isinstance(layer, QuantizedLinear):
+            replace_module(model, path, layer.to_linear(dtype))
     return paths

@@ -1,9 +1,9 @@
 """Quantize a model that does not fit in memory: one decoder block at a time, from its shards.
 
-In memory are one block, one Hessian with the copies that its factorization makes, and the
-calibration activations, unless these are spilled to disk (with match_dense two blocks and two sets
-of activations). Codes and errors are those of `quantize_model`, bit for bit. Finished shards stay
-in OUT.unfinished until all are there; it then becomes OUT. A killed run goes on from them.
+In memory are one block, one Hessian with the copies that its factorization makes, and, unless
+spilled to disk, the calibration activations (with match_dense blocks and activations twice). Codes
+and errors are those of `quantize_model`, bit for bit. A killed run goes on from the finished shards
+in OUT.unfinished, which becomes OUT once all are there.
 """
 
 import copy
@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import count
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base.devices import dtype_name
-from ..base.files import (
-    atomic_folder,
-    open_tensors,
-    read_json,
-    read_tensors,
-    whole_file,
-    write_json_atomic,
-)  # fmt: skip
+from ..base.files import atomic_folder, read_json, read_tensors, whole_file, write_json_atomic
 from ..base.hashes import content_hash
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
@@ -36,23 +29,9 @@ from ..quant.gptq import GPTQOptions
 from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
+from . import checkpoint
 from .batches import Batch
 from .calibrate import BlockCalls, quantize_block
-from .checkpoint import (
-    INDEX,
-    QUANTIZATION,
-    describe,
-    empty_model,
-    is_derived,
-    keep_own_weights,
-    materialize_buffers,
-    our_tensor,
-    put_packed,
-    read_weights,
-    spec_as_json,
-    tied_weights,
-    weight_map,
-)  # fmt: skip
 from .quantize import LayerReport, check_calibration, check_shared, quantize_layer, warn_of_dense
 
 REPORT = "report.json"  # what OUT was made from, a row a layer, bits a parameter
@@ -63,9 +42,9 @@ def folder_identity(folder: Path) -> str:
     """Return a hash of config and index and, of each file of weights, its size, its header and
     64 KB in the middle of each tensor: all bytes of 13 GB would take minutes."""
     digest = hashlib.sha256()
-    for path in (folder / "config.json", folder / INDEX):
+    for path in (folder / "config.json", folder / checkpoint.INDEX):
         digest.update(path.read_bytes() if path.is_file() else b"none")
-    for name in sorted(set(weight_map(folder).values())):
+    for name in sorted(set(checkpoint.weight_map(folder).values())):
         with open(folder / name, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = file.read(size)
@@ -84,31 +63,31 @@ class StreamedModel:
 
     def __init__(self, folder: Path, device=None, compute_dtype="auto", limit: int | None = None):
         config = read_json(folder / "config.json")
-        if config.get("quantization_config") or (folder / QUANTIZATION).is_file():
+        if config.get("quantization_config") or (folder / checkpoint.QUANTIZATION).is_file():
             raise ValueError(f"{folder} is quantized already; name the dense model's folder")
         count = config.get("num_hidden_layers", 0)
         if limit is not None and not 1 <= limit <= count:
             raise ValueError(f"blocks={limit}, but {folder} has {count}")
         only = {} if limit is None else {"num_hidden_layers": limit}
-        self.folder = folder
-        self.model, self.dtype, self.device = empty_model(folder, device, compute_dtype, **only)
-        self.model.eval()
-        self.path, self.blocks = decoder_blocks(self.model)
+        made = checkpoint.empty_model(folder, device, compute_dtype, **only)
+        model, self.dtype, self.device = made
+        self.folder, self.model = folder, model.eval()
+        self.path, self.blocks = decoder_blocks(model)
         self.names = self._check_tensors(range(limit or count, count))
-        named = self.model.named_parameters(remove_duplicate=False)
+        named = model.named_parameters(remove_duplicate=False)
         self.parameters = sum(p.numel() for n, p in named if n in self.names)
 
     def _check_tensors(self, left_out: range) -> list[str]:
         """Return the names of the tensors that the model needs; left_out: numbers of blocks."""
-        tied, folder = tied_weights(self.model), self.folder
-        keep_own_weights(self.model, read_weights(folder, {*tied, *tied.values()}))
-        needed = {n: tuple(t.shape) for n, t in self.model.state_dict().items() if n not in tied}
-        stored = stored_shapes(folder / name for name in sorted({*weight_map(folder).values()}))
+        model, folder, tied = self.model, self.folder, checkpoint.tied_weights(self.model)
+        checkpoint.keep_own_weights(model, checkpoint.read_weights(folder, {*tied, *tied.values()}))
+        needed = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
+        files = set(checkpoint.weight_map(folder).values())
+        stored = checkpoint.stored_shapes(folder / name for name in files)
         missing = [n for n in needed if n not in stored]
-        strange = [
-            n for n in sorted(stored.keys() - tied.keys() - needed.keys())
-            if self.block_of(n) not in left_out and not is_derived(self.model, n)
-        ]  # fmt: skip
+        strange = [n for n in sorted(stored.keys() - tied.keys() - needed.keys())
+                   if self.block_of(n) not in left_out
+                   and not checkpoint.is_derived(model, n)]  # fmt: skip
         if missing or strange:
             raise ValueError(
                 f"{folder}: missing {missing[:3]}, not expected {strange[:3]}; a model that is "
@@ -120,22 +99,20 @@ class StreamedModel:
 
     def block_of(self, name: str) -> int:
         """Return the number of the decoder block that a path lies in; -1 outside."""
-        if not name.startswith(f"{self.path}."):
-            return -1
-        return int(name.removeprefix(f"{self.path}.").partition(".")[0])
+        before, _, inside = name.partition(f"{self.path}.")
+        return int(inside.partition(".")[0]) if inside and not before else -1
 
     def read(self, block: int) -> dict[str, Tensor]:
         """Return the tensors of a block as stored; -1: all that lie outside the blocks."""
-        return read_weights(self.folder, {n for n in self.names if self.block_of(n) == block})
+        names = {n for n in self.names if self.block_of(n) == block}
+        return checkpoint.read_weights(self.folder, names)
 
     def fill(self, state: dict[str, Tensor]) -> None:
         """Put copies of these tensors, in the dtype to compute in, into the model."""
-        copies = {
-            # A copy even where the dtype fits: a view of a file begins at any byte, and how a
-            # product is rounded may depend on that.
-            n: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype, copy=True)
-            for n, t in state.items()
-        }
+        # A copy even where the dtype fits: a view of a file begins at any byte, and how a product
+        # is rounded may depend on that.
+        dtypes = {n: self.dtype if t.is_floating_point() else t.dtype for n, t in state.items()}
+        copies = {n: t.to(self.device, dtypes[n], copy=True) for n, t in state.items()}
         self.model.load_state_dict(copies, strict=False, assign=True)
 
     def calls(self, batches: list[Batch], spill: Path | str | None) -> BlockCalls:
@@ -144,7 +121,7 @@ class StreamedModel:
         head = next((p for p, m in self.model.named_modules() if m is head), "no head")
         state = {n: t for n, t in self.read(-1).items() if not n.startswith(f"{head}.")}
         self.fill(state)
-        materialize_buffers(self.model, self.device)
+        checkpoint.materialize_buffers(self.model, self.device)
         hidden = SpilledTensors(spill, self.device) if spill else []
         calls = BlockCalls(self.model, self.blocks, batches, hidden)
         empty = {n: t.to("meta") for n, t in state.items()}
@@ -152,37 +129,25 @@ class StreamedModel:
         return calls
 
 
-def stored_shapes(files) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor in these files by name, from their headers alone."""
-    found = {}
-    for path in files:
-        with open_tensors(path) as file:
-            found |= {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
-    return found
-
-
-class SpilledTensors:
-    """A list of hidden states (batch, seq, hidden) in files, which have no name any more once they
-    are mapped: whatever ends the run, nothing is left."""
+class SpilledTensors(list):
+    """Hidden states (batch, seq, hidden) in files that lose their names once they are mapped:
+    whatever ends the run, nothing is left."""
 
     def __init__(self, folder: Path | str, device: torch.device):
-        self.folder, self.device, self.mapped = Path(folder), device, []
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.device = folder, device
+        Path(folder).mkdir(parents=True, exist_ok=True)
 
     def append(self, hidden: Tensor) -> None:
         with tempfile.NamedTemporaryFile(dir=self.folder) as file:
             size = {"size": hidden.numel(), "dtype": hidden.dtype}
             mapped = torch.from_file(file.name, shared=True, **size).view(hidden.shape)
-        self.mapped.append(mapped.copy_(hidden))
-
-    def __len__(self) -> int:
-        return len(self.mapped)
+        super().append(mapped.copy_(hidden))
 
     def __getitem__(self, n: int) -> Tensor:
-        return self.mapped[n].to(self.device)
+        return super().__getitem__(n).to(self.device)
 
     def __setitem__(self, n: int, hidden: Tensor) -> None:
-        self.mapped[n].copy_(hidden)
+        super().__getitem__(n).copy_(hidden)
 
 
 @torch.no_grad()
@@ -202,15 +167,14 @@ def quantize_checkpoint(
 ) -> list[LayerReport]:
     """Quantize the model in `folder` (config, tokenizer, safetensors) into `out`; a row a layer.
 
-    `out` is what load_quantized reads, a shard a decoder block; tensors that are not quantized
-    keep the dtype in which they are stored. Its report.json holds the rows and the bits a
-    parameter of the whole model. calibration, method, options, target_modules: as for
-    quantize_model. spill: a folder to keep activations in. blocks: make a model of only the first
-    so many. progress: called with each row as soon as it is there. A killed run goes on where it
-    stopped; with as many threads its result is that of an uninterrupted one, bit for bit. A
+    `out` is what load_quantized reads, a shard a decoder block; dense tensors keep the dtype in
+    which they are stored. Its report.json holds the rows and the bits a parameter of the model.
+    calibration, method, options, target_modules: as for quantize_model. spill: a folder to keep
+    activations in. blocks: make a model of only the first so many. progress: called with each row
+    at once. A killed run goes on where it stopped, to the same bits if given as many threads; a
     finished one is not made again. Raises ValueError for what quantize_model refuses, for tensors
-    that are missing, unknown, renamed or of another shape, and for an unfinished run of other
-    settings or weights; FileNotFoundError for missing files.
+    that do not fit the model, and for an unfinished run of other settings or weights;
+    FileNotFoundError for missing files.
     """
     from transformers import AutoTokenizer
 
@@ -222,18 +186,17 @@ def quantize_checkpoint(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     targets = list(find_linears(model, target_modules))
     check_shared(model, targets)
-    outside = [path for path in targets if streamed.block_of(path) < 0]
-    if outside:
+    if outside := [path for path in targets if streamed.block_of(path) < 0]:
         raise ValueError(f"{outside} lie outside the decoder blocks, which alone are quantized")
     made_from = _made_from(streamed, recipe, calibration, targets)
     if (out / REPORT).is_file() and read_json(out / REPORT)["made_from"] == made_from:
         return _rows(read_json(out / REPORT))  # finished before
-    with atomic_folder(out, QUANTIZATION, keep=True) as scratch:
+    with atomic_folder(out, checkpoint.QUANTIZATION, keep=True) as scratch:
         output = _Output(scratch, made_from, len(streamed.blocks))
         _quantize_blocks(streamed, output, targets, calibration, recipe, spill, progress)
         output.finish(streamed.parameters)
         packed = {row.name: spec for row in output.rows}
-        describe(model, tokenizer, packed, weight_map(scratch), scratch)
+        checkpoint.describe(model, tokenizer, packed, checkpoint.weight_map(scratch), scratch)
     warn_of_dense(path for path in targets if path not in packed)
     return output.rows
 
@@ -254,10 +217,7 @@ def _made_from(streamed, recipe: Recipe, calibration, targets) -> dict:
     }
 
 
-def _quantize_blocks(
-    streamed: StreamedModel, output: "_Output", targets: list[str], calibration, recipe: Recipe,
-    spill, progress,
-) -> None:  # fmt: skip
+def _quantize_blocks(streamed, output, targets, calibration, recipe: Recipe, spill, progress):
     """Write a shard for each block that has none yet; free each block when the next is called."""
     if not output.shards[0].is_file():
         output.write(-1, streamed.read(-1))
@@ -266,7 +226,6 @@ def _quantize_blocks(
         calls = streamed.calls(calibration, spill)
         dense_calls = streamed.calls(calibration, spill) if recipe.matches_dense else None
     say = Progress(f"quantizing with {recipe.method}", len(targets), "layers", len(output.rows))
-    numbers = count(len(output.rows) + 1)
     for i, block in enumerate(streamed.blocks):
         twin = None
         if i >= output.done or dense_calls:
@@ -277,10 +236,10 @@ def _quantize_blocks(
             layers = {path: streamed.model.get_submodule(path) for path in paths}
 
             def swap(path: str, hessian=None) -> LayerReport:
-                layer = layers.pop(path)  # its weight is freed with it
-                layer, row = quantize_layer(path, layer, recipe, hessian)
+                # The dense weight goes as soon as its layer is done.
+                layer, row = quantize_layer(path, layers.pop(path), recipe, hessian)
                 replace_module(streamed.model, path, layer)
-                say(next(numbers), path)
+                say(len(output.rows) + len(paths) - len(layers), path)
                 if progress:
                     progress(row)
                 return row
@@ -290,7 +249,11 @@ def _quantize_blocks(
                 rows = quantize_block(i, block, layers, calls, swap, dense, recipe.needs_halves)
             else:
                 rows = [swap(path) for path in paths]
-            output.write(i, _packed_tensors(streamed.model, stored, rows), rows)
+            packed = [row.name for row in rows]
+            tensors = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
+            for path in packed:
+                tensors |= streamed.model.get_submodule(path).state_dict(prefix=f"{path}.")
+            output.write(i, tensors, rows)
         elif calls:  # of a finished block only what it gives is needed
             _read_finished(streamed, output, i, recipe.spec)
         if calls and i + 1 < len(streamed.blocks):
@@ -300,22 +263,13 @@ def _quantize_blocks(
         streamed.blocks[i] = nn.Identity()
 
 
-def _packed_tensors(model, stored: dict[str, Tensor], rows: list[LayerReport]) -> dict[str, Tensor]:
-    """Return a block's tensors: packed ones of the layers in `rows`, all others as stored."""
-    packed = [row.name for row in rows]
-    tensors = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in packed}
-    for path in packed:
-        state = model.get_submodule(path).state_dict()
-        tensors |= {f"{path}.{n}": t for n, t in state.items()}
-    return tensors
-
-
 def _read_finished(streamed: StreamedModel, output: "_Output", i: int, spec) -> None:
     """Fill block i from the shard that an earlier run made of it."""
     state = read_tensors(output.shards[i + 1])
     names = [row.name for row in output.rows if streamed.block_of(row.name) == i]
-    layers = dict.fromkeys(names, spec_as_json(spec))
-    put_packed(streamed.model, layers, state, our_tensor(layers))
+    layers = dict.fromkeys(names, checkpoint.spec_as_json(spec))
+    make = partial(checkpoint.our_tensor, layers=layers)
+    checkpoint.put_packed(streamed.model, layers, state, make)
     streamed.fill(state)
     streamed.blocks[i].to(streamed.device)
 
@@ -329,46 +283,45 @@ class _Output:
     """
 
     def __init__(self, scratch: Path, made_from: dict, blocks: int):
-        self.scratch, self.made_from = scratch, made_from
+        self.scratch, self.made_from, self.rows = scratch, made_from, []
         names = [f"model-{k + 1:05}-of-{blocks + 1:05}.safetensors" for k in range(blocks + 1)]
         self.shards = [scratch / name for name in names]
         for part in scratch.glob(".*"):  # files that a kill left half written
             part.unlink()
         if not any(scratch.iterdir()):
-            self._write_report([])
+            self._write_report()
         report = read_json(scratch / REPORT)
         old = report["made_from"]
-        pairs = [(k, old.get(k), v) for k, v in made_from.items() if old.get(k) != v]
-        if pairs:
-            differ = "; ".join(f"{k} was {was!r}, is {now!r}" for k, was, now in pairs)
+        if other := {k: v for k, v in made_from.items() if old.get(k) != v}:
+            differ = "; ".join(f"{k} was {old.get(k)!r}, is {v!r}" for k, v in other.items())
             raise ValueError(
                 f"{scratch} holds an unfinished run of other settings: {differ}. Give "
                 "the same ones to go on, or delete that folder to start anew"
             )
         self.done = sum(shard.is_file() for shard in self.shards[1:])
         # Rows of blocks that have no shard do not count: the shard comes last.
-        named = stored_shapes(filter(Path.is_file, self.shards))
+        named = checkpoint.stored_shapes(filter(Path.is_file, self.shards))
         self.rows = [row for row in _rows(report) if f"{row.name}.codes" in named]
 
-    def _write_report(self, rows: list[LayerReport], **more) -> None:
-        said = {"made_from": self.made_from, "layers": [asdict(row) for row in rows]}
+    def _write_report(self, **more) -> None:
+        said = {"made_from": self.made_from, "layers": [asdict(row) for row in self.rows]}
         write_json_atomic(self.scratch / REPORT, said | more)
 
     def write(self, block: int, tensors: dict[str, Tensor], rows=()) -> None:
         """Keep the rows and the shard of a block; -1: of what lies outside."""
         self.rows += rows
-        self._write_report(self.rows)
+        self._write_report()
         with whole_file(self.shards[block + 1]) as part:
             tensors = {n: t.contiguous().cpu() for n, t in tensors.items()}
             save_file(tensors, part, {"format": "pt"})
 
     def finish(self, parameters: int) -> None:
         """Write the index, and what the model's weights take, into the report."""
-        where = {n: shard.name for shard in self.shards for n in stored_shapes([shard])}
-        write_json_atomic(self.scratch / INDEX, {"metadata": {}, "weight_map": where})
+        where = {n: shard.name for shard in self.shards for n in checkpoint.stored_shapes([shard])}
+        write_json_atomic(self.scratch / checkpoint.INDEX, {"metadata": {}, "weight_map": where})
         size = sum(shard.stat().st_size for shard in self.shards)
-        sizes = {"parameters": parameters, "weight_bytes": size}
-        self._write_report(self.rows, **sizes, bits_per_parameter=round(8 * size / parameters, 4))
+        bits = round(8 * size / parameters, 4)
+        self._write_report(parameters=parameters, weight_bytes=size, bits_per_parameter=bits)
 
 
 def _rows(report: dict) -> list[LayerReport]:

@@ -232,7 +232,7 @@ def test_a_zero_point_of_0_in_v1_would_be_garbage_and_is_refused(tmp_path, monke
     export_gptq(model, tmp_path / "m")  # v2 holds it
     check_equal(model, tmp_path / "m")
     # Written all the same, -1 masked to 15:
-    monkeypatch.setattr(gptq_layout, "_without_zero", lambda path, q: (q.codes, q.zero_point))
+    monkeypatch.setattr(gptq_layout, "_without_zero", lambda path, q, _: (q.codes, q.zero_point))
     monkeypatch.setattr(gptq_layout, "pack", lambda q, bits: pack(q & 15, bits))
     export_gptq(model, tmp_path / "m", "gptq")
     assert relative(logits(in_transformers(tmp_path / "m")), logits(model)) > 0.5
