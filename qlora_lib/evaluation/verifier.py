@@ -125,8 +125,8 @@ def train_verifier(
     if not len(prompts) == len(completions) == len(right) or len(set(map(bool, right))) < 2:
         raise ValueError(
             f"got {len(prompts)} prompts, {len(completions)} completions and {len(right)} labels, "
-            f"{sum(map(bool, right))} of them right; expected as many of each, and right and wrong "
-            "solutions: sample at a higher temperature, or more problems"
+            f"{sum(map(bool, right))} of them right; a verifier needs as many of each, and right "
+            "and wrong solutions: sample at a higher temperature, or more problems"
         )
     encoded = encode_solutions(verifier.model, verifier.tokenizer, prompts, completions)
     device = verifier.head.weight.device
