@@ -130,19 +130,19 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(or $(JOBS),auto)
 
 # The unit tests load no plugin but xdist: every process would wait for nbval's imports. xdist
 # would begin with the files of most tests, and end with those of few and long ones.
-unit: $(READY) ## unit tests ## python -m pytest -q tests/unit
+unit: $(READY) ## unit tests ## python -m pytest -q -m "not long" tests/unit
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) --dist loadfile -p xdist \
-	    --no-loadscope-reorder tests/unit
+	    --no-loadscope-reorder -m "not long" tests/unit
 
-long: $(READY) ## tests that take long: processes and kernels that are started and killed, a wheel, a record ## python -m pytest -q tests/long
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/long
+long: $(READY) ## tests of over a second: processes and kernels started and killed, a wheel, a record, small trainings ## python -m pytest -q -m long tests/unit tests/long
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist -m long tests/long tests/unit
 
 families: $(READY) ## every family of models that transformers knows, small, from folder to export ## python -m pytest -q tests/families
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/families
 
 # Each in an environment of its own beside $(VENV), made anew.
-lowest: ## unit tests with the oldest torch, transformers ... that pyproject.toml allows
-newest: ## unit tests with the newest of all packages
+lowest: ## unit and long tests with the oldest torch, transformers ... that pyproject.toml allows
+newest: ## unit and long tests with the newest of all packages
 lowest newest: $(READY)
 	rm -rf $(VENV)-$@
 	$(call new_venv,$(VENV)-$@)
@@ -150,7 +150,7 @@ lowest newest: $(READY)
 	$(call install,$(VENV)-$@,-r $(VENV)-$@/requirements.txt)
 	$(call install,$(VENV)-$@,--no-deps -e .)
 	@touch $(VENV)-$@/.ready
-	$(MAKE) --no-print-directory unit VENV=$(VENV)-$@
+	$(MAKE) --no-print-directory unit long VENV=$(VENV)-$@
 
 interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel and transformers ## python -m pytest -q tests/interop
 	$(PEERS)/bin/python -m pytest -q tests/interop

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.triton_cases import in_a_process
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler has wheels for Linux")
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton has no wheel here")

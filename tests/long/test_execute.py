@@ -32,6 +32,8 @@ from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import ROOT
 from tests.support.rehearsal import rehearse
 
+pytestmark = pytest.mark.long
+
 
 def book(*cells):
     """A notebook of code cells; a cell is a source, or (source, tag)."""

@@ -21,7 +21,8 @@ from course.tools.grade import LARGEST, grade_exercise
 from course.tools.normal_form import dumps, exercises, notebooks, read, solve
 from qlora_lib.base.paths import ROOT
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a terminal and signals")
+pytestmark = [pytest.mark.long,
+              pytest.mark.skipif(os.name != "posix", reason="needs a terminal and signals")]
 FILES, CALLS = bool(landlock()), seccomp()
 MARK = "COURSE_TEST_OF_HOSTILE_SUBMISSIONS"
 RIGHT = """

@@ -17,6 +17,8 @@ from qlora_lib.base.paths import ROOT
 from tests.support.shared_run import COMMANDS, train_and_evaluate
 from tests.support.small_models import small_model, small_tokenizer
 
+pytestmark = pytest.mark.long
+
 
 def free_ports(n: int) -> list[str]:
     sockets = [socket.socket() for _ in range(n)]

@@ -10,6 +10,8 @@ from experiments.adapters import RESULTS, SHORT, searched, stored
 from experiments.samples import SAMPLES, read_samples, verdicts
 from qlora_lib.search.rank_search import Search, Trial
 
+pytestmark = pytest.mark.long
+
 
 def test_a_stored_point_is_measured_again():
     """Eight samples of 24 test problems, by today's code on this machine.

@@ -14,6 +14,8 @@ import pytest
 from qlora_lib.base.paths import ROOT
 from tests.support.small_models import small_model, small_tokenizer
 
+pytestmark = pytest.mark.long
+
 # Quantizes, trains and saves a small random model, in the environment that has the wheel.
 ALONE = """
 import importlib.util

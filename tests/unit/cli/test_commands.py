@@ -12,6 +12,7 @@ from tests.support.cli_place import COMMON, FAST, SHORT, place, run  # noqa: F40
 from tests.support.small_models import small_model
 
 
+@pytest.mark.long
 def test_finetune_evaluate_generate(place, capsys):
     assert run("finetune", *FAST) == 0
     out = capsys.readouterr().out
@@ -119,6 +120,7 @@ def forget(path, key):
     path.write_text(json.dumps(kept))
 
 
+@pytest.mark.long
 def test_an_adapter_is_asked_on_its_own_base_only(place, capsys):
     assert run("finetune", *FAST, "--method", "rtn") == 0
     assert run("quantize", *COMMON, "--method", "rtn", "--bits", "2") == 0
@@ -134,6 +136,7 @@ def test_an_adapter_is_asked_on_its_own_base_only(place, capsys):
     assert run("evaluate", *COMMON, *SHORT, "--out", "as-before") == 0
 
 
+@pytest.mark.long
 def test_other_calibration_examples_make_another_base(place, capsys):
     def quantizes(*argv):
         assert run("quantize", "--model", "model", "--group-size", "32", *argv) == 0

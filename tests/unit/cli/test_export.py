@@ -15,6 +15,7 @@ def served(out: str) -> list[str]:
     return shlex.split(out.strip().splitlines()[-1])
 
 
+@pytest.mark.long
 def test_export_of_the_base_and_of_the_merged_model(place, capsys):
     from qlora_lib import import_gptq, load_adapter, load_quantized, merge_lora
     from tests.support.lora_models import logits
@@ -55,6 +56,7 @@ def test_export_of_the_base_and_of_the_merged_model(place, capsys):
             base, _ = load_quantized(f"{run_folder}/base", "cpu", "fp32")
 
 
+@pytest.mark.long
 def test_the_merge_is_calibrated_on_what_the_base_was(place, capsys, monkeypatch):
     from qlora_lib.models import merge_hessians as module
 

@@ -18,6 +18,7 @@ from tests.support.gguf_file import write_gguf
 from tests.support.streamed_models import folder, stored  # noqa: F401
 
 
+@pytest.mark.long
 def test_the_streamed_base_is_the_one_that_finetune_looks_for(
     folder, tmp_path, monkeypatch, capsys
 ):

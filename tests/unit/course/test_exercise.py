@@ -192,6 +192,7 @@ def test_the_reference_passes_its_own_cases(all_exercises, exercise, capsys):
     assert check(exercise.name, mine) is mine, capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exercise, wrong, message", MISTAKES)
 def test_each_mistake_is_told_with_its_own_message(all_exercises, exercise, wrong, message, capsys):
     assert check(exercise.name, wrong) is exercise.reference

@@ -39,6 +39,7 @@ def verdict(sources, name):
     return grade.judged(registered()[name], answers(sources, registered()[name]))
 
 
+@pytest.mark.long
 def test_every_kind_of_submission_is_a_row(tmp_path, capfd):
     save(tmp_path / "ann" / "mine.ipynb", IMPORTS, "1 / 0", "%matplotlib inline", HELPER, TWO,
          NEAREST, UNPACK, STUBS[2])

@@ -40,6 +40,7 @@ def test_the_solution_passes(kernel, capsys):
     assert check("group_kernel", mine) is mine, capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("told, changes", [
     ("the low nibble (codes & 15) is the even feature",
      [("(tile & 15)", "(TILE >> 4)"), ("(tile >> 4)", "(tile & 15)"), ("TILE", "tile")]),

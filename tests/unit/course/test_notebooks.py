@@ -129,6 +129,7 @@ def test_each_registered_exercise_stands_in_one_notebook():
     assert sorted(asked) == sorted(checks.registered())
 
 
+@pytest.mark.long
 @book_of
 def test_each_stub_is_unsolved_and_each_folded_solution_passes(stem, capsys):
     book = BOOKS[stem]

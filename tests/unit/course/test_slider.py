@@ -70,6 +70,7 @@ def test_a_control_without_effect_is_found(quick_pictures, line):
         idle.draw_grid()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spec, kind, values", [
     ([False, True], "Checkbox", [False, True]),
     (["rtn", "gptq"], "Dropdown", ["rtn", "gptq"]),

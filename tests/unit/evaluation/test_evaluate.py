@@ -139,6 +139,7 @@ def without_clock(report):
     return replace(report, seconds=0.0, predictions=predictions)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "left, kept",
     [
@@ -201,6 +202,7 @@ def test_a_finished_evaluation_asks_nothing_again(tmp_path):
     assert not again.chunks
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, change",
     [

@@ -205,6 +205,7 @@ def agree(entries: list[dict], count: int) -> None:
         assert is_correct(own, other) == (openai_answer(own) == openai_answer(other))
 
 
+@pytest.mark.long
 def test_agrees_with_openai_on_the_gold_solutions_of_minigsm():
     agree(load_minigsm("dev") + load_minigsm("test"), 1500)
 
@@ -347,6 +348,7 @@ ATTACKS = ["1e999999999", "9" * 10**6, "-" * 10**6, "answer" + " " * 10**6] + [
                               "minus ", "(", "1? ", "**1", "~~", "1 or ")]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a[:12])
 def test_attacks_end_and_give_no_answer_beyond_the_caps(attack):
     for text in (attack, attack[:MAX_TEXT], f"#### {attack}", f"{attack}\n#### 5"):

@@ -33,6 +33,7 @@ def test_a_new_verifier_knows_nothing_and_the_model_is_as_before():
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["dense", "quantized", "beside an adapter"])
 def test_training_separates_right_from_wrong_and_changes_no_output(kind):
     model = small_model()

@@ -9,6 +9,7 @@ from experiments.accuracy import WIDTHS, main
 from tests.support.trained_adapter import make_adapter
 
 
+@pytest.mark.long
 def test_widths_are_stored_with_a_verdict_a_question(argv, capsys, tmp_path):
     rows = ["merged_fp32", "merged_gptq_3bit_row", "merged_rtn_2bit_64"]
     main([*argv, "--limit", "3", "--rows", *rows])

@@ -94,6 +94,7 @@ def test_wordings_are_all_used_and_filled(drawn):
         assert not re.search(r"[{}]|  | \.|\b1 \w+s\b", entry["question"] + entry["answer"])
 
 
+@pytest.mark.long
 def test_no_text_and_no_numbers_of_dev_or_test_occur_in_another_split():
     found = {split: [entry["question"] for seed in (0, 1, 2025)
                      for entry in minigsm.problems(split, seed, 600)]
@@ -189,6 +190,7 @@ def test_unknown_variant_is_refused(tests):
         minigsm.vary(tests, "test")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("split, size", [("train", 6000), ("dev", 500), ("test", 1000),
                                          ("test_changed", 1000), ("test_larger", 1000)])
 def test_bundled_files_are_what_the_generator_makes(split, size):

@@ -107,6 +107,7 @@ def test_single_steps_cover_the_operands_of_the_problems(corpus):
             assert x <= known[step.op][0] and y <= known[step.op][1], (problem.kind, x, step.op, y)
 
 
+@pytest.mark.long
 def test_texts_are_unlabelled_and_a_modest_share(corpus, encoded):
     tokens = dict.fromkeys(MIX, 0)
     for (name, _), ids in zip(corpus, encoded):
@@ -201,6 +202,7 @@ def used_tokens(encoded):
     return sorted({token for ids in encoded for token in ids} | {1, 2})
 
 
+@pytest.mark.long
 def test_rows_of_unseen_tokens_are_told_apart_and_the_others_are_kept(encoded, tokenizer):
     model = small_model(1)
     rows = model.get_input_embeddings().weight

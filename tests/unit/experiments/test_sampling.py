@@ -17,6 +17,7 @@ def argv(argv, monkeypatch):
             "--max-steps", "2"]  # fmt: skip
 
 
+@pytest.mark.long
 def test_three_stages_are_stored_and_kept(argv, tmp_path, capsys):
     long.main(argv)
     table = json.loads((tmp_path / "table.json").read_text())

@@ -49,6 +49,7 @@ def test_other_calibration_texts_share_nothing_with_the_first(setting, monkeypat
     assert not (seen[0] & seen[1] or seen[1] & seen[2] or seen[0] & seen[2])
 
 
+@pytest.mark.long
 def test_a_row_measures_a_copy_and_fewer_bits_cost_more(setting, monkeypatch):
     model, tokenizer, profile, folder = setting
     for name, value in (("WIKITEXT", 600), ("CALIBRATION", 512), ("SOLUTIONS", 2), ("WINDOW", 200)):

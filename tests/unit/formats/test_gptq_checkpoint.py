@@ -22,6 +22,7 @@ from tests.support.tensors import normal
 KINDS = ["grid2", "grid3", "grid4", "grid8", "symmetric", "g_idx"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpoint_format", ["gptq_v2", "gptq"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_comes_back_to_the_bit(kind, checkpoint_format, tmp_path):

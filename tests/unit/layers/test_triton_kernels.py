@@ -37,6 +37,7 @@ def interpreted():
     return dict(zip(CASES, triton_cases.in_a_process(1), strict=True))
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_interpreted_products_are_those_of_the_dequantized_weight(case, interpreted):

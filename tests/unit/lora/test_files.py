@@ -59,6 +59,7 @@ def test_an_adapter_that_is_not_there_cannot_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["grid4", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_base_is_recognised_however_it_is_stored(kind, dtype, tmp_path):
@@ -149,6 +150,7 @@ def test_a_broken_adapter_config_is_named(adapter):
         refused(adapter, f"adapter_config.json.*lacks.*{key}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "key, value",
     [
@@ -307,6 +309,7 @@ def test_patterns_fit_the_end_of_a_path_and_the_first_one_counts():
     }  # fmt: skip
 
 
+@pytest.mark.long
 @PROPERTY
 @given(st.data())
 def test_what_is_described_is_read_back(data):

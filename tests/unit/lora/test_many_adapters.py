@@ -12,6 +12,7 @@ from tests.support.lora_models import IDS, adapted, base_of, family, logits, und
 from tests.support.small_models import small_model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["dense", "grid4", "nf4"])
 def test_switching_leaves_no_trace(kind, tmp_path):
     """Bit for bit what a model gives that only ever had that adapter."""

@@ -273,6 +273,7 @@ def four():
     return torch.nn.Sequential(layer), "abcd"
 
 
+@pytest.mark.long
 def test_eight_threads_and_four_adapters_never_mix():
     model, names = four()
     x, wrong, start = torch.ones(1, 4), [], Barrier(8)

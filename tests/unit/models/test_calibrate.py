@@ -55,6 +55,7 @@ def same_codes(layer, want) -> bool:
     return (layer.codes == want.codes).float().mean() > 0.97
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["gemma3", "gemma3n", "gemma4", "opt", "deepseek", "falcon"])
 def test_every_layer_of_every_block_is_calibrated_on_its_own_inputs(family):
     """Its codes are GPTQ's on what it gets when the whole quantized model runs."""

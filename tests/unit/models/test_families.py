@@ -135,6 +135,7 @@ def test_for_llama_the_words_are_its_names():
         assert list(find_linears(model, word)) == list(find_linears(model, names))
 
 
+@pytest.mark.long
 def test_each_layer_is_calibrated_on_its_own_inputs(folders, family):
     """The last layer's codes are GPTQ's on the inputs that it has in the quantized model."""
     batches, spec = calibration_batches(small_tokenizer(), PAIRS, 6, batch_size=3), QuantSpec(3, 16)
@@ -155,6 +156,7 @@ def test_each_layer_is_calibrated_on_its_own_inputs(folders, family):
     assert (codes == want.codes).float().mean() > 0.99  # sums in another order: a tie may flip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["rtn", "gptq", "nf4"])
 def test_quantize_adapt_train_generate_save(folders, family, method, tmp_path):
     model, tokenizer = load_model(folders / family, "cpu", "fp32")

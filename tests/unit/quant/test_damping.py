@@ -200,6 +200,7 @@ def test_the_best_options_are_one_setting():
     assert BEST.changed() == {"damp_percent": None, "weigh_columns": True, "refit_scales": True}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("match_dense", [False, True])
 def test_a_model_in_memory_and_streamed_gets_a_damping_of_its_own(tmp_path, match_dense):
     options, spec = GPTQOptions.best(match_dense=match_dense), QuantSpec(3, 16)

@@ -107,6 +107,7 @@ def test_a_whole_model_by_hand():
     assert not same(model, other)  # the control
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spilled", [False, True])
 def test_streaming_gives_the_same_bits_also_after_a_kill(spilled, tmp_path):
     folder = store(tmp_path / "model", layers=3)

@@ -50,6 +50,7 @@ def test_neither_autocast_nor_a_parameter_s_graph_reaches_it():
     assert torch.equal(got.codes, want.codes) and not got.scale.requires_grad
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [2, 6])
 def test_threads_that_share_a_column_do_not_disturb_each_other(threads):
     """896 columns: the share of one thread of six ends within a column."""
@@ -66,6 +67,7 @@ def test_threads_that_share_a_column_do_not_disturb_each_other(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
 @pytest.mark.parametrize("weighed", [True, False], ids=["weighed", "alike"])

@@ -174,6 +174,7 @@ def every_ratio(w, spec, importance=1.0):
     return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("size", [1, 3, 16])

@@ -61,6 +61,7 @@ def test_equals_least_squares_over_the_tokens(static):
         assert ((got[row] - want).abs() <= 2**-11 * want + 1e-12).all()
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([2, 3, 4, 8]), st.booleans(), st.booleans(), st.sampled_from([0.001, 0.1]))
 def test_only_scales_change_and_no_row_gets_worse(bits, static, symmetric, damping):

@@ -28,6 +28,7 @@ def benchmark(monkeypatch):
     sys.modules.pop("gpu")
 
 
+@pytest.mark.long
 def test_the_whole_benchmark_at_a_small_size(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(benchmark, "ROWS", benchmark.ROWS[1:])  # two are enough here

@@ -134,6 +134,7 @@ def test_text_files_are_utf_8_wherever_they_are_read(name):
                 assert "encoding" in {k.arg for k in node.keywords}, ast.unparse(node)
 
 
+@pytest.mark.long
 def test_numbers_and_layers_run_with_torch_alone():
     """In a process of its own, where whatever else the package uses can't be imported."""
     modules = [f"qlora_lib.{n}" for n in FILES if folder(n) in TORCH_ALONE and "triton" not in n]

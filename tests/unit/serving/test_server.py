@@ -107,6 +107,7 @@ def test_bad_names_of_prompts_are_refused(names, message):
         generate(PROMPTS, names)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_each_of_many_concurrent_answers_is_the_one_it_gets_alone(kind):
     """90 requests for four adapters and the base, while the event loop's own thread uses the

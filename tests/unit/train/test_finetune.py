@@ -50,6 +50,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quantized", [False, True])
 def test_loss_falls_and_only_adapters_move(quantized):
     model = adapted(quantized)
@@ -127,6 +128,7 @@ def kill_at(step):
     return callback
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed, optimizer", [(3, "adam8bit"), (5, "adamw")])
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     tmp_path, killed, optimizer, monkeypatch
@@ -182,6 +184,7 @@ def test_resume_refuses_another_run_and_damaged_files(tmp_path):
         TrainConfig(resume=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "bits, lora, message",
     [
