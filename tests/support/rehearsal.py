@@ -23,7 +23,10 @@ FREE = 64_000_000  # the small model trains in less; 50 of its sequences take mo
 # IPython runs it before the first cell.
 STARTUP = """
 import json
+from course.kit import outputs
 from qlora_lib.train import measure, memory
+
+outputs.random_weights = lambda model: True  # nothing is recorded; a GGUF file could not say so
 
 def fitting_batch(model, tokens, most, *args, real=memory.fitting_batch, **given):
     chosen = real(model, tokens, most, *args, **given)
