@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from experiments.toy.corpus import MIX, documents
 from experiments.toy.minigsm import problems
 from qlora_lib.base.devices import resolve_dtype
-from qlora_lib.base.files import atomic_folder, read_json, read_tensors, write_json_atomic
+from qlora_lib.base.files import read_json, read_tensors, write_json_atomic
+from qlora_lib.base.folders import atomic_folder
 
 VOCABULARY = 512
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"

@@ -1,32 +1,28 @@
-"""Safetensors and JSON, written whole or not at all, and read with an error that names the file."""
+"""Safetensors and JSON, written whole or not at all, and read with an error that names the file.
 
+Files of this package that stand alone prove themselves: "sha256" is the hash of all else in them,
+and "format" says that it must be there. (A folder proves its files together: folders.py.)
+"""
+
+import hashlib
 import json
 import os
-import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .hashes import add_tensors, content_hash
 
-def check_place(folder: Path | str, marker: str) -> None:
-    """Raise what writing a checkpoint to `folder` would raise: ValueError for a mount point, and
-    for files, but no `marker` of a checkpoint; OSError when nothing can be written beside it."""
-    given, folder = folder, Path(folder).resolve()  # a link may lead to another disk
-    if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
-        raise ValueError(f"{given} holds other files; give a folder of its own")
-    if folder.is_mount():
-        raise ValueError(f"{given} is a mount point, which can't be renamed; give a folder in it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder.parent):
-        pass
+FORMAT = 1  # of files and folders that prove themselves; readers refuse a newer one
+LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json of today has a tenth of it
 
 
 @contextmanager
-def _system_errors(path: Path):
+def system_errors(path: Path):
     """Raise OSError for a full disk and the like, where libraries in Rust raise other kinds."""
     try:
         yield
@@ -36,34 +32,6 @@ def _system_errors(path: Path):
         if "(os error " not in str(error):
             raise
         raise OSError(f"{path} could not be written: {error}") from error
-
-
-@contextmanager
-def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
-    """Yield a scratch folder beside `folder` (a link's target) that takes its place when the block
-    succeeds. keep: a block that fails leaves its scratch folder, and the next one finds it. Raises
-    what check_place raises."""
-    check_place(folder, marker)
-    folder = Path(folder).resolve()
-    scratch = folder.with_name(folder.name + (".unfinished" if keep else ".part"))
-    if not keep:
-        shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True, exist_ok=keep)
-    old = folder.with_name(folder.name + ".old")
-    try:
-        with _system_errors(folder):
-            yield scratch
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        scratch.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        if not keep:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -85,13 +53,93 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict:
-    """Return what a JSON file holds; ValueError, with its name, when it is not valid JSON."""
+    """Return what a JSON file holds; ValueError, with its name, where it is no object in JSON, too
+    large, nested too deep, or has a key twice."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is this the right folder?")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, too many for a JSON file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, not an object of names and values")
+    return found
+
+
+def parse_json(text: str) -> Any:
+    """Return what a text in JSON says. Raises ValueError where it is none, nested too deep, or has
+    a key twice, of which a parser would keep the last without a word."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in found if names.count(n) > 1)!r} is there twice")
+    return found
+
+
+def write_proved_json(path: Path | str, obj: dict) -> None:
+    """Write `obj` with "format" and "sha256", whole or not at all; read by read_proved_json."""
+    obj = json.loads(json.dumps(obj)) | {"format": FORMAT}  # as it will be read: without tuples
+    write_json_atomic(path, obj | {"sha256": content_hash(obj)})
+
+
+def read_proved_json(path: Path) -> dict:
+    """Return what write_proved_json was given. A file without "format" and "sha256", as older
+    versions wrote, is taken as it is. Raises what read_json raises, and ValueError for a file that
+    was changed or is of a newer format."""
+    found = read_json(path)
+    said = found.pop("sha256", None)
+    if said is None and "format" not in found:
+        return found
+    if said != content_hash(found):
+        raise ValueError(f"{path} is not as it was written: it was changed or is damaged")
+    check_format(path, found.pop("format", None))
+    return found
+
+
+def check_format(path: Path, version: Any) -> None:
+    """Raise ValueError unless `version` is one that this package can read."""
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ValueError(f"{path} has format {version!r}; this version reads up to {FORMAT}: "
+                         "upgrade")  # fmt: skip
+
+
+def write_proved_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write tensors and `about` (in the header, as JSON), whole or not at all, with their hash."""
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    text = json.dumps(about | {"format": FORMAT})
+    header = {"json": text, "sha256": _tensors_hash(tensors, text)}
+    with whole_file(path) as part:
+        save_file(tensors, part, header)
+
+
+def read_proved_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Return (tensors by name, `about`) as write_proved_tensors was given them; FileNotFoundError,
+    and ValueError for a file that is damaged, changed, or not of this kind."""
+    with open_tensors(path) as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    text = header.get("json", "")
+    if header.get("sha256") != _tensors_hash(tensors, text):
+        raise ValueError(f"{path} was changed, is damaged, or is of another version of this "
+                         "package")  # fmt: skip
+    about = parse_json(text)
+    check_format(path, about.pop("format", None))
+    return tensors, about
+
+
+def _tensors_hash(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    add_tensors(digest, sorted(tensors.items()))
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -102,7 +150,7 @@ def whole_file(path: Path | str):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with _system_errors(path):
+        with system_errors(path):
             yield part
         os.replace(part, path)
     finally:

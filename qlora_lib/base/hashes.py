@@ -30,6 +30,12 @@ def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
         digest.update(flat.view(torch.uint8).numpy())
 
 
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def weights_id(model: str) -> str:
     """Return a hash of a local folder's or file's weights; a hub id stands for itself."""
     path = Path(model)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..base.files import atomic_folder, read_json, write_json_atomic
+from ..base.files import read_json, write_json_atomic
+from ..base.folders import atomic_folder
 from ..layers.blocks import decoder_blocks
 from ..layers.linear import QuantizedLinear, check_scales_are_frozen
 from ..lora.layer import lora_layers

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..base.files import atomic_folder, open_tensors, read_json
+from ..base.files import open_tensors, read_json
+from ..base.folders import atomic_folder
 from ..base.paths import ROOT
 from .fingerprint import base_fingerprint, residual_fingerprint
 from .inject import add_adapters

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base.devices import default_device, resolve_dtype
-from ..base.files import atomic_folder, open_tensors, read_json, write_json_atomic
+from ..base.files import open_tensors, read_json, write_json_atomic
+from ..base.folders import atomic_folder
 from ..layers.linear import Quantized, QuantizedLinear, check_scales_are_frozen
 from ..lora.layer import lora_layers
 from ..lora.targets import replace_module

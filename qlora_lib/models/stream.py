@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base.devices import dtype_name
-from ..base.files import atomic_folder, read_json, read_tensors, whole_file, write_json_atomic
+from ..base.files import read_json, read_tensors, whole_file, write_json_atomic
+from ..base.folders import atomic_folder
 from ..base.hashes import content_hash
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks

@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..base import processes
-from ..base.files import check_place, read_json, write_json_atomic
+from ..base.files import read_json, write_json_atomic
+from ..base.folders import check_place
 from ..base.hashes import weights_id
 from ..base.paths import short_path
 from ..data.calibration import calibration_hash

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from ..base import processes
-from ..base.files import atomic_folder, check_place, open_tensors, write_json_atomic
+from ..base.files import open_tensors, write_json_atomic
+from ..base.folders import atomic_folder, check_place
 from ..base.paths import short_path
 from ..base.stamp import stamp
 from ..data.examples import hold_out, read_examples

@@ -15,7 +15,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from qlora_lib.base.files import atomic_folder
+from qlora_lib.base.folders import atomic_folder
 from qlora_lib.base.paths import ROOT
 from .execute import BUILD
 from .normal_form import notebooks, read

@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_lib.base.files import (
-    atomic_folder,
-    check_place,
     read_json,
+    read_proved_json,
+    read_proved_tensors,
     whole_file,
     write_json_atomic,
+    write_proved_json,
+    write_proved_tensors,
 )
+from qlora_lib.base.folders import HASHES, atomic_folder, check_folder, check_place
 from tests.support.small_models import small_tokenizer
 
 
@@ -120,3 +123,88 @@ def test_a_failed_write_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path
         with pytest.raises(error):
             write_json_atomic(path, bad)
     assert json.loads(path.read_text()) == {"x": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def every_flip(path, attempt, step=1):
+    """Flip one bit of each step-th byte, another one each time; yield what `attempt` returns."""
+    whole = path.read_bytes()
+    for at in range(0, len(whole), step):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        yield attempt
+    path.write_bytes(whole)
+
+
+def test_a_flipped_bit_in_a_file_that_proves_itself_is_never_silent(tmp_path):
+    numbers, tensors = tmp_path / "run.json", tmp_path / "last.safetensors"
+    write_proved_json(numbers, {"n": 3, "loss": (0.25, 1e-9), "name": "Zo\u00eb", "none": None})
+    assert read_proved_json(numbers) == {
+        "n": 3, "loss": [0.25, 1e-9], "name": "Zo\u00eb", "none": None
+    }  # fmt: skip
+    write_proved_tensors(tensors, {"b": torch.arange(5.0), "a": torch.ones(2, 3)}, {"step": 7})
+    found, about = read_proved_tensors(tensors)
+    assert about == {"step": 7} and torch.equal(found["b"], torch.arange(5.0))
+    for path, read in ((numbers, read_proved_json), (tensors, read_proved_tensors)):
+        for attempt in every_flip(path, read):
+            with pytest.raises(ValueError):
+                attempt(path)
+        read(path)
+
+
+def test_json_of_older_versions_is_read_as_it_is(tmp_path):
+    write_json_atomic(tmp_path / "run.json", {"n": 3})
+    assert read_proved_json(tmp_path / "run.json") == {"n": 3}
+
+
+def test_files_of_a_newer_format_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_lib.base.files.FORMAT", 99)
+    write_proved_json(tmp_path / "run.json", {"n": 3})
+    write_proved_tensors(tmp_path / "last.safetensors", {"a": torch.ones(1)}, {})
+    monkeypatch.undo()
+    for read, name in ((read_proved_json, "run.json"), (read_proved_tensors, "last.safetensors")):
+        with pytest.raises(ValueError, match="format 99.*upgrade"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ['[]', "5", '{"a": 1, "a": 2}', "{", "[" * 100_000, "\xff", '""'])
+def test_what_is_no_json_object_is_named(tmp_path, text):
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="x.json"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_folder_proves_each_of_its_files(tmp_path):
+    folder = tmp_path / "run"
+    with atomic_folder(folder, "done") as scratch:
+        (scratch / "done").write_text("first")
+        (scratch / "sub").mkdir()
+        (scratch / "sub" / "weights").write_bytes(bytes(range(40)))
+    assert check_folder(folder)
+    for path in (folder / "done", folder / "sub" / "weights", folder / HASHES):
+        for attempt in every_flip(path, check_folder):
+            with pytest.raises(ValueError):
+                attempt(folder)
+    (folder / "README").write_text("notes of its owner")
+    assert check_folder(folder)
+    (folder / "done").unlink()
+    with pytest.raises(ValueError, match="done is missing"):
+        check_folder(folder)
+    (folder / HASHES).unlink()
+    assert not check_folder(folder)  # somebody else's
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_save_that_died_between_its_renames_is_finished_or_taken_back(
+    tmp_path, complete, capsys
+):
+    folder = tmp_path / "run"
+    save(folder, "first")
+    save(tmp_path / "next", "second")
+    folder.rename(tmp_path / "run.old")
+    (tmp_path / "next").rename(tmp_path / "run.part")
+    if not complete:
+        (tmp_path / "run.part" / HASHES).unlink()
+    assert check_folder(folder)
+    assert (folder / "done").read_text() == ("second" if complete else "first")
+    assert "interrupted" in capsys.readouterr().err
+    save(folder, "third")
+    assert (folder / "done").read_text() == "third" and len(list(tmp_path.iterdir())) == 1

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from qlora_lib.base.folders import HASHES
 from qlora_lib.lora.files import ADAPTER, ADAPTER_CONFIG, load_adapter, save_adapter
 from qlora_lib.lora.fingerprint import base_fingerprint
 from qlora_lib.lora.inject import add_adapters, inject_lora, use_adapter
@@ -28,7 +29,7 @@ from tests.support.tensors import PROPERTY
 def test_an_adapter_comes_back_to_the_bit(kind, given, tmp_path):
     model = adapted(base_of(kind), targets=("q_proj", "k_proj", "down_proj"), **given)
     save_adapter(model, tmp_path / "a")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [ADAPTER_CONFIG, ADAPTER]
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {ADAPTER_CONFIG, ADAPTER, HASHES}
     again = base_of(kind)
     paths = load_adapter(again, tmp_path / "a")
     assert set(paths) == set(lora_layers(model)) == set(lora_layers(again))

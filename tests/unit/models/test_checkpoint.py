@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlora_lib.base.files import atomic_folder, read_json
+from qlora_lib.base.files import read_json
+from qlora_lib.base.folders import HASHES, atomic_folder
 from qlora_lib.formats.gptq_checkpoint import export_gptq, import_gptq
 from qlora_lib.lora.files import save_adapter
 from qlora_lib.lora.inject import inject_lora
@@ -345,13 +346,13 @@ def test_a_folder_with_other_files_is_not_replaced(saved, tmp_path):
 
 
 def test_leftovers_of_a_killed_save_do_not_matter(tmp_path):
-    for name in ("m.part", "m.old"):
+    for name in ("m", "m.part", "m.old"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "half").write_text("half")
+        (tmp_path / name / "done").write_text("half")
     with atomic_folder(tmp_path / "m", "done") as scratch:
         (scratch / "done").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
-    assert files(tmp_path / "m") == {"done": b""}
+    assert set(files(tmp_path / "m")) == {"done", HASHES} and files(tmp_path / "m")["done"] == b""
 
 
 @pytest.mark.parametrize(
