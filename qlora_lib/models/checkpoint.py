@@ -56,8 +56,11 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
-    """Write a model with quantized layers, without adapters: safetensors, config, tokenizer, specs.
+def save_quantized(
+    model: nn.Module, tokenizer, folder: Path | str, beside: dict[str, dict] | None = None
+) -> None:
+    """Write a model with quantized layers, without adapters: safetensors, config, tokenizer, specs;
+    beside: further JSON files that are there whenever the model is, {name: what it holds}.
     Raises ValueError when no layer is quantized, when base and merged copy are both kept, and when
     the folder holds other files."""
     if merged := [path for path, layer in lora_layers(model).items() if layer.merged is not None]:
@@ -72,13 +75,16 @@ def save_quantized(model: nn.Module, tokenizer, folder: Path | str) -> None:
     state = base_state(model)
     with atomic_folder(folder, QUANTIZATION) as scratch:
         save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
-        describe(model, tokenizer, {n: m.spec for n, m in layers.items()}, state, scratch)
+        describe(model, tokenizer, {n: m.spec for n, m in layers.items()}, state, scratch, beside)
 
 
 def describe(
-    model, tokenizer, specs: dict[str, QuantSpec | NF4Spec], names: Iterable[str], folder: Path
-) -> None:
+    model, tokenizer, specs: dict[str, QuantSpec | NF4Spec], names: Iterable[str], folder: Path,
+    beside: dict[str, dict] | None = None,
+) -> None:  # fmt: skip
     """Write all that stands beside tensors of these names, with the specs of the packed layers."""
+    for name, said in (beside or {}).items():
+        write_json_atomic(folder / name, said)
     layers = {path: spec_as_json(spec) for path, spec in specs.items()}
     write_json_atomic(folder / QUANTIZATION, {"format": FORMAT, "layers": layers})
     save_settings(model, tokenizer, names, folder)

@@ -9,6 +9,7 @@ in OUT.unfinished, which becomes OUT once all are there.
 import copy
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ..base.devices import dtype_name
 from ..base.files import read_json, read_tensors, whole_file, write_json_atomic
-from ..base.folders import atomic_folder
+from ..base.folders import HASHES, atomic_folder
 from ..base.hashes import content_hash
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
@@ -165,6 +166,7 @@ def quantize_checkpoint(
     spill: Path | str | None = None,
     blocks: int | None = None,
     progress: Callable[[LayerReport], None] | None = None,
+    beside: dict[str, dict] | None = None,
 ) -> list[LayerReport]:
     """Quantize the model in `folder` (config, tokenizer, safetensors) into `out`; a row a layer.
 
@@ -172,10 +174,10 @@ def quantize_checkpoint(
     which they are stored. Its report.json holds the rows and the bits a parameter of the model.
     calibration, method, options, target_modules: as for quantize_model. spill: a folder to keep
     activations in. blocks: make a model of only the first so many. progress: called with each row
-    at once. A killed run goes on where it stopped, to the same bits if given as many threads; a
-    finished one is not made again. Raises ValueError for what quantize_model refuses, for tensors
-    that do not fit the model, and for an unfinished run of other settings or weights;
-    FileNotFoundError for missing files.
+    at once. beside: as for save_quantized. A killed run goes on where it stopped, to the same bits
+    if given as many threads; a finished one is not made again. Raises ValueError for what
+    quantize_model refuses, for tensors that do not fit the model, and for an unfinished run of
+    other settings or weights; FileNotFoundError for missing files.
     """
     from transformers import AutoTokenizer
 
@@ -191,15 +193,28 @@ def quantize_checkpoint(
         raise ValueError(f"{outside} lie outside the decoder blocks, which alone are quantized")
     made_from = _made_from(streamed, recipe, calibration, targets)
     if (out / REPORT).is_file() and read_json(out / REPORT)["made_from"] == made_from:
+        _keep_beside(out, beside or {})
         return _rows(read_json(out / REPORT))  # finished before
     with atomic_folder(out, checkpoint.QUANTIZATION, keep=True) as scratch:
         output = _Output(scratch, made_from, len(streamed.blocks))
         _quantize_blocks(streamed, output, targets, calibration, recipe, spill, progress)
         output.finish(streamed.parameters)
         packed = {row.name: spec for row in output.rows}
-        checkpoint.describe(model, tokenizer, packed, checkpoint.weight_map(scratch), scratch)
+        names = checkpoint.weight_map(scratch)
+        checkpoint.describe(model, tokenizer, packed, names, scratch, beside)
     warn_of_dense(path for path in targets if path not in packed)
     return output.rows
+
+
+def _keep_beside(out: Path, beside: dict[str, dict]) -> None:
+    """Put `beside` into a finished folder where it holds other files of these names, or none."""
+    there = {name: read_json(out / name) for name in beside if (out / name).is_file()}
+    if there != json.loads(json.dumps(beside)):
+        with atomic_folder(out, checkpoint.QUANTIZATION) as scratch:
+            skip = shutil.ignore_patterns(HASHES)
+            shutil.copytree(out, scratch, dirs_exist_ok=True, ignore=skip)
+            for name, said in beside.items():
+                write_json_atomic(scratch / name, said)
 
 
 def _made_from(streamed, recipe: Recipe, calibration, targets) -> dict:

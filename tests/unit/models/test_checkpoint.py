@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_lib.base.files import read_json
-from qlora_lib.base.folders import HASHES, atomic_folder
+from qlora_lib.base.folders import HASHES, atomic_folder, check_folder
 from qlora_lib.formats.gptq_checkpoint import export_gptq, import_gptq
 from qlora_lib.lora.files import save_adapter
 from qlora_lib.lora.inject import inject_lora
@@ -106,6 +106,14 @@ def test_adapters_stay_out_of_the_base(tmp_path):
     assert not any("lora" in n or "base" in n for n in load_file(tmp_path / "m" / WEIGHTS))
     again, _ = load_quantized(tmp_path / "m", "cpu", "fp32")
     assert torch.equal(logits(again), base)
+
+
+def test_what_belongs_beside_a_model_is_proved_with_it(tmp_path):
+    save_quantized(base_of("grid4"), small_tokenizer(), tmp_path / "m", {"recipe.json": {"a": 1}})
+    assert read_json(tmp_path / "m" / "recipe.json") == {"a": 1} and check_folder(tmp_path / "m")
+    (tmp_path / "m" / "recipe.json").write_text('{"a": 2}')
+    with pytest.raises(ValueError, match="recipe.json is not as it was written"):
+        check_folder(tmp_path / "m")
 
 
 @pytest.mark.parametrize("into", ["dense", "rtn"])

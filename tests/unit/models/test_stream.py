@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_lib.base.files import read_json
+from qlora_lib.base.folders import check_folder
 from qlora_lib.lora.targets import ATTENTION
 from qlora_lib.models import stream as streaming
 from qlora_lib.models.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
@@ -180,6 +182,19 @@ def test_a_finished_run_is_not_made_again(folder, tmp_path):
     other = stream(folder, tmp_path / "out", QuantSpec(2, 32), **same)  # other settings replace it
     assert other[0].bits_per_weight < rows[0].bits_per_weight
     assert quantized_layers(load_quantized(tmp_path / "out", "cpu", "fp32")[0])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_belongs_beside_a_model_is_there_when_the_model_is(finished, folder, tmp_path):
+    out = tmp_path / "out"
+    if finished:  # by who had nothing to put there
+        stream(folder, out, calibration=None, method="rtn")
+    before = shards(out)
+    for said in ({"a": (1, 2)}, {"a": 2}, {"a": 2}):
+        stream(folder, out, calibration=None, method="rtn", beside={"recipe.json": said})
+        assert read_json(out / "recipe.json") == json.loads(json.dumps(said)) and check_folder(out)
+    assert not before or shards(out) == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == ["out"]
 
 
 @pytest.mark.parametrize("what", ["spec", "targets", "calibration", "weights"])
