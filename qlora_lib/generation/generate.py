@@ -105,6 +105,10 @@ class ModelGenerator(Generator):
             check_prompt(self.model, self.decoding, prompt, encoded[-1])
         return encoded
 
+    def layout(self):
+        """Return a context in which decoding is fastest; whoever asks often holds it meanwhile."""
+        return decoding_layout(self.model) if self.dtype == torch.bfloat16 else nullcontext()
+
     def __call__(self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None):
         model, decoding, prompts = self.model, self.decoding, listed(prompts, "prompts", str)
         if adapters is not None:
@@ -118,7 +122,7 @@ class ModelGenerator(Generator):
         was_training = model.training
         model.eval()
         try:
-            with decoding_layout(model) if self.dtype == torch.bfloat16 else nullcontext():
+            with self.layout():
                 for chosen in by_length(encoded, decoding.batch_size, longest_first=True):
                     names = None
                     if adapters is not None:  # rows of one adapter together: no copies of them

@@ -81,6 +81,11 @@ class QuantizedLinear(nn.Module):
         held = self.held
         return held.in_order() if isinstance(held, Int4Tiles) else held
 
+    @property
+    def laid_out(self) -> bool:
+        """Whether the codes are in the order of the int4 operator."""
+        return self.op_grids is not None
+
     @torch.inference_mode(False)  # buffers must not become inference tensors
     def lay_out(self, decoding: bool) -> None:
         """Change between the two layouts of the codes, where the int4 operator can serve this."""
@@ -178,8 +183,9 @@ def decoding_layout(model: nn.Module):
 
     Layers that torch's int4 operator can serve (4-bit grids on a CPU, groups of 32 to 256 in
     order) then hold their codes in its layout, adapters a copy of A and B in the autocast dtype.
+    May be nested: the layers change when the outermost block begins and ends.
     """
-    layers = [m for m in model.modules() if hasattr(m, "lay_out")]
+    layers = [m for m in model.modules() if hasattr(m, "lay_out") and not m.laid_out]
     try:
         for layer in layers:
             layer.lay_out(decoding=True)

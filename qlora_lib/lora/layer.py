@@ -293,6 +293,11 @@ class LoRALinear(nn.Module):
             self.casts[name, dtype] = a.to(dtype), b.to(dtype)
         return self.casts[name, dtype]
 
+    @property
+    def laid_out(self) -> bool:
+        """Whether A and B are held cast."""
+        return self.casts is not None
+
     def lay_out(self, decoding: bool) -> None:
         """Begin or end to hold A and B cast (`decoding_layout`); they must not change then."""
         self.casts = {} if decoding else None

@@ -179,6 +179,18 @@ def test_within_the_layout_gradients_state_and_values_are_the_same():
     assert layer.op_grids is None and set(dict(layer.named_buffers())) == set(state)
 
 
+@needs_operator
+def test_the_layout_may_be_nested_and_changes_with_the_outermost_block():
+    inner, other = QuantizedLinear(weight(64)), QuantizedLinear(weight(64))
+    want = inner.codes.clone()
+    with decoding_layout(inner):
+        codes = inner.codes
+        with decoding_layout(nn.Sequential(inner, other)):
+            assert inner.codes is codes and other.laid_out
+        assert inner.codes is codes and not other.laid_out
+    assert torch.equal(inner.codes, want) and not inner.laid_out
+
+
 def test_what_the_operator_cannot_serve_stays_as_it_is():
     ragged = quantize_rtn(normal(48, 72), QuantSpec(4, 36))
     for q in (weight(bits=3), weight(33), ragged, shuffled(), quantize_nf4(normal(64, 64))):

@@ -63,6 +63,18 @@ def test_what_is_decoded_is_the_same_to_the_bit(kind, names):
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
+def test_a_layout_within_a_layout_keeps_the_casts_and_leaves_them():
+    model = two_adapters()
+    with decoding_layout(model):
+        decode(model, 1)
+        casts = [m.casts for m in lora_layers(model).values()]
+        with decoding_layout(model):
+            decode(model, 1)
+        after = [m.casts for m in lora_layers(model).values()]
+        assert all(casts) and all(a is b for a, b in zip(casts, after))
+    assert all(m.casts is None for m in lora_layers(model).values())
+
+
 def test_dora_keeps_its_lengths_in_fp32():
     model = adapted(small_model(), rank=3, use_dora=True).eval()
     want = decode(model, 1)
