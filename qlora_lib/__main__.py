@@ -1,5 +1,5 @@
 """`python -m qlora_lib quantize | finetune | verifier | evaluate | generate | export |
-memory`.
+memory | doctor`.
 
 Thin over the library. A run lives in checkpoints/PROFILE (runs/run_folder.py says what is there).
 Several processes share `finetune` and `evaluate`: torchrun --nproc-per-node 2 -m qlora_lib ...,
@@ -12,7 +12,7 @@ import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from .cli import evaluate, export, finetune, memory, verifier
+from .cli import doctor, evaluate, export, finetune, memory, verifier
 from .cli.common import check_device, shared_options
 
 
@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     commands, shared = top.add_subparsers(dest="command", required=True), shared_options()
     for group in (finetune, verifier, evaluate, export, memory):
         group.add_commands(commands, shared)
+    doctor.add_commands(commands)
     return top
 
 
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     # Lines appear at once in a pipe too, and a terminal without the check mark gets a "?".
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     args = parser().parse_args(argv)
+    if args.command == "doctor":  # which must run where torch can't be imported
+        return args.run(args)
     from .base import processes  # and with it torch, which --help does without
 
     try:

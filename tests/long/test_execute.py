@@ -269,15 +269,6 @@ def test_as_many_as_there_are_cores_and_memory_for(monkeypatch, cores, free, job
     assert beside.how_many() == jobs
 
 
-@pytest.mark.parametrize("share, cores", [
-    ("350000 100000", 3), ("50000 100000", 1), ("max 100000", 6), (None, 6)])
-def test_cores_are_those_of_the_container(tmp_path, monkeypatch, share, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
-    if share:
-        (tmp_path / "cpu.max").write_text(share + "\n")
-    assert beside.cores(tmp_path) == cores
-
-
 @pytest.mark.parametrize("wrong", ["0", "-1", "two"])
 def test_jobs_are_a_whole_number(wrong, capsys):
     with pytest.raises(SystemExit):

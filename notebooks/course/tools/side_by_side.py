@@ -10,25 +10,13 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from qlora_lib.base.machine import cores
 from .copies import copy_of
 from .normal_form import read
 
 NOTEBOOK_BYTES = 2 << 30  # one kernel on the tiny profile, at its peak
 GRACE = 20  # seconds that a process has to end its kernel
 MINUTES = re.compile(r"\| `tiny`.*?(\d+\.\d+|\d+|\ban?) minutes?( and a half)?")
-
-
-def cores(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may use: its affinity, or its container's share (cgroup v2)."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # Windows, macOS
-        count = os.cpu_count() or 1
-    try:
-        quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
-        return max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        return count
 
 
 def how_many() -> int:
