@@ -12,6 +12,10 @@ import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 
+if sys.version_info < (3, 11):  # which could not read what follows
+    sys.exit(f"error: Python 3.11 or newer is needed, and {sys.executable} is "
+             f"{sys.version.split()[0]}; make setup PY=python3.12 takes another")  # fmt: skip
+
 from .cli import doctor, evaluate, export, finetune, memory, verifier
 from .cli.common import check_device, shared_options
 

@@ -1,7 +1,9 @@
 """The doctor: each check with a faked environment, and the whole of it without torch."""
 
+import ast
 import json
 import re
+import runpy
 import subprocess
 import sys
 from argparse import Namespace
@@ -69,6 +71,14 @@ def test_a_check_that_fails_is_a_note_and_the_others_go_on(monkeypatch, capsys):
     assert doctor.doctor(Namespace(json=False)) == 0
     said = capsys.readouterr().out
     assert "moon could not be checked" in said and "sun" in said
+
+
+def test_an_older_python_is_told_so_before_it_meets_what_it_cannot_read(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    with pytest.raises(SystemExit, match="Python 3.11 or newer is needed"):
+        runpy.run_module("qlora_lib", run_name="__main__")
+    for name in ("__init__.py", "__main__.py"):  # these it reads
+        ast.parse((ROOT / "qlora_lib" / name).read_text(encoding="utf-8"), feature_version=(3, 7))
 
 
 @pytest.mark.long
