@@ -23,7 +23,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help doctor setup run-all rehearsal test unit long families lowest newest interop nbval ui pictures store normal solved html \
+.PHONY: help setup run-all rehearsal test unit long families lowest newest interop nbval ui pictures store normal solved html \
         student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
@@ -62,6 +62,7 @@ trap "kill $$! 2>/dev/null" EXIT; \
 $(1)/bin/python -m pip --disable-pip-version-check install $(PIP_ARGS) $(2)
 endef
 
+.PHONY: doctor
 doctor: ## what this machine has and lacks for the course, with the remedies ## python -m qlora_lib doctor
 	@$(or $(wildcard $(PYTHON)),$(PY)) -m qlora_lib doctor
 
