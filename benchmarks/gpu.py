@@ -34,6 +34,7 @@ from qlora_lib.base.devices import (
     dtype_name,
     resolve_dtype,  # noqa: E402
 )
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic  # noqa: E402
 from qlora_lib.base.stamp import stamp
 from qlora_lib.generation.kv_cache import CacheSpec, PackedCache  # noqa: E402
@@ -318,4 +319,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

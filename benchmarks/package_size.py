@@ -17,6 +17,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from qlora_lib.base.endings import ending
+
 PACKAGES = {"qlora_lib": "qlora_lib", "course": "notebooks/course", "experiments": "experiments"}
 NOTEBOOKS = ("01", "02", "03", "04", "05")
 # Runs in a process of its own, with a notebook's import statements as its argument.
@@ -125,4 +127,4 @@ def print_row(label: str, row: tuple[set[str], set[str]], size: dict[str, int]) 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

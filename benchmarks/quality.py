@@ -8,12 +8,14 @@ same calibration tokens; errors are |x W^T - x Q^T| / |x W^T| on tokens that non
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import ROOT
 from qlora_lib.base.stamp import stamp
@@ -185,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

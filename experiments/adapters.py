@@ -33,6 +33,7 @@ from experiments.adapter_table import adapter_table
 from experiments.measured_step import AllocationMeter
 from experiments.table import command_line
 from experiments.toy.tasks import load_task
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_json, write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
@@ -386,4 +387,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

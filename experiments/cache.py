@@ -21,6 +21,7 @@ from torch import Tensor
 from experiments.accuracy import ADAPTER, merged, table_row
 from experiments.smollm2 import text_ids
 from experiments.table import Table, command_line
+from qlora_lib.base.endings import ending
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example, pad
@@ -209,4 +210,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

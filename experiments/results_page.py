@@ -6,10 +6,12 @@ stops it with a ValueError.
 """
 
 import json
+import sys
 import textwrap
 from itertools import combinations
 from pathlib import Path
 
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import whole_file
 from qlora_lib.base.paths import DATA, ROOT
 from qlora_lib.base.statistics import mcnemar, wilson
@@ -419,4 +421,4 @@ def main(out: Path = PAGE) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import math
 import re
+import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from experiments.toy.corpus import MIX, documents
 from experiments.toy.minigsm import problems
 from qlora_lib.base.devices import resolve_dtype
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_json, read_tensors, write_json_atomic
 from qlora_lib.base.folders import atomic_folder
+from qlora_lib.base.ranges import ANY_SEED, COUNT
 
 VOCABULARY = 512
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -244,11 +247,11 @@ the same quality. Licence: MIT.
 def main() -> None:
     """Command line of `pretrain`."""
     parser = argparse.ArgumentParser(description="pretrain the bundled tiny model from scratch")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--steps", type=COUNT, default=STEPS)
+    parser.add_argument("--seed", type=ANY_SEED, default=SEED)
     parser.add_argument("--out", type=Path, default=Path("data/tiny-llama"))
     parser.add_argument("--checkpoint", type=Path, default=Path("build/pretrain"))
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=COUNT, default=None)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     options = parser.parse_args()
     if options.threads:
@@ -257,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

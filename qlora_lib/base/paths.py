@@ -9,6 +9,15 @@ DATA = (ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()) / "data"
 BUNDLED = "comes with the course's repository, not with the package alone: work in a clone"
 
 
+def plain_name(name: str, what: str) -> str:
+    """Return `name`, if it can only be a file or a folder where it is put; ValueError for one that
+    leads elsewhere, or that no file may have. what: what it names."""
+    if not isinstance(name, str) or name.strip(". ") == "" or len(name) > 200 or not (
+            name.isprintable() and not set(name) & set("/\\:")):  # fmt: skip
+        raise ValueError(f"{what} {name!r:.80} can't name a file; expected letters and digits")
+    return name
+
+
 def short_path(path: Path) -> str:
     """Return a path below the working directory, or the repository's root, as seen from there."""
     for folder in (Path.cwd(), ROOT):

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..base.ranges import Range
 from .gsm8k import PROMPT, format_gsm8k
 from .rows import check_lost, listed, read_rows, text_of
 from .tokens import IGNORE, Example, encode_after, encode_example, encode_prompt
@@ -40,6 +41,8 @@ DEV = 256  # examples that are held out at most
 
 def hold_out(examples: Sequence, at_least: int = 0) -> tuple[Sequence, Sequence]:
     """Return (train, dev) of examples without a dev set: dev is the last tenth, at most DEV."""
+    examples = listed(examples, "examples")
+    Range(0, len(examples), whole=True).check("at_least", at_least)
     kept = len(examples) - max(at_least, min(DEV, len(examples) // 10))
     return examples[:kept], examples[kept:]
 
@@ -199,7 +202,7 @@ def _check_messages(messages) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages` should be a list of messages, got {messages!r:.80}")
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        if not isinstance(message, dict) or str(message.get("role")) not in ROLES:
             raise ValueError(f"a message needs a role ({', '.join(ROLES)}), got {message!r:.80}")
         if message.get("content") or not message.get("tool_calls"):
             text_of(message, "content")

@@ -15,6 +15,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from qlora_lib.base.endings import ending
 from qlora_lib.base.folders import atomic_folder
 from qlora_lib.base.paths import ROOT
 from .execute import BUILD
@@ -190,15 +191,11 @@ def main(arguments: list[str] | None = None) -> int:
                                      description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=BUILD / "html", help="this folder is replaced")
     out = parser.parse_args(arguments).out
-    try:
-        made = build(out, notebooks(), sorted(DOCS.glob("*.md")))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    made = build(out, notebooks(), sorted(DOCS.glob("*.md")))
     size = sum(path.stat().st_size for path in made)
     print(f"{len(made)} pages, {size / 1e6:.1f} MB: open {out / 'index.html'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))
