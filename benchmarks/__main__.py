@@ -15,7 +15,7 @@ import torch
 
 from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic
-from qlora_lib.base.paths import ROOT
+from qlora_lib.base.paths import ROOT, given_path
 from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("solver", "layers", "step"))
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument("--rounds", type=COUNT, help="of each part (default: 5, 9 and 3)")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench-cpu.json")
+    parser.add_argument("--out", type=given_path, default=ROOT / "data" / "results" / "bench-cpu.json")
     args = parser.parse_args()
     parts, load = args.only or ("solver", "layers", "step"), timing.machine_load()
     busy = load is not None and load > timing.BUSY

@@ -22,7 +22,7 @@ from experiments.table import Table, asked_rows, command_line, write_jsonl
 from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.hashes import weights_id
-from qlora_lib.base.paths import DATA, short_path
+from qlora_lib.base.paths import DATA, given_path, short_path
 from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 from qlora_lib.data.calibration import calibration_batches
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=COUNT, help="only the first so many problems, for a trial")
     parser.add_argument("--max-steps", type=COUNT, help="fewer training steps, for a trial")
     parser.add_argument("--merges", action="store_true", help="only tiny-merges.json")
-    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="of the merged rows")
+    parser.add_argument("--adapter", type=given_path, default=ADAPTER, help="of the merged rows")
     args = parser.parse_args(argv)
 
     profile = load_profile("tiny", model=args.model, data=args.data)

@@ -21,7 +21,7 @@ from experiments.peak_memory import PeakMemory
 from experiments.table import command_line
 from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_json, whole_file, write_json_atomic
-from qlora_lib.base.paths import DATA
+from qlora_lib.base.paths import DATA, given_path
 from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
@@ -170,7 +170,7 @@ def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULT)
     add = parser.add_argument
-    add("folder", type=Path, help="for the model (13.5 GB) and, in quantized/, the result")
+    add("folder", type=given_path, help="for the model (13.5 GB) and, in quantized/, the result")
     add("--blocks", type=COUNT, default=4, help="decoder blocks to quantize (default 4)")
     add("--part", action="store_true", help="make only those blocks, to save disk and time")
     add("--sequences", type=COUNT, default=16, help=f"of {LENGTH} calibration tokens (default 16)")

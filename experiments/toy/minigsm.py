@@ -28,6 +28,7 @@ from pathlib import Path
 
 from experiments.table import write_jsonl
 from qlora_lib.base.endings import ending
+from qlora_lib.base.paths import given_path
 from qlora_lib.base.ranges import ANY_SEED
 
 SPLITS = ("train", "dev", "test")
@@ -477,7 +478,7 @@ def _fill(text: str, problem: Problem, **extra: str) -> str:
 def main() -> None:
     """Write a file a split and variant, the same bytes at every call."""
     parser = argparse.ArgumentParser(description="write the mini-GSM problems")
-    parser.add_argument("--out", type=Path, default=Path("data/minigsm"))
+    parser.add_argument("--out", type=given_path, default=Path("data/minigsm"))
     parser.add_argument("--seed", type=ANY_SEED, default=SEED)
     options = parser.parse_args()
     for split in SPLITS + VARIANTS:

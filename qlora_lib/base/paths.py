@@ -1,5 +1,6 @@
 """Where the bundled files are, and how a path is printed."""
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +17,26 @@ def plain_name(name: str, what: str) -> str:
             name.isprintable() and not set(name) & set("/\\:")):  # fmt: skip
         raise ValueError(f"{what} {name!r:.80} can't name a file; expected letters and digits")
     return name
+
+
+def given_path(text: str) -> Path:
+    """Return the path that a text names, for argparse; ArgumentTypeError where it names none."""
+    try:
+        text.encode()
+        if text and "\0" not in text:
+            real_path(text)
+            return Path(text)
+    except (OSError, UnicodeEncodeError) as error:
+        raise ArgumentTypeError(f"{text!r:.80} is no path: {error}") from None
+    raise ArgumentTypeError(f"{text!r:.80} is no path")
+
+
+def real_path(path: Path | str) -> Path:
+    """Return where a path leads, past links; OSError for links that lead to themselves."""
+    try:
+        return Path(path).resolve()
+    except RuntimeError as error:  # what Python 3.11 and 3.12 raise
+        raise OSError(f"{path} is a link that leads to itself") from error
 
 
 def short_path(path: Path) -> str:

@@ -24,10 +24,15 @@ SPOKEN = (ValueError, FileNotFoundError, OSError, ImportError)  # errors that sa
 
 def launched() -> int:
     """Return how many processes the launcher started, by its environment; 1 without a launcher.
-    Raises ValueError for variables of its that hold no number."""
-    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-        _number(name, 0)
-    return max(1, _number("WORLD_SIZE", 1))
+    Raises ValueError for variables of its that hold no number, or one out of range."""
+    count = _number("WORLD_SIZE", 1)
+    ranks = {"RANK": count - 1, "LOCAL_RANK": count - 1, "MASTER_PORT": 2**16 - 1}
+    wrong = [name for name, most in ranks.items() if count > 1 and _number(name, 0) > most]
+    if not count or wrong:
+        name = wrong[0] if wrong else "WORLD_SIZE"
+        raise ValueError(f"{name}={os.environ[name]} in the environment is out of range, for "
+                         f"WORLD_SIZE={count}")  # fmt: skip
+    return count
 
 
 def _number(name: str, usual: int) -> int:

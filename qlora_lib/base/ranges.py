@@ -33,9 +33,12 @@ class Range:
             value < self.high if self.below else value <= self.high)  # fmt: skip
 
     def __str__(self) -> str:
-        low = f"{'above' if self.above else 'from'} {self.low}"
-        high = f" to {'below ' if self.below else ''}{self.high}" if self.high < math.inf else ""
-        return f"a {'whole ' if self.whole else ''}number {low}{high or ' on' * (not self.above)}"
+        text = f"a {'whole ' if self.whole else ''}number"
+        if self.low > -math.inf:
+            text += f" {'above' if self.above else 'of at least'} {self.low}"
+        if self.high < math.inf:
+            text += f", {'below' if self.below else 'at most'} {self.high}"
+        return text
 
     def check(self, name: str, value: Any) -> None:
         """Raise ValueError, with the name, unless `value` is one of these numbers."""

@@ -6,18 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..base.paths import given_path
 from ..base.ranges import ANY_SEED, COUNT
 
 # torch and transformers take seconds to import, so --help does without them, in all commands.
 
 
+def text_of_path(text: str) -> str:
+    """A path or another name, for argparse."""
+    given_path(text)
+    return text
+
+
 SHARED = {  # options of most commands
     "profile": {"default": "tiny", "help": "tiny (default), smollm2 or llama2-7b"},
-    "model": {"help": "other weights: a hub id, a folder or a GGUF file; also $MODEL"},
-    "data": {"help": "gsm8k, or a folder with {split}.jsonl to use instead of the profile's "
+    "model": {"type": text_of_path, "help": "other weights: a hub id, a folder or a GGUF file; also $MODEL"},
+    "data": {"type": text_of_path, "help": "gsm8k, or a folder with {split}.jsonl to use instead of the profile's "
              "problems; to train on, also metamathqa, mathinstruct, or a file or folder of your "
              "own (formats: qlora_lib/data/examples.py). GSM8K's folder is also $GSM8K_DIR"},
-    "folder": {"type": Path, "help": "of the run (default: checkpoints/PROFILE)"},
+    "folder": {"type": given_path, "help": "of the run (default: checkpoints/PROFILE)"},
     "device": {"help": "cpu, cuda, cuda:1 ... (default: cuda where there is one)"},
     "compute-dtype": {"choices": ("auto", "bf16", "fp16", "fp32"), "help": "(default: profile's)"},
     "seed": {"type": ANY_SEED, "default": 0, "help": "(default: 0)"},
@@ -67,7 +74,7 @@ def check_device(device: str | None) -> None:
     import torch
 
     try:
-        wanted = torch.device(device or "cpu")
+        wanted = torch.device("cpu" if device is None else device)
         if wanted.type != "cuda":  # which would take memory of the first GPU
             torch.zeros(1, device=wanted).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -118,16 +125,20 @@ def open_options(args) -> Opened:
 def read_data_option(args) -> tuple[str | None, str | None, str | None]:
     """(kind of problems, None for the profile's; their folder; what to train on, None for them).
     Training sets go with GSM8K's problems, your own files with the profile's."""
-    from ..data.sources import TRAINING_SETS, holds_problems
+    from ..data.sources import TRAINING_SETS, data_file, holds_problems
 
     data, gsm8k = args.data, os.environ.get("GSM8K_DIR")
     if data == "gsm8k" or data in TRAINING_SETS:
         return "gsm8k", gsm8k, None if data == "gsm8k" else data
-    if data and not Path(data).exists():
+    if data is not None and not Path(data).exists():
         names = ", ".join(("gsm8k", *TRAINING_SETS))
         raise FileNotFoundError(f"there is no folder or file {data}; --data also takes {names}")
+    if data and not (Path(data).is_file() or Path(data).is_dir()):
+        raise ValueError(f"--data {data} is neither a file nor a folder")
     if data and holds_problems(Path(data)):
         return None, data, None
+    if data and Path(data).is_dir():
+        data_file(Path(data))  # which says what is missing
     if data and args.command not in ("quantize", "finetune", "export"):
         raise ValueError(f"--data {data} is something to train on; {args.command} asks problems: "
                          "name a folder with test.jsonl (question and answer a line), or leave "

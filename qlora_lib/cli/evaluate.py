@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from ..base.paths import given_path
 from ..base.ranges import COUNT, FROM_ZERO, SHARE, ZERO_ON
 from .common import SHARED, Opened, add_command, make_decoding, open_options, open_run
 from .verifier import open_verifier
@@ -26,14 +27,14 @@ def add_commands(commands) -> None:
     add("--limit", type=COUNT, help="only the first so many problems")
     add("--few-shot", type=FROM_ZERO, default=0, metavar="K", help="solved problems before each")
     add("--batch-size", type=COUNT, help="completions at a time (default: 64, or what fits)")
-    add("--out", type=Path, help="(default: outputs/PROFILE/eval, and what is special)")
+    add("--out", type=given_path, help="(default: outputs/PROFILE/eval, and what is special)")
     add("--restart", action="store_true", help="replace answers instead of going on")
-    add("--compare", type=Path, metavar="REPORT", help="folder of another evaluation")
+    add("--compare", type=given_path, metavar="REPORT", help="folder of another evaluation")
     add("--samples", type=COUNT, default=1, metavar="K", help="completions a question")
     add("--vote", choices=VOTES, help="which of the samples counts (default: majority)")
     add("--temperature", type=ZERO_ON, help="(default: 0, with --samples 0.7)")
     add("--top-p", type=SHARE, default=1.0, help="only the likeliest tokens, this much together")
-    add("--verifier", type=Path, help="(default: verifier in the run's folder)")
+    add("--verifier", type=given_path, help="(default: verifier in the run's folder)")
 
     shared = "profile model folder device compute-dtype"
     add = add_command(commands, "generate", generate, "answer one question", shared, asks=True)
@@ -136,8 +137,10 @@ def evaluation_name(args) -> str:
 def generate(args) -> None:
     from ..data.examples import write_chat
     from ..data.gsm8k import PROMPT
+    from ..data.rows import text_of
     from ..generation.generate import generator
 
+    text_of({"question": args.question}, "question")
     opened = open_options(args)
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     stop = {} if args.form == "question" else {"stop": ()}

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+from ..base.paths import given_path
 from .common import Opened, add_command, open_options
 from .finetune import training_data
 
@@ -19,7 +20,7 @@ def add_commands(commands) -> None:
     add("--merge", choices=("gptq", "rtn"), help=merge)
     form = "gptq is for readers that know only version 1 (default: gptq_v2)"
     add("--format", choices=("gptq_v2", "gptq"), default="gptq_v2", help=form)
-    add("--out", type=Path, help="(default: gptq or gptq-merged in the run's folder)")
+    add("--out", type=given_path, help="(default: gptq or gptq-merged in the run's folder)")
 
 
 def export(args) -> None:

@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 from functools import partial
 
-from ..base.ranges import ABOVE_ZERO, COUNT, FROM_ZERO, SHARE_BELOW_ONE, ZERO_ON
+from ..base.paths import given_path
+from ..base.ranges import ABOVE_ZERO, COUNT, FROM_ZERO, SHARE_BELOW_ONE, ZERO_ON, Range
 from .common import SHARED, Opened, add_command, grid, open_options
 
+RATE = Range(0, 100, above=True)
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
 OF_GRID = ("with --method gptq or rtn", lambda args: args.method in ("gptq", "rtn"))
@@ -49,7 +51,7 @@ def add_commands(commands) -> None:
     add("--method", choices=METHODS[:3], default="gptq", help="of quantization")
     text = "linears to quantize: all (default), or q, k, v, o alone"
     add("--targets", choices=("all", "attention"), default="all", help=text)
-    add("--spill", help="with --stream: a folder to keep activations in")
+    add("--spill", type=given_path, help="with --stream: a folder to keep activations in")
 
     text = "quantize, inject LoRA, train, save"
     shared, needs = " ".join(SHARED), NEEDS | OF_FINETUNE
@@ -61,7 +63,7 @@ def add_commands(commands) -> None:
     add("--accumulation", type=COUNT, help="batches in a step (default: as many examples as "
         "in the profile's, about)")  # fmt: skip
     add("--optimizer", choices=("adamw", "adam8bit"), help="(default: adamw)")
-    add("--lr", type=ABOVE_ZERO, help="peak learning rate")
+    add("--lr", type=RATE, help="peak learning rate")
     add("--max-length", type=COUNT, help="tokens of prompt and target")
     add("--eval-every", type=COUNT, help="steps between dev losses (default: each epoch's end)")
     add("--gradient-checkpointing", action="store_true", default=None)

@@ -51,7 +51,7 @@ def model_config(model: str):
     from transformers import AutoConfig, LlamaConfig
 
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
         if model != "meta-llama/Llama-2-7b-hf":
             raise FileNotFoundError(f"{model} has no config.json that can be read here: name a "

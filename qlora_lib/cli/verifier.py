@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..base.ranges import ABOVE_ZERO, COUNT
 from .common import SHARED, Opened, add_command, make_decoding, open_options, open_run
+from .finetune import RATE
 
 
 def add_commands(commands) -> None:
@@ -16,7 +17,7 @@ def add_commands(commands) -> None:
     add("--epochs", type=COUNT, default=1, help="passes over the solutions")
     add("--batch-size", type=COUNT, default=64, help="solutions at a time")
     add("--rank", type=COUNT, default=16, help="of the adapter")
-    add("--lr", type=ABOVE_ZERO, default=1e-3, help="peak learning rate")
+    add("--lr", type=RATE, default=1e-3, help="peak learning rate")
 
 
 def train(args) -> None:

@@ -67,11 +67,22 @@ def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
                 "(prompt, completion) or (input_ids, labels)"
             )
     if kinds[0] == "encoded":
-        return [e if isinstance(e, Example) else Example(*e) for e in source]
+        examples = [e if isinstance(e, Example) else Example(*e) for e in source]
+        for i, (ids, labels) in enumerate(examples, 1):
+            _check_ids(i, ids, labels)
+        return examples
     if kinds[0] == "a pair of texts":
         return [encode_example(tokenizer, *pair) for pair in source]
     rows = [{"text": row} if isinstance(row, str) else row for row in source]
     return make_examples([(f"example {i}", row) for i, row in enumerate(rows, 1)], tokenizer)[1]
+
+
+def _check_ids(number: int, ids: list[int], labels: list[int]) -> None:
+    """Raise ValueError unless both are token ids, as many; a label may be IGNORE."""
+    whole = ids and len(ids) == len(labels) and {type(i) for i in (*ids, *labels)} == {int}
+    if not whole or min(ids) < 0 or min((n for n in labels if n != IGNORE), default=0) < 0:
+        raise ValueError(f"example {number} should be token ids and as many labels (ids, or "
+                         f"{IGNORE}), got {ids!r:.60} and {labels!r:.60}")  # fmt: skip
 
 
 def _kind(example) -> str | None:

@@ -81,7 +81,7 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
                     where = f"{name}, line {number}"
                     found.append((where, parse_json(line)))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error}); convert it") from error
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start:,}); convert it") from error
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not found:

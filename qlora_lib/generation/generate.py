@@ -14,7 +14,7 @@ from ..base.devices import dtype_name
 from ..base.paths import short_path
 from ..base.progress import Progress
 from ..base.ranges import ANY_SEED, COUNT, SHARE, ZERO_ON, check_fields
-from ..data.rows import listed
+from ..data.rows import check_text, listed
 from ..data.tokens import PAD, by_length, encode_prompt, pad
 from ..layers.linear import decoding_layout
 from ..lora.inject import use_adapter
@@ -44,6 +44,8 @@ class Decoding:
         stops = [] if isinstance(self.stop, str) else listed(self.stop, "stop", str)
         if isinstance(self.stop, str) or "" in stops:  # "" would end every completion at once
             raise ValueError(f"stop={self.stop!r:.80}: expected a tuple of texts that are not empty")
+        for stop in stops:
+            check_text(stop)
         if self.cache_bits not in (None, 8, 4) or isinstance(self.cache_bits, float):
             raise ValueError(f"cache_bits={self.cache_bits!r} must be 8, 4, or None for 16 or 32")
         if self.samples > 1 and self.temperature == 0:
@@ -77,11 +79,12 @@ class Generator:
         """Return a completion, or a list of samples, for each prompt; ValueError if the function
         gave anything else."""
         said = self.ask(prompts)
-        texts = [isinstance(s, str) or isinstance(s, list) and bool(s) and
-                 all(isinstance(each, str) for each in s) for s in said or ()]  # fmt: skip
+        found = () if isinstance(said, str) or not isinstance(said, Sequence) else said
+        groups = [each if isinstance(each, list) and each else [each] for each in found]
+        texts = [all(isinstance(text, str) for text in group) for group in groups]
         if len(texts) != len(prompts) or not all(texts):
-            raise ValueError(f"{len(prompts)} prompts gave {said!r:.80}; expected as many texts, or "
-                             "lists of samples")  # fmt: skip
+            raise ValueError(f"{len(prompts)} prompts gave {said!r:.80}; expected as many texts, "
+                             "or lists of samples")  # fmt: skip
         return said
 
     def check(self, prompts: Sequence[str]) -> None:
@@ -230,8 +233,8 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> ModelGenerat
     Raises ValueError for other things, for what check_prompt refuses, and for unknown adapters.
     """
     if not isinstance(decoding, Decoding) or not hasattr(model, "generate") or tokenizer is None:
-        raise ValueError("expected a model that generates, its tokenizer and a Decoding, got "
-                         f"{type(model).__name__}, {tokenizer!r:.40}, {decoding!r:.60}")  # fmt: skip
+        kinds = ", ".join(type(given).__name__ for given in (model, tokenizer, decoding))
+        raise ValueError(f"expected a model that generates, its tokenizer, a Decoding; got {kinds}")
     return ModelGenerator(model, tokenizer, decoding)
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qlora_lib.base.files import read_json, write_json_atomic
+from qlora_lib.base.files import read_entry, write_json_atomic
 from qlora_lib.base.paths import ROOT, plain_name
 from qlora_lib.base.stamp import stamp
 
@@ -97,7 +97,7 @@ def merge(profile: str) -> dict[str, dict[str, Any]]:
     """
     folder, merged = metrics_folder(profile), {}
     for path in sorted(folder.glob("[!.]*.json")):
-        for name, entry in read_json(path)["numbers"].items():
+        for name, entry in read_entry(path, "numbers").items():
             if name in merged:
                 raise ValueError(f"{merged[name]['notebook']} and {path.stem} both record "
                                  f"'{name}'; give one of them another name")

@@ -31,6 +31,7 @@ from pathlib import Path
 from textwrap import shorten
 from unittest import mock
 
+from qlora_lib.base.paths import given_path
 from qlora_lib.base.endings import ending
 from qlora_lib.base.ranges import Range
 from ..kit import exercise as checks
@@ -246,7 +247,7 @@ def left() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.tools grade",
                                      description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="a notebook or a folder for each student")
+    parser.add_argument("folder", type=given_path, help="a notebook or a folder for each student")
     parser.add_argument("--seconds", type=Range(0, LONGEST, above=True), default=SECONDS,
                         help="for one exercise")
     given = parser.parse_args(arguments)

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from qlora_lib.base.paths import given_path
 from qlora_lib.base.endings import ending
 from .execute import BUILD
 from .normal_form import dumps, exercises, normal, notebooks, read, write
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.tools student",
                                      description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="notebooks, as 01 or 01_name; all if none")
-    parser.add_argument("--out", type=Path, default=BUILD / "student", help="folder of the copies")
+    parser.add_argument("--out", type=given_path, default=BUILD / "student", help="folder of the copies")
     given = parser.parse_args(arguments)
     made = build(given.out, notebooks(given.names))
     print(f"{len(made)} notebooks without solutions in {given.out}")

@@ -21,6 +21,9 @@ def test_what_data_may_be(place, monkeypatch):
     assert read("metamathqa", "evaluate") == ("gsm8k", "gsm", "metamathqa")
     assert read("data", "evaluate") == (None, "data", None)  # problems
     (place / "own").mkdir()
+    with pytest.raises(FileNotFoundError, match="no train.jsonl"):
+        read("own")
+    (place / "own" / "mine.jsonl").touch()
     assert read("own") == (None, None, "own") and read("own", profile="smollm2")[1] == "gsm"
 
 
@@ -106,9 +109,9 @@ def test_partly_quantized_base_fails_the_check(place, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["evaluate", "--samples", "0"], "--samples: expected a whole number from 1"),
+        (["evaluate", "--samples", "0"], "--samples: expected a whole number of at least 1"),
         (["evaluate", "--batch-size", "0"], "--batch-size: expected a whole number"),
-        (["evaluate", "--limit", "-2"], "--limit: expected a whole number from 1"),
+        (["evaluate", "--limit", "-2"], "--limit: expected a whole number of at least 1"),
         (["evaluate", "--max-new-tokens", "0"], "--max-new-tokens: expected"),
         (["verifier", "--samples", "0"], "--samples: expected"),
         (["finetune", "--rank", "0"], "--rank: expected"),
