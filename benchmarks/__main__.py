@@ -8,12 +8,15 @@ machine is not. Peers that are not installed are skipped, and named.
 
 import argparse
 import platform
+import sys
 from pathlib import Path
 
 import torch
 
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic
-from qlora_lib.base.paths import ROOT
+from qlora_lib.base.paths import ROOT, given_path
+from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 
 from . import layers, solver, step, timing
@@ -23,8 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=("solver", "layers", "step"))
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    parser.add_argument("--rounds", type=int, help="of each part (default: 5, 9 and 3)")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench-cpu.json")
+    parser.add_argument("--rounds", type=COUNT, help="of each part (default: 5, 9 and 3)")
+    parser.add_argument("--out", type=given_path, default=ROOT / "data" / "results" / "bench-cpu.json")
     args = parser.parse_args()
     parts, load = args.only or ("solver", "layers", "step"), timing.machine_load()
     busy = load is not None and load > timing.BUSY
@@ -64,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

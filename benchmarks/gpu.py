@@ -34,7 +34,9 @@ from qlora_lib.base.devices import (
     dtype_name,
     resolve_dtype,  # noqa: E402
 )
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic  # noqa: E402
+from qlora_lib.base.paths import given_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.generation.kv_cache import CacheSpec, PackedCache  # noqa: E402
 from qlora_lib.layers.kernels import fused_kernels  # noqa: E402
@@ -243,8 +245,8 @@ def release(device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="python benchmarks/gpu.py")
     options.add_argument("--small", action="store_true", help="seconds, on a CPU too")
-    options.add_argument("--smollm2", type=Path, help="folder with SmolLM2-135M's weights")
-    options.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "gpu.json")
+    options.add_argument("--smollm2", type=given_path, help="folder with SmolLM2-135M's weights")
+    options.add_argument("--out", type=given_path, default=ROOT / "data" / "results" / "gpu.json")
     args = options.parse_args(argv)
     gpu = torch.cuda.is_available()
     if not gpu and not args.small:
@@ -318,4 +320,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

@@ -17,6 +17,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from qlora_lib.base.endings import ending
+from qlora_lib.base.paths import given_path
+
 PACKAGES = {"qlora_lib": "qlora_lib", "course": "notebooks/course", "experiments": "experiments"}
 NOTEBOOKS = ("01", "02", "03", "04", "05")
 # Runs in a process of its own, with a notebook's import statements as its argument.
@@ -95,7 +98,7 @@ def reachable(start: set[str], files: dict[str, Path], home: dict[str, str]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1])
+    parser.add_argument("--tree", type=given_path, default=Path(__file__).resolve().parents[1])
     tree = parser.parse_args().tree.resolve()
     files = module_files(tree)
     size = {name: lines(path) for name, path in files.items() if name.startswith("qlora_lib")}
@@ -125,4 +128,4 @@ def print_row(label: str, row: tuple[set[str], set[str]], size: dict[str, int]) 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

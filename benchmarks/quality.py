@@ -8,14 +8,16 @@ same calibration tokens; errors are |x W^T - x Q^T| / |x W^T| on tokens that non
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic
-from qlora_lib.base.paths import ROOT
+from qlora_lib.base.paths import ROOT, given_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.quant.damping import choose_damping
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize, output_error
@@ -174,9 +176,9 @@ def run(layers: dict[str, tuple[Tensor, Tensor, Tensor]]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of a Llama-like model, for real layers")
-    parser.add_argument("--wikitext", type=Path, help="folder with WikiText-2's test.txt, valid.txt")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "gptq-quality.json")
+    parser.add_argument("--model", type=given_path, help="folder of a Llama-like model, for real layers")
+    parser.add_argument("--wikitext", type=given_path, help="folder with WikiText-2's test.txt, valid.txt")
+    parser.add_argument("--out", type=given_path, default=ROOT / "data" / "results" / "gptq-quality.json")
     args = parser.parse_args()
     layers = {"random, correlated inputs": random_layer()}
     if args.model:
@@ -185,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

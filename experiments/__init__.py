@@ -1,0 +1,8 @@
+"""Where everything in data/ comes from: python -m experiments.accuracy and the like."""
+
+import sys
+
+from qlora_lib.base.endings import quiet_interrupt
+
+if sys.argv[0] == "-m":  # python -m, which imports this first, and torch after it
+    quiet_interrupt()

@@ -19,9 +19,11 @@ import torch
 
 from experiments.merge_report import merge_report
 from experiments.table import Table, asked_rows, command_line, write_jsonl
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.hashes import weights_id
-from qlora_lib.base.paths import DATA, short_path
+from qlora_lib.base.paths import DATA, given_path, short_path
+from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.gsm8k import format_gsm8k
@@ -183,10 +185,10 @@ def merges(profile: Profile, adapter: Path, problems) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULT, "--force", "--rows", "--model", "--data")
-    parser.add_argument("--limit", type=int, help="only the first so many problems, for a trial")
-    parser.add_argument("--max-steps", type=int, help="fewer training steps, for a trial")
+    parser.add_argument("--limit", type=COUNT, help="only the first so many problems, for a trial")
+    parser.add_argument("--max-steps", type=COUNT, help="fewer training steps, for a trial")
     parser.add_argument("--merges", action="store_true", help="only tiny-merges.json")
-    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="of the merged rows")
+    parser.add_argument("--adapter", type=given_path, default=ADAPTER, help="of the merged rows")
     args = parser.parse_args(argv)
 
     profile = load_profile("tiny", model=args.model, data=args.data)
@@ -236,4 +238,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

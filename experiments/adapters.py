@@ -33,7 +33,8 @@ from experiments.adapter_table import adapter_table
 from experiments.measured_step import AllocationMeter
 from experiments.table import command_line
 from experiments.toy.tasks import load_task
-from qlora_lib.base.files import read_json, write_json_atomic
+from qlora_lib.base.endings import ending
+from qlora_lib.base.files import read_entry, write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.base.statistics import wilson
@@ -93,7 +94,7 @@ def stored(part: str, folder: Path = RESULTS) -> dict[str, dict]:
     path = results_of(part, folder)
     if not path.is_file():
         raise FileNotFoundError(f"there is no {short_path(path)}; `make experiments` records it")
-    return read_json(path)["rows"]
+    return read_entry(path, "rows")
 
 
 def read_epochs(folder: Path = RESULTS) -> dict[int, dict[int, dict]]:
@@ -188,7 +189,7 @@ class Table:
     def __init__(self, part: str, folder: Path, force: bool = False, **about):
         self.path, self.about = results_of(part, folder), about
         found = self.path.is_file() and not force
-        self.rows = read_json(self.path)["rows"] if found else {}
+        self.rows = read_entry(self.path, "rows") if found else {}
 
     def row(self, name: str, make: Callable[[], dict]) -> dict:
         """The row of this name; make() measures it where there is none."""
@@ -386,4 +387,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

@@ -21,7 +21,8 @@ from torch import Tensor
 from experiments.accuracy import ADAPTER, merged, table_row
 from experiments.smollm2 import text_ids
 from experiments.table import Table, command_line
-from qlora_lib.base.paths import DATA, short_path
+from qlora_lib.base.endings import ending
+from qlora_lib.base.paths import DATA, given_path, short_path
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example, pad
 from qlora_lib.evaluation.evaluate import evaluate
@@ -178,7 +179,7 @@ def exact_match(model, tokenizer, profile: Profile, bits: int | None, count: int
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULTS, "--force", "--model")
     parser.add_argument("part", nargs="?", default="tiny", choices=("tiny", "smollm2"))
-    parser.add_argument("--wikitext", type=Path, default=Path("data/wikitext2"),
+    parser.add_argument("--wikitext", type=given_path, default=Path("data/wikitext2"),
                         help="folder with WikiText-2's test.txt")  # fmt: skip
     args = parser.parse_args(argv)
     path = args.out / f"{args.part}-cache.json"
@@ -209,4 +210,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

@@ -5,12 +5,14 @@ claim: a claim that the records do not bear, or a row whose counts are not those
 stops it with a ValueError.
 """
 
-import json
+
+import sys
 import textwrap
 from itertools import combinations
 from pathlib import Path
 
-from qlora_lib.base.files import whole_file
+from qlora_lib.base.endings import ending
+from qlora_lib.base.files import read_json, read_text, whole_file
 from qlora_lib.base.paths import DATA, ROOT
 from qlora_lib.base.statistics import mcnemar, wilson
 
@@ -51,9 +53,8 @@ LAYERS = [
 
 def recorded(name: str) -> dict:
     """A record, stamped, with its rows' counts and intervals compared with their verdicts."""
-    text = (RESULTS / f"{name}.json").read_text(encoding="utf-8")
+    found, text = read_json(RESULTS / f"{name}.json"), read_text(RESULTS / f"{name}.json")
     claim(all(f'"{key}":' in text for key in STAMPED), f"{name} has {', '.join(STAMPED)}")
-    found = json.loads(text)
     check_scores(found, name)
     return found
 
@@ -419,4 +420,4 @@ def main(out: Path = PAGE) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

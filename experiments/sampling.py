@@ -21,8 +21,10 @@ import torch
 
 from experiments.accuracy import ADAPTER, quantized
 from experiments.table import command_line, write_jsonl
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_json, write_json_atomic
-from qlora_lib.base.paths import DATA, short_path
+from qlora_lib.base.paths import DATA, given_path, short_path
+from qlora_lib.base.ranges import ABOVE_ZERO, COUNT
 from qlora_lib.base.stamp import stamp
 from qlora_lib.data.gsm8k import format_gsm8k, parse_gold
 from qlora_lib.data.rows import read_jsonl
@@ -165,13 +167,13 @@ def test_records(
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULT, "--force", "--model", "--data")
-    parser.add_argument("--verifier", type=Path, default=VERIFIER, help="folder to write it to")
-    parser.add_argument("--adapter", type=Path, default=ADAPTER)
-    parser.add_argument("--dev", type=int, default=250, help="problems that choose")
-    parser.add_argument("--train", type=int, default=2500, help="problems of the verifier")
-    parser.add_argument("--test", type=int, default=1000, help="problems of the report")
-    parser.add_argument("--samples", type=int, default=16, help="of a test problem; others have 8")
-    parser.add_argument("--max-steps", type=int, help="of the verifier's training, for a trial")
+    parser.add_argument("--verifier", type=given_path, default=VERIFIER, help="folder to write it to")
+    parser.add_argument("--adapter", type=given_path, default=ADAPTER)
+    parser.add_argument("--dev", type=COUNT, default=250, help="problems that choose")
+    parser.add_argument("--train", type=COUNT, default=2500, help="problems of the verifier")
+    parser.add_argument("--test", type=COUNT, default=1000, help="problems of the report")
+    parser.add_argument("--samples", type=COUNT, default=16, help="of a test problem; others have 8")
+    parser.add_argument("--max-steps", type=COUNT, help="of the verifier's training, for a trial")
     args = parser.parse_args(argv)
 
     profile = load_profile("tiny", model=args.model, data=args.data)
@@ -191,7 +193,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = temperatures(model, tokenizer, profile, profile.examples("dev")[: args.dev], few)
         write_jsonl(on_dev, rows)
         store("temperatures", {"samples": few, "chosen": best_temperature(rows)})
-    temperature = table["temperatures"]["chosen"]
+    temperature = table["temperatures"].get("chosen")
+    if temperature not in ABOVE_ZERO:
+        raise ValueError(f"{args.out} has no chosen temperature; --force measures it again")
     print(f"temperature {temperature}: most right majorities on dev")
     if "verifier" not in table:
         entries = profile.examples("train")[: args.train]
@@ -214,4 +218,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

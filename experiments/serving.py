@@ -8,13 +8,16 @@ and nothing about accuracy. About a minute on 2 cores; run it on an idle machine
 """
 
 import statistics
+import sys
 import time
 
 import torch
 
 from experiments.table import command_line
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
+from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.generation.generate import Decoding, generator
@@ -84,8 +87,8 @@ def compare_serving(model, tokenizer, prompts, names, new: int, turns: int) -> d
 
 def main(argv: list[str] | None = None) -> None:
     options = command_line(__doc__, RESULT)
-    options.add_argument("--turns", type=int, default=TURNS)
-    options.add_argument("--new-tokens", type=int, default=NEW)
+    options.add_argument("--turns", type=COUNT, default=TURNS)
+    options.add_argument("--new-tokens", type=COUNT, default=NEW)
     args = options.parse_args(argv)
     rows, profile = {}, load_profile("tiny")
     for base, spec in BASES.items():
@@ -104,4 +107,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

@@ -23,7 +23,10 @@ import torch
 
 from experiments.perplexity import perplexity
 from experiments.table import Table, asked_rows, command_line
-from qlora_lib.base.paths import DATA, short_path
+from qlora_lib.base.endings import ending
+from qlora_lib.base.files import read_text
+from qlora_lib.base.paths import DATA, given_path, short_path
+from qlora_lib.base.ranges import COUNT
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example
@@ -89,7 +92,7 @@ def text_ids(tokenizer, path: Path, tokens: int) -> torch.Tensor:
     if not path.is_file():
         place = short_path(path)
         raise FileNotFoundError(f"there is no {place}; expected WikiText-2 as plain text")
-    text = path.read_text(encoding="utf-8")[: 8 * tokens]  # no text has that long tokens
+    text = read_text(path)[: 8 * tokens]  # no text has that long tokens
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False)[:tokens])
 
 
@@ -204,11 +207,11 @@ def train(profile: Profile, folder: Path, steps: int, batch_size: int):
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULTS, "--force", "--rows", "--model", "--data")
     parser.add_argument("part", choices=("perplexity", "gsm8k"))
-    parser.add_argument("--wikitext", type=Path, default=Path("data/wikitext2"),
+    parser.add_argument("--wikitext", type=given_path, default=Path("data/wikitext2"),
                         help="folder with WikiText-2's test.txt and valid.txt")  # fmt: skip
-    parser.add_argument("--folder", type=Path, default=Path("checkpoints/smollm2-experiments"))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--folder", type=given_path, default=Path("checkpoints/smollm2-experiments"))
+    parser.add_argument("--steps", type=COUNT, default=200)
+    parser.add_argument("--batch-size", type=COUNT, default=8)
     args = parser.parse_args(argv)
     profile = load_profile("smollm2", model=args.model, data=args.data)
     profile = replace(profile, compute_dtype="fp32")
@@ -236,4 +239,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

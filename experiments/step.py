@@ -25,6 +25,7 @@ from experiments.measured_step import measure_step, random_step
 from experiments.peak_memory import PeakMemory
 from experiments.table import command_line
 from qlora_lib.base.devices import DTYPES, dtype_name, resolve_dtype
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
@@ -138,4 +139,4 @@ if __name__ == "__main__":
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         # Read by glibc when a process starts: begin again with them.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | MALLOC)
-    main()
+    sys.exit(ending(main))

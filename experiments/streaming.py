@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -18,8 +19,10 @@ import torch
 
 from experiments.peak_memory import PeakMemory
 from experiments.table import command_line
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_json, whole_file, write_json_atomic
-from qlora_lib.base.paths import DATA
+from qlora_lib.base.paths import DATA, given_path
+from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
 from qlora_lib.models.checkpoint import INDEX
@@ -167,13 +170,13 @@ def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULT)
     add = parser.add_argument
-    add("folder", type=Path, help="for the model (13.5 GB) and, in quantized/, the result")
-    add("--blocks", type=int, default=4, help="decoder blocks to quantize (default 4)")
+    add("folder", type=given_path, help="for the model (13.5 GB) and, in quantized/, the result")
+    add("--blocks", type=COUNT, default=4, help="decoder blocks to quantize (default 4)")
     add("--part", action="store_true", help="make only those blocks, to save disk and time")
-    add("--sequences", type=int, default=16, help=f"of {LENGTH} calibration tokens (default 16)")
+    add("--sequences", type=COUNT, default=16, help=f"of {LENGTH} calibration tokens (default 16)")
     add("--targets", choices=("all", "attention"), default="all")
     add("--spill", action="store_true", help="keep activations in the folder, not in memory")
-    add("--hidden", type=int, help="another width than 4096, for a trial")
+    add("--hidden", type=COUNT, help="another width than 4096, for a trial")
     args = parser.parse_args(argv)
 
     shape = dict(LLAMA2_7B)
@@ -196,4 +199,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

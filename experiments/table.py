@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora_lib.base.files import read_json, whole_file, write_json_atomic
+from qlora_lib.base.paths import given_path
 from qlora_lib.base.stamp import stamp
 
 OPTIONS = {
-    "--out": {"type": Path, "help": "another place than data/results, for a trial"},
+    "--out": {"type": given_path, "help": "another place than data/results, for a trial"},
     "--force": {"action": "store_true", "help": "measure stored rows again"},
     "--rows": {"nargs": "*", "metavar": "ROW", "help": "only these rows"},
     "--model": {"help": "other weights: a folder, a hub id or a GGUF file"},
@@ -52,7 +53,11 @@ class Table:
         self, path: Path, seed: int, order: Sequence[str] | None = None, force: bool = False
     ):
         self.path, self.seed, self.order = path, seed, order
-        self.rows: dict[str, dict] = read_json(path) if path.is_file() and not force else {}
+        self.rows: dict[str, dict] = {}
+        if path.exists() and not force:  # a folder, say, is refused
+            self.rows = read_json(path)
+        if odd := [name for name, row in self.rows.items() if not isinstance(row, dict)]:
+            raise ValueError(f"{path}: row {odd[0]!r} is no object; --force replaces the file")
 
     def keep(self, name: str, row: dict) -> None:
         """Store a row in the place of what was there under its name."""

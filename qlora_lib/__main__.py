@@ -16,28 +16,30 @@ if sys.version_info < (3, 11):  # which could not read what follows
     sys.exit(f"error: Python 3.11 or newer is needed, and {sys.executable} is "
              f"{sys.version.split()[0]}; make setup PY=python3.12 takes another")  # fmt: skip
 
+from .base.endings import ending
 from .cli import doctor, evaluate, export, finetune, memory, verifier
-from .cli.common import check_device, shared_options
+from .cli.common import check_device, check_needs
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m qlora_lib", description=__doc__.split("\n")[0])
-    commands, shared = top.add_subparsers(dest="command", required=True), shared_options()
-    for group in (finetune, verifier, evaluate, export, memory):
-        group.add_commands(commands, shared)
-    doctor.add_commands(commands)
+    commands = top.add_subparsers(dest="command", required=True)
+    for group in (finetune, verifier, evaluate, export, memory, doctor):
+        group.add_commands(commands)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 2 and one line on stderr for bad input."""
-    # Lines appear at once in a pipe too, and a terminal without the check mark gets a "?".
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    args = parser().parse_args(argv)
+    """Run a command; returns its exit code, as base/endings.py has it."""
+    return ending(lambda: _run(parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int | None:
     if args.command == "doctor":  # which must run where torch can't be imported
         return args.run(args)
     from .base import processes  # and with it torch, which --help does without
 
+    check_needs(args)
     try:
         if processes.launched() > 1 and args.command not in ("finetune", "evaluate"):
             raise ValueError(f"{args.command} runs in one process, {processes.launched()} were "
@@ -47,12 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         # One process speaks for all; errors are each one's own.
         with nullcontext() if processes.first() else redirect_stdout(open(os.devnull, "w")):
             args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         processes.stop()
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,11 +21,15 @@ import argparse
 import dataclasses
 import random
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.table import write_jsonl
+from qlora_lib.base.endings import ending
+from qlora_lib.base.paths import given_path
+from qlora_lib.base.ranges import ANY_SEED
 
 SPLITS = ("train", "dev", "test")
 VARIANTS = ("test_changed", "test_larger")
@@ -474,8 +478,8 @@ def _fill(text: str, problem: Problem, **extra: str) -> str:
 def main() -> None:
     """Write a file a split and variant, the same bytes at every call."""
     parser = argparse.ArgumentParser(description="write the mini-GSM problems")
-    parser.add_argument("--out", type=Path, default=Path("data/minigsm"))
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--out", type=given_path, default=Path("data/minigsm"))
+    parser.add_argument("--seed", type=ANY_SEED, default=SEED)
     options = parser.parse_args()
     for split in SPLITS + VARIANTS:
         path, rows = options.out / f"{split}.jsonl", problems(split, options.seed)
@@ -484,4 +488,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

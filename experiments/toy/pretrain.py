@@ -9,6 +9,7 @@ import argparse
 import itertools
 import math
 import re
+import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -22,8 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from experiments.toy.corpus import MIX, documents
 from experiments.toy.minigsm import problems
 from qlora_lib.base.devices import resolve_dtype
+from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_json, read_tensors, write_json_atomic
 from qlora_lib.base.folders import atomic_folder
+from qlora_lib.base.paths import given_path
+from qlora_lib.base.ranges import ANY_SEED, COUNT
 
 VOCABULARY = 512
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -115,9 +119,9 @@ def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opti
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint in {folder}; run without --resume")
     state = read_json(path)
-    if {key: state[key] for key in asked} != asked:
+    if {key: state.get(key) for key in asked} != asked:
         raise ValueError(f"the checkpoint in {folder} is of a run with "
-                         f"{ {key: state[key] for key in asked} }, this one has {asked}; "
+                         f"{ {key: state.get(key) for key in asked} }, this one has {asked}; "
                          "give the same options or run without --resume")
     model.load_state_dict(read_tensors(folder / "model.safetensors"), strict=False)
     moments = read_tensors(folder / "optimizer.safetensors")
@@ -244,11 +248,11 @@ the same quality. Licence: MIT.
 def main() -> None:
     """Command line of `pretrain`."""
     parser = argparse.ArgumentParser(description="pretrain the bundled tiny model from scratch")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--out", type=Path, default=Path("data/tiny-llama"))
-    parser.add_argument("--checkpoint", type=Path, default=Path("build/pretrain"))
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--steps", type=COUNT, default=STEPS)
+    parser.add_argument("--seed", type=ANY_SEED, default=SEED)
+    parser.add_argument("--out", type=given_path, default=Path("data/tiny-llama"))
+    parser.add_argument("--checkpoint", type=given_path, default=Path("build/pretrain"))
+    parser.add_argument("--threads", type=COUNT, default=None)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     options = parser.parse_args()
     if options.threads:
@@ -257,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending(main))

@@ -13,11 +13,14 @@ def default_device() -> torch.device:
 def resolve_dtype(compute_dtype: str, device: torch.device | str | None = None) -> torch.dtype:
     """Return the dtype of a name; "auto" is bf16 where the device has it natively (emulated bf16 is
     slower than fp32), else fp16 on a GPU, else fp32. Raises ValueError for other names."""
-    if compute_dtype in DTYPES:
+    if isinstance(compute_dtype, str) and compute_dtype in DTYPES:
         return DTYPES[compute_dtype]
     if compute_dtype != "auto":
         raise ValueError(f"compute_dtype={compute_dtype!r} must be auto, bf16, fp16 or fp32")
-    kind = torch.device(device or default_device()).type
+    try:
+        kind = torch.device(device or default_device()).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r:.60}: expected cpu, cuda, cuda:1 ...") from error
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

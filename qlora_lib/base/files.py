@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .hashes import add_tensors, content_hash
+from .paths import real_path
 
 FORMAT = 1  # of files and folders that prove themselves; readers refuse a newer one
 LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json of today has a tenth of it
@@ -59,13 +60,31 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist; is this the right folder?")
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, too many for a JSON file")
+    text = read_text(path)
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one
+        found = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, not an object of names and values")
+        raise ValueError(f"{path} holds {text:.40}, not an object of names and values")
     return found
+
+
+def read_entry(path: Path, name: str, kind: type = dict) -> Any:
+    """Return an entry of the object in a JSON file; raises what read_json raises, and ValueError
+    where it is missing or of another kind."""
+    found = read_json(path).get(name)
+    if not isinstance(found, kind):
+        raise ValueError(f"{path}: {name!r} is {found!r:.60}, expected {kind.__name__}")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's content; ValueError, with its name, where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it") from None
 
 
 def parse_json(text: str) -> Any:
@@ -146,7 +165,7 @@ def _tensors_hash(tensors: dict[str, Tensor], text: str) -> str:
 def whole_file(path: Path | str):
     """Yield a scratch path beside `path` (a link's target); when the block succeeds, the file takes
     its place: there is the old file or the new one, never half of one."""
-    path = Path(path).resolve()
+    path = real_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .files import FORMAT, check_format, read_json, system_errors, write_json_atomic
 from .hashes import file_hash
+from .paths import real_path
 
 HASHES = "hashes.json"
 
@@ -19,7 +20,7 @@ HASHES = "hashes.json"
 def check_place(folder: Path | str, marker: str) -> None:
     """Raise what writing a checkpoint to `folder` would raise: ValueError for a mount point, and
     for files, but no `marker` of a checkpoint; OSError when nothing can be written beside it."""
-    given, folder = folder, Path(folder).resolve()  # a link may lead to another disk
+    given, folder = folder, real_path(folder)  # a link may lead to another disk
     if folder.exists() and not (folder / marker).exists() and any(folder.iterdir()):
         raise ValueError(f"{given} holds other files; give a folder of its own")
     if folder.is_mount():
@@ -33,7 +34,7 @@ def check_folder(folder: Path | str) -> bool:
     """Return whether `folder` has a hashes.json, after comparing all that it lists: False for what
     others or older versions wrote. A save that died between two renames is finished first. Raises
     ValueError, naming the file, for one that is missing, damaged or was changed."""
-    folder = Path(folder).resolve()
+    folder = real_path(folder)
     _recover(folder)
     if not (folder / HASHES).is_file():
         return False
@@ -78,9 +79,9 @@ def atomic_folder(folder: Path | str, marker: str, keep: bool = False):
     """Yield a scratch folder beside `folder` (a link's target) that takes its place, with the
     hashes of its files, when the block succeeds. keep: a block that fails leaves its scratch
     folder, and the next one finds it. Raises what check_place raises."""
-    _recover(Path(folder).resolve())
+    _recover(real_path(folder))
     check_place(folder, marker)
-    folder = Path(folder).resolve()
+    folder = real_path(folder)
     scratch = _beside(folder, ".unfinished" if keep else ".part")
     if not keep:
         shutil.rmtree(scratch, ignore_errors=True)

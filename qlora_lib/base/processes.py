@@ -23,8 +23,24 @@ SPOKEN = (ValueError, FileNotFoundError, OSError, ImportError)  # errors that sa
 
 
 def launched() -> int:
-    """Return how many processes the launcher started, by its environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Return how many processes the launcher started, by its environment; 1 without a launcher.
+    Raises ValueError for variables of its that hold no number, or one out of range."""
+    count = _number("WORLD_SIZE", 1)
+    ranks = {"RANK": count - 1, "LOCAL_RANK": count - 1, "MASTER_PORT": 2**16 - 1}
+    wrong = [name for name, most in ranks.items() if count > 1 and _number(name, 0) > most]
+    if not count or wrong:
+        name = wrong[0] if wrong else "WORLD_SIZE"
+        raise ValueError(f"{name}={os.environ[name]} in the environment is out of range, for "
+                         f"WORLD_SIZE={count}")  # fmt: skip
+    return count
+
+
+def _number(name: str, usual: int) -> int:
+    text = os.environ.get(name) or str(usual)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise ValueError(f"{name}={text!r:.40} in the environment: expected a number, as torchrun "
+                         f"sets it; without a launcher: unset {name}")  # fmt: skip
+    return int(text)
 
 
 def start(device: str | None = None) -> str | None:
@@ -34,7 +50,7 @@ def start(device: str | None = None) -> str | None:
         return device
     backend = "gloo"
     if torch.device(device or default_device()).type == "cuda":
-        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        local, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
         if device not in (None, "cuda") or local >= gpus:
             raise ValueError(f"process {local} has no GPU of its own (device={device}, {gpus} GPUs)"
                              ": start one a GPU, without --device, or --device cpu")  # fmt: skip

@@ -2,10 +2,17 @@
 
 import math
 
+from .ranges import ABOVE_ZERO, FROM_ZERO, Range
+
+MOST_TOSSES = 100_000  # of McNemar's exact test, whose sum is of as many terms
+
 
 def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Return Wilson's score interval (1927) for a proportion, (low, high) in [0, 1]; the default z
-    gives 95%. Raises ValueError unless 0 <= correct <= n and n > 0."""
+    gives 95%. Raises ValueError unless 0 <= correct <= n, n > 0 and z > 0."""
+    ABOVE_ZERO.check("z", z)
+    for name, count in (("correct", correct), ("n", n)):
+        Range(-math.inf, whole=True).check(name, count)
     if n <= 0 or not 0 <= correct <= n:
         raise ValueError(f"got {correct} correct of {n}; expected 0 <= correct <= n and n > 0")
     p, z2 = correct / n, z * z
@@ -18,10 +25,13 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Return the two-sided p of McNemar's exact test (1947), of questions that only one of two
-    models has right: 2 P(X <= min), X binomial(a + b, 1/2). ValueError for negative counts."""
-    if min(only_a, only_b) < 0:
-        raise ValueError(f"got the counts {only_a} and {only_b}; expected 0 or more")
+    models has right: 2 P(X <= min), X binomial(a + b, 1/2). ValueError for what are no counts, or over MOST_TOSSES in all."""
+    for name, count in (("only_a", only_a), ("only_b", only_b)):
+        FROM_ZERO.check(name, count)
     tosses = only_a + only_b
+    if tosses > MOST_TOSSES:
+        raise ValueError(f"{tosses:,} questions that one has right: the exact test takes up to "
+                         f"{MOST_TOSSES:,}; for more look at `newcombe`")  # fmt: skip
     tail = sum(math.comb(tosses, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**tosses)
 
@@ -35,10 +45,10 @@ def newcombe(
     with `both` right in a and b: method 10 of 17 (1998) 2635-2650, the same with a correlation.
     Raises ValueError for counts that do not fit together.
     """
-    a, b = right_a / n_a if n_a else 0.0, right_b / n_b if n_b else 0.0
     (low_a, high_a), (low_b, high_b) = wilson(right_a, n_a), wilson(right_b, n_b)
-    phi = 0.0
+    a, b, phi = right_a / n_a, right_b / n_b, 0.0
     if both is not None:
+        Range(-math.inf, whole=True).check("both", both)
         only_a, only_b = right_a - both, right_b - both
         neither = n_a - both - only_a - only_b
         if n_a != n_b or min(both, only_a, only_b, neither) < 0:

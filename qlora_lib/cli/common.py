@@ -2,30 +2,63 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..base.paths import given_path
+from ..base.ranges import ANY_SEED, COUNT
 
 # torch and transformers take seconds to import, so --help does without them, in all commands.
 
 
-def add_command(commands, name: str, run, text: str, *options, asks: bool = False):
-    """Add a command that calls run(args); returns what adds an option. asks: a run's model."""
+def text_of_path(text: str) -> str:
+    """A path or another name, for argparse."""
+    given_path(text)
+    return text
+
+
+SHARED = {  # options of most commands
+    "profile": {"default": "tiny", "help": "tiny (default), smollm2 or llama2-7b"},
+    "model": {"type": text_of_path, "help": "other weights: a hub id, a folder or a GGUF file; also $MODEL"},
+    "data": {"type": text_of_path, "help": "gsm8k, or a folder with {split}.jsonl to use instead of the profile's "
+             "problems; to train on, also metamathqa, mathinstruct, or a file or folder of your "
+             "own (formats: qlora_lib/data/examples.py). GSM8K's folder is also $GSM8K_DIR"},
+    "folder": {"type": given_path, "help": "of the run (default: checkpoints/PROFILE)"},
+    "device": {"help": "cpu, cuda, cuda:1 ... (default: cuda where there is one)"},
+    "compute-dtype": {"choices": ("auto", "bf16", "fp16", "fp32"), "help": "(default: profile's)"},
+    "seed": {"type": ANY_SEED, "default": 0, "help": "(default: 0)"},
+}  # fmt: skip
+Needs = dict[str, tuple[str, Callable]]  # an option: with what it goes, and whether that is so
+
+
+def add_command(commands, name: str, run, text: str, shared: str, *options, needs: Needs = {},
+                asks: bool = False):  # fmt: skip
+    """Add a command that calls run(args); returns what adds an option. shared: those of SHARED that
+    it has. needs: options that go with others only. asks: a run's model."""
     command = commands.add_parser(name, parents=options, help=text)
-    command.set_defaults(run=run)
     add = command.add_argument
+    for option, how in SHARED.items():
+        if option in shared.split():
+            add(f"--{option}", **how)
+    absent = {o.replace("-", "_"): how.get("default") for o, how in SHARED.items()}
+    command.set_defaults(**absent, run=run, needs=needs, default=command.get_default)
+    if "model" in shared.split():  # read now: where tests and notebooks set it
+        command.set_defaults(model=os.environ.get("MODEL"))
     if asks:
         add("--dense", action="store_true", help="for a run made with --method none")
         add("--no-adapter", action="store_true", help="the base model alone")
-        add("--max-new-tokens", type=positive, help="(default: the profile's)")
+        add("--max-new-tokens", type=COUNT, help="(default: the profile's)")
         add("--cache-bits", type=int, choices=(8, 4), help="of the keys and values of old tokens")
     return add
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
-    return int(text)
+def check_needs(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that is given beside others with which it would do nothing."""
+    for name, (what, holds) in args.needs.items():
+        if getattr(args, name) != args.default(name) and not holds(args):
+            raise ValueError(f"--{name.replace('_', '-')} goes only {what}; leave it out, or change "
+                             "the other")  # fmt: skip
 
 
 def grid(bits: int | None, group_size: int | None):
@@ -41,7 +74,7 @@ def check_device(device: str | None) -> None:
     import torch
 
     try:
-        wanted = torch.device(device or "cpu")
+        wanted = torch.device("cpu" if device is None else device)
         if wanted.type != "cuda":  # which would take memory of the first GPU
             torch.zeros(1, device=wanted).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -49,22 +82,6 @@ def check_device(device: str | None) -> None:
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= here:
         raise ValueError(f"--device {device}: this torch sees {here} CUDA devices")
-
-
-def shared_options() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
-    add("--profile", default="tiny", help="tiny (default), smollm2 or llama2-7b")
-    weights = "other weights: a hub id, a folder or a GGUF file; also $MODEL"
-    add("--model", default=os.environ.get("MODEL"), help=weights)
-    add("--data", help="gsm8k, or a folder with {split}.jsonl to use instead of the profile's "
-        "problems; to train on, also metamathqa, mathinstruct, or a file or folder of your own "
-        "(formats: qlora_lib/data/examples.py). GSM8K's folder is also $GSM8K_DIR")  # fmt: skip
-    add("--folder", type=Path, help="of the run (default: checkpoints/PROFILE)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    add("--compute-dtype", choices=("auto", "bf16", "fp16", "fp32"), help="(default: profile's)")
-    add("--seed", type=int, default=0)
-    return shared
 
 
 @dataclass(frozen=True)
@@ -108,16 +125,20 @@ def open_options(args) -> Opened:
 def read_data_option(args) -> tuple[str | None, str | None, str | None]:
     """(kind of problems, None for the profile's; their folder; what to train on, None for them).
     Training sets go with GSM8K's problems, your own files with the profile's."""
-    from ..data.sources import TRAINING_SETS, holds_problems
+    from ..data.sources import TRAINING_SETS, data_file, holds_problems
 
     data, gsm8k = args.data, os.environ.get("GSM8K_DIR")
     if data == "gsm8k" or data in TRAINING_SETS:
         return "gsm8k", gsm8k, None if data == "gsm8k" else data
-    if data and not Path(data).exists():
+    if data is not None and not Path(data).exists():
         names = ", ".join(("gsm8k", *TRAINING_SETS))
         raise FileNotFoundError(f"there is no folder or file {data}; --data also takes {names}")
+    if data and not (Path(data).is_file() or Path(data).is_dir()):
+        raise ValueError(f"--data {data} is neither a file nor a folder")
     if data and holds_problems(Path(data)):
         return None, data, None
+    if data and Path(data).is_dir():
+        data_file(Path(data))  # which says what is missing
     if data and args.command not in ("quantize", "finetune", "export"):
         raise ValueError(f"--data {data} is something to train on; {args.command} asks problems: "
                          "name a folder with test.jsonl (question and answer a line), or leave "

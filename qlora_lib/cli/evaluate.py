@@ -3,29 +3,40 @@
 import dataclasses
 from pathlib import Path
 
-from .common import Opened, add_command, make_decoding, open_options, open_run, positive
+from ..base.paths import given_path
+from ..base.ranges import COUNT, FROM_ZERO, SHARE, ZERO_ON
+from .common import SHARED, Opened, add_command, make_decoding, open_options, open_run
 from .verifier import open_verifier
 
 SPLITS = ("dev", "test", "test_changed", "test_larger", "gsm_hard")
+SAMPLING = ("with sampling (--samples 2 or more, or a --temperature above 0)",
+            lambda args: usual_temperature(args) > 0)  # fmt: skip
+NEEDS = {
+    "vote": ("with --samples 2 or more", lambda args: args.samples > 1),
+    "verifier": ("with --vote verifier or weighted", lambda args: args.vote in ("verifier", "weighted")),
+    "top_p": SAMPLING,
+    "seed": SAMPLING,
+}
 VOTES = ("majority", "verifier", "weighted", "likelihood")
 
 
-def add_commands(commands, shared) -> None:
+def add_commands(commands) -> None:
     text = "score the fine-tuned model on held-out problems"
-    add = add_command(commands, "evaluate", evaluate, text, shared, asks=True)
+    add = add_command(commands, "evaluate", evaluate, text, " ".join(SHARED), needs=NEEDS, asks=True)
     add("--split", default="test", choices=SPLITS, help="which problems (default: test)")
-    add("--limit", type=positive, help="only the first so many problems")
-    add("--few-shot", type=int, default=0, metavar="K", help="solved problems before each")
-    add("--batch-size", type=positive, help="completions at a time (default: 64, or what fits)")
-    add("--out", type=Path, help="(default: outputs/PROFILE/eval, and what is special)")
+    add("--limit", type=COUNT, help="only the first so many problems")
+    add("--few-shot", type=FROM_ZERO, default=0, metavar="K", help="solved problems before each")
+    add("--batch-size", type=COUNT, help="completions at a time (default: 64, or what fits)")
+    add("--out", type=given_path, help="(default: outputs/PROFILE/eval, and what is special)")
     add("--restart", action="store_true", help="replace answers instead of going on")
-    add("--compare", type=Path, metavar="REPORT", help="folder of another evaluation")
-    add("--samples", type=positive, default=1, metavar="K", help="completions a question")
+    add("--compare", type=given_path, metavar="REPORT", help="folder of another evaluation")
+    add("--samples", type=COUNT, default=1, metavar="K", help="completions a question")
     add("--vote", choices=VOTES, help="which of the samples counts (default: majority)")
-    add("--temperature", type=float, help="(default: 0, with --samples 0.7)")
-    add("--top-p", type=float, default=1.0, help="only the likeliest tokens, this much together")
-    add("--verifier", type=Path, help="(default: verifier in the run's folder)")
+    add("--temperature", type=ZERO_ON, help="(default: 0, with --samples 0.7)")
+    add("--top-p", type=SHARE, default=1.0, help="only the likeliest tokens, this much together")
+    add("--verifier", type=given_path, help="(default: verifier in the run's folder)")
 
+    shared = "profile model folder device compute-dtype"
     add = add_command(commands, "generate", generate, "answer one question", shared, asks=True)
     add("--form", choices=("question", "prompt", "chat"), default="question",
         help="how it is asked: with the template of the problems (default; the answer ends before "
@@ -38,12 +49,7 @@ def sampler(opened: Opened, args, prompts: list[str]):
     from ..evaluation import votes as sampling
     from ..generation.generate import generator
 
-    if args.vote and args.samples < 2:
-        raise ValueError(f"--vote {args.vote} chooses among samples; give --samples 2 or more")
-    temperature = args.temperature
-    if temperature is None:
-        temperature = 0.7 if args.samples > 1 else 0.0
-    settings = {"temperature": temperature, "top_p": args.top_p}
+    settings = {"temperature": usual_temperature(args), "top_p": args.top_p}
     decoding = make_decoding(opened, args, **settings, samples=args.samples, seed=args.seed)
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     batch = args.batch_size or usual_batch(model, tokenizer, prompts, decoding)
@@ -60,6 +66,13 @@ def sampler(opened: Opened, args, prompts: list[str]):
         generate = sampling.with_scores(generate, sampling.likelihood(model, tokenizer), vote)
     votes = {"majority": sampling.majority, "weighted": sampling.weighted_vote}
     return generate, votes.get(vote, sampling.best_score)
+
+
+def usual_temperature(args) -> float:
+    """The temperature asked for; else 0, with several samples 0.7."""
+    if args.temperature is not None:
+        return args.temperature
+    return 0.7 if args.samples > 1 else 0.0
 
 
 def usual_batch(model, tokenizer, prompts: list[str], decoding) -> int:
@@ -124,8 +137,10 @@ def evaluation_name(args) -> str:
 def generate(args) -> None:
     from ..data.examples import write_chat
     from ..data.gsm8k import PROMPT
+    from ..data.rows import text_of
     from ..generation.generate import generator
 
+    text_of({"question": args.question}, "question")
     opened = open_options(args)
     model, tokenizer = open_run(opened, args.dense, not args.no_adapter)
     stop = {} if args.form == "question" else {"stop": ()}

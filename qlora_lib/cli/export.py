@@ -4,20 +4,23 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+from ..base.paths import given_path
 from .common import Opened, add_command, open_options
 from .finetune import training_data
 
+NEEDS = {"data": ("with --merge gptq, which calibrates on it", lambda args: args.merge == "gptq")}
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
 
-def add_commands(commands, shared) -> None:
+def add_commands(commands) -> None:
     text = "write a GPTQ checkpoint, for vLLM, transformers and GPTQModel"
-    add = add_command(commands, "export", export, text, shared)
+    shared = "profile model data folder device compute-dtype"
+    add = add_command(commands, "export", export, text, shared, needs=NEEDS)
     merge = "put the adapter into the weights and quantize them again; without, it stays beside"
     add("--merge", choices=("gptq", "rtn"), help=merge)
     form = "gptq is for readers that know only version 1 (default: gptq_v2)"
     add("--format", choices=("gptq_v2", "gptq"), default="gptq_v2", help=form)
-    add("--out", type=Path, help="(default: gptq or gptq-merged in the run's folder)")
+    add("--out", type=given_path, help="(default: gptq or gptq-merged in the run's folder)")
 
 
 def export(args) -> None:

@@ -2,35 +2,40 @@
 
 import argparse
 import dataclasses
-import math
 from functools import partial
 
-from .common import Opened, add_command, grid, open_options, positive
+from ..base.paths import given_path
+from ..base.ranges import ABOVE_ZERO, COUNT, FROM_ZERO, SHARE_BELOW_ONE, ZERO_ON, Range
+from .common import SHARED, Opened, add_command, grid, open_options
 
+RATE = Range(0, 100, above=True)
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa")
-OF_GRID = ("bits", "group_size")  # options that not every method has
-OF_GPTQ = ("match_dense", "weigh_columns", "refit_scales", "damping", "best")
+OF_GRID = ("with --method gptq or rtn", lambda args: args.method in ("gptq", "rtn"))
+OF_GPTQ = ("with --method gptq", lambda args: args.method == "gptq")
+NEEDS = {  # of both commands
+    **dict.fromkeys(("bits", "group_size"), OF_GRID),
+    **dict.fromkeys(("match_dense", "weigh_columns", "refit_scales", "best"), OF_GPTQ),
+    "damping": ("with --method gptq, without --best", lambda a: a.method == "gptq" and not a.best),
+}
+OF_QUANTIZE = {"spill": ("with --stream", lambda args: args.stream)}
+OF_FINETUNE = {
+    "stream": ("with a quantized base and --init kaiming or gaussian",
+               lambda a: a.method != "none" and a.init in ("kaiming", "gaussian")),
+    "epochs": ("without --max-steps, which replaces it", lambda args: args.max_steps is None),
+}  # fmt: skip
 
 
 def damping(text: str) -> float | str:
     """A share of the Hessian's diagonal, or "auto", for argparse."""
-    return text if text == "auto" else float(text)
+    return text if text == "auto" else ZERO_ON(text)
 
 
-def above_zero(text: str) -> float:
-    """A number above 0, for argparse: alpha 0 would train nothing."""
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return number
-
-
-def add_commands(commands, shared) -> None:
+def add_commands(commands) -> None:
     base = argparse.ArgumentParser(add_help=False)
     add = base.add_argument
-    add("--method", choices=METHODS, default="gptq", help="of quantization; none: a dense base")
-    add("--bits", type=int, help="with gptq and rtn: 2, 3, 4 or 8 (default 4)")
-    add("--group-size", type=int, help="weights that share a scale (default 64); 0: a whole row")
+    add("--bits", type=COUNT, help="with gptq and rtn: 2, 3, 4 or 8 (default 4)")
+    add("--group-size", type=FROM_ZERO, help="weights that share a scale (default 64); 0: a whole row")
     flag = partial(add, action="store_true")
     flag("--match-dense", help="with gptq: layers aim at the dense model's outputs (for 2 bits)")
     flag("--weigh-columns", help="with gptq: grids are fitted to what each column's error costs")
@@ -40,26 +45,31 @@ def add_commands(commands, shared) -> None:
     flag("--best", help="with gptq: --match-dense --weigh-columns --refit-scales --damping auto")
     flag("--stream", help="quantize with one block in memory at a time")
 
-    add = add_command(commands, "quantize", quantize, "calibrate, quantize, save", shared, base)
+    text, shared = "calibrate, quantize, save", "profile model data folder device compute-dtype"
+    needs = NEEDS | OF_QUANTIZE
+    add = add_command(commands, "quantize", quantize, text, shared, base, needs=needs)
+    add("--method", choices=METHODS[:3], default="gptq", help="of quantization")
     text = "linears to quantize: all (default), or q, k, v, o alone"
     add("--targets", choices=("all", "attention"), default="all", help=text)
-    add("--spill", help="with --stream: a folder to keep activations in")
+    add("--spill", type=given_path, help="with --stream: a folder to keep activations in")
 
     text = "quantize, inject LoRA, train, save"
-    add = add_command(commands, "finetune", finetune, text, shared, base)
-    add("--epochs", type=positive, help="passes over the training examples")
-    add("--max-steps", type=positive, help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=positive, help="examples at a time; the rest of a step is accumulated")
-    add("--accumulation", type=positive, help="batches in a step (default: as many examples as "
+    shared, needs = " ".join(SHARED), NEEDS | OF_FINETUNE
+    add = add_command(commands, "finetune", finetune, text, shared, base, needs=needs)
+    add("--method", choices=METHODS, default="gptq", help="of quantization; none: a dense base")
+    add("--epochs", type=COUNT, help="passes over the training examples")
+    add("--max-steps", type=COUNT, help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=COUNT, help="examples at a time; the rest of a step is accumulated")
+    add("--accumulation", type=COUNT, help="batches in a step (default: as many examples as "
         "in the profile's, about)")  # fmt: skip
     add("--optimizer", choices=("adamw", "adam8bit"), help="(default: adamw)")
-    add("--lr", type=float, help="peak learning rate")
-    add("--max-length", type=positive, help="tokens of prompt and target")
-    add("--eval-every", type=positive, help="steps between dev losses (default: each epoch's end)")
+    add("--lr", type=RATE, help="peak learning rate")
+    add("--max-length", type=COUNT, help="tokens of prompt and target")
+    add("--eval-every", type=COUNT, help="steps between dev losses (default: each epoch's end)")
     add("--gradient-checkpointing", action="store_true", default=None)
-    add("--rank", type=positive, help="of the adapter")
-    add("--alpha", type=above_zero, help="LoRA's scale is alpha / rank (default: 2 * rank)")
-    add("--dropout", type=float, default=0.0)
+    add("--rank", type=COUNT, help="of the adapter")
+    add("--alpha", type=ABOVE_ZERO, help="LoRA's scale is alpha / rank (default: 2 * rank)")
+    add("--dropout", type=SHARE_BELOW_ONE, default=0.0)
     add("--init", choices=INITS, default="kaiming", help="of A and B; loftq: with nf4 or rtn")
     add("--targets", default="all", help="all (default), attention, or names: q_proj,v_proj")
     flag = partial(add, action="store_true")
@@ -71,17 +81,11 @@ def add_commands(commands, shared) -> None:
 
 
 def recipe_of(args):
-    """The recipe, None for --method none; ValueError for options that the method does not have."""
+    """The recipe, None for --method none."""
     from ..quant.gptq import GPTQOptions
     from ..quant.nf4 import NF4Spec
     from ..quant.recipe import Recipe
 
-    lacking = {"gptq": (), "rtn": OF_GPTQ, "nf4": OF_GRID + OF_GPTQ,
-               "none": (*OF_GRID, *OF_GPTQ, "stream")}[args.method]  # fmt: skip
-    if given := [name for name in lacking if getattr(args, name) not in (None, False)]:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"--method {args.method} has no {names}; leave them out, or take a method "
-                         "that has them")  # fmt: skip
     if args.method == "none":
         return None
     spec = NF4Spec() if args.method == "nf4" else grid(args.bits, args.group_size)
@@ -118,10 +122,6 @@ def plan_of(opened: Opened, recipe, data, **how):
 def quantize(args) -> None:
     from ..runs.base import make_base
 
-    if args.method == "none":
-        raise ValueError("quantize needs a method: gptq, rtn or nf4")
-    if args.spill and not args.stream:
-        raise ValueError("--spill keeps the activations of --stream on disk; give both")
     recipe = dataclasses.replace(recipe_of(args), targets=args.targets)
     opened = open_options(args)
     data = training_data(opened, args)

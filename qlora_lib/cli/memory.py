@@ -1,17 +1,27 @@
 """`python -m qlora_lib memory`: what training would take, part by part, without loading it."""
 
-from .common import add_command, grid, open_options, positive
+from ..base.ranges import COUNT
+from .common import add_command, grid, open_options
+
+ADAPTED = ("with --method lora or qlora", lambda args: args.method != "full")
+NEEDS = {
+    "bits": ("with --method qlora", lambda args: args.method in (None, "qlora")),
+    "group_size": ("with --bits", lambda args: args.bits is not None),
+    "rank": ADAPTED,
+    "targets": ADAPTED,
+}
 
 
-def add_commands(commands, shared) -> None:
+def add_commands(commands) -> None:
     text = "predict the memory of full fine-tuning, LoRA and QLoRA, without loading the model"
-    add = add_command(commands, "memory", memory, text, shared)
+    shared = "profile model device compute-dtype"
+    add = add_command(commands, "memory", memory, text, shared, needs=NEEDS)
     add("--method", choices=("full", "lora", "qlora"), help="(default: all three)")
     add("--bits", type=int, help="of QLoRA's base: 2, 3, 4 or 8 (default: NF4)")
     add("--group-size", type=int, help="with --bits: weights that share a scale; 0: a row")
-    add("--batch-size", type=positive, default=1, help="sequences at a time (default 1)")
-    add("--tokens", type=positive, default=512, help="of each sequence (default 512)")
-    add("--rank", type=positive, help="of the adapter (default: the profile's)")
+    add("--batch-size", type=COUNT, default=1, help="sequences at a time (default 1)")
+    add("--tokens", type=COUNT, default=512, help="of each sequence (default 512)")
+    add("--rank", type=COUNT, help="of the adapter (default: the profile's)")
     add("--targets", choices=("all", "attention"), default="all")
     add("--gradient-checkpointing", action="store_true")
     add("--optimizer", choices=("adamw", "adam8bit"), default="adamw")
@@ -24,13 +34,9 @@ def memory(args) -> None:
     from ..train.loss import CHUNK
     from ..train.memory import METHODS, memory_ledger
 
-    if args.group_size is not None and not args.bits:
-        raise ValueError("--group-size belongs to a grid; give --bits too (NF4 has blocks of 64)")
-    if args.bits and args.method in ("full", "lora"):
-        raise ValueError(f"--bits are of QLoRA's base; --method {args.method} has none")
     opened = open_options(args)
     config = model_config(opened.profile.model)
-    spec = grid(args.bits, args.group_size) if args.bits else NF4Spec()
+    spec = grid(args.bits, args.group_size) if args.bits is not None else NF4Spec()
     targets = ALL_LINEAR if args.targets == "all" else ATTENTION
     dtype = dtype_name(resolve_dtype(opened.compute_dtype, opened.device or default_device()))
     size = args.batch_size, args.tokens, args.rank or opened.profile.rank
@@ -45,7 +51,7 @@ def model_config(model: str):
     from transformers import AutoConfig, LlamaConfig
 
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
         if model != "meta-llama/Llama-2-7b-hf":
             raise FileNotFoundError(f"{model} has no config.json that can be read here: name a "

@@ -3,19 +3,21 @@
 import dataclasses
 from pathlib import Path
 
-from .common import Opened, add_command, make_decoding, open_options, open_run, positive
+from ..base.ranges import ABOVE_ZERO, COUNT
+from .common import SHARED, Opened, add_command, make_decoding, open_options, open_run
+from .finetune import RATE
 
 
-def add_commands(commands, shared) -> None:
+def add_commands(commands) -> None:
     text = "sample solutions of train problems, label them, train a verifier on them"
-    add = add_command(commands, "verifier", train, text, shared, asks=True)
-    add("--limit", type=positive, default=1000, help="train problems to sample for (default: 1000)")
-    add("--samples", type=positive, default=8, metavar="K", help="solutions of each (default: 8)")
-    add("--temperature", type=float, default=0.7)
-    add("--epochs", type=positive, default=1, help="passes over the solutions")
-    add("--batch-size", type=positive, default=64, help="solutions at a time")
-    add("--rank", type=positive, default=16, help="of the adapter")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add = add_command(commands, "verifier", train, text, " ".join(SHARED), asks=True)
+    add("--limit", type=COUNT, default=1000, help="train problems to sample for (default: 1000)")
+    add("--samples", type=COUNT, default=8, metavar="K", help="solutions of each (default: 8)")
+    add("--temperature", type=ABOVE_ZERO, default=0.7)
+    add("--epochs", type=COUNT, default=1, help="passes over the solutions")
+    add("--batch-size", type=COUNT, default=64, help="solutions at a time")
+    add("--rank", type=COUNT, default=16, help="of the adapter")
+    add("--lr", type=RATE, default=1e-3, help="peak learning rate")
 
 
 def train(args) -> None:

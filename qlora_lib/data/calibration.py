@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..base.hashes import content_hash
+from ..base.ranges import COUNT
 from .examples import read_examples
 from .rows import listed
 from .tokens import Example, Pair, batches
@@ -17,6 +18,8 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:  # fmt: skip
     """Return batches of the first `n` examples, of like length: input_ids and attention_mask, int64
     (batch, seq). examples: whatever read_examples takes, with its errors."""
+    for name, count in {"n": n, "max_length": max_length, "batch_size": batch_size}.items():
+        COUNT.check(name, count)
     if not isinstance(examples, (str, Path)):
         examples = listed(examples, "examples")[:n]
     encoded = [e.cut(max_length) for e in read_examples(examples, tokenizer)[:n]]

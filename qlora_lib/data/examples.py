@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..base.ranges import Range
 from .gsm8k import PROMPT, format_gsm8k
 from .rows import check_lost, listed, read_rows, text_of
 from .tokens import IGNORE, Example, encode_after, encode_example, encode_prompt
@@ -40,6 +41,8 @@ DEV = 256  # examples that are held out at most
 
 def hold_out(examples: Sequence, at_least: int = 0) -> tuple[Sequence, Sequence]:
     """Return (train, dev) of examples without a dev set: dev is the last tenth, at most DEV."""
+    examples = listed(examples, "examples")
+    Range(0, len(examples), whole=True).check("at_least", at_least)
     kept = len(examples) - max(at_least, min(DEV, len(examples) // 10))
     return examples[:kept], examples[kept:]
 
@@ -64,11 +67,22 @@ def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
                 "(prompt, completion) or (input_ids, labels)"
             )
     if kinds[0] == "encoded":
-        return [e if isinstance(e, Example) else Example(*e) for e in source]
+        examples = [e if isinstance(e, Example) else Example(*e) for e in source]
+        for i, (ids, labels) in enumerate(examples, 1):
+            _check_ids(i, ids, labels)
+        return examples
     if kinds[0] == "a pair of texts":
         return [encode_example(tokenizer, *pair) for pair in source]
     rows = [{"text": row} if isinstance(row, str) else row for row in source]
     return make_examples([(f"example {i}", row) for i, row in enumerate(rows, 1)], tokenizer)[1]
+
+
+def _check_ids(number: int, ids: list[int], labels: list[int]) -> None:
+    """Raise ValueError unless both are token ids, as many; a label may be IGNORE."""
+    whole = ids and len(ids) == len(labels) and {type(i) for i in (*ids, *labels)} == {int}
+    if not whole or min(ids) < 0 or min((n for n in labels if n != IGNORE), default=0) < 0:
+        raise ValueError(f"example {number} should be token ids and as many labels (ids, or "
+                         f"{IGNORE}), got {ids!r:.60} and {labels!r:.60}")  # fmt: skip
 
 
 def _kind(example) -> str | None:
@@ -199,7 +213,7 @@ def _check_messages(messages) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`messages` should be a list of messages, got {messages!r:.80}")
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        if not isinstance(message, dict) or str(message.get("role")) not in ROLES:
             raise ValueError(f"a message needs a role ({', '.join(ROLES)}), got {message!r:.80}")
         if message.get("content") or not message.get("tool_calls"):
             text_of(message, "content")

@@ -6,8 +6,10 @@ holds calculator notes like `<<48/2=24>>` and ends in a line `#### N`.
 
 import math
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 
+from ..base.ranges import Range
 from .rows import check_lost, text_of
 
 PROMPT = "Question: {question}\nAnswer:\n"  # tokenizers split at a newline
@@ -17,6 +19,7 @@ NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-\u2212\u2013])?\$?"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
+NUMBERS = Range(-math.inf)
 _MAX_DIGITS = 60  # longer numbers are noise, and slow to convert
 
 
@@ -35,6 +38,8 @@ def to_number(text: str) -> Fraction | None:
 def format_gsm8k(entry: dict[str, str], notes: bool = False) -> tuple[str, str]:
     """Return (prompt, target) of an entry; the target's calculator notes go unless `notes`. Raises
     ValueError for no question, an unparsable answer, and a field that would be lost."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"an entry is a dict with question and answer, got {entry!r:.80}")
     check_lost(entry)
     question, answer = text_of(entry, "question"), text_of(entry, "answer")
     if "####" not in answer:
@@ -57,6 +62,7 @@ def parse_gold(gold: object) -> Fraction:
         value = to_number(match.group()) if match else None
         if value is not None:
             return value
-    elif isinstance(gold, (int, Fraction)) or isinstance(gold, float) and math.isfinite(gold):
+    elif isinstance(gold, Fraction) or gold in NUMBERS:
         return Fraction(gold)
-    raise GoldError(f"a gold answer must be a number or end in `#### N`, got {str(gold)[-60:]!r}")
+    shown = gold[-60:] if isinstance(gold, str) else gold
+    raise GoldError(f"a gold answer must be a number or end in `#### N`, got {shown!r:.80}")

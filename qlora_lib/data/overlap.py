@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..base.ranges import COUNT
+from .rows import listed
 from .sources import NGRAM
 
 SHORTEST = 8  # words of a question that is looked for within a text; a shorter one must be equal
@@ -44,6 +46,10 @@ def find_overlap(
 ) -> Overlap:
     """Return which examples, each given as its texts, overlap with the questions of a test set.
     ngram None compares whole questions only, for problems that share templates."""
+    if ngram is not None:
+        COUNT.check("ngram", ngram)
+    questions = listed(questions, "questions", str)
+    examples = [listed(texts, "texts of an example", str) for texts in listed(examples, "examples")]
     asked = {words(question) for question in questions}
     # For each length, the runs of words that give an overlap away, and the questions they are of.
     runs: dict[int, dict[tuple, list[tuple]]] = defaultdict(lambda: defaultdict(list))

@@ -1,10 +1,12 @@
 """Rows as they come, from a caller or a file, with errors that name what is wrong."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..base.files import parse_json
 from ..base.paths import short_path
+
+LONGEST = 2**20  # characters of a text: seconds of a tokenizer, longer than any context
 
 # Fields that change what is asked or answered: where nothing writes them, a row is refused.
 LOST = ("system", "system_prompt", "context", "passage", "documents", "input", "history", "tools",
@@ -25,7 +27,8 @@ def listed(given: Iterable, what: str, kind: type = object) -> list:
     items = list(given)
     for i, item in enumerate(items, 1):
         if not isinstance(item, kind):
-            raise ValueError(f"{what}: number {i} is {item!r:.80}, expected a {kind.__name__}")
+            raise ValueError(f"{what}: number {i} is {item!r:.80}, expected a "
+                             f"{getattr(kind, '__name__', 'name or None')}")  # fmt: skip
     return items
 
 
@@ -42,12 +45,23 @@ def text_of(row: Mapping, field: str) -> str:
     text = row.get(field)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"`{field}` should be a text that is not empty, got {text!r:.80}")
+    check_text(text)
+    return text
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for what no tokenizer takes: no text, one of more than LONGEST characters,
+    and half a surrogate pair, which JSON can write, and a shell."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text, got {text!r:.80}")
+    if len(text) > LONGEST:
+        raise ValueError(f"a text has {len(text):,} characters, expected at most {LONGEST:,}: "
+                         f"{text[:40]!r}...")  # fmt: skip
     try:
-        text.encode()  # JSON can write what tokenizers refuse
+        text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
-        raise ValueError(f"a text holds half a surrogate pair, {half!r}; mend it") from error
-    return text
+        raise ValueError(f"a text holds half a surrogate pair, {half!r}; mend it") from None
 
 
 def read_rows(path: Path) -> list[tuple[str, dict]]:
@@ -59,17 +73,17 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
     try:
         text, found = path.read_text(encoding="utf-8-sig"), []
         if text.lstrip().startswith("["):
-            found = [(f"{name}, entry {i}", row) for i, row in enumerate(json.loads(text), 1)]
+            found = [(f"{name}, entry {i}", row) for i, row in enumerate(parse_json(text), 1)]
         else:
             # Not splitlines(): a JSON text may hold characters like U+2028 that it would split at.
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     where = f"{name}, line {number}"
-                    found.append((where, json.loads(line)))
+                    found.append((where, parse_json(line)))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error}); convert it") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start:,}); convert it") from error
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
     if not found:
         raise ValueError(f"{name} holds no entries")
     for where, row in found:

@@ -1,13 +1,12 @@
 """GSM8K and its harder kin, mini-GSM, MetaMathQA, MathInstruct. All raise FileNotFoundError, saying
 what to do, and ValueError for other names."""
 
-import math
 from decimal import Decimal
 from pathlib import Path
 
 from ..base.paths import BUNDLED, DATA, short_path
-from .gsm8k import GoldError
-from .rows import read_jsonl
+from .gsm8k import NUMBERS, GoldError
+from .rows import read_jsonl, text_of
 
 NGRAM = 13  # words in a row that no training text shares with a test question (overlap.py)
 MINIGSM_SPLITS = ("train", "dev", "test", "test_changed", "test_larger")
@@ -41,13 +40,14 @@ def load_gsm_hard(folder: str | Path | None = None) -> list[dict[str, str]]:
             "reasoning-machines/gsm-hard", "train", "Put gsmhardv2.jsonl from "
             "github.com/reasoning-machines/pal into a folder, and name it with --data",
         )  # fmt: skip
-    return [{"question": row["input"], "answer": f"#### {_decimal(row['target'])}"} for row in rows]
+    return [{"question": text_of(row, "input"), "answer": f"#### {_decimal(row.get('target'))}"}
+            for row in rows]  # fmt: skip
 
 
 def _decimal(target: float) -> str:
     """Return a float in digits, without an exponent and without ".0"."""
-    if not math.isfinite(target):
-        raise GoldError(f"a gold answer must be a number, got {target}")
+    if target not in NUMBERS:
+        raise GoldError(f"a gold answer (`target`) must be a number, got {target!r:.60}")
     return format(Decimal(repr(target)), "f").removesuffix(".0")
 
 
@@ -66,7 +66,7 @@ def load_minigsm(split: str, folder: str | Path | None = None) -> list[dict[str,
 def load_training_set(name: str) -> list[dict[str, str]]:
     """Return the rows of "metamathqa" (395,000) or "mathinstruct", as published: the one JSON file
     in data/NAME when that folder is there, else from the hub."""
-    if name not in TRAINING_SETS:
+    if not isinstance(name, str) or name not in TRAINING_SETS:
         raise ValueError(f"the training sets are {', '.join(TRAINING_SETS)}, not {name!r}")
     if (DATA / name).is_dir():
         return read_jsonl(data_file(DATA / name))

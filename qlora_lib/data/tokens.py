@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .rows import check_text
+
 Pair = tuple[str, str]  # prompt, target
 
 IGNORE = -100  # a label that cross-entropy leaves out
@@ -40,11 +42,17 @@ class Example:
         return replace(self, input_ids=ids, labels=labels)
 
 
+def _ids(tokenizer, text: str) -> list[int]:
+    """Return a text's ids, without special tokens; ValueError for what check_text refuses."""
+    check_text(text)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Return [bos] + ids of the prompt; no bos where the tokenizer has none, or the prompt begins
     with it, as chat templates write it."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = _ids(tokenizer, prompt)
     return ids if ids[:1] == bos else bos + ids
 
 
@@ -55,11 +63,10 @@ def encode_after(tokenizer, before: str, text: str) -> list[int]:
     token lies across the border (two newlines, say), a newline stands in for `before`.
     """
     for prefix in (before, "\n"):
-        given = tokenizer.encode(prefix, add_special_tokens=False)
-        whole = tokenizer.encode(prefix + text, add_special_tokens=False)
+        given, whole = _ids(tokenizer, prefix), _ids(tokenizer, prefix + text)
         if whole[: len(given)] == given:
             return whole[len(given) :]
-    return tokenizer.encode(text, add_special_tokens=False)
+    return _ids(tokenizer, text)
 
 
 def encode_example(tokenizer, prompt: str, target: str, max_length: int | None = None) -> Example:

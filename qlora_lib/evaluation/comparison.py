@@ -93,7 +93,9 @@ def compare_verdicts(
     a: Sequence[bool], b: Sequence[bool], mode: str = "exact match", names=("a", "b")
 ) -> Comparison:
     """Return the comparison of right and wrong answers to the same questions, in their order."""
-    both = sum(x and y for x, y in zip(a, b, strict=True))
+    if len(a) != len(b) or not a:
+        raise ValueError(f"got {len(a)} and {len(b)} verdicts; expected as many, at least one")
+    both = sum(x and y for x, y in zip(a, b))
     return Comparison(mode, (len(a), len(b)), (sum(a), sum(b)), both, names)
 
 
@@ -133,6 +135,8 @@ def _verdicts(mode: str, *reports: EvalReport) -> list[list[bool]]:
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
     for report in reports:
+        if not isinstance(report, EvalReport):
+            raise ValueError(f"expected an EvalReport, got {report!r:.60}")
         found = len(report.predictions)
         if not report.n or found != report.n:
             raise ValueError(f"a report of {report.n} questions holds {found} predictions; read it "

@@ -345,6 +345,8 @@ def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
     """
     if mode not in ("strict", "flexible"):
         raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
+    if not isinstance(completion, str):
+        raise ValueError(f"a completion should be a text, got {completion!r:.60}")
     text = _unnumbered(plain(_read_part(completion)))
     marks = _after(_MARK, text)
     said = _after(_SAID_ANYHOW, text)[::-1]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..base.statistics import wilson
 from ..data.rows import listed
 from ..data.tokens import Pair
-from ..generation.generate import Decoding
+from ..generation.generate import Decoding, Generator
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,11 @@ class Score:
 def score(generate: Callable, task: Task, pairs: Sequence[Pair]) -> Score:
     """Ask the prompts alone, and hold each completion against its target; ValueError for none."""
     pairs = listed(pairs, "pairs")
+    for pair in pairs:
+        if len(listed(pair, "a pair", str)) != 2:
+            raise ValueError(f"expected pairs (prompt, target), got {pair!r:.80}")
     if not pairs:
         raise ValueError(f"there is nothing to ask of task {task.name}; give at least one pair")
-    completions = generate([prompt for prompt, _ in pairs])
+    completions = Generator.of(generate)([prompt for prompt, _ in pairs])
     right = [task.matches(str(c), target) for c, (_, target) in zip(completions, pairs)]
     return Score(task.name, tuple(right), tuple(map(str, completions)))

@@ -5,13 +5,13 @@ function from prompts and as many completions to a number each, higher is better
 or a Verifier.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
 
 from ..base.hashes import content_hash
+from ..base.ranges import COUNT, ZERO_ON
 from ..data.rows import listed
 from ..data.tokens import Example, batches, encode_example
 from ..generation.generate import Completion, Generator
@@ -26,10 +26,11 @@ def choose(answers: Sequence[object], weights: Sequence[float] | None = None) ->
     """Return the index of the first sample with the answer of most votes, or most weight; 0 where
     all are None. Raises ValueError for no samples, and for weights that are not as many, negative
     or not finite."""
+    answers = listed(answers, "samples")
     if not answers:
         raise ValueError("there are no samples to choose from")
     weights = [1.0] * len(answers) if weights is None else list(weights)
-    if len(weights) != len(answers) or not all(0 <= w < math.inf for w in weights):
+    if len(weights) != len(answers) or not all(w in ZERO_ON for w in weights):
         raise ValueError(f"{len(answers)} samples with the weights {weights}; expected as many "
                          "finite numbers, 0 or more")  # fmt: skip
     votes: dict[object, float] = {}
@@ -41,6 +42,7 @@ def choose(answers: Sequence[object], weights: Sequence[float] | None = None) ->
 
 def sample_answers(samples: Sequence[str]) -> list[Fraction | None]:
     """Return the answer of each sample: strict, or flexible where no sample has the format."""
+    samples = listed(samples, "samples", str)
     strict = [extract_answer(s) for s in samples]
     if any(answer is not None for answer in strict):
         return strict
@@ -55,6 +57,8 @@ def majority(samples: Sequence[str]) -> str:
 
 def best_score(samples: Sequence[str]) -> str:
     """Return the first sample with the highest score; scores come from `with_scores`."""
+    if not samples:
+        raise ValueError("there are no samples to choose from")
     return max(samples, key=_score_of)
 
 
@@ -81,10 +85,13 @@ class _Scored(Generator):
         self.score = score
 
     def __call__(self, prompts: Sequence[str]) -> list:
-        answers = self.ask(prompts)
+        answers = super().__call__(prompts)
         groups = [said if isinstance(said, list) else [said] for said in answers]
         asked = [prompt for prompt, group in zip(prompts, groups) for _ in group]
-        scores = iter(self.score(asked, [sample for group in groups for sample in group]))
+        found = self.score(asked, [sample for group in groups for sample in group])
+        if len(found) != len(asked):
+            raise ValueError(f"{len(asked)} samples got {len(found)} scores; expected one each")
+        scores = iter(found)
         scored = [[_with_score(sample, next(scores)) for sample in group] for group in groups]
         return [new if isinstance(said, list) else new[0] for said, new in zip(answers, scored)]
 
@@ -120,6 +127,7 @@ def log_likelihoods(
 ) -> list[tuple[float, int]]:
     """Return (sum of log-probabilities, number of tokens) of each completion and its end token,
     given the prompt: temperature 1, natural logarithm, softmax in fp32."""
+    COUNT.check("batch_size", batch_size)
     encoded = encode_solutions(model, tokenizer, prompts, completions)
     results: list = [None] * len(encoded)
     device = model.get_input_embeddings().weight.device

@@ -13,7 +13,8 @@ import torch
 from ..base.devices import dtype_name
 from ..base.paths import short_path
 from ..base.progress import Progress
-from ..data.rows import listed
+from ..base.ranges import ANY_SEED, COUNT, SHARE, ZERO_ON, check_fields
+from ..data.rows import check_text, listed
 from ..data.tokens import PAD, by_length, encode_prompt, pad
 from ..layers.linear import decoding_layout
 from ..lora.inject import use_adapter
@@ -38,12 +39,14 @@ class Decoding:
     cache_bits: int | None = None  # 8 or 4: of old keys and values; None: as they came
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: expected "
-                             "temperature >= 0 and 0 < top_p <= 1")  # fmt: skip
-        if min(self.samples, self.max_new_tokens, self.batch_size) < 1:
-            raise ValueError("samples, max_new_tokens and batch_size must be at least 1")
-        if self.cache_bits not in (None, 8, 4):
+        check_fields(self, temperature=ZERO_ON, top_p=SHARE, samples=COUNT, seed=ANY_SEED,
+                     max_new_tokens=COUNT, batch_size=COUNT)  # fmt: skip
+        stops = [] if isinstance(self.stop, str) else listed(self.stop, "stop", str)
+        if isinstance(self.stop, str) or "" in stops:  # "" would end every completion at once
+            raise ValueError(f"stop={self.stop!r:.80}: expected a tuple of texts that are not empty")
+        for stop in stops:
+            check_text(stop)
+        if self.cache_bits not in (None, 8, 4) or isinstance(self.cache_bits, float):
             raise ValueError(f"cache_bits={self.cache_bits!r} must be 8, 4, or None for 16 or 32")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples={self.samples} would be equal; set a temperature above 0")
@@ -63,6 +66,8 @@ class Generator:
     """A function from prompts to their completions, in order, with what a report says of it."""
 
     def __init__(self, ask: Callable[[Sequence[str]], list], info: dict | None = None):
+        if not callable(ask):
+            raise ValueError(f"expected a function from prompts to completions, got {ask!r:.60}")
         self.ask, self.info = ask, dict(info or {})  # info: such as model and decoding
 
     @classmethod
@@ -71,7 +76,16 @@ class Generator:
         return ask if isinstance(ask, Generator) else cls(ask)
 
     def __call__(self, prompts: Sequence[str]) -> list:
-        return self.ask(prompts)
+        """Return a completion, or a list of samples, for each prompt; ValueError if the function
+        gave anything else."""
+        said = self.ask(prompts)
+        found = () if isinstance(said, str) or not isinstance(said, Sequence) else said
+        groups = [each if isinstance(each, list) and each else [each] for each in found]
+        texts = [all(isinstance(text, str) for text in group) for group in groups]
+        if len(texts) != len(prompts) or not all(texts):
+            raise ValueError(f"{len(prompts)} prompts gave {said!r:.80}; expected as many texts, "
+                             "or lists of samples")  # fmt: skip
+        return said
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise what asking these prompts would raise, where that is known before."""
@@ -112,7 +126,8 @@ class ModelGenerator(Generator):
     def __call__(self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None):
         model, decoding, prompts = self.model, self.decoding, listed(prompts, "prompts", str)
         if adapters is not None:
-            if isinstance(adapters, str) or len(adapters) != len(prompts):
+            adapters = listed(adapters, "adapters", (str, type(None)))
+            if len(adapters) != len(prompts):
                 raise ValueError(f"adapters={adapters!r:.80} for {len(prompts)} prompts: expected "
                                  "a list with a name, or None, for each prompt")  # fmt: skip
             check_names(model, *adapters)
@@ -221,6 +236,9 @@ def generator(model, tokenizer, decoding: Decoding = Decoding()) -> ModelGenerat
     Called with (prompts, adapters) it gives each prompt an adapter, by name (None: the base).
     Raises ValueError for other things, for what check_prompt refuses, and for unknown adapters.
     """
+    if not isinstance(decoding, Decoding) or not hasattr(model, "generate") or tokenizer is None:
+        kinds = ", ".join(type(given).__name__ for given in (model, tokenizer, decoding))
+        raise ValueError(f"expected a model that generates, its tokenizer, a Decoding; got {kinds}")
     return ModelGenerator(model, tokenizer, decoding)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..base.ranges import COUNT, FROM_ZERO, check_fields
 from ..quant.packing import check_bits, pack, packed_width, unpack
 
 STORED = torch.float16  # scale and lowest value of a group
@@ -32,10 +33,11 @@ class CacheSpec:
 
     def __post_init__(self):
         check_bits(self.bits)
-        if self.bits == 3 or self.group_size < 1 or self.group_size % 8 or self.recent < 0:
+        check_fields(self, group_size=COUNT, recent=FROM_ZERO)
+        if self.bits == 3 or self.group_size % 8:
             raise ValueError(f"bits={self.bits}, group_size={self.group_size}, recent={self.recent}"
-                             ": expected 8, 4 or 2, a multiple of 8, and 0 or more")  # fmt: skip
-        if not {self.keys, self.values} <= {"channel", "token"}:
+                             ": expected 8, 4 or 2 bits, and groups of a multiple of 8")  # fmt: skip
+        if not all(by in ("channel", "token") for by in (self.keys, self.values)):
             raise ValueError(f"keys={self.keys!r}, values={self.values!r}: expected channel, token")
 
     def stored_tokens(self, tokens: int) -> int:
@@ -160,6 +162,8 @@ class PackedCache(Cache):
     """The cache of one batch of sequences, for `model(..., past_key_values=...)` or generate."""
 
     def __init__(self, spec: CacheSpec = CacheSpec()):
+        if not isinstance(spec, CacheSpec):
+            raise ValueError(f"expected a CacheSpec, got {spec!r:.60}")
         super().__init__(layer_class_to_replicate=partial(PackedLayer, spec))
 
     @property
@@ -175,6 +179,10 @@ def head_dim(config) -> int:
 def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int = 1, size: int = 2):
     """Return the bytes of the cache of `batch` sequences of so many tokens, of a Llama's config.
     spec None: nothing is quantized. size: bytes of a number that stays as it came (bf16: 2)."""
+    if not hasattr(config, "num_hidden_layers"):
+        raise ValueError(f"expected the config of a decoder, got {config!r:.60}")
+    for name, count in {"tokens": tokens, "batch": batch, "size": size}.items():
+        FROM_ZERO.check(name, count)
     head = head_dim(config)
     old = 0 if spec is None else spec.stored_tokens(tokens)
     total = 2 * (tokens - old) * head * size  # of one head in one layer

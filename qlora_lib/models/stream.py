@@ -9,6 +9,7 @@ in OUT.unfinished, which becomes OUT once all are there.
 import copy
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -141,6 +142,7 @@ class SpilledTensors(list):
 
     def append(self, hidden: Tensor) -> None:
         with tempfile.NamedTemporaryFile(dir=self.folder) as file:
+            _allocate(file.fileno(), hidden.nbytes, self.folder)
             size = {"size": hidden.numel(), "dtype": hidden.dtype}
             mapped = torch.from_file(file.name, shared=True, **size).view(hidden.shape)
         super().append(mapped.copy_(hidden))
@@ -150,6 +152,17 @@ class SpilledTensors(list):
 
     def __setitem__(self, n: int, hidden: Tensor) -> None:
         super().__getitem__(n).copy_(hidden)
+
+
+def _allocate(file: int, size: int, folder: Path | str) -> None:
+    """Have the disk reserve so many bytes: on a full one a mapped file ends the process (SIGBUS).
+    Raises OSError, naming the folder."""
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        raise OSError(error.errno, f"{os.strerror(error.errno)}, of {size:,} bytes to keep "
+                      "activations", str(folder)) from None  # fmt: skip
 
 
 @torch.no_grad()

@@ -157,12 +157,12 @@ def load_profile(name: str, model: str | Path | None = None, data: str | Path | 
     model: a hub id, folder or GGUF file whose weights replace the profile's. data: a folder with
     problems as {split}.jsonl. problems: "minigsm" or "gsm8k"; None: the profile's.
     """
-    if name not in _SIZES:
+    if not isinstance(name, str) or name not in _SIZES:
         raise ValueError(f"there is no profile {name!r}; expected one of {', '.join(_SIZES)}")
     (own, train), tiny = _SIZES[name], name == "tiny"
     problems = problems or ("minigsm" if tiny else "gsm8k")
     readers = {"minigsm": load_minigsm, "gsm8k": _gsm8k}
-    if problems not in readers:
+    if not isinstance(problems, str) or problems not in readers:
         raise ValueError(f"there are no problems {problems!r}; expected {', '.join(readers)}")
     return Profile(
         name=name,

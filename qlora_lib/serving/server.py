@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from ..base.ranges import ABOVE_ZERO, COUNT, ZERO_ON
 from ..generation.generate import Completion, Decoding, generator
 from ..lora.layer import adapter_names
 
@@ -64,14 +65,13 @@ class AdapterServer:
         if decoding.temperature > 0 or decoding.samples > 1:
             raise ValueError(f"{decoding} samples: an answer would depend on the batch it falls "
                              "into; serve with temperature=0 and samples=1")  # fmt: skip
-        times = [max_wait_ms, *(t for t in (timeout_s, drain_s) if t is not None)]
-        fine = [isinstance(t, (int, float)) and 0 <= t < math.inf for t in times]
-        fine += [type(n) is int and n >= 1 for n in (max_queue, max_characters)]
-        if not all(fine) or timeout_s == 0:
-            raise ValueError(f"{max_wait_ms=}, {max_queue=}, {max_characters=}, {timeout_s=}, "
-                             f"{drain_s=}: expected whole max_queue >= 1 and max_characters >= 1, "
-                             "finite max_wait_ms >= 0, timeout_s > 0 or None, and drain_s >= 0 or "
-                             "None")  # fmt: skip
+        COUNT.check("max_queue", max_queue)
+        COUNT.check("max_characters", max_characters)
+        ZERO_ON.check("max_wait_ms", max_wait_ms)
+        if timeout_s is not None:
+            ABOVE_ZERO.check("timeout_s", timeout_s)
+        if drain_s is not None:
+            ZERO_ON.check("drain_s", drain_s)
         self.decoding, self.max_wait = decoding, max_wait_ms / 1000
         self.max_queue, self.max_characters = max_queue, max_characters
         self.timeout_s, self.drain_s = timeout_s, drain_s
@@ -161,7 +161,6 @@ class AdapterServer:
         if len(prompt) > self.max_characters:
             raise ValueError(f"a prompt of {len(prompt):,} characters is too long: "
                              f"max_characters={self.max_characters:,}")  # fmt: skip
-        prompt.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
 
     def metrics(self) -> dict:
         """Counts since the start (rows: of all batches; tokens: generated, of answered requests),

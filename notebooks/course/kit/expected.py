@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lib.base.files import read_json
-from qlora_lib.base.paths import ROOT
+from qlora_lib.base.paths import ROOT, plain_name
 
 EXPECTED = ROOT / "data" / "expected"
 
@@ -24,11 +24,12 @@ def load_expected(profile: str, folder: Path = EXPECTED) -> dict[str, Expected]:
 
     Raises ValueError, naming file and entry, for an entry without value, tolerance or reason.
     """
-    path = Path(folder) / f"{profile}.json"
+    path = Path(folder) / f"{plain_name(profile, 'the profile')}.json"
     if not path.exists():
         return {}
     expected = {}
     for name, entry in read_json(path).items():
+        entry = entry if isinstance(entry, dict) else {"value": entry}
         numbers = [entry.get("value"), entry.get("tolerance")]
         if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers) \
                 or numbers[1] < 0 or not str(entry.get("reason") or "").strip():

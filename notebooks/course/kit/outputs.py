@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from qlora_lib.base.files import write_json_atomic
-from qlora_lib.base.paths import DATA, short_path
+from qlora_lib.base.paths import DATA, plain_name, short_path
 from qlora_lib.base.stamp import stamp
 
 from .record import outputs_folder
@@ -19,7 +19,7 @@ def keep_result(profile: str, part: str, model, facts: dict, seed: int) -> Path:
     outputs/<profile>, where nothing is mistaken for a result. Returns the path."""
     is_random = random_weights(model)
     folder = outputs_folder(profile) if is_random else DATA / "results"
-    path = folder / f"{profile}-{part}.json"
+    path = folder / f"{plain_name(f'{profile}-{part}', 'the part')}.json"
     made = {"random_weights": is_random, "model": short_path(Path(model.config._name_or_path))}
     write_json_atomic(path, made | facts | {"stamp": stamp(seed)})
     return path

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qlora_lib.base.files import read_json, write_json_atomic
-from qlora_lib.base.paths import ROOT
+from qlora_lib.base.files import read_entry, write_json_atomic
+from qlora_lib.base.paths import ROOT, plain_name
 from qlora_lib.base.stamp import stamp
 
 from . import BESIDE_VARIABLE, COMPARE_VARIABLE, OUTPUTS_VARIABLE
@@ -41,7 +41,7 @@ class Recorder:
                  expected: Path = EXPECTED):
         self.comparing = os.environ.get(COMPARE_VARIABLE) != "0"
         self.expected = load_expected(profile, expected)
-        self.path = metrics_folder(profile) / f"{notebook}.json"
+        self.path = metrics_folder(profile) / f"{plain_name(notebook, 'the notebook')}.json"
         self.path.unlink(missing_ok=True)
         self.stamp = stamp(seed, command=notebook, profile=profile)
         self.numbers: dict[str, dict[str, Any]] = {}
@@ -59,7 +59,8 @@ class Recorder:
         Raises ValueError for what is not a number, and for a name with a colon.
         """
         value = value.item() if hasattr(value, "item") else value
-        if not isinstance(value, (int, float)) or ":" in name:
+        if not isinstance(value, (int, float)) or not isinstance(name, str) or not name.strip() \
+                or ":" in name:
             raise ValueError(f"got record({name!r}, {value!r}); expected a name without a colon "
                              "and one number")
         expected = self.expected.get(name)
@@ -80,7 +81,8 @@ class Recorder:
 
 def outputs_folder(profile: str) -> Path:
     """The folder of what the notebooks of a profile make: outputs/<profile>, or elsewhere."""
-    return Path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs") / profile
+    return Path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs") / plain_name(
+        profile, "the profile")
 
 
 def metrics_folder(profile: str) -> Path:
@@ -95,7 +97,7 @@ def merge(profile: str) -> dict[str, dict[str, Any]]:
     """
     folder, merged = metrics_folder(profile), {}
     for path in sorted(folder.glob("[!.]*.json")):
-        for name, entry in read_json(path)["numbers"].items():
+        for name, entry in read_entry(path, "numbers").items():
             if name in merged:
                 raise ValueError(f"{merged[name]['notebook']} and {path.stem} both record "
                                  f"'{name}'; give one of them another name")

@@ -13,23 +13,24 @@ import signal
 import sys
 from importlib import import_module
 
+from qlora_lib.base.endings import ending
+from qlora_lib.base.ranges import COUNT
+
 ELSEWHERE = {"html": "pages", "student": "student", "grade": "grade"}  # with options of their own
+PROFILES = ("tiny", "smollm2", "llama2-7b")  # of qlora_lib, which takes long to import
+STOPPED = "stopped; nothing runs any more, and what was not finished is gone"
 KILLED = 143  # what a process says that SIGTERM has ended
 
 
 def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(KILLED))  # so that a kill tidies up
     try:
-        return _main(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != KILLED:
+        return ending(lambda: _main(sys.argv[1:] if arguments is None else arguments), STOPPED)
+    except SystemExit as stop:
+        if stop.code != KILLED:
             raise  # argparse's
-        print("stopped; nothing runs any more, and what was not finished is gone",
-              file=sys.stderr)
-        return 130 if isinstance(stop, KeyboardInterrupt) else KILLED
+        print(STOPPED, file=sys.stderr)
+        return KILLED
 
 
 def _main(arguments: list[str]) -> int:
@@ -50,15 +51,15 @@ def _main(arguments: list[str]) -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("names", nargs="*", help="notebooks, as 01 or 01_name; all if none")
         if name == "run":
-            command.add_argument("--profile", default="tiny", help="tiny, smollm2 or llama2-7b")
+            command.add_argument("--profile", default="tiny", choices=PROFILES)
             command.add_argument("--parameters", default="", metavar="'bits=3 group_size=32'",
                                  help="other parameters; expected numbers are then not compared")
-            command.add_argument("--jobs", type=count, metavar="N",
+            command.add_argument("--jobs", type=COUNT, metavar="N",
                                  help="side by side, one thread each; as many as fit if not given")
             command.add_argument("--grid", action="store_true",
                                  help="each slider draws its whole grid, as for nbval")
         if name != "normal":
-            command.add_argument("--timeout", type=int, help="seconds for one cell")
+            command.add_argument("--timeout", type=COUNT, help="seconds for one cell")
     given = parser.parse_args(arguments)
     if given.command == "run":
         return execute.run(given.names, given.profile, execute.parse_parameters(given.parameters),
@@ -67,13 +68,6 @@ def _main(arguments: list[str]) -> int:
         return execute.mend(given.names)
     return {"store": execute.store, "solved": execute.solved}[given.command](
         given.names, given.timeout or execute.CELL_SECONDS)
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -47,15 +47,25 @@ def isolate_kernels() -> None:
 def parse_parameters(text: str) -> dict[str, Any]:
     """'bits=3 group_size=None name=x' -> {"bits": 3, "group_size": None, "name": "x"}."""
     parameters = {}
-    for part in shlex.split(text):
+    if not text.replace("\n", " ").isprintable():
+        raise ValueError(f"the parameters {text!r:.80} hold characters that can't be shown")
+    try:
+        parts = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"the parameters {text!r:.80} can't be read: {error}") from None
+    for part in parts:
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"got the parameter {part!r}; expected name=value, as in \"bits=3\"")
+            raise ValueError(f"got the parameter {part!r:.80}; expected name=value, as in "
+                             "\"bits=3\"")
+        if name in parameters:
+            raise ValueError(f"the parameter {name!r} is there twice")
         value = {"true": "True", "false": "False", "null": "None"}.get(value, value)
         try:
             parameters[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a path is seen from here, notebooks run in theirs
-            parameters[name] = str(Path(value).resolve()) if Path(value).exists() else value
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            # A path is seen from here, notebooks run in theirs.
+            parameters[name] = os.path.abspath(value) if os.path.exists(value) else value
     return parameters
 
 
@@ -63,12 +73,30 @@ def known_parameters(paths: list[Path], parameters: dict[str, Any]) -> dict[Path
     """Those of the parameters that each notebook has; ValueError for one that none has."""
     import papermill
 
-    known = {path: set(papermill.inspect_notebook(str(path))) for path in paths}
+    known = {path: papermill.inspect_notebook(str(path)) for path in paths}
     for name in parameters:
         if not any(name in names for names in known.values()):
             have = sorted(set().union(*known.values()))
             raise ValueError(f"no notebook has a parameter '{name}'; there are: {', '.join(have)}")
+    for path, own in known.items():
+        for name in own.keys() & parameters.keys():
+            _check_kind(name, parameters[name], own[name]["default"], path.stem)
     return {path: {k: v for k, v in parameters.items() if k in known[path]} for path in paths}
+
+
+def _check_kind(name: str, value: Any, default: str, stem: str) -> None:
+    """Raise ValueError for a value of another kind than a notebook's default, as its source has
+    it; None goes with all, and a whole number with a float."""
+    try:
+        usual = ast.literal_eval(default)
+    except (ValueError, SyntaxError):  # it is computed
+        return
+    like = (int, float) if isinstance(usual, float) else type(usual)
+    if not (usual is None or value is None or isinstance(value, like)) \
+            or isinstance(value, bool) != isinstance(usual, bool) and None not in (usual, value) \
+            or isinstance(value, (int, float)) and not abs(value) < 2**63:
+        raise ValueError(f"the parameter {name}={value!r:.60} does not go with {stem}, where it is "
+                         f"{usual!r:.60}")
 
 
 def run(names: list[str], profile: str, parameters: dict[str, Any],

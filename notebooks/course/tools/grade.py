@@ -31,6 +31,9 @@ from pathlib import Path
 from textwrap import shorten
 from unittest import mock
 
+from qlora_lib.base.paths import given_path
+from qlora_lib.base.endings import ending
+from qlora_lib.base.ranges import Range
 from ..kit import exercise as checks
 from .confined import SIGNALS, landlock, linux, seccomp
 from .normal_form import CHECK, notebooks, read
@@ -241,27 +244,15 @@ def left() -> str:
     return "; ".join([LEFT, *(text for text, holds in LEFT_HERE.items() if holds())])
 
 
-def seconds(text: str) -> float:
-    """A number of seconds, for argparse."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= LONGEST:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"got {text!r}; expected a number of seconds, more than 0 "
-                                     f"and at most {LONGEST}")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.tools grade",
                                      description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="a notebook or a folder for each student")
-    parser.add_argument("--seconds", type=seconds, default=SECONDS, help="for one exercise")
+    parser.add_argument("folder", type=given_path, help="a notebook or a folder for each student")
+    parser.add_argument("--seconds", type=Range(0, LONGEST, above=True), default=SECONDS,
+                        help="for one exercise")
     given = parser.parse_args(arguments)
-    try:
-        course = [[name for _, name, _ in exercises_of(read(path))] for path in notebooks()]
-        text = table(grade(given.folder, course, given.seconds))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    course = [[name for _, name, _ in exercises_of(read(path))] for path in notebooks()]
+    text = table(grade(given.folder, course, given.seconds))
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
     print(f"What a submission can still do here: {left()}.")
@@ -269,4 +260,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

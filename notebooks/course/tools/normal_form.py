@@ -40,7 +40,14 @@ def notebooks(names: list[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
 
 
 def read(path: Path):
-    return nbformat.read(path, as_version=4)
+    """The notebook in a file; ValueError, with its name, for one that holds none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except OSError:
+        raise
+    except Exception as error:  # nbformat and its validator raise many kinds
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} holds no notebook that can be read ({said:.200})") from error
 
 
 def write(path: Path, text: str) -> None:

@@ -15,8 +15,10 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from qlora_lib.base.endings import ending
+from qlora_lib.base.files import read_text
 from qlora_lib.base.folders import atomic_folder
-from qlora_lib.base.paths import ROOT
+from qlora_lib.base.paths import ROOT, given_path
 from .execute import BUILD
 from .normal_form import notebooks, read
 
@@ -151,7 +153,7 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
     for path in [*paths, *documents]:
         try:
             bodies[path] = (cells(read(path)) if path.suffix == ".ipynb" else
-                            markdown(path.read_text(encoding="utf-8")))
+                            markdown(read_text(path)))
             if not headings(bodies[path], 1):
                 raise ValueError("no title; expected a line '# ...'")
         except ValueError as error:
@@ -188,17 +190,13 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.tools html",
                                      description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=BUILD / "html", help="this folder is replaced")
+    parser.add_argument("--out", type=given_path, default=BUILD / "html", help="this folder is replaced")
     out = parser.parse_args(arguments).out
-    try:
-        made = build(out, notebooks(), sorted(DOCS.glob("*.md")))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    made = build(out, notebooks(), sorted(DOCS.glob("*.md")))
     size = sum(path.stat().st_size for path in made)
     print(f"{len(made)} pages, {size / 1e6:.1f} MB: open {out / 'index.html'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from qlora_lib.base.paths import given_path
+from qlora_lib.base.endings import ending
 from .execute import BUILD
 from .normal_form import dumps, exercises, normal, notebooks, read, write
 
@@ -47,6 +49,10 @@ def build(out: Path, paths: list[Path]) -> list[Path]:
             copies[out / path.name] = dumps(normal(without_solutions(read(path)), path.stem))
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
+    for path, target in zip(paths, copies):
+        if target.resolve() == path.resolve():
+            raise ValueError(f"{target} would be replaced by its copy without solutions; give "
+                             "another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     for path, text in copies.items():
         write(path, text)
@@ -57,16 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.tools student",
                                      description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="notebooks, as 01 or 01_name; all if none")
-    parser.add_argument("--out", type=Path, default=BUILD / "student", help="folder of the copies")
+    parser.add_argument("--out", type=given_path, default=BUILD / "student", help="folder of the copies")
     given = parser.parse_args(arguments)
-    try:
-        made = build(given.out, notebooks(given.names))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    made = build(given.out, notebooks(given.names))
     print(f"{len(made)} notebooks without solutions in {given.out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending(main))

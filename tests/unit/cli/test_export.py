@@ -26,17 +26,17 @@ def test_export_of_the_base_and_of_the_merged_model(place, capsys):
 
     argv = [*COMMON, "--group-size", "32"]
     assert run("quantize", *argv) == 0
-    assert run("export", *COMMON) == 0
+    assert run("export", "--model", "model") == 0
     run_folder = "checkpoints/tiny"
     words = ["vllm", "serve", f"{run_folder}/gptq", "--dtype", "float16"]
     assert served(capsys.readouterr().out) == words
     base, _ = load_quantized(f"{run_folder}/base", "cpu", "fp32")
     assert same_logits(f"{run_folder}/gptq", base)
-    assert run("export", *COMMON, "--merge", "rtn") == 2
+    assert run("export", "--model", "model", "--merge", "rtn") == 2
     assert "holds no adapter" in capsys.readouterr().err
 
     assert run("finetune", *FAST, "--group-size", "32", "--lr", "0.1") == 0
-    assert run("export", *COMMON, "--out", "base") == 0
+    assert run("export", "--model", "model", "--out", "base") == 0
     out = capsys.readouterr().out
     assert "the adapter in checkpoints/tiny/adapter stays beside it" in out
     lora = ["--enable-lora", "--lora-modules", f"adapter={run_folder}/adapter"]
@@ -44,7 +44,7 @@ def test_export_of_the_base_and_of_the_merged_model(place, capsys):
     assert same_logits("base", base)
 
     for method in ("rtn", "gptq"):
-        assert run("export", *COMMON, "--merge", method) == 0
+        assert run("export", "--model", "model", "--merge", method) == 0
         out = capsys.readouterr().out
         assert f"merged into 7 layers by {method}; rounding error" in out
         assert served(out) == ["vllm", "serve", f"{run_folder}/gptq-merged", "--dtype", "float16"]
@@ -90,15 +90,15 @@ def test_the_merge_is_calibrated_on_what_the_base_was(place, capsys, monkeypatch
 def test_export_leaves_out_an_adapter_of_a_dense_base(place, capsys):
     assert run("quantize", *COMMON, "--method", "rtn") == 0
     assert run("finetune", *FAST, "--method", "none") == 0
-    assert run("export", *COMMON) == 0
+    assert run("export", "--model", "model") == 0
     assert "--enable-lora" not in capsys.readouterr().out
-    assert run("export", *COMMON, "--merge", "rtn") == 2
+    assert run("export", "--model", "model", "--merge", "rtn") == 2
     assert "trained on a quantized base" in capsys.readouterr().err
 
 
 def test_export_refuses_nf4(place, capsys):
     assert run("quantize", *COMMON, "--method", "nf4") == 0
-    assert run("export", *COMMON) == 2
+    assert run("export", "--model", "model") == 2
     assert "is NF4" in capsys.readouterr().err
 
 
@@ -137,7 +137,7 @@ def test_merging_by_gptq_takes_the_options_that_made_the_base(place, capsys, mon
     monkeypatch.setattr(merge, "merge_lora", remember)
     assert run("finetune", *FAST, "--group-size", "32", "--best") == 0
     for into in ("gptq", "rtn"):
-        assert run("export", *COMMON, "--merge", into, "--out", into) == 0
+        assert run("export", "--model", "model", "--merge", into, "--out", into) == 0
     # match_dense is the quantization's own: a merge is to meet the trained model.
     assert seen[0] == GPTQOptions.best() and seen[1] == GPTQOptions()
     assert "weigh_columns=True" in capsys.readouterr().out

@@ -21,6 +21,9 @@ def test_what_data_may_be(place, monkeypatch):
     assert read("metamathqa", "evaluate") == ("gsm8k", "gsm", "metamathqa")
     assert read("data", "evaluate") == (None, "data", None)  # problems
     (place / "own").mkdir()
+    with pytest.raises(FileNotFoundError, match="no train.jsonl"):
+        read("own")
+    (place / "own" / "mine.jsonl").touch()
     assert read("own") == (None, None, "own") and read("own", profile="smollm2")[1] == "gsm"
 
 
@@ -39,24 +42,48 @@ def test_inits_that_do_not_go_with_a_method(place, capsys, argv, message):
 @pytest.mark.parametrize(
     "argv, named",
     [
-        (["quantize", "--method", "nf4", "--bits", "3", "--best"], "nf4 has no --bits, --best"),
-        (["quantize", "--method", "nf4", "--bits", "4"], "nf4 has no --bits"),
-        (["finetune", "--method", "nf4", "--group-size", "64"], "nf4 has no --group-size"),
-        (["quantize", "--method", "rtn", "--match-dense"], "rtn has no --match-dense"),
-        (["quantize", "--method", "rtn", "--damping", "auto"], "rtn has no --damping"),
-        (["quantize", "--method", "rtn", "--weigh-columns", "--refit-scales"],
-         "rtn has no --weigh-columns, --refit-scales"),
-        (["finetune", "--method", "none", "--bits", "4"], "none has no --bits"),
-        (["finetune", "--method", "none", "--stream"], "none has no --stream"),
-        (["memory", "--method", "lora", "--bits", "4"], "--method lora has none"),
-        (["memory", "--group-size", "32"], "--group-size belongs to a grid"),
+        (["quantize", "--method", "nf4", "--bits", "3", "--best"], "--bits"),
+        (["quantize", "--method", "nf4", "--bits", "4"], "--bits"),
+        (["finetune", "--method", "nf4", "--group-size", "64"], "--group-size"),
+        (["quantize", "--method", "rtn", "--match-dense"], "--match-dense"),
+        (["quantize", "--method", "rtn", "--damping", "auto"], "--damping"),
+        (["quantize", "--method", "rtn", "--weigh-columns"], "--weigh-columns"),
+        (["quantize", "--method", "nf4", "--refit-scales"], "--refit-scales"),
+        (["quantize", "--best", "--damping", "0.5"], "--damping"),
+        (["quantize", "--method", "rtn", "--spill", "x"], "--spill"),
+        (["finetune", "--method", "none", "--bits", "4"], "--bits"),
+        (["finetune", "--method", "none", "--stream"], "--stream"),
+        (["finetune", "--method", "nf4", "--init", "pissa", "--stream"], "--stream"),
+        (["finetune", "--epochs", "2"], "--epochs"),
+        (["evaluate", "--top-p", "0.5"], "--top-p"),
+        (["evaluate", "--temperature", "0", "--top-p", "0.5"], "--top-p"),
+        (["evaluate", "--seed", "3"], "--seed"),
+        (["evaluate", "--vote", "majority"], "--vote"),
+        (["evaluate", "--samples", "2", "--verifier", "x"], "--verifier"),
+        (["export", "--merge", "rtn"], "--data"),
+        (["memory", "--method", "lora", "--bits", "4"], "--bits"),
+        (["memory", "--method", "full", "--rank", "4"], "--rank"),
+        (["memory", "--method", "full", "--targets", "attention"], "--targets"),
+        (["memory", "--group-size", "32"], "--group-size"),
     ],
 )
 def test_an_option_that_does_not_apply_is_refused_by_name(place, capsys, argv, named):
-    assert run(argv[0], *COMMON, *argv[1:]) == 2
+    common = COMMON[:2] if argv[0] == "memory" else COMMON
+    steps = FAST[4:] if argv[0] == "finetune" else []
+    assert run(argv[0], *common, *steps, *argv[1:]) == 2
     out, err = capsys.readouterr()
-    assert named in err and "quantizing" not in out
+    assert f"error: {named} goes only with" in err and "quantizing" not in out
     assert not (place / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("argv", [
+    ["generate", "--data", "x", "1?"], ["generate", "--seed", "1", "1?"], ["memory", "--folder", "x"],
+    ["quantize", "--seed", "1"], ["export", "--seed", "1"], ["quantize", "--method", "none"],
+])  # fmt: skip
+def test_an_option_that_a_command_does_not_have(capsys, argv):
+    with pytest.raises(SystemExit) as done:
+        parser().parse_args(argv)
+    assert done.value.code == 2 and "error: " in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused_before_loading(place, capsys, monkeypatch):
@@ -82,13 +109,13 @@ def test_partly_quantized_base_fails_the_check(place, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["evaluate", "--samples", "0"], "--samples: expected a whole number from 1 on, got 0"),
+        (["evaluate", "--samples", "0"], "--samples: expected a whole number of at least 1"),
         (["evaluate", "--batch-size", "0"], "--batch-size: expected a whole number"),
-        (["evaluate", "--limit", "-2"], "--limit: expected a whole number from 1 on, got -2"),
+        (["evaluate", "--limit", "-2"], "--limit: expected a whole number of at least 1"),
         (["evaluate", "--max-new-tokens", "0"], "--max-new-tokens: expected"),
         (["verifier", "--samples", "0"], "--samples: expected"),
         (["finetune", "--rank", "0"], "--rank: expected"),
-        (["finetune", "--alpha", "0"], "--alpha: expected a number above 0, got 0"),
+        (["finetune", "--alpha", "0"], "--alpha: expected a number above 0"),
         (["finetune", "--max-length", "-1"], "--max-length: expected"),
         (["memory", "--tokens", "-5"], "--tokens: expected"),
         (["memory", "--batch-size", "one"], "--batch-size: expected"),
@@ -133,13 +160,13 @@ def test_what_would_fail_at_the_end_fails_before_the_work(place, capsys):
         (["finetune", "--bits", "5"], "bits"),
         (["finetune", "--targets", "k"], "match no linear"),
         (["finetune", "--profile", "small"], "no profile"),
-        (["quantize", "--method", "none"], "gptq, rtn or nf4"),
         (["quantize", "--model", "./nowhere"], "holds no model"),
         (["finetune", "--data", "nowhere"], "no folder or file nowhere"),
         (["export"], "no quantized base"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(place, capsys, argv, message):
-    assert run(argv[0], *COMMON, *argv[1:]) == 2
+    common = COMMON[:2] if argv[0] == "export" else COMMON
+    assert run(argv[0], *common, *argv[1:]) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("error: ") and message in err[-1]

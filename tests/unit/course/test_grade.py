@@ -152,7 +152,7 @@ def test_a_folder_without_submissions_is_an_error(tmp_path):
 def test_seconds_are_a_number_that_can_be_waited_for(tmp_path, seconds, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["grade", str(tmp_path), "--seconds", seconds])
-    assert f"got '{seconds}'; expected a number of seconds, more than 0" in capsys.readouterr().err
+    assert f"expected a number above 0, at most 86400, got '{seconds}'" in capsys.readouterr().err
 
 
 def test_what_cannot_be_graded_is_one_line(tmp_path, capsys, monkeypatch):

@@ -301,3 +301,11 @@ def test_a_broken_line_is_named(tmp_path):
 def test_the_last_tenth_is_held_out_up_to_a_limit(n, at_least, dev):
     items = list(range(n))
     assert hold_out(items, at_least) == (items[: n - dev], items[n - dev :])
+
+
+@pytest.mark.parametrize("ids, labels", [
+    ([1, 2], [1]), ([-1], [-1]), ([], []), (["a"], ["b"]), ([1.5], [1]), ([True], [1]), ([1], [-5]),
+])  # fmt: skip
+def test_encoded_examples_are_token_ids_and_labels(ids, labels):
+    with pytest.raises(ValueError, match="example 2 should be token ids"):
+        read_examples([([1, 2], [IGNORE, 2]), (ids, labels)], small_tokenizer())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_lib.data.rows import read_rows
+from qlora_lib.data.rows import LONGEST, check_text, read_rows
 
 
 def test_rows_are_lines_or_a_list_and_broken_ones_are_named(tmp_path):
@@ -25,3 +25,20 @@ def test_rows_are_lines_or_a_list_and_broken_ones_are_named(tmp_path):
     file.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match="not UTF-8"):
         read_rows(file)
+
+
+@pytest.mark.parametrize("content", [
+    b"[" * 100_000, b'{"a": ' * 100_000, b'{"a": 1, "a": 2}', b"\0\0", b'{"a": "\xff"}', b"5", b"[1]",
+    '{"a": 1}'.encode("utf-16"),
+])  # fmt: skip
+def test_a_file_of_something_else_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="rows.jsonl"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_texts_that_no_tokenizer_takes():
+    check_text("a" * LONGEST)
+    for text in ("a" * (LONGEST + 1), "\ud800", None, 5):
+        with pytest.raises(ValueError, match="a text|expected a text"):
+            check_text(text)

@@ -86,7 +86,7 @@ def test_empty_and_unparsable_problems_are_errors():
         evaluate(silent, [])
     with pytest.raises(ValueError, match="gold"):
         evaluate(lambda prompts: pytest.fail("asked"), [{"question": "q", "answer": "x"}])
-    with pytest.raises(ValueError, match="gave 1 completions"):
+    with pytest.raises(ValueError, match="prompts gave"):
         evaluate(lambda prompts: [""], PROBLEMS)
 
 

@@ -269,7 +269,7 @@ def test_bad_requests_are_refused_before_they_reach_a_batch():
                 ("1", ["a"], "no adapter"),
                 ("long " * 300, "a", "exceed the context of 256"),
                 (7, "a", "prompt=7 must be a string"),
-                ("half a pair: \ud800", "a", "surrogates not allowed"),
+                ("half a pair: \ud800", "a", "surrogate pair"),
             ):
                 with pytest.raises(ValueError, match=message):
                     await server.generate(prompt, task)
@@ -580,11 +580,11 @@ def test_stopping_by_force_leaves_nobody_waiting():
     "given, message",
     [
         (dict(decoding=Decoding(temperature=0.5)), "serve with temperature=0"),
-        *((dict(max_queue=bad), "max_queue >= 1") for bad in (0, 2.5, NAN, True, "8", None)),
-        *((dict(max_characters=bad), "max_characters >= 1") for bad in (0, 1e5, None)),
-        *((dict(max_wait_ms=bad), "max_wait_ms >= 0") for bad in (-1, NAN, INF, "5", None)),
-        *((dict(timeout_s=bad), "timeout_s > 0 or None") for bad in (0, -1, NAN, INF, "5")),
-        *((dict(drain_s=bad), "drain_s >= 0 or None") for bad in (-1, NAN, INF, "5")),
+        *((dict(max_queue=bad), "max_queue") for bad in (0, 2.5, NAN, True, "8", None)),
+        *((dict(max_characters=bad), "max_characters") for bad in (0, 1e5, None)),
+        *((dict(max_wait_ms=bad), "max_wait_ms") for bad in (-1, NAN, INF, "5", None)),
+        *((dict(timeout_s=bad), "timeout_s") for bad in (0, -1, NAN, INF, "5")),
+        *((dict(drain_s=bad), "drain_s") for bad in (-1, NAN, INF, "5")),
     ],
 )
 def test_bad_settings_are_named(given, message):
