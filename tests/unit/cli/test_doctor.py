@@ -75,6 +75,7 @@ def test_a_check_that_fails_is_a_note_and_the_others_go_on(monkeypatch, capsys):
 
 def test_an_older_python_is_told_so_before_it_meets_what_it_cannot_read(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    monkeypatch.delitem(sys.modules, "qlora_lib.__main__")  # to be read anew
     with pytest.raises(SystemExit, match="Python 3.11 or newer is needed"):
         runpy.run_module("qlora_lib", run_name="__main__")
     for name in ("__init__.py", "__main__.py"):  # these it reads
