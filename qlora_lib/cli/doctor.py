@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -127,8 +128,6 @@ def check_packages() -> Findings:
 
 def _asked() -> list[tuple[str, bool]]:
     """Return the requirements, and whether the notebooks of the tiny profile need them."""
-    import tomllib
-
     if not (ROOT / "pyproject.toml").is_file():  # a wheel: pip saw to its bounds
         return []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
