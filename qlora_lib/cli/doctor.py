@@ -150,8 +150,9 @@ def installed(name: str) -> str | None:
 
 
 def check_torch() -> Findings:
+    script = Path(__file__).with_name("torch_facts.py").read_text(encoding="utf-8")
     try:
-        said = ask([sys.executable, "-m", "qlora_lib.cli.torch_facts"], TORCH_SECONDS)
+        said = ask([sys.executable, "-c", script], TORCH_SECONDS)
         facts = json.loads(said.splitlines()[-1])
     except (RuntimeError, ValueError, IndexError) as error:
         facts = {"error": str(error)}
@@ -162,6 +163,8 @@ def check_torch() -> Findings:
     native = "bf16 natively" if facts["cpu_bf16"] else "no bf16 of its own, so fp32"
     built = f"torch {facts['torch']}, built for {facts['built_for']}"
     yield ok(f"{built}; CPU: {facts['cpu']}, {native}")
+    if "transformers_error" in facts:
+        yield problem(f"transformers can't be imported ({facts['transformers_error']}): {INSTALL}")
     yield from gpu_lines(facts, nvidia_gpus())
     yield from compiler_lines(facts)
 

@@ -1,10 +1,12 @@
-"""What torch says of itself and its devices, for the doctor: `python -m qlora_lib.cli.torch_facts`.
+"""What torch says of itself and its devices, for the doctor.
 
-In a process of its own, since a broken build or driver may end or hang the process that asks.
+The doctor runs this text in a process of its own, since a broken build or driver may end or hang
+the process that asks; so it imports nothing of this package.
 """
 
 import json
 import warnings
+from importlib import import_module
 
 
 def torch_facts() -> dict:
@@ -25,12 +27,11 @@ def torch_facts() -> dict:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     facts["warning"] = str(said[0].message).splitlines()[0] if said else ""
     facts["gpus"] = [_gpu(torch, index) for index in range(count)]
-    try:
-        import triton
-
-        facts["triton"] = triton.__version__
-    except BaseException as error:
-        facts["triton_error"] = f"{type(error).__name__}: {error}"
+    for name in ("triton", "transformers"):
+        try:
+            facts[name] = import_module(name).__version__
+        except BaseException as error:
+            facts[f"{name}_error"] = f"{type(error).__name__}: {error}"
     return facts
 
 

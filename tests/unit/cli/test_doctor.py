@@ -93,7 +93,7 @@ def test_it_runs_without_any_package(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1 and not done.stderr
     said = " ".join(line["text"] for line in json.loads(done.stdout) if line["state"] == "problem")
-    assert "make setup" in said and "torch" in said
+    assert "make setup" in said and "packaging" in said
 
 
 @pytest.mark.long
@@ -159,10 +159,16 @@ def test_a_torch_that_is_missing_or_broken_is_a_problem(monkeypatch, said):
     assert line.state == "problem" and "pip install" in line.text
 
 
+def test_transformers_that_cannot_be_imported_is_a_problem_too(monkeypatch):
+    answers(monkeypatch, json.dumps(FACTS | {"transformers_error": "ImportError: tokenizers"}))
+    line = only(line for line in doctor.check_torch() if line.state == "problem")
+    assert "tokenizers" in line.text and "pip install" in line.text
+
+
 def test_the_facts_of_this_torch():
     facts = torch_facts.torch_facts()
     assert facts.keys() >= {"torch", "built_for", "cpu", "cpu_bf16", "warning", "gpus"}
-    assert ("triton" in facts) != ("triton_error" in facts)
+    assert ("triton" in facts) != ("triton_error" in facts) and "transformers" in facts
     assert json.loads(json.dumps(facts)) == facts
 
 
