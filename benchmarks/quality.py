@@ -45,8 +45,9 @@ def real_layers(folder: Path, wikitext: Path) -> dict[str, tuple[Tensor, Tensor,
     """down_proj of the first, the middle and the last block, with its inputs on WikiText-2."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                 trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     blocks = model.model.layers
     chosen = {f"block {i}, down_proj": blocks[i].mlp.down_proj for i in (0, len(blocks) // 2, -1)}
     inputs: dict[str, list[Tensor]] = {name: [] for name in chosen}

@@ -57,7 +57,7 @@ def random_packed_model(config, spec, dtype: torch.dtype, device="cpu", seed: in
         return torch.randn(shape, generator=draw, device=device, dtype=dtype).mul_(0.02)
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     linears = find_linears(model, ALL_LINEAR)
     for path, linear in linears.items():
         weight = normal(linear.weight.shape)

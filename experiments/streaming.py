@@ -26,6 +26,7 @@ from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
 from qlora_lib.models.checkpoint import INDEX
+from qlora_lib.models.settings import read_config, read_tokenizer
 from qlora_lib.models.stream import REPORT, quantize_checkpoint
 from qlora_lib.quant.gptq import GPTQOptions
 from qlora_lib.quant.grid import QuantSpec
@@ -51,11 +52,11 @@ def make_folder(folder: Path, shape: dict, blocks: int | None = None) -> None:
     blocks: only the first so many, to save time and disk. A tensor is in memory at a time:
     safetensors is a length (8 bytes), a JSON header and the bytes of the tensors.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = {n: t.shape for n, t in model.state_dict().items()}
     seeds = {name: SEED + i for i, name in enumerate(shapes)}  # a tensor is the same in any subset
     if blocks is not None:
@@ -76,7 +77,7 @@ def make_folder(folder: Path, shape: dict, blocks: int | None = None) -> None:
     if there and there["weight_map"] == weight_map:
         return
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(DATA / "tiny-llama").save_pretrained(folder)
+    read_tokenizer(DATA / "tiny-llama").save_pretrained(folder)
     for names in files:
         write_random(folder / weight_map[names[0]], {n: shapes[n] for n in names}, seeds)
         print(f"  {weight_map[names[0]]}", flush=True)
@@ -103,9 +104,7 @@ def write_random(path: Path, shapes: dict[str, torch.Size], seeds: dict[str, int
 
 def measure(folder: Path, out: Path, blocks: int, sequences: int, targets, spill) -> dict:
     """Quantize the first blocks of the folder; how much memory and time it took."""
-    from transformers import AutoConfig
-
-    config, spec, options = AutoConfig.from_pretrained(folder), QuantSpec(), GPTQOptions()
+    config, spec, options = read_config(folder), QuantSpec(), GPTQOptions()
     ids = torch.randint(
         config.vocab_size, (sequences, LENGTH), generator=torch.Generator().manual_seed(SEED)
     )

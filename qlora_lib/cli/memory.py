@@ -48,10 +48,12 @@ def memory(args) -> None:
 def model_config(model: str):
     """The config of a model; of LLaMA-2-7B its published shape, where it can't be had. Raises
     FileNotFoundError for any other model without one."""
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
+
+    from ..models.settings import read_config
 
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return read_config(model)
     except OSError as error:
         if model != "meta-llama/Llama-2-7b-hf":
             raise FileNotFoundError(f"{model} has no config.json that can be read here: name a "

@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import nn
 
 from ..base.files import read_json, write_json_atomic
-from ..base.folders import atomic_folder
+from ..base.folders import atomic_folder, check_folder
 from ..layers.blocks import decoder_blocks
 from ..layers.linear import QuantizedLinear, check_scales_are_frozen
-from ..lora.layer import lora_layers
+from ..lora.layer import lora_layers, named
 from ..models.checkpoint import base_state, load_packed, read_weights, save_settings
 from ..models.quantize import quantized_layers
 from ..quant.grid import CLIP_NORM, QuantSpec
@@ -135,6 +135,7 @@ def import_gptq(folder: Path | str, device=None, compute_dtype: str = "auto"):
     corrupt, incomplete and unsupported ones, and v1 zero-points that overflowed.
     """
     folder = Path(folder)
+    check_folder(folder)
     spec, v1 = _read_config(folder)
     state = read_weights(folder)
     paths = [n.removesuffix(".qweight") for n in state if n.endswith(".qweight")]
@@ -162,10 +163,12 @@ def _read_config(folder: Path) -> tuple[QuantSpec, bool]:
         raise ValueError(f"{file}: bits={described.get('bits')!r} is not one of {BITS}")
     if described.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"{file}: pack_dtype={described['pack_dtype']!r} must be 'int32'")
-    if own := [name for name in described.get("dynamic") or {} if not name.startswith("-:")]:
+    if own := [name for name in described.get("dynamic") or {} if not str(name).startswith("-:")]:
         raise ValueError(f"{file}: dynamic gives {own[0]!r} settings of its own; quantize alike")
-    size, clip = described.get("group_size", -1), (described.get("meta") or {}).get("mse")
+    size, meta = described.get("group_size", -1), described.get("meta")
+    clip = meta.get("mse") if isinstance(meta, dict) else None
     size = None if size == -1 else size
     searched = isinstance(clip, (int, float)) and clip > 0
-    spec = QuantSpec(described["bits"], size, described.get("sym", True), clip_search=searched)
+    with named(str(file)):
+        spec = QuantSpec(described["bits"], size, described.get("sym", True), clip_search=searched)
     return spec, version == "gptq"

@@ -102,9 +102,7 @@ def from_gptq(
                 f"{spec.bits} bits in {groups} groups; does config.json belong to these weights?"
             )
     g_idx = tensors["g_idx"]
-    if g_idx.min() < 0 or g_idx.max() >= groups:
-        raise ValueError(f"{path}.g_idx lies outside 0 to {groups - 1}; export it again")
-    return QuantizedTensor(
+    quantized = QuantizedTensor(
         codes=as_bytes(tensors["qweight"].t()),  # (in * bits / 32, out) -> (out, in * bits / 8)
         scale=tensors["scales"].t().contiguous(),  # (groups, out) -> (out, groups)
         zero_point=_read_zeros(path, tensors["qzeros"], (groups, out), spec, v1),
@@ -112,6 +110,9 @@ def from_gptq(
         shape=torch.Size(shape),
         spec=spec,
     )
+    with named(path):
+        quantized.check()
+    return quantized
 
 
 def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bool) -> Tensor:

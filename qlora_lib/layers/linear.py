@@ -38,11 +38,13 @@ class QuantizedLinear(nn.Module):
 
     Its buffers are the tensors of the quantized weight (`codes`, `scale`, ...), which `.to(dtype)`
     and `.half()` leave as they are. Computes in the autocast dtype where autocast is on, else in
-    the dtype of its input. Within `decoding_layout` only the buffers lie in another order.
+    the dtype of its input. Within `decoding_layout` only the buffers lie in another order. Raises
+    ValueError for a packed weight whose tensors do not fit each other or mean nothing.
     """
 
     def __init__(self, quantized: Quantized, bias: Tensor | None = None):
         super().__init__()
+        quantized.check()
         self.spec: QuantSpec | NF4Spec = quantized.spec
         self.out_features, self.in_features = quantized.shape
         self._kind = type(quantized)

@@ -1,6 +1,6 @@
 """Batches that a model is called with: token ids, their mask, and what they lead to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ Batch = dict[str, Tensor]  # input_ids and attention_mask, each (batch, seq)
 
 def check_tokens(model, ids: Iterable[int]) -> None:
     """Raise ValueError for a token id that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows, ids = model.get_input_embeddings().weight.shape[0], list(ids)
+    if (least := min(ids, default=0)) < 0:
+        raise ValueError(f"token id {least} is negative")
     if (largest := max(ids, default=0)) >= rows:
         raise ValueError(
             f"token id {largest}, but the model has embeddings of {rows} tokens: the tokenizer is "
@@ -21,9 +23,10 @@ def check_tokens(model, ids: Iterable[int]) -> None:
 def token_mask(batch: Batch) -> Tensor:
     """Return a bool mask (batch, seq), False for padding; without attention_mask all is True.
     Raises ValueError for a batch without input_ids, or with a mask of another shape."""
-    if "input_ids" not in batch:
-        raise ValueError(f"a batch holds {sorted(batch)}, but needs input_ids (batch, seq)")
-    ids = batch["input_ids"]
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"a batch holds {got}, but needs input_ids, a tensor (batch, seq)")
     mask = batch.get("attention_mask", torch.ones_like(ids))
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}")

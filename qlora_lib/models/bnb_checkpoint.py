@@ -9,13 +9,13 @@ Each quantized layer holds, in bitsandbytes 0.43 to 0.50:
 These are the tensors of an NF4Tensor: nothing is converted, and no bitsandbytes is needed.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..base.files import read_json
+from ..base.files import parse_json, read_json
+from ..base.folders import check_folder
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec, NF4Tensor, dynamic_map, nf4_levels
 from .checkpoint import load_packed, read_weights
 
@@ -40,6 +40,7 @@ def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
     and tensors that are missing or do not fit each other or the model.
     """
     folder = Path(folder)
+    check_folder(folder)
     _check_config(folder / "config.json")
     state = read_weights(folder)
     paths = _quantized_paths(folder, state)
@@ -55,7 +56,8 @@ def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
 
 def _check_config(path: Path) -> None:
     """Raise ValueError, by name, for whatever is not a 4-bit NF4 checkpoint of bitsandbytes."""
-    config = read_json(path).get("quantization_config") or {}
+    config = read_json(path).get("quantization_config")
+    config = config if isinstance(config, dict) else {}
     method = config.get("quant_method")
     if method != "bitsandbytes":
         raise ValueError(
@@ -101,11 +103,13 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
     if state.keys() != known:
         wrong = sorted(state.keys() ^ known)
         raise ValueError(f"{STATE}: {wrong} missing or not known; {INSTEAD}")
-    if state["quant_type"] != "nf4" or tuple(state["shape"]) != tuple(shape):
+    if state["quant_type"] != "nf4" or state["shape"] != list(shape):
         raise ValueError(
-            f" is {state['quant_type']} of shape {tuple(state['shape'])}, the model has "
+            f" is {state['quant_type']!r:.80} of shape {state['shape']!r:.80}, the model has "
             f"{tuple(shape)} there; do config.json and weights belong together?"
         )
+    if nested and not isinstance(state["nested_offset"], (int, float)):
+        raise ValueError(f"{STATE}: nested_offset={state['nested_offset']!r:.80} is no number")
     n, block = shape.numel(), state["blocksize"]
     if type(block) is not int or block < 1:
         raise ValueError(f"{STATE}: blocksize={block!r} is no block size")
@@ -138,7 +142,7 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
     for name, ours in ((".quant_map", nf4_levels()), (".nested_quant_map", dynamic_map())):
         if name in tensors and not torch.allclose(tensors[name], ours, rtol=1e-6, atol=0):
             raise ValueError(f"{name} holds other levels than NF4 has here; {INSTEAD}")
-    return NF4Tensor(
+    quantized = NF4Tensor(
         codes=tensors[""],
         absmax=tensors[".absmax"],
         nested_absmax=tensors.get(".nested_absmax"),
@@ -146,11 +150,16 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
         shape=shape,
         spec=NF4Spec(block, nested),
     )
+    try:
+        quantized.check()
+    except ValueError as error:
+        raise ValueError(f": {error}") from None
+    return quantized
 
 
 def _quant_state(packed: Tensor) -> dict:
     """Return the JSON object whose bytes a quant_state tensor holds."""
     try:
-        return dict(json.loads(bytes(packed.flatten().tolist()).decode()))
+        return dict(parse_json(bytes(packed.flatten().tolist()).decode()))
     except (ValueError, TypeError) as error:  # Unicode and JSON errors are ValueErrors
         raise ValueError(f"{STATE} holds no JSON object ({error}); save it again") from None

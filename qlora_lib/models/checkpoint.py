@@ -17,17 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base.devices import default_device, resolve_dtype
-from ..base.files import open_tensors, read_json, write_json_atomic
-from ..base.folders import atomic_folder
+from ..base.files import FORMAT, check_format, open_tensors, read_json, write_json_atomic
+from ..base.finite import check_finite
+from ..base.folders import atomic_folder, check_folder
 from ..layers.linear import Quantized, QuantizedLinear, check_scales_are_frozen
-from ..lora.layer import lora_layers
+from ..lora.layer import lora_layers, named
 from ..lora.targets import replace_module
 from ..quant.grid import QuantizedTensor, QuantSpec
 from ..quant.nf4 import NF4Spec, NF4Tensor
 from .conv1d import linear_from_conv1d
-from .quantize import quantized_layers
+from .quantize import quantized_layers, stored_tensors
+from .settings import plain_errors, read_config, read_tokenizer
 
-FORMAT = 1  # raised when the layout changes; older readers then refuse the file
 WEIGHTS, QUANTIZATION = "model.safetensors", "quantization.json"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in shards: which file holds which tensor
 # By what quantization.json calls them: the weight, its spec, the tensors that it may lack
@@ -41,7 +42,8 @@ DERIVED = "rotary_emb.inv_freq"  # old checkpoints hold it, though it follows fr
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict of the base alone, under the names it has without adapters; tied
-    weights once, under the name that tie_weights gives to the others."""
+    weights once, under the name that tie_weights gives to the others. Raises ValueError, naming
+    the tensor, for NaN and Inf, which no file shall hold."""
     found, state, seen, tied = {}, {}, set(), tied_weights(model)
     adapted = lora_layers(model)
     for name, tensor in model.state_dict().items():
@@ -53,6 +55,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
         if tensor.data_ptr() not in seen or not tensor.numel():
             state[name] = tensor.detach().contiguous().cpu()
         seen.add(tensor.data_ptr())
+    check_finite(state.items())
     return state
 
 
@@ -117,7 +120,12 @@ def weight_map(folder: Path) -> dict[str, str]:
     or model.safetensors, or the only one there is, which old GPTQ checkpoints call otherwise.
     Raises FileNotFoundError for missing and ValueError for damaged ones."""
     if (folder / INDEX).is_file():
-        return read_json(folder / INDEX).get("weight_map", {})
+        where = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise ValueError(f"{folder / INDEX} has no weight_map; get the folder again")
+        for name in {str(name): name for name in where.values()}.values():
+            _check_name(folder, name)
+        return where
     path, found = folder / WEIGHTS, sorted(folder.glob("*.safetensors"))
     if not path.is_file() and len(found) > 1:
         raise FileNotFoundError(
@@ -125,8 +133,20 @@ def weight_map(folder: Path) -> dict[str, str]:
             "that says what is where; get that too, or leave the one file that is meant"
         )
     path = path if path.is_file() or not found else found[0]
+    _check_name(folder, path.name)
     with open_tensors(path) as file:
         return dict.fromkeys(file.keys(), path.name)
+
+
+def _check_name(folder: Path, name) -> None:
+    """Raise ValueError for a file of weights that lies elsewhere: a name from a file that is no
+    plain name, or a link out of the folder, but for those that the hub's cache is made of."""
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"{folder / INDEX} names {name!r:.80}, which is no file in this folder")
+    inside = folder.resolve()
+    inside = inside.parents[1] if inside.parent.name == "snapshots" else inside
+    if not (folder / name).resolve().is_relative_to(inside):
+        raise ValueError(f"{folder / name} is a link out of this folder; put the file itself there")
 
 
 def stored_shapes(files) -> dict[str, tuple[int, ...]]:
@@ -140,12 +160,14 @@ def stored_shapes(files) -> dict[str, tuple[int, ...]]:
 
 def read_weights(folder: Path, names: Container[str] | None = None) -> dict[str, Tensor]:
     """Return the tensors of a folder by name, those of `names` or all: views of the files, not yet
-    in memory. Raises what `weight_map` raises."""
+    in memory. Raises what `weight_map` raises, and ValueError for a file that lacks some."""
     where, state = weight_map(folder), {}
     wanted = [n for n in where if names is None or n in names]
     for name in sorted({where[n] for n in wanted}):
         with open_tensors(folder / name) as file:
             state |= {n: file.get_tensor(n) for n in file.keys() if names is None or n in names}
+    if lost := [n for n in wanted if n not in state]:
+        raise ValueError(f"{folder / where[lost[0]]} lacks {lost[0]}, which {INDEX} says it holds")
     return state
 
 
@@ -154,10 +176,12 @@ def load_quantized(folder: Path | str, device=None, compute_dtype: str = "auto")
     Raises FileNotFoundError for missing files, ValueError for a corrupt or newer checkpoint or one
     that lacks tensors."""
     folder = Path(folder)
+    check_folder(folder)
     described = read_json(folder / QUANTIZATION)
-    if described.get("format", 0) > FORMAT:
-        raise ValueError(f"{folder} has format {described['format']}, newer than {FORMAT}; upgrade")
-    layers, state = described["layers"], read_weights(folder)
+    check_format(folder / QUANTIZATION, described.get("format"))
+    layers, state = described.get("layers"), read_weights(folder)
+    if not isinstance(layers, dict):
+        raise ValueError(f"{folder / QUANTIZATION} describes no layers; save the model again")
     make = partial(our_tensor, layers=layers)
     return load_packed(folder, state, layers, make, device, compute_dtype)
 
@@ -178,20 +202,20 @@ def put_packed(model, paths: Iterable[str], state: dict[str, Tensor], make: Make
         tensors = {n.removeprefix(f"{path}."): state.pop(n) for n in names}
         bias, shape = tensors.pop("bias", None), (linear.out_features, linear.in_features)
         weight = make(path, tensors, torch.Size(shape))
-        replace_module(model, path, QuantizedLinear(weight, bias))
+        with named(path):
+            layer = QuantizedLinear(weight, bias)
+        replace_module(model, path, layer)
 
 
 def our_tensor(path: str, tensors: dict[str, Tensor], shape: torch.Size, layers: dict) -> Quantized:
     """Return the weight of a layer of our own format; layers: as in quantization.json."""
-    spec = dict(layers[path])
-    make_tensor, make_spec, optional = KINDS[spec.pop("kind")]
-    tensors = {**dict.fromkeys(optional), **tensors}
     try:
+        spec = dict(layers[path])
+        make_tensor, make_spec, optional = KINDS[spec.pop("kind")]
+        tensors = {**dict.fromkeys(optional), **tensors}
         quantized = make_tensor(**tensors, shape=shape, spec=make_spec(**spec))
-        # On the meta device this costs nothing, and shapes that do not fit each other show.
-        on_meta = {n: None if t is None else t.to("meta") for n, t in tensors.items()}
-        make_tensor(**on_meta, shape=shape, spec=quantized.spec).dequantize()
-    except (TypeError, ValueError, RuntimeError) as error:
+        quantized.check()
+    except (TypeError, ValueError, KeyError) as error:
         names = sorted(tensors)
         raise ValueError(f"{path}: tensors {names} do not make a layer ({error})") from None
     return quantized
@@ -199,18 +223,19 @@ def our_tensor(path: str, tensors: dict[str, Tensor], shape: torch.Size, layers:
 
 def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **changes):
     """Return (model without storage, dtype, device) by a folder's config.json with `changes`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     device = torch.device(device or default_device())
     dtype = resolve_dtype(compute_dtype, device)
-    config = AutoConfig.from_pretrained(folder, **changes)
+    config = read_config(folder, **changes)
     config.dtype = dtype  # transformers 5.0 leaves it as it was stored
     if hasattr(config, "quantization_config"):  # of the file, not of the model made from it
         del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    with torch.device("meta"), plain_errors(f"the config of {folder}"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if (file := folder / "generation_config.json").is_file():
+        with plain_errors(file):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     linear_from_conv1d(model)
     return model, dtype, device
 
@@ -220,31 +245,32 @@ def load_packed(
 ):
     """Return (model, tokenizer or None) of a folder whose tensors are in `state`; the dense model
     never exists. paths, make: as for put_packed."""
-    from transformers import AutoTokenizer
-
     model, dtype, device = empty_model(folder, device, dtype)
     put_packed(model, paths, state, make)
     has_one = (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_one else None
+    tokenizer = read_tokenizer(folder) if has_one else None
     return fill(model, paths, state, folder, dtype, device), tokenizer
 
 
 def fill(model: nn.Module, packed, state: dict[str, Tensor], folder: Path, dtype, device):
     """Put the dense tensors of `state` into a model whose `packed` paths hold theirs already, and
     return it, frozen and in eval mode. Weights that config.json ties become one, unless the folder
-    holds two. Raises ValueError for tensors that are missing, unexpected or misshapen."""
+    holds two. Raises ValueError for tensors that are missing, unexpected, misshapen or hold NaN or
+    Inf in the dtype that is computed in."""
     keep_own_weights(model, state, packed)
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder}: {error}; weights and config.json do not fit") from None
+        text = " ".join(str(error).split())
+        raise ValueError(f"{folder}: weights and config.json do not fit: {text:.300}") from None
     inside = tuple(f"{path}." for path in packed)
     missing = [n for n in missing if not n.startswith(inside) and n not in tied_weights(model)]
     unexpected = [n for n in unexpected if not is_derived(model, n)]
     if missing or unexpected:
         raise ValueError(f"{folder}: missing {missing[:3]}, not expected {unexpected[:3]}")
     model.tie_weights(recompute_mapping=False)
+    check_finite(stored_tensors(model), folder)
     materialize_buffers(model)
     return model.requires_grad_(False).to(device).eval()
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .settings import check_config
+
 
 def gguf_file(path: Path | str) -> Path | None:
     """Return the GGUF file that `path` names, or that is the only one in the folder `path`; None
@@ -31,15 +33,17 @@ def gguf_file(path: Path | str) -> Path | None:
 def load_gguf(path: Path, dtype: torch.dtype):
     """Load a GGUF file: (model, tokenizer), on the CPU. Raises ImportError, naming the packages to
     install, and ValueError for a damaged file and what transformers does not read."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
         raise ImportError(
             f"{path.name} is a GGUF file, and to read it takes {' and '.join(missing)}: "
             f"python -m pip install {' '.join(missing)}"
         )
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name,
+             "trust_remote_code": False}  # fmt: skip
     try:
+        check_config(AutoConfig.from_pretrained(**where).to_dict(), "its config")
         tokenizer = AutoTokenizer.from_pretrained(**where)
         where |= {"dtype": dtype, "output_loading_info": True}
         model, found = AutoModelForCausalLM.from_pretrained(**where)

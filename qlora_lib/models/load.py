@@ -7,12 +7,16 @@ import shlex
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from ..base.devices import default_device, dtype_name, resolve_dtype
+from ..base.finite import check_finite
+from ..base.folders import check_folder
 from ..base.paths import short_path
+from .checkpoint import stored_shapes, weight_map
 from .conv1d import linear_from_conv1d
 from .gguf_files import gguf_file, load_gguf
+from .quantize import stored_tensors
+from .settings import plain_errors, read_config, read_tokenizer
 
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
 # What transformers writes into its errors, in lower case, and what it means
@@ -30,8 +34,8 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     path: a hub id, a folder with config.json, tokenizer and safetensors, a GGUF file or a
     folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear; a
     4-bit checkpoint of bitsandbytes gives NF4 layers. Raises FileNotFoundError where no weights can
-    be had, ValueError for weights that are pickled, truncated, incomplete or quantized otherwise,
-    and for a tokenizer without an end token.
+    be had, ValueError for weights that are pickled, truncated, incomplete, NaN or Inf, or quantized
+    otherwise, for a model that needs code of its own, and for a tokenizer without an end token.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -41,19 +45,21 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     if gguf := gguf_file(path):
         model, tokenizer = load_gguf(gguf, dtype)
     else:
-        _check_folder(str(path))
+        if _is_folder(str(path)):
+            check_folder(path)
         model, tokenizer = _from_safetensors(str(path), dtype, device)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} names no end token: set eos_token in its config")
     linear_from_conv1d(model)
+    check_finite(stored_tensors(model), path)
     return model.to(device).eval(), tokenizer
 
 
 def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = read_config(path)
         method = _quant_method(config)
         if method == "bitsandbytes":
             from .bnb_checkpoint import load_bnb_4bit  # which most models do without
@@ -68,18 +74,14 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
                 f"{path} is quantized already ({method}); name the dense model, or read this one "
                 "with import_gptq if it is GPTQ"
             )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except SafetensorError as error:
-        message = f"{path}: its weights are truncated or corrupt ({error}); get them again"
-        raise ValueError(message) from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        message = f"{path} holds tensors of other shapes than its config.json says; get both again"
-        raise ValueError(message) from error
+        tokenizer = read_tokenizer(path)
+        if Path(path).is_dir():
+            _check_weights(Path(path), config)
+        with plain_errors(path):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                trust_remote_code=False,
+            )  # fmt: skip
     except OSError as error:
         raise _explained(path, error) from error
     if missing := sorted(found["missing_keys"]):  # transformers would fill them at random
@@ -88,6 +90,21 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
             "checkpoint was expected (load_quantized reads what save_quantized wrote)"
         )
     return model, tokenizer
+
+
+def _check_weights(path: Path, config) -> None:
+    """Raise ValueError for names of files that lead out of a folder, which transformers would
+    follow, and for tensors of other shapes than the config says, before it makes room for those."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), plain_errors(f"the config of {path}"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    needed = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    files = {path / name for name in weight_map(path).values()}
+    for name, shape in stored_shapes(files).items():
+        if needed.get(name, shape) != shape:
+            raise ValueError(f"{path} holds tensors of other shapes than its config.json says: "
+                             f"{name} {shape}, not {needed[name]}; get both again")  # fmt: skip
 
 
 def _explained(path: str, error: Exception) -> FileNotFoundError:
@@ -101,12 +118,10 @@ def _explained(path: str, error: Exception) -> FileNotFoundError:
 
 def is_whole(name: str) -> bool:
     """Whether a model can't be streamed block by block: a GGUF file, or one of bitsandbytes."""
-    from transformers import AutoConfig
-
     if gguf_file(name):
         return True
     try:
-        return _quant_method(AutoConfig.from_pretrained(name)) == "bitsandbytes"
+        return _quant_method(read_config(name)) == "bitsandbytes"
     except (OSError, ValueError):  # what is wrong with it, loading says better
         return False
 
@@ -123,7 +138,7 @@ def _quant_method(config) -> str | None:
 def local_folder(name: str) -> Path:
     """Return a model's folder of safetensors; a hub id is downloaded into the hub's cache. Raises
     FileNotFoundError and ValueError as load_model does."""
-    if _check_folder(name):
+    if _is_folder(name):
         return Path(name)
     from huggingface_hub import snapshot_download
 
@@ -134,7 +149,7 @@ def local_folder(name: str) -> Path:
         raise _explained(name, error) from error
 
 
-def _check_folder(name: str) -> bool:
+def _is_folder(name: str) -> bool:
     """Return whether `name` is a folder here, and no hub id. Raises ValueError for pickled weights
     alone, FileNotFoundError for no model."""
     path, pickled = Path(name), []

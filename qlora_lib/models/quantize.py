@@ -3,12 +3,13 @@
 import copy
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..base.finite import check_finite
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
 from ..layers.linear import QuantizedLinear
@@ -19,8 +20,16 @@ from ..quant.grid import QuantSpec
 from ..quant.hessian import Hessian
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
-from .batches import Batch, check_tokens
+from .batches import Batch, check_tokens, token_mask
 from .calibrate import BlockCalls, quantize_block
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield all that a checkpoint holds of a model, (name, tensor), without copies."""
+    derived = {f"{path}.{name}".removeprefix(".") for path, module in model.named_modules()
+               for name in module._non_persistent_buffers_set}  # fmt: skip
+    yield from model.named_parameters()
+    yield from ((n, t) for n, t in model.named_buffers() if n not in derived)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
@@ -54,11 +63,16 @@ def quantize_layer(path: str, layer: nn.Linear, recipe: Recipe, hessian: Hessian
 
 
 def check_calibration(model, recipe: Recipe, calibration) -> None:
-    """Raise ValueError for GPTQ without calibration, and for tokens that the model lacks."""
+    """Raise ValueError for GPTQ without calibration, for what is no list of batches, and for tokens
+    that the model lacks."""
+    if not isinstance(calibration, (list, tuple, type(None))):  # a generator would be used up
+        raise ValueError(f"calibration is a {type(calibration).__name__}, but must be a list of "
+                         "batches, {'input_ids': (batch, seq), ...}")  # fmt: skip
     if recipe.method == "gptq" and not calibration:
         raise ValueError("method='gptq' needs calibration batches; pass some, or use 'rtn'")
-    found = [batch["input_ids"] for batch in calibration or () if "input_ids" in batch]
-    check_tokens(model, (int(ids.max()) for ids in found))
+    for batch in calibration or ():
+        token_mask(batch)
+        check_tokens(model, map(int, batch["input_ids"].aminmax()))
 
 
 def check_shared(model, paths: Iterable[str]) -> None:
@@ -101,8 +115,8 @@ def quantize_model(
     quantized, produce them, without padding. options.match_dense: a layer aims at its outputs in
     the dense model (quant/dense_target.py). target_modules: as for find_linears.
     Returns a row a layer, and warns of layers that are never called, which stay dense. Raises
-    ValueError for settings that do not fit each other or the model, a model with adapters, one
-    that is quantized already, and one that can't be calibrated block by block.
+    ValueError for settings that do not fit each other or the model, a model with adapters, with
+    NaN or Inf, one that is quantized already, and one that can't be calibrated block by block.
     """
     return apply_recipe(model, Recipe.of(spec, method, options, target_modules), calibration)
 
@@ -120,6 +134,7 @@ def apply_recipe(model, recipe: Recipe, calibration: list[Batch] | None = None) 
         if isinstance(layer, LoRALinear):
             raise ValueError(f"{path} is a LoRALinear; quantize a dense model: merge_lora first")
     check_shared(model, targets)
+    check_finite(stored_tensors(model))  # before a layer is replaced
     progress = Progress(f"quantizing with {recipe.method}", len(targets), "layers")
 
     def swap(path: str, hessian: Hessian | None) -> LayerReport:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,9 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base.devices import dtype_name
-from ..base.files import read_json, read_tensors, whole_file, write_json_atomic
-from ..base.folders import HASHES, atomic_folder
-from ..base.hashes import content_hash
+from ..base.files import (
+    read_json, read_proved_json, read_tensors, whole_file, write_json_atomic, write_proved_json,
+)  # fmt: skip
+from ..base.finite import check_finite
+from ..base.folders import HASHES, atomic_folder, check_folder
+from ..base.hashes import changes, content_hash, file_hash
 from ..base.progress import Progress
 from ..layers.blocks import decoder_blocks
 from ..lora.targets import find_linears, replace_module
@@ -36,6 +40,7 @@ from . import checkpoint
 from .batches import Batch
 from .calibrate import BlockCalls, quantize_block
 from .quantize import LayerReport, check_calibration, check_shared, quantize_layer, warn_of_dense
+from .settings import check_config, read_tokenizer
 
 REPORT = "report.json"  # what OUT was made from, a row a layer, bits a parameter
 SAMPLE = 1 << 16  # bytes of each tensor that identify it
@@ -62,14 +67,17 @@ def folder_identity(folder: Path) -> str:
 
 class StreamedModel:
     """A model without storage, and the folder that its parts are filled from; limit: only its first
-    so many decoder blocks. Raises ValueError for tensors that do not fit, and quantized ones."""
+    so many decoder blocks. Raises ValueError for tensors that do not fit or hold NaN or Inf, and
+    for quantized ones."""
 
     def __init__(self, folder: Path, device=None, compute_dtype="auto", limit: int | None = None):
+        check_folder(folder)
         config = read_json(folder / "config.json")
+        check_config(config, f"{folder}/config.json")
         if config.get("quantization_config") or (folder / checkpoint.QUANTIZATION).is_file():
             raise ValueError(f"{folder} is quantized already; name the dense model's folder")
         count = config.get("num_hidden_layers", 0)
-        if limit is not None and not 1 <= limit <= count:
+        if limit is not None and (not isinstance(limit, int) or not 1 <= limit <= count):
             raise ValueError(f"blocks={limit}, but {folder} has {count}")
         only = {} if limit is None else {"num_hidden_layers": limit}
         made = checkpoint.empty_model(folder, device, compute_dtype, **only)
@@ -77,6 +85,8 @@ class StreamedModel:
         self.folder, self.model = folder, model.eval()
         self.path, self.blocks = decoder_blocks(model)
         self.names = self._check_tensors(range(limit or count, count))
+        for block in range(-1, len(self.blocks)):  # before hours are spent on those before it
+            check_finite(self.read(block).items(), folder)
         named = model.named_parameters(remove_duplicate=False)
         self.parameters = sum(p.numel() for n, p in named if n in self.names)
 
@@ -192,20 +202,19 @@ def quantize_checkpoint(
     quantize_model refuses, for tensors that do not fit the model, and for an unfinished run of
     other settings or weights; FileNotFoundError for missing files.
     """
-    from transformers import AutoTokenizer
-
     recipe = Recipe.of(spec, method, options, target_modules)
     folder, out = Path(folder), Path(out)
     streamed = StreamedModel(folder, device, compute_dtype, blocks)
     model = streamed.model
     check_calibration(model, recipe, calibration)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     targets = list(find_linears(model, target_modules))
     check_shared(model, targets)
     if outside := [path for path in targets if streamed.block_of(path) < 0]:
         raise ValueError(f"{outside} lie outside the decoder blocks, which alone are quantized")
     made_from = _made_from(streamed, recipe, calibration, targets)
-    if (out / REPORT).is_file() and read_json(out / REPORT)["made_from"] == made_from:
+    if (out / REPORT).is_file() and read_json(out / REPORT).get("made_from") == made_from:
+        check_folder(out)
         _keep_beside(out, beside or {})
         return _rows(read_json(out / REPORT))  # finished before
     with atomic_folder(out, checkpoint.QUANTIZATION, keep=True) as scratch:
@@ -248,19 +257,20 @@ def _made_from(streamed, recipe: Recipe, calibration, targets) -> dict:
 
 def _quantize_blocks(streamed, output, targets, calibration, recipe: Recipe, spill, progress):
     """Write a shard for each block that has none yet; free each block when the next is called."""
-    if not output.shards[0].is_file():
+    done = set(output.rows_of)
+    if -1 not in done:
         output.write(-1, streamed.read(-1))
     calls = dense_calls = None
-    if calibration and output.done < len(streamed.blocks):
+    if calibration and not done.issuperset(range(len(streamed.blocks))):
         calls = streamed.calls(calibration, spill)
         dense_calls = streamed.calls(calibration, spill) if recipe.matches_dense else None
     say = Progress(f"quantizing with {recipe.method}", len(targets), "layers", len(output.rows))
     for i, block in enumerate(streamed.blocks):
         twin = None
-        if i >= output.done or dense_calls:
+        if i not in done or dense_calls:
             streamed.fill(stored := streamed.read(i))
             twin = copy.deepcopy(block) if dense_calls else None
-        if i >= output.done:
+        if i not in done:
             paths = [path for path in targets if streamed.block_of(path) == i]
             layers = {path: streamed.model.get_submodule(path) for path in paths}
 
@@ -295,7 +305,7 @@ def _quantize_blocks(streamed, output, targets, calibration, recipe: Recipe, spi
 def _read_finished(streamed: StreamedModel, output: "_Output", i: int, spec) -> None:
     """Fill block i from the shard that an earlier run made of it."""
     state = read_tensors(output.shards[i + 1])
-    names = [row.name for row in output.rows if streamed.block_of(row.name) == i]
+    names = [row.name for row in output.rows_of[i]]
     layers = dict.fromkeys(names, checkpoint.spec_as_json(spec))
     make = partial(checkpoint.our_tensor, layers=layers)
     checkpoint.put_packed(streamed.model, layers, state, make)
@@ -306,43 +316,61 @@ def _read_finished(streamed: StreamedModel, output: "_Output", i: int, spec) -> 
 class _Output:
     """The shards and the report of a run, in the scratch folder that an unfinished one leaves.
 
-    shards  first what lies outside the blocks, then a block each, made in this order
-    done    how many blocks have their shard
-    rows    of the report, for these blocks
+    shards   first what lies outside the blocks (-1), then a block each, made in this order
+    rows_of  the report's rows for each block that has its shard
+    hashes   of the shards, as the report holds them
     """
 
     def __init__(self, scratch: Path, made_from: dict, blocks: int):
-        self.scratch, self.made_from, self.rows = scratch, made_from, []
+        self.scratch, self.made_from, self.rows_of, self.hashes = scratch, made_from, {}, {}
         names = [f"model-{k + 1:05}-of-{blocks + 1:05}.safetensors" for k in range(blocks + 1)]
         self.shards = [scratch / name for name in names]
         for part in scratch.glob(".*"):  # files that a kill left half written
             part.unlink()
         if not any(scratch.iterdir()):
             self._write_report()
-        report = read_json(scratch / REPORT)
-        old = report["made_from"]
-        if other := {k: v for k, v in made_from.items() if old.get(k) != v}:
-            differ = "; ".join(f"{k} was {old.get(k)!r}, is {v!r}" for k, v in other.items())
+        try:
+            report = read_proved_json(scratch / REPORT)
+            old, rows = dict(report["made_from"]), _rows(report)
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{scratch} can't be gone on with ({error}); delete it to start "
+                             "anew") from None  # fmt: skip
+        if other := changes(old, made_from):
             raise ValueError(
-                f"{scratch} holds an unfinished run of other settings: {differ}. Give "
+                f"{scratch} holds an unfinished run of other settings: {other}. Give "
                 "the same ones to go on, or delete that folder to start anew"
             )
-        self.done = sum(shard.is_file() for shard in self.shards[1:])
-        # Rows of blocks that have no shard do not count: the shard comes last.
-        named = checkpoint.stored_shapes(filter(Path.is_file, self.shards))
-        self.rows = [row for row in _rows(report) if f"{row.name}.codes" in named]
+        written = report.get("shards")  # older versions did not hash them
+        for block, shard in enumerate(self.shards, -1):
+            if not shard.is_file():
+                continue
+            now = file_hash(shard)
+            if written is not None and written.get(shard.name) != now:
+                print(f"{shard.name}: damaged since it was written, made anew", file=sys.stderr)
+                shard.unlink()
+                continue
+            # Rows of a block that has no shard do not count: the shard comes last.
+            named = checkpoint.stored_shapes([shard])
+            self.rows_of[block] = [row for row in rows if f"{row.name}.codes" in named]
+            self.hashes[shard.name] = now
+
+    @property
+    def rows(self) -> list[LayerReport]:
+        """The rows of all blocks that are done, in their order."""
+        return [row for block in sorted(self.rows_of) for row in self.rows_of[block]]
 
     def _write_report(self, **more) -> None:
         said = {"made_from": self.made_from, "layers": [asdict(row) for row in self.rows]}
-        write_json_atomic(self.scratch / REPORT, said | more)
+        write_proved_json(self.scratch / REPORT, said | {"shards": self.hashes} | more)
 
     def write(self, block: int, tensors: dict[str, Tensor], rows=()) -> None:
         """Keep the rows and the shard of a block; -1: of what lies outside."""
-        self.rows += rows
-        self._write_report()
-        with whole_file(self.shards[block + 1]) as part:
+        shard = self.shards[block + 1]
+        with whole_file(shard) as part:
             tensors = {n: t.contiguous().cpu() for n, t in tensors.items()}
             save_file(tensors, part, {"format": "pt"})
+            self.rows_of[block], self.hashes[shard.name] = list(rows), file_hash(part)
+            self._write_report()
 
     def finish(self, parameters: int) -> None:
         """Write the index, and what the model's weights take, into the report."""

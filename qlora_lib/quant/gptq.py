@@ -18,14 +18,17 @@ computed. Left out: group-aware act-order, convolutions and embeddings.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .damping import choose_damping
 from .dense_target import dense_target
-from .grid import QuantizedTensor, QuantSpec, as_float, assemble, check_weight, encode, fit_grid
+from .grid import (
+    QuantizedTensor, QuantSpec, as_float, assemble, check_flags, check_weight, check_whole, encode,
+    fit_grid,
+)  # fmt: skip
 from .hessian import Hessian, act_order, hessian_factor
 from .refit import refit_scales
 
@@ -45,10 +48,11 @@ class GPTQOptions:
     refit_scales: bool = False  # once the codes are known, least squares for the scales
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1")
-        if self.damp_percent is not None and not self.damp_percent >= 0:
-            raise ValueError(f"damp_percent={self.damp_percent} must not be negative; try 0.01")
+        check_whole("block_size", self.block_size)
+        damp = 0 if self.damp_percent is None else self.damp_percent
+        if not isinstance(damp, (int, float)) or not 0 <= damp < math.inf:
+            raise ValueError(f"damp_percent={damp!r} must be a number, not negative; try 0.01")
+        check_flags(self, *(f.name for f in fields(self) if f.type is bool))
 
     @classmethod
     def best(cls, **changes) -> "GPTQOptions":

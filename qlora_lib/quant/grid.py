@@ -13,13 +13,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packing import check_bits, pack, unpack
+from ..base.finite import check_finite
+from .packing import check_bits, pack, packed_width, unpack
 
 SCALE_DTYPE = torch.float16  # the dtype in which scales are stored
 CLIP_RATIOS = 1 - torch.arange(0, 60, dtype=torch.float32) / 80  # 1.00 down to 0.26 of the range
 CLIP_NORM = 2.4  # |error|**2.4: a little more weight on large errors than MSE
 PIECE = 1 << 20  # weights that are made dense at once on a CPU: what its cache holds
 SEARCH_AT_ONCE = 1 << 18, 1 << 24  # weights searched at once: what a CPU caches; elsewhere
+
+
+def check_whole(name: str, value, what: str = "positive", *others) -> None:
+    """Raises ValueError unless a setting is a whole number above 0, or one of `others`."""
+    if value not in others and (not isinstance(value, int) or value is True or value < 1):
+        raise ValueError(f"{name}={value!r} must be {what}")
+
+
+def check_flags(settings, *names: str) -> None:
+    """Raises ValueError unless these fields are True or False."""
+    for name in names:
+        if not isinstance(value := getattr(settings, name), bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,8 @@ class QuantSpec:
 
     def __post_init__(self):
         check_bits(self.bits)
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size} must be positive, or None for a row")
+        check_whole("group_size", self.group_size, "positive, or None for a row", None)
+        check_flags(self, "symmetric", "clip_search")
 
     @property
     def max_code(self) -> int:
@@ -90,6 +104,19 @@ class QuantizedTensor(PackedWeight):
     shape: torch.Size
     spec: QuantSpec
 
+    def check(self) -> None:
+        """Raises ValueError unless all tensors are as described above, and their values mean
+        something: finite scales, zero-points and groups that there are."""
+        (out, n), spec = self.shape, self.spec
+        grids = (out, spec.groups(n))
+        check_tensor("codes", self.codes, (out, packed_width(n, spec.bits)), torch.uint8)
+        check_tensor("scale", self.scale, grids)
+        check_tensor("zero_point", self.zero_point, grids, torch.uint8)
+        check_range("zero_point", self.zero_point, spec.max_code)
+        if self.g_idx is not None:
+            check_tensor("g_idx", self.g_idx, (n,), torch.int32)
+            check_range("g_idx", self.g_idx, grids[1] - 1)
+
     def unpacked(self, rows: slice) -> Tensor:
         """uint8 (rows, in): the codes of some rows."""
         codes = self.codes[rows]
@@ -120,6 +147,23 @@ def row_slices(shape: torch.Size, device: torch.device, unit: int = 1) -> list[s
     unit = math.lcm(unit, 64)
     count = -(-max(1, PIECE // max(1, in_features)) // unit) * unit
     return [slice(i, min(i + count, out)) for i in range(0, max(1, out), count)]
+
+
+def check_tensor(name: str, t: Tensor, shape: tuple, dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError unless a part of a packed weight has this shape and dtype (None: one of
+    floating point) and is finite."""
+    if t is None or tuple(t.shape) != shape or t.dtype != (dtype or t.dtype):
+        got = "missing" if t is None else f"{t.dtype} {tuple(t.shape)}"
+        raise ValueError(f"{name} is {got}, should be {dtype or 'floating point'} {shape}")
+    if dtype is None and not t.is_floating_point():
+        raise ValueError(f"{name} is {t.dtype}, should be floating point")
+    check_finite([(name, t)], "a packed weight")
+
+
+def check_range(name: str, t: Tensor, most: int) -> None:
+    """Raises ValueError unless all of these integers lie between 0 and `most`."""
+    if not t.is_meta and t.numel() and (t.min() < 0 or t.max() > most):
+        raise ValueError(f"{name} lies outside 0 to {most}: {int(t.min())} to {int(t.max())}")
 
 
 def check_weight(weight: Tensor) -> None:

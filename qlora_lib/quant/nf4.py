@@ -16,7 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .grid import PackedWeight, check_weight, row_slices
+from ..base.finite import check_finite, is_finite
+from .grid import PackedWeight, check_flags, check_tensor, check_weight, check_whole, row_slices
 from .packing import pack, unpack
 
 # The published values, to the bit: quantiles of N(0, 1) over the largest, which tests derive.
@@ -39,8 +40,8 @@ class NF4Spec:
     bits = 4  # a constant, not a field: there is no NF3
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be positive")
+        check_whole("block_size", self.block_size)
+        check_flags(self, "double_quant")
 
 
 def nf4_levels(device: torch.device | None = None) -> Tensor:
@@ -123,6 +124,21 @@ class NF4Tensor(PackedWeight):
     shape: torch.Size
     spec: NF4Spec
 
+    def check(self) -> None:
+        """Raises ValueError unless all tensors are as described above, and each block's absmax,
+        as decoded, is finite."""
+        n = self.shape.numel()
+        blocks, nested = -(-n // self.spec.block_size), self.spec.double_quant
+        check_tensor("codes", self.codes, (-(-n // 2),), torch.uint8)
+        check_tensor("absmax", self.absmax, (blocks,), torch.uint8 if nested else torch.float32)
+        if nested:
+            outer = (-(-blocks // NESTED_BLOCK),)
+            check_tensor("nested_absmax", self.nested_absmax, outer, torch.float32)
+            check_tensor("offset", self.offset, (), torch.float32)
+            check_finite([("absmax", self.block_scales())], "a packed weight")
+        elif not self.absmax.is_meta and (self.absmax < 0).any():
+            raise ValueError("absmax is negative")
+
     def block_scales(self) -> Tensor:
         """fp32 (blocks,): the absmax of each block, as decoded."""
         if self.nested_absmax is None:
@@ -148,7 +164,8 @@ class NF4Tensor(PackedWeight):
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
     """The weight (out_features, in_features) in NF4; blocks run over the flattened matrix, across
-    rows where block_size does not divide in_features. Raises ValueError for NaN or Inf."""
+    rows where block_size does not divide in_features. Raises ValueError for NaN or Inf, and for
+    weights so large that their absmax can't be stored in 8 bits."""
     spec = NF4Spec(block_size, double_quant)
     check_weight(weight)
     flat, levels = weight.detach().float().flatten(), nf4_levels(weight.device)
@@ -160,7 +177,11 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     # absmax values are positive and much alike; their mean taken off, they spread around 0.
     offset = absmax.mean()
     codes8, nested = quantize_8bit(absmax - offset, dynamic_map().to(weight.device))
-    return NF4Tensor(packed, codes8, nested, offset, weight.shape, spec)
+    quantized = NF4Tensor(packed, codes8, nested, offset, weight.shape, spec)
+    if not is_finite(quantized.block_scales()):
+        raise ValueError(f"weights up to {float(absmax.max()):.3g} overflow fp32 when their absmax "
+                         "is quantized; rescale the layer, or use double_quant=False")  # fmt: skip
+    return quantized
 
 
 def nf4_codes(quantized: NF4Tensor) -> Tensor:

@@ -11,7 +11,7 @@ BITS = (2, 3, 4, 8)
 
 
 def check_bits(bits: int) -> None:
-    if bits not in BITS:
+    if bits not in BITS or not isinstance(bits, int):  # 4.0 is in them
         raise ValueError(f"bits={bits!r} is not supported; choose one of {BITS}")
 
 

@@ -80,10 +80,14 @@ class Recipe:
 
     @classmethod
     def from_json(cls, said: dict) -> "Recipe":
-        """The recipe in what `as_json` gave; other entries of `said` do not matter."""
+        """The recipe in what `as_json` gave; other entries of `said` do not matter. Raises
+        ValueError for what is none."""
         names = {f.name for f in fields(GPTQOptions)}
-        options = GPTQOptions(**{k: v for k, v in said.items() if k in names})
-        targets = said.get("targets", "all")
-        targets = targets if isinstance(targets, str) else tuple(targets)
-        kind = NF4Spec if said["method"] == "nf4" else QuantSpec
-        return cls.of(kind(**said["spec"]), said["method"], options, targets)
+        try:
+            options = GPTQOptions(**{k: v for k, v in said.items() if k in names})
+            targets = said.get("targets", "all")
+            targets = targets if isinstance(targets, str) else tuple(targets)
+            kind = NF4Spec if said["method"] == "nf4" else QuantSpec
+            return cls.of(kind(**said["spec"]), said["method"], options, targets)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no recipe of a quantization: {error!r}") from None

@@ -21,6 +21,7 @@ from ..data.sources import TRAINING_SETS
 from ..models.checkpoint import QUANTIZATION, load_quantized, save_quantized
 from ..models.load import is_whole, load_model, local_folder
 from ..models.quantize import LayerReport, apply_recipe, quantized_layers
+from ..models.settings import read_tokenizer
 from ..models.stream import REPORT, quantize_checkpoint
 from ..quant.recipe import Recipe
 
@@ -116,8 +117,6 @@ def read_recipe(folder: Path) -> dict | None:
 
 
 def _is_made_so(base: Path, plan: BasePlan) -> bool:
-    from transformers import AutoTokenizer
-
     made = read_recipe(base.parent)
     if made is None:
         return False
@@ -127,7 +126,7 @@ def _is_made_so(base: Path, plan: BasePlan) -> bool:
     if before is None:
         return True
     try:
-        return plan.calibration_hash(AutoTokenizer.from_pretrained(base)) in (before, None)
+        return plan.calibration_hash(read_tokenizer(base)) in (before, None)
     except FileNotFoundError:  # problems that can't be read now, such as the hub's
         return True
 
@@ -157,10 +156,8 @@ def _quantize(plan: BasePlan, base: Path | None = None):
 
 def _stream(plan: BasePlan, base: Path):
     """Quantize block by block into `base`; returns the tokenizer."""
-    from transformers import AutoTokenizer
-
     source, recipe = local_folder(plan.model), plan.recipe
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source)
     quantize_checkpoint(source, base, recipe.spec, plan.batches(tokenizer), recipe.method,
                         recipe.options, recipe.targets, compute_dtype=plan.compute_dtype,
                         device=plan.device, spill=plan.spill, progress=_show)  # fmt: skip

@@ -16,6 +16,7 @@ from ..data.sources import NGRAM, load_gsm8k, load_gsm_hard, load_minigsm
 from ..lora.targets import ALL_LINEAR, ATTENTION
 from ..models.load import load_model
 from ..models.quantize import LayerReport, apply_recipe
+from ..models.settings import read_config
 from ..quant.gptq import GPTQOptions
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import GRID, Recipe, Spec
@@ -97,8 +98,6 @@ class Profile:
                      target_modules=None, device=None, compute_dtype: str | None = None) -> None:
         """Raises NotEnoughMemory, before anything is loaded, for a training whose longest sequences
         would not fit; says so where that can't be predicted. spec: None: a dense base."""
-        from transformers import AutoConfig
-
         from ..train.loss import CHUNK
         from ..train.measure import check_fits
         from ..train.memory import memory_ledger
@@ -108,7 +107,7 @@ class Profile:
         targets = {"all": ALL_LINEAR, "attention": ATTENTION}.get(targets, targets)
         dtype = dtype_name(resolve_dtype(compute_dtype or self.compute_dtype, device))
         try:
-            ledger = memory_ledger(AutoConfig.from_pretrained(self.model),
+            ledger = memory_ledger(read_config(self.model),
                                    "qlora" if spec else "lora", config.batch_size,
                                    config.max_length, rank, targets, spec or NF4Spec(),
                                    config.gradient_checkpointing, dtype, config.optimizer, CHUNK)

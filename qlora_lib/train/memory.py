@@ -241,7 +241,8 @@ def _model_shapes(config_json: str, kind) -> tuple[list[int], dict[str, tuple[in
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(config_json)))
+        config = kind.from_dict(json.loads(config_json))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     try:
         linears = find_linears(model, ALL_LINEAR)
     except ValueError as error:

@@ -4,6 +4,7 @@ import json
 
 import torch
 
+from qlora_lib.base.folders import HASHES
 from qlora_lib.lora.inject import inject_lora, use_adapter
 from qlora_lib.lora.layer import lora_layers
 from qlora_lib.lora.targets import ALL_LINEAR
@@ -60,7 +61,8 @@ def files(folder) -> dict[str, bytes]:
 
 
 def rewrite(folder, name, change) -> None:
-    """Change a JSON file in place."""
+    """Change a JSON file in place, as its owner: without hashes."""
+    (folder / HASHES).unlink(missing_ok=True)
     described = json.loads((folder / name).read_text())
     change(described)
     (folder / name).write_text(json.dumps(described))

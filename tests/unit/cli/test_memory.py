@@ -1,7 +1,8 @@
 """`python -m qlora_lib memory`: the ledger, by command line, and without any weights."""
 
 import pytest
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from qlora_lib import NF4Spec, QuantSpec, memory_ledger
 from qlora_lib.__main__ import main
@@ -15,7 +16,7 @@ def no_network(monkeypatch):
     def refuse(name, *_, **__):
         raise OSError(f"couldn't connect to load {name}")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", refuse)
 
 
 def printed(capsys, *argv: str) -> str:

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qlora_lib.base.folders import HASHES
 from qlora_lib.formats.gptq_checkpoint import MARKER, export_gptq, import_gptq
 from qlora_lib.layers.linear import QuantizedLinear
 from qlora_lib.lora.merge import merge_lora
@@ -67,7 +68,7 @@ def test_the_folder_is_what_readers_ask_for(tmp_path):
     }
     assert "model.norm.weight" in names and "lm_head.weight" not in names  # tied: stored once
     assert {p.name for p in (tmp_path / "m").iterdir()} == {
-        WEIGHTS, "config.json", "generation_config.json", MARKER
+        WEIGHTS, "config.json", "generation_config.json", MARKER, HASHES
     }  # fmt: skip
     assert not hasattr(model.config, "quantization_config")  # of the file, not of our model
     assert import_gptq(tmp_path / "m", "cpu", "fp32")[1] is None  # it has no tokenizer
@@ -90,6 +91,9 @@ def test_shards_with_an_index(tmp_path):
     again, _ = import_gptq(tmp_path / "m", "cpu", "fp32")
     assert torch.equal(logits(again), logits(model))
     (tmp_path / "m" / parts[1]).unlink()
+    with pytest.raises(ValueError, match=f"{parts[1]} is missing"):
+        import_gptq(tmp_path / "m")
+    (tmp_path / "m" / HASHES).unlink()
     with pytest.raises(FileNotFoundError, match=f"{parts[1]} does not exist"):
         import_gptq(tmp_path / "m")
 
@@ -152,7 +156,9 @@ def test_an_adapter_merged_and_unloaded_can_be_exported(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
+    """As another tool would have written it: without hashes."""
     export_gptq(base_of("grid4"), tmp_path / "m", tokenizer=small_tokenizer())
+    (tmp_path / "m" / HASHES).unlink()
     return tmp_path / "m"
 
 

@@ -101,12 +101,12 @@ def test_to_quantize_it_again_is_refused_by_what_is_the_case(checkpoint, tmp_pat
 
 
 def test_a_hub_id_is_downloaded_and_stands_for_itself(checkpoint, monkeypatch):
-    from transformers import AutoConfig
+    from qlora_lib.models import load
 
     model, _, folder = checkpoint
-    real, asked = AutoConfig.from_pretrained, []
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda p, **k: real(
-        folder if p == "someone/model-bnb-4bit" else p, **k
+    real, asked = load.read_config, []
+    monkeypatch.setattr(load, "read_config", lambda name: real(
+        folder if name == "someone/model-bnb-4bit" else name
     ))  # fmt: skip
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **k: asked.append((name, k)) or folder

@@ -187,13 +187,16 @@ def test_bad_calls_are_named_and_change_nothing(given, message):
 
 
 def test_nan_weights_and_activations_are_named():
-    model = small_model()
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj: the weight holds 1 NaN or Inf"):
-        quantize_model(model, None, SPEC, "rtn")
+    for name in ("layers.1.mlp.up_proj.weight", "layers.0.input_layernorm.weight"):
+        model = small_model()
+        model.model.get_parameter(name).data.view(-1)[0] = float("nan")
+        for method, data in (("rtn", None), ("gptq", batches(1))):
+            with pytest.raises(ValueError, match=f"{name} holds NaN or Inf"):
+                quantize_model(model, data, SPEC, method)
+            assert not quantized_layers(model)
     model = small_model()
     data = batches()
-    model.model.embed_tokens.weight.data[data[1]["input_ids"][2, 3]] = float("inf")
+    model.model.layers[0].input_layernorm.weight.data.fill_(3e38)  # finite, what it gives is not
     with pytest.raises(ValueError, match="calibration inputs hold NaN or Inf"):
         quantize_model(model, data, SPEC)
 

@@ -273,7 +273,7 @@ def damage(folder, what):
     ("not expected", r"not expected \['model.layers.1.self_attn.q_proj.bias'\]"),
     ("a block too many", r"not expected \['model.layers.2.mlp.up_proj.weight'\]"),
     ("shape", r"up_proj.weight is \(63, 32\), by config.json \(64, 32\)"),
-    ("NaN", "model.layers.1.mlp.up_proj: the weight holds 1 NaN"),
+    ("NaN", "model.layers.1.mlp.up_proj.weight holds NaN"),
     ("truncated", "model.safetensors is truncated or corrupt"),
     ("gone", "model.safetensors does not exist"),
 ])  # fmt: skip
