@@ -27,6 +27,8 @@ def token_mask(batch: Batch) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"a batch holds {got}, but needs input_ids, a tensor (batch, seq)")
+    if ids.is_floating_point():
+        raise ValueError(f"input_ids are {ids.dtype}, but must be of whole numbers")
     mask = batch.get("attention_mask", torch.ones_like(ids))
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask {tuple(mask.shape)} for input_ids {tuple(ids.shape)}")

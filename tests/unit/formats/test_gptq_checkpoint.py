@@ -249,6 +249,9 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
             lambda s: [s.pop(n) for n in list(s) if n.endswith("qweight")],
             "holds no qweight; is it a GPTQ checkpoint",
         ),
+        (lambda s: s[f"{Q_PROJ}.scales"][0].fill_(float("nan")), rf"{Q_PROJ}.*scale holds NaN"),
+        (lambda s: s[f"{Q_PROJ}.g_idx"][:3].fill_(99), f"{Q_PROJ}: g_idx lies outside"),
+        (lambda s: s["model.norm.weight"].fill_(float("inf")), "norm.weight holds NaN or Inf"),
     ],
 )
 def test_damaged_weights_are_named(saved, change, message):

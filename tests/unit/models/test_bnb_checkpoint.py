@@ -19,7 +19,7 @@ from qlora_lib.quant.nf4 import NF4Spec, quantize_nf4
 from qlora_lib.runs.profiles import load_profile
 from qlora_lib.train.config import TrainConfig
 from qlora_lib.train.finetune import finetune
-from tests.support.bnb_folder import layout, save_bnb
+from tests.support.bnb_folder import as_bytes, layout, save_bnb
 from tests.support.lora_models import logits, rewrite
 from tests.support.small_models import PAIRS, small_tokenizer
 from tests.support.tensors import PROPERTY, normal
@@ -148,3 +148,27 @@ def test_what_is_packed_must_be_a_linear_layer(checkpoint):
     save_file({"a": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="holds no tensor .*nf4; is it a 4-bit checkpoint"):
         load_bnb_4bit(folder, "cpu", "fp32")
+
+
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax", "norm", "bias"])
+def test_values_that_mean_nothing_are_named(part, tmp_path):
+    model, state = save_bnb(tmp_path, double_quant=part == "nested_absmax")
+    layer = "model.layers.1.mlp.up_proj"
+    names = {"norm": "model.norm.weight", "bias": f"{layer}.bias"}
+    name = names.get(part, f"{layer}.weight.{part}")
+    state[name] = state[name].clone().fill_(float("nan"))
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="norm.weight holds NaN" if part == "norm" else layer):
+        load_bnb_4bit(tmp_path, "cpu", "fp32")
+
+
+@pytest.mark.parametrize("said", [{"nested_offset": float("nan")}, {"nested_offset": "0.1"},
+                                  {"shape": 5}, {"shape": None}, {"quant_type": []},
+                                  {"blocksize": "64"}, {"blocksize": 10**9}])  # fmt: skip
+def test_states_that_mean_nothing_are_named(said):
+    q = quantize_nf4(normal(8, 64))
+    tensors = layout(q)
+    state = ".quant_state.bitsandbytes__nf4"
+    tensors[state] = as_bytes(json.loads(bytes(tensors[state].tolist())) | said)
+    with pytest.raises(ValueError):
+        _nf4_tensor(tensors, q.shape)

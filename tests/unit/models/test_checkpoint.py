@@ -212,6 +212,78 @@ def test_codes_of_another_shape_are_named(saved):
         load_quantized(saved, "cpu", "fp32")
 
 
+# --- proofs -----------------------------------------------------------------------------------
+
+
+def flip(path, where=0.5):
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("form", ["grid", "nf4", "gptq"])
+def test_one_bit_of_any_file_is_noticed_before_a_value_is_used(form, tmp_path, monkeypatch):
+    model, folder = base_of("nf4" if form == "nf4" else "grid4"), tmp_path / "m"
+    if form == "gptq":
+        export_gptq(model, folder, tokenizer=small_tokenizer())
+    else:
+        save_quantized(model, small_tokenizer(), folder)
+    load = import_gptq if form == "gptq" else load_quantized
+    load(folder, "cpu", "fp32")
+    monkeypatch.setattr(checkpoint, "empty_model", lambda *_: pytest.fail("built something"))
+    for path in sorted(folder.iterdir()):
+        before = path.read_bytes()
+        for where in (0.3, 0.7):
+            flip(path, where)
+            with pytest.raises(ValueError):
+                load(folder, "cpu", "fp32")
+            path.write_bytes(before)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is missing"):
+        load(folder, "cpu", "fp32")
+
+
+BAD = [  # by an older version, so without hashes: the change, and what names it
+    (lambda s: s["model.norm.weight"].fill_(float("nan")), "model.norm.weight holds NaN or Inf"),
+    (lambda s: s["model.layers.1.mlp.up_proj.scale"][3].fill_(float("inf")), "up_proj.*scale hol"),
+    (lambda s: s["model.layers.1.mlp.up_proj.zero_point"][0].fill_(16), "zero_point lies outside"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD)
+def test_values_that_mean_nothing_are_named_where_no_hash_is(change, message, saved):
+    state = load_file(saved / WEIGHTS)
+    change(state)
+    save_file(state, saved / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load_quantized(saved, "cpu", "fp32")
+
+
+@pytest.mark.parametrize("said", [{"kind": "grod"}, {"kind": 5}, {"bits": 4.0}, {"bits": 5},
+                                  {"group_size": "16"}, {"group_size": True}, {"symmetric": "no"},
+                                  {"strange": 1}, []])  # fmt: skip
+def test_descriptions_that_mean_nothing_are_named_where_no_hash_is(said, saved):
+    def change(described):
+        layers, path = described["layers"], "model.layers.1.mlp.up_proj"
+        layers[path] = layers[path] | said if said else said
+
+    rewrite(saved, QUANTIZATION, change)
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj"):
+        load_quantized(saved, "cpu", "fp32")
+
+
+def test_nan_is_neither_saved_nor_exported(tmp_path):
+    for where in ("model.norm.weight", "model.layers.1.mlp.up_proj.scale"):
+        model = base_of("grid4")
+        model.state_dict()[where].view(-1)[0] = float("nan")
+        for write in (lambda to: save_quantized(model, small_tokenizer(), to),
+                      lambda to: export_gptq(model, to)):  # fmt: skip
+            with pytest.raises(ValueError, match=f"{where} holds NaN"):
+                write(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
 # --- heads of their own -----------------------------------------------------------------------
 
 

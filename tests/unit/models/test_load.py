@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from qlora_lib.base.folders import write_hashes
 from qlora_lib.base.hashes import weights_id
 from qlora_lib.models import gguf_files
 from qlora_lib.models.gguf_files import gguf_file
@@ -192,6 +193,28 @@ def test_only_safetensors_are_asked_of_the_hub(monkeypatch, made):
     )
     load_model(made, "cpu", "fp32")
     assert asked["use_safetensors"] is True
+
+
+@pytest.mark.parametrize("value, dtype", [("nan", "fp32"), ("inf", "fp32"), ("1e6", "fp16")])
+def test_weights_that_are_not_finite_when_they_are_computed_with_are_named(value, dtype, folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.input_layernorm.weight"][3] = float(value)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="model: model.layers.1.input_layernorm.weight holds NaN"):
+        load_model(folder, "cpu", dtype)
+
+
+def test_a_dense_folder_with_hashes_is_compared(folder):
+    write_hashes(folder)
+    load_model(folder, "cpu", "fp32")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"{name} is not as it was written"):
+            load_model(folder, "cpu", "fp32")
+        (folder / name).write_bytes(before)
 
 
 # --- GGUF ----------------------------------------------------------------------------------

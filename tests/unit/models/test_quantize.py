@@ -201,6 +201,27 @@ def test_nan_weights_and_activations_are_named():
         quantize_model(model, data, SPEC)
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (lambda data: data[0], "calibration is a dict, but must be a list"),
+    (lambda data: data[0]["input_ids"], "calibration is a Tensor, but must be a list"),
+    (lambda data: (batch for batch in data), "calibration is a generator, but must be a list"),
+    (lambda data: [data[0]["input_ids"]], "a batch holds Tensor, but needs input_ids"),
+    (lambda data: [data], "a batch holds list, but needs input_ids"),
+    (lambda data: [{"input_ids": data[0]["input_ids"][0]}], "but needs input_ids, a tensor"),
+    (lambda data: [{"input_ids": data[0]["input_ids"].tolist()}], "but needs input_ids, a tensor"),
+    (lambda data: [{"input_ids": data[0]["input_ids"][:0]}], "but needs input_ids, a tensor"),
+    (lambda data: [{"input_ids": data[0]["input_ids"] - 999}], "token id -9.* is negative"),
+    (lambda data: [{"input_ids": data[0]["input_ids"] + 9999}], "has embeddings of"),
+    (lambda data: [{"input_ids": data[0]["input_ids"].float()}], "of whole numbers"),
+])  # fmt: skip
+def test_calibration_that_is_no_list_of_batches_is_refused_before_it_starts(wrong, message):
+    model = small_model()
+    for method in ("gptq", "rtn"):
+        with pytest.raises(ValueError, match=message):
+            quantize_model(model, wrong(batches()), SPEC, method)
+    assert not quantized_layers(model)
+
+
 def test_quantized_models_and_models_with_adapters_are_refused():
     model = small_model()
     quantize_model(model, None, SPEC, "rtn")

@@ -171,6 +171,57 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(layers, three, tmp
     assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
 
 
+@pytest.mark.parametrize("shard", [1, 2, 3])
+def test_a_shard_that_was_damaged_meanwhile_is_made_anew(shard, three, tmp_path, capsys):
+    folder, whole, rows = three
+    out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
+    killed_after(16, folder, out)  # two blocks are done
+    path = sorted(unfinished.glob("*.safetensors"))[shard - 1]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    assert without_seconds(stream(folder, out)) == without_seconds(rows)
+    assert shards(out) == shards(whole)
+    assert f"{path.name}: damaged since it was written, made anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{}", '{"made_from": 5}', '{"made_from": {}}'])
+def test_a_damaged_report_of_an_unfinished_run_is_named(text, three, tmp_path):
+    folder, out = three[0], tmp_path / "out"
+    killed_after(8, folder, out)
+    report = tmp_path / "out.unfinished" / REPORT
+    before = report.read_text()
+    report.write_text(before.replace("down_proj", "down_prom", 1) if text is None else text)
+    with pytest.raises(ValueError, match="out.unfinished can't be gone on with .*; delete it"):
+        stream(folder, out)
+
+
+def test_an_unfinished_run_of_an_older_version_goes_on(three, tmp_path):
+    """Its report has no hashes."""
+    folder, whole, _ = three
+    out = tmp_path / "out"
+    killed_after(16, folder, out)
+    report = tmp_path / "out.unfinished" / REPORT
+    said = json.loads(report.read_text())
+    for name in ("shards", "format", "sha256"):
+        said.pop(name)
+    report.write_text(json.dumps(said))
+    stream(folder, out)
+    assert shards(out) == shards(whole)
+
+
+def test_a_finished_run_that_was_damaged_is_named(folder, tmp_path):
+    stream(folder, tmp_path / "out", calibration=None, method="rtn")
+    path = sorted((tmp_path / "out").glob("*.safetensors"))[1]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    for use in (lambda: stream(folder, tmp_path / "out", calibration=None, method="rtn"),
+                lambda: load_quantized(tmp_path / "out", "cpu", "fp32")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{path.name} is not as it was written"):
+            use()
+
+
 def test_a_finished_run_is_not_made_again(folder, tmp_path):
     rows = stream(folder, tmp_path / "out", calibration=None, method="rtn")
 

@@ -331,3 +331,30 @@ def test_bad_input_is_named():
         quantize_rtn(torch.tensor([[-1e6, 1e6]]), QuantSpec(4, None))
     with pytest.raises(ValueError, match="x has 7 features, the weight takes 8"):
         quant_matmul(normal(2, 7), quantize_rtn(normal(4, 8), QuantSpec(4, 8)))
+
+
+@pytest.mark.parametrize("given", [
+    {"bits": 4.0}, {"bits": "4"}, {"bits": True}, {"group_size": 64.0}, {"group_size": "64"},
+    {"group_size": True}, {"symmetric": "no"}, {"symmetric": 1}, {"clip_search": None},
+])  # fmt: skip
+def test_settings_that_mean_nothing_are_named(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        QuantSpec(**given)
+
+
+def test_parts_that_do_not_fit_or_mean_nothing_are_named():
+    good = replace(quantize_rtn(normal(4, 64), QuantSpec(4, 16)),
+                   g_idx=torch.arange(64, dtype=torch.int32) % 4)  # fmt: skip
+    good.check()
+    nan, far = torch.full_like(good.scale, float("nan")), good.g_idx.clone()
+    far[7] = 4
+    bad = {
+        "codes": [good.codes[:, :-1], good.codes.int()],
+        "scale": [good.scale[:, :-1], nan, good.scale.int(), nan.fill_(float("-inf")), None],
+        "zero_point": [good.zero_point + 16, good.zero_point[:2], good.zero_point.int(), None],
+        "g_idx": [far, -far, good.g_idx.long(), good.g_idx[:-1]],
+    }
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                replace(good, **{name: value}).check()

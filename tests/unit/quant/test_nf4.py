@@ -1,5 +1,7 @@
 """NF4 by its definition; test_bitsandbytes.py compares the bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -201,3 +203,36 @@ def test_bad_input_is_named():
         NF4Spec(0)
     with pytest.raises(ValueError, match=r"floating-point matrix.*\(64,\)"):
         quantize_nf4(torch.zeros(64))
+
+
+@pytest.mark.parametrize("size", [3e37, 1e38])
+def test_weights_near_the_end_of_fp32_are_stored_finite_or_refused(size):
+    """The mean of their absmax overflows in fp32."""
+    w = (normal(8, 64).clamp(-3, 3) * size).clamp(-3.4e38, 3.4e38)
+    with pytest.raises(ValueError, match="overflow fp32.*double_quant=False"):
+        quantize_nf4(w, 32)
+    assert quantize_nf4(w, 32, double_quant=False).dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_parts_that_do_not_fit_or_mean_nothing_are_named(double_quant):
+    good = quantize_nf4(normal(4, 64), 32, double_quant)
+    good.check()
+    bad = {"codes": [good.codes[:-1], good.codes.int()], "absmax": [good.absmax[:-1]]}
+    if double_quant:
+        nan = torch.full_like(good.nested_absmax, float("nan"))
+        bad |= {"nested_absmax": [None, nan, good.nested_absmax[:0]],
+                "offset": [None, torch.tensor(float("inf")), torch.ones(1)]}  # fmt: skip
+    else:
+        bad["absmax"] += [-good.absmax, good.absmax * float("inf"), good.absmax.to(torch.uint8)]
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                replace(good, **{name: value}).check()
+
+
+@pytest.mark.parametrize("given", [{"block_size": 0}, {"block_size": 64.0}, {"block_size": "64"},
+                                   {"block_size": True}, {"double_quant": 1}])  # fmt: skip
+def test_settings_that_mean_nothing_are_named(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        NF4Spec(**given)
