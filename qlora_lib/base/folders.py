@@ -33,7 +33,8 @@ def check_place(folder: Path | str, marker: str) -> None:
 def check_folder(folder: Path | str) -> bool:
     """Return whether `folder` has a hashes.json, after comparing all that it lists: False for what
     others or older versions wrote. A save that died between two renames is finished first. Raises
-    ValueError, naming the file, for one that is missing, damaged or was changed."""
+    ValueError, naming the file, for one that is missing, damaged or was changed, and for weights
+    or their index that were put there since."""
     folder = real_path(folder)
     _recover(folder)
     if not (folder / HASHES).is_file():
@@ -49,6 +50,9 @@ def check_folder(folder: Path | str) -> bool:
         if file_hash(path) != was:
             raise ValueError(f"{path} is not as it was written: damaged, or changed; get it again, "
                              f"or delete {HASHES} if the change is yours")  # fmt: skip
+    for path in folder.glob("*.safetensors*"):  # an index that came later would lead to others
+        if path.name not in said["files"]:
+            raise ValueError(f"{path} is not among the files that were saved here; take it away")
     return True
 
 

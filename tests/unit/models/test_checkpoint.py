@@ -16,7 +16,7 @@ from qlora_lib.lora.files import save_adapter
 from qlora_lib.lora.inject import inject_lora
 from qlora_lib.lora.merge import merge_lora, unmerge_lora
 from qlora_lib.models import checkpoint
-from qlora_lib.models.checkpoint import QUANTIZATION, WEIGHTS, load_quantized, save_quantized
+from qlora_lib.models.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.models.stream import REPORT, quantize_checkpoint
@@ -239,6 +239,11 @@ def test_one_bit_of_any_file_is_noticed_before_a_value_is_used(form, tmp_path, m
             with pytest.raises(ValueError):
                 load(folder, "cpu", "fp32")
             path.write_bytes(before)
+    for name in ("other.safetensors", INDEX):
+        (folder / name).write_bytes(b"{}")
+        with pytest.raises(ValueError, match=f"{name} is not among the files"):
+            load(folder, "cpu", "fp32")
+        (folder / name).unlink()
     (folder / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=f"{WEIGHTS} is missing"):
         load(folder, "cpu", "fp32")
