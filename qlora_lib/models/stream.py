@@ -24,7 +24,12 @@ from torch import Tensor, nn
 
 from ..base.devices import dtype_name
 from ..base.files import (
-    read_json, read_proved_json, read_tensors, whole_file, write_json_atomic, write_proved_json,
+    read_json,
+    read_proved_json,
+    read_tensors,
+    whole_file,
+    write_json_atomic,
+    write_proved_json,
 )  # fmt: skip
 from ..base.finite import check_finite
 from ..base.folders import HASHES, atomic_folder, check_folder

@@ -26,7 +26,14 @@ from torch import Tensor
 from .damping import choose_damping
 from .dense_target import dense_target
 from .grid import (
-    QuantizedTensor, QuantSpec, as_float, assemble, check_flags, check_weight, check_whole, encode,
+    QuantizedTensor,
+    QuantSpec,
+    as_float,
+    assemble,
+    check_flags,
+    check_weight,
+    check_whole,
+    encode,
     fit_grid,
 )  # fmt: skip
 from .hessian import Hessian, act_order, hessian_factor
