@@ -30,7 +30,7 @@ from ..base.files import (
     whole_file,
     write_json_atomic,
     write_proved_json,
-)  # fmt: skip
+)
 from ..base.finite import check_finite
 from ..base.folders import HASHES, atomic_folder, check_folder
 from ..base.hashes import changes, content_hash, file_hash

@@ -35,7 +35,7 @@ from .grid import (
     check_whole,
     encode,
     fit_grid,
-)  # fmt: skip
+)
 from .hessian import Hessian, act_order, hessian_factor
 from .refit import refit_scales
 
