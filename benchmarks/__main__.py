@@ -9,7 +9,6 @@ machine is not. Peers that are not installed are skipped, and named.
 import argparse
 import platform
 import sys
-from pathlib import Path
 
 import torch
 

@@ -25,6 +25,7 @@ from qlora_lib.base.hashes import weights_id
 from qlora_lib.base.paths import DATA, given_path, short_path
 from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
+from qlora_lib.cli.common import check_needs
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.rows import read_jsonl
@@ -183,6 +184,10 @@ def merges(profile: Profile, adapter: Path, problems) -> list[dict]:
     return [vars(row) for row in rows] + [last | {"measured": exact_match(original)}]
 
 
+NEEDS = dict.fromkeys(("rows", "force", "max_steps"), (
+    "without --merges, which trains nothing", lambda args: not args.merges))  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULT, "--force", "--rows", "--model", "--data")
     parser.add_argument("--limit", type=COUNT, help="only the first so many problems, for a trial")
@@ -190,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--merges", action="store_true", help="only tiny-merges.json")
     parser.add_argument("--adapter", type=given_path, default=ADAPTER, help="of the merged rows")
     args = parser.parse_args(argv)
+    check_needs(args, NEEDS, parser.get_default)
 
     profile = load_profile("tiny", model=args.model, data=args.data)
     problems = profile.examples("test")[: args.limit]

@@ -23,6 +23,7 @@ from experiments.smollm2 import text_ids
 from experiments.table import Table, command_line
 from qlora_lib.base.endings import ending
 from qlora_lib.base.paths import DATA, given_path, short_path
+from qlora_lib.cli.common import check_needs
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example, pad
 from qlora_lib.evaluation.evaluate import evaluate
@@ -176,12 +177,16 @@ def exact_match(model, tokenizer, profile: Profile, bits: int | None, count: int
     return table_row(report)
 
 
+NEEDS = {"wikitext": ("with smollm2", lambda args: args.part == "smollm2")}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULTS, "--force", "--model")
     parser.add_argument("part", nargs="?", default="tiny", choices=("tiny", "smollm2"))
     parser.add_argument("--wikitext", type=given_path, default=Path("data/wikitext2"),
                         help="folder with WikiText-2's test.txt")  # fmt: skip
     args = parser.parse_args(argv)
+    check_needs(args, NEEDS, parser.get_default)
     path = args.out / f"{args.part}-cache.json"
     table = Table(path, SEED, force=args.force)
 

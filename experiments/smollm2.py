@@ -27,6 +27,7 @@ from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_text
 from qlora_lib.base.paths import DATA, given_path, short_path
 from qlora_lib.base.ranges import COUNT
+from qlora_lib.cli.common import check_needs
 from qlora_lib.data.calibration import calibration_batches
 from qlora_lib.data.gsm8k import format_gsm8k
 from qlora_lib.data.tokens import encode_example
@@ -204,6 +205,13 @@ def train(profile: Profile, folder: Path, steps: int, batch_size: int):
     }  # fmt: skip
 
 
+NEEDS = {
+    "wikitext": ("with perplexity", lambda args: args.part == "perplexity"),
+    **dict.fromkeys(("folder", "steps", "batch_size"), (
+        "with gsm8k", lambda args: args.part == "gsm8k")),
+}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULTS, "--force", "--rows", "--model", "--data")
     parser.add_argument("part", choices=("perplexity", "gsm8k"))
@@ -213,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=COUNT, default=200)
     parser.add_argument("--batch-size", type=COUNT, default=8)
     args = parser.parse_args(argv)
+    check_needs(args, NEEDS, parser.get_default)
     profile = load_profile("smollm2", model=args.model, data=args.data)
     profile = replace(profile, compute_dtype="fp32")
     names = list(WIDTHS) if args.part == "perplexity" else ["base", "base_chat", "qlora"]

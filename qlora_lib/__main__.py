@@ -16,7 +16,7 @@ if sys.version_info < (3, 11):  # which could not read what follows
     sys.exit(f"error: Python 3.11 or newer is needed, and {sys.executable} is "
              f"{sys.version.split()[0]}; make setup PY=python3.12 takes another")  # fmt: skip
 
-from .base.endings import ending
+from .base.endings import ending, quiet_interrupt
 from .cli import doctor, evaluate, export, finetune, memory, verifier
 from .cli.common import check_device, check_needs
 
@@ -31,15 +31,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code, as base/endings.py has it."""
-    return ending(lambda: _run(parser().parse_args(argv)))
-
-
-def _run(args: argparse.Namespace) -> int | None:
+    args = parser().parse_args(argv)
     if args.command == "doctor":  # which must run where torch can't be imported
-        return args.run(args)
+        return ending(lambda: args.run(args))
     from .base import processes  # and with it torch, which --help does without
 
-    check_needs(args)
+    return ending(lambda: _run(args, processes))
+
+
+def _run(args: argparse.Namespace, processes) -> None:
+    check_needs(args, args.needs, args.default)
     try:
         if processes.launched() > 1 and args.command not in ("finetune", "evaluate"):
             raise ValueError(f"{args.command} runs in one process, {processes.launched()} were "
@@ -54,4 +55,5 @@ def _run(args: argparse.Namespace) -> int | None:
 
 
 if __name__ == "__main__":
+    quiet_interrupt()
     sys.exit(main())

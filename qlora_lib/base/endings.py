@@ -1,9 +1,11 @@
 """How a command ends: one plain line on stderr for what went wrong, and an exit code."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 BAD_INPUT, INTERRUPTED = 2, 130
 KEPT = "stopped; what was finished is kept"
@@ -15,10 +17,29 @@ def ending(run: Callable[[], int | None], stopped: str = KEPT) -> int:
     """Return the exit code of run(), 0 for None. Bad input, files that can't be read or written and
     too little memory are a line and 2; Ctrl-C is the line `stopped` and 130."""
     _open_streams()
+    interrupts: list[int] = []  # libraries turn a KeyboardInterrupt into errors of their own
+
+    def interrupt(number, frame):
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
     try:
-        code = run() or 0
-        sys.stdout.flush()
-        return code
+        with _handled(interrupt):
+            code = run() or 0
+            sys.stdout.flush()
+            return code
+    except Exception as error:
+        if interrupts:
+            return _ended(stopped, INTERRUPTED)
+        return _bad(error)
+    except KeyboardInterrupt:
+        return _ended(stopped, INTERRUPTED)
+
+
+def _bad(error: Exception) -> int:
+    """Say what a user can mend; other errors are bugs, and raised."""
+    try:
+        raise error
     except BrokenPipeError:
         return _ended(NO_READER, BAD_INPUT)
     except (ValueError, OSError, ImportError) as error:
@@ -27,21 +48,31 @@ def ending(run: Callable[[], int | None], stopped: str = KEPT) -> int:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in FULL):
             raise
         return _ended(f"too little memory: {error}", BAD_INPUT)
-    except KeyboardInterrupt:
-        return _ended(stopped, INTERRUPTED)
+
+
+@contextmanager
+def _handled(interrupt: Callable):
+    """Let `interrupt` handle Ctrl-C in the block, where it would raise or end the process."""
+    usual = signal.getsignal(signal.SIGINT)
+    ours = usual in (signal.default_int_handler, _exit)
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def quiet_interrupt() -> None:
-    """Let Ctrl-C end a process that still imports with a line, not a traceback."""
-    usual = sys.excepthook
+    """Let Ctrl-C end a process that still imports with a line: nothing is begun yet, and an
+    exception in the middle of an import of C++ may abort."""
+    signal.signal(signal.SIGINT, _exit)
 
-    def hook(kind, error, trace):
-        if issubclass(kind, KeyboardInterrupt):
-            _ended(KEPT, INTERRUPTED)
-        else:
-            usual(kind, error, trace)
 
-    sys.excepthook = hook
+def _exit(number, frame) -> None:
+    os._exit(_ended(KEPT, INTERRUPTED))
 
 
 def _open_streams() -> None:

@@ -27,8 +27,10 @@ def system_errors(path: Path):
     """Raise OSError for a full disk and the like, where libraries in Rust raise other kinds."""
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except Exception as error:
         if "(os error " not in str(error):
             raise

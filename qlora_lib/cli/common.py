@@ -53,10 +53,11 @@ def add_command(commands, name: str, run, text: str, shared: str, *options, need
     return add
 
 
-def check_needs(args: argparse.Namespace) -> None:
-    """Raise ValueError for an option that is given beside others with which it would do nothing."""
-    for name, (what, holds) in args.needs.items():
-        if getattr(args, name) != args.default(name) and not holds(args):
+def check_needs(args: argparse.Namespace, needs: Needs, default: Callable) -> None:
+    """Raise ValueError for an option that is given beside others with which it would do nothing.
+    default: gives the value of one that is not given."""
+    for name, (what, holds) in needs.items():
+        if getattr(args, name) != default(name) and not holds(args):
             raise ValueError(f"--{name.replace('_', '-')} goes only {what}; leave it out, or change "
                              "the other")  # fmt: skip
 

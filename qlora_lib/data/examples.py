@@ -80,7 +80,8 @@ def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
 def _check_ids(number: int, ids: list[int], labels: list[int]) -> None:
     """Raise ValueError unless both are token ids, as many; a label may be IGNORE."""
     whole = ids and len(ids) == len(labels) and {type(i) for i in (*ids, *labels)} == {int}
-    if not whole or min(ids) < 0 or min((n for n in labels if n != IGNORE), default=0) < 0:
+    known = [*ids, *(label for label in labels if label != IGNORE)] if whole else []
+    if not known or min(known) < 0 or max(known) >= 2**31:
         raise ValueError(f"example {number} should be token ids and as many labels (ids, or "
                          f"{IGNORE}), got {ids!r:.60} and {labels!r:.60}")  # fmt: skip
 

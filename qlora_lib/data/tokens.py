@@ -45,14 +45,16 @@ class Example:
 def _ids(tokenizer, text: str) -> list[int]:
     """Return a text's ids, without special tokens; ValueError for what check_text refuses."""
     check_text(text)
+    if not hasattr(tokenizer, "encode"):
+        raise ValueError(f"expected a tokenizer, got {tokenizer!r:.60}")
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Return [bos] + ids of the prompt; no bos where the tokenizer has none, or the prompt begins
     with it, as chat templates write it."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = _ids(tokenizer, prompt)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return ids if ids[:1] == bos else bos + ids
 
 

@@ -108,6 +108,8 @@ def run(names: list[str], profile: str, parameters: dict[str, Any],
     are cores and memory for, else one. One alone takes the threads that it finds.
     grid: each SliderPlot draws its whole grid, as it does for nbval.
     """
+    if "profile" in parameters:
+        raise ValueError("the profile is an option of its own: --profile (make: PROFILE=)")
     paths = notebooks(names or (REAL if profile != "tiny" else []))
     wanted = parameters | ({"profile": profile} if profile != "tiny" else {})
     parts = known_parameters(paths, wanted)

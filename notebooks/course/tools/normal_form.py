@@ -46,7 +46,7 @@ def read(path: Path):
     except OSError:
         raise
     except Exception as error:  # nbformat and its validator raise many kinds
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        said = str(error).splitlines()[0] if isinstance(error, ValueError) else "another shape"
         raise ValueError(f"{path} holds no notebook that can be read ({said:.200})") from error
 
 

@@ -17,7 +17,7 @@ from pygments.lexers import PythonLexer
 
 from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_text
-from qlora_lib.base.folders import atomic_folder
+from qlora_lib.base.folders import atomic_folder, check_place
 from qlora_lib.base.paths import ROOT, given_path
 from .execute import BUILD
 from .normal_form import notebooks, read
@@ -149,6 +149,7 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
     Raises ValueError, naming the file, where there is no title, or a formula or an output that no
     page can show.
     """
+    check_place(out, "index.html")  # before the work
     bodies = {}
     for path in [*paths, *documents]:
         try:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -45,14 +46,28 @@ def test_codes_of_what_ran_stay(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_an_interrupt_during_imports_is_one_line(monkeypatch, capsys):
-    usual = []
-    monkeypatch.setattr(sys, "excepthook", lambda *error: usual.append(error))
-    quiet_interrupt()
-    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert capsys.readouterr().err.count("\n") == 1 and not usual
-    sys.excepthook(KeyError, KeyError("a"), None)
-    assert usual
+def test_an_interrupt_that_a_library_turns_into_its_own_error(capsys):
+    def run():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("could not import a module") from None
+
+    assert ending(run) == INTERRUPTED
+    assert capsys.readouterr().err.count("\n") == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_during_imports_is_one_line_and_the_end(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    usual = signal.getsignal(signal.SIGINT)
+    try:
+        quiet_interrupt()
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert codes == [INTERRUPTED] and capsys.readouterr().err.count("\n") == 1
 
 
 PROGRAM = """

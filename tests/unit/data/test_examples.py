@@ -304,7 +304,7 @@ def test_the_last_tenth_is_held_out_up_to_a_limit(n, at_least, dev):
 
 
 @pytest.mark.parametrize("ids, labels", [
-    ([1, 2], [1]), ([-1], [-1]), ([], []), (["a"], ["b"]), ([1.5], [1]), ([True], [1]), ([1], [-5]),
+    ([1, 2], [1]), ([-1], [-1]), ([], []), (["a"], ["b"]), ([1.5], [1]), ([True], [1]), ([1], [-5]), ([2**70], [1]),
 ])  # fmt: skip
 def test_encoded_examples_are_token_ids_and_labels(ids, labels):
     with pytest.raises(ValueError, match="example 2 should be token ids"):
