@@ -131,19 +131,6 @@ def test_no_damping_is_gptq_with_the_chosen_one_in_all_its_parts(desc_act, monke
     equal(gptq_quantize(w, hessian, spec, replace(options, match_dense=True)), aimed)
 
 
-def test_halves_are_halves_of_each_update():
-    x = inputs(90)
-    hessian = seen(x, parts=3)  # three times 30 tokens
-    first = torch.cat([part[:15] for part in x.split(30)])
-    second = torch.cat([part[15:] for part in x.split(30)])
-    for got, want in zip(hessian.halves, (first, second)):
-        torch.testing.assert_close(got, moment(want))
-    plain = Hessian(IN, dtype=torch.float64)
-    for part in x.split(30):
-        plain.update(part)
-    assert torch.equal(plain.matrix, hessian.matrix)  # halves change nothing else
-
-
 def test_a_choice_is_made_once_and_forgotten_with_the_next_token(monkeypatch):
     calls, real = [], expected_loss
 

@@ -163,14 +163,15 @@ def test_clip_search_is_never_worse_in_its_own_norm(bits, symmetric):
         assert error(True).sum() < 0.9 * error(False).sum()
 
 
-def every_ratio(w, spec, importance=1.0):
+def every_ratio(w, spec, importance=None):
     """The search without its shortcuts: each group on each of the grids."""
     low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
     grids = [_grid_of_range(low * r, high * r, spec) for r in CLIP_RATIOS.tolist()]
     scale, zero = (torch.stack(parts) for parts in zip(*grids))  # (ratios, groups)
     q = encode(w, scale[..., None], zero[..., None], spec.max_code)  # (ratios, groups, size)
     errors = ((q - zero[..., None]) * scale[..., None] - w).abs().pow(CLIP_NORM)
-    best = (errors * importance).sum(-1).argmin(0, keepdim=True)  # (1, groups), the first of equals, as in the search
+    # The first of equals, as in the search.
+    best = (errors * (1 if importance is None else importance)).sum(-1).argmin(0, keepdim=True)  # (1, groups)
     return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
@@ -186,7 +187,7 @@ def test_groups_that_leave_the_search_early_had_their_best_grid(bits, symmetric,
     w, spec = w.double(), QuantSpec(bits, None, symmetric)
     columns = normal(size, seed=2, std=2.0).exp().double()  # some a thousand times as important
     for importance in (None, columns, columns * 0):
-        got, want = fit_grid(w, spec, importance), every_ratio(w, spec, 1.0 if importance is None else importance)
+        got, want = fit_grid(w, spec, importance), every_ratio(w, spec, importance)
         assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
