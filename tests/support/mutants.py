@@ -257,6 +257,7 @@ def main() -> None:
     for f, line, change, source in drawn:
         code, seconds = in_fork(f, source, limits[f])
         counts[f, code if code in (SURVIVED, NO_MUTANT) else KILLED] += 1
+        print(f"{counts.total()} of {len(drawn)}", end="\r", file=sys.stderr, flush=True)
         if code == SURVIVED:
             print(f"{f}:{line}  {change}", flush=True)
     survived = killed = 0

@@ -83,6 +83,11 @@ def test_gptq_on_a_grid_without_ends_loses_what_is_expected(tokens):
         assert loss == pytest.approx(expected, rel=0.04)
 
 
+def test_the_search_begins_at_the_usual_damping():
+    assert DAMPINGS[0] == GPTQOptions().damp_percent and sorted(set(DAMPINGS)) == [*DAMPINGS]
+    assert DAMPINGS[-1] == 0.5  # beyond which GPTQ is nearly rounding to nearest
+
+
 def test_few_tokens_ask_for_more_damping_than_many():
     chosen = [choose_damping(seen(inputs(n))) for n in (40, 200, 20_000)]
     assert chosen == sorted(chosen, reverse=True)

@@ -59,6 +59,21 @@ def test_equal_inputs_leave_the_weight_and_damping_pulls_towards_it():
     assert moved[0] > moved[1] > moved[2] > 0
 
 
+def test_a_weight_of_another_precision_than_the_hessian_s():
+    x, dense = inputs()
+    w = normal(8, 24, seed=3)
+    got, want = (dense_target(v, seen(x, dense), 0.01) for v in (w, w.double()))
+    assert got.dtype == torch.float32 and relative(got.double(), want) < 1e-5
+
+
+def test_a_matrix_that_is_not_positive_definite_is_refused():
+    few = normal(4, 24, dtype=torch.float64)  # tokens
+    w, hessian = normal(8, 24, seed=3).double(), seen(few, few)
+    with pytest.raises(ValueError, match="not positive definite; raise damp_percent"):
+        dense_target(w - 1, hessian, -0.1)
+    assert relative(dense_target(w, hessian, 0.1), w) < 1e-12
+
+
 def test_quantizing_with_it_is_quantizing_the_target():
     x, dense = inputs(32)
     w, h = normal(8, 32, seed=3).double(), seen(x, dense)

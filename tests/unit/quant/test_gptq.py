@@ -290,3 +290,47 @@ def test_changed_names_what_differs_from_the_defaults():
 def test_bad_options_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         GPTQOptions(**given)
+
+
+def test_the_usual_options():
+    usual = GPTQOptions(True, True, 0.01, 128, False, False, False)
+    assert GPTQOptions() == usual and {usual: 1}[GPTQOptions()] == 1
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(match_dense=True), "match_dense needs a Hessian"),
+        (dict(damp_percent=None), "damp_percent=None needs a Hessian"),
+        (dict(match_dense=True, damp_percent=None), "needs a Hessian"),
+    ],
+)
+def test_what_needs_more_than_the_matrix_of_a_hessian_says_so(given, message):
+    x = ar1(300, 32)
+    hessian, w, spec = Hessian(32, halves=True), normal(8, 32), QuantSpec(3, 16)
+    hessian.update(x, x)
+    with pytest.raises(ValueError, match=message):
+        gptq_quantize(w, hessian.matrix, spec, GPTQOptions(**given))
+    gptq_quantize(w, hessian, spec, GPTQOptions(**given))
+
+
+def test_hessians_are_taken_in_any_precision():
+    w, h = layer()
+    spec = QuantSpec(3, 16, clip_search=False)
+    want = objective(w, gptq_quantize(w, h, spec).dequantize(), h)
+    for a, b in ((w.float(), h), (w, h.float())):
+        got = gptq_quantize(a, b, spec).dequantize()
+        assert abs(objective(w, got, h) / want - 1) < 1e-4
+        assert abs(output_error(a, got, b) / output_error(w, got.double(), h) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("desc_act", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+def test_what_it_returns_can_be_stored_as_it_is(static, desc_act):
+    w, h = layer()
+    spec = QuantSpec(3, 16)
+    q = gptq_quantize(w, h, spec, GPTQOptions(desc_act, static))
+    assert all(t.is_contiguous() for t in vars(q).values() if isinstance(t, Tensor))
+    assert (q.scale.dtype, q.zero_point.dtype) == (torch.float16, torch.uint8)
+    assert q.scale.shape == q.zero_point.shape == (OUT, IN // 16)
+    assert q.shape == w.shape and q.spec == spec

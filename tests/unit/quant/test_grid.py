@@ -1,5 +1,6 @@
 """Affine grids, round to nearest, clip search and the integer product."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_lib.quant import grid
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import (
     CLIP_NORM,
@@ -18,12 +20,14 @@ from qlora_lib.quant.grid import (
     quant_matmul,
     quantize_activations,
     quantize_rtn,
+    row_slices,
 )
 from qlora_lib.quant.hessian import Hessian
 from qlora_lib.quant.packing import BITS, unpack
 from tests.support.tensors import PROPERTY, ar1, normal, relative
 
 plain = dict(clip_search=False)
+LONG = pytest.mark.long
 
 
 def steps(q) -> torch.Tensor:
@@ -171,14 +175,14 @@ def every_ratio(w, spec, importance=None):
     q = encode(w, scale[..., None], zero[..., None], spec.max_code)  # (ratios, groups, size)
     errors = ((q - zero[..., None]) * scale[..., None] - w).abs().pow(CLIP_NORM)
     # The first of equals, as in the search.
-    best = (errors * (1 if importance is None else importance)).sum(-1).argmin(0, keepdim=True)  # (1, groups)
+    errors = errors if importance is None else errors * importance
+    best = errors.sum(-1).argmin(0, keepdim=True)  # (1, groups)
     return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=LONG), pytest.param(3, marks=LONG), 16])
 def test_groups_that_leave_the_search_early_had_their_best_grid(bits, symmetric, size):
     w = normal(160, size) * normal(160, 1, seed=1).exp() * 0.02
     w[:40] = w[:40] ** 3  # heavy tails
@@ -220,6 +224,90 @@ def test_permuted_rows_and_whole_groups_permute_the_result(bits):
     moved = w[rows].unflatten(1, (4, 8))[:, groups].flatten(1)
     want = quantize_rtn(w, spec).dequantize()[rows].unflatten(1, (4, 8))[:, groups].flatten(1)
     assert torch.equal(quantize_rtn(moved, spec).dequantize(), want)
+
+
+def by_hand(group: list[float], spec: QuantSpec) -> tuple[float, int, list[int]]:
+    """Scale, zero-point and codes of one group, in Python's floats."""
+    low, high, top = min(0, *group), max(0, *group), 2**spec.bits - 1
+    if spec.symmetric:
+        low, high = min(low, -high), max(-low, high)
+    scale = float(torch.tensor((high - low) / top, dtype=torch.float64).half()) or 1.0
+    zero = 2 ** (spec.bits - 1) if spec.symmetric else min(top, max(0, round(-low / scale)))
+    return scale, zero, [min(top, max(0, round(w / scale + zero))) for w in group]
+
+
+@PROPERTY
+@given(
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from([1, 4, 12, None]),
+    symmetric=st.booleans(),
+    shift=st.sampled_from([0.0, 3.0, -3.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_without_a_search_the_grid_spans_the_group_and_zero(
+    bits, group_size, symmetric, shift, seed
+):
+    w = normal(3, 12, seed=seed, dtype=torch.float64) + shift
+    w[0, :4] = 0
+    spec = QuantSpec(bits, group_size, symmetric, **plain)
+    q = quantize_rtn(w, spec)
+    got = q.scale.flatten().tolist(), q.zero_point.flatten().tolist(), q.unpacked(slice(None))
+    scales, zeros, codes = zip(*(by_hand(g.tolist(), spec) for g in w.view(q.scale.numel(), -1)))
+    assert got[0] == list(scales) and got[1] == list(zeros)
+    assert got[2].flatten().tolist() == sum(codes, [])
+
+
+def test_the_usual_grid_and_search():
+    """Groups of 64 at 4 bits; GPTQModel's search: 2.4 as exponent, ranges of 1.00 to 0.26."""
+    assert QuantSpec() == QuantSpec(4, 64, False, True) and CLIP_NORM == 2.4
+    assert CLIP_RATIOS[0] == 1 and CLIP_RATIOS.diff().allclose(torch.tensor(-1 / 80))
+    assert 0.26 < CLIP_RATIOS[-1] < 0.27 and CLIP_RATIOS.dtype == torch.float32
+
+
+def test_grids_are_fitted_in_the_dtype_of_the_weight():
+    for dtype in (torch.float32, torch.float64):
+        for clip_search in (False, True):
+            fitted = fit_grid(normal(5, 8, dtype=dtype), QuantSpec(3, 8, clip_search=clip_search))
+            assert [t.dtype for t in fitted] == [dtype, dtype] and fitted[0].shape == (5,)
+
+
+@PROPERTY
+@given(
+    out=st.integers(0, 700),
+    in_features=st.integers(0, 9),
+    unit=st.sampled_from([1, 3, 32, 80]),
+    piece=st.sampled_from([1, 500, 2000]),
+)
+def test_rows_go_in_order_a_few_at_a_time_in_whole_units(out, in_features, unit, piece):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "PIECE", piece)
+        slices = row_slices(torch.Size([out, in_features]), torch.device("cpu"), unit)
+        whole = row_slices(torch.Size([out, in_features]), torch.device("meta"), unit)
+    assert [i for s in slices for i in range(s.start, s.stop)] == list(range(out))
+    least = math.lcm(unit, 64)
+    for s in slices[:-1]:
+        assert (s.stop - s.start) % least == 0
+        width = max(1, in_features)
+        assert piece - width < (s.stop - s.start) * width < piece + least * width
+    assert whole == [slice(0, out)] and (slices[:-1] or slices == whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_in_pieces_it_is_the_same(monkeypatch, dtype):
+    w, importance = normal(200, 48), normal(48, seed=1).exp().view(4, 12)
+    spec, h = QuantSpec(3, 12), Hessian(48)
+    h.update(ar1(200, 48, seed=3))
+
+    def results():
+        for options in (GPTQOptions(), GPTQOptions(static_groups=False)):
+            yield gptq_quantize(w, h, spec, options).dequantize(dtype)
+        yield quantize_rtn(w, spec).dequantize(dtype)
+        yield torch.stack(fit_grid(w.view(200, 4, 12), spec, importance))
+
+    at_once = [*results()]
+    monkeypatch.setattr(grid, "PIECE", 64 * 48)
+    monkeypatch.setattr(grid, "SEARCH_AT_ONCE", (7 * 48, 0))
+    assert all(torch.equal(*pair) for pair in zip(results(), at_once, strict=True))
 
 
 def test_sizes_add_up():
@@ -291,6 +379,21 @@ def test_each_token_has_its_own_activation_grid():
     assert a.dtype == torch.int32 and a.min() >= 0 and a.max() <= 255
     assert ((scale * (a - zero) - x).abs() <= 0.51 * scale).all()
     assert torch.equal((scale * (a - zero))[2], x[2])
+    assert a[:2].amin(1).tolist() == [0, 0] and a[:2].amax(1).tolist() == [255, 255]
+    # One that has no zero between its ends is spanned from zero.
+    a, scale, zero = quantize_activations(torch.tensor([[0.5, 1.0], [-1.0, -0.5]]))
+    assert zero.tolist() == [[0], [255]] and (scale * 255 - 1).abs().max() < 1e-6
+    assert a[0, 1] == 255 and a[1, 0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_activations_of_any_dtype_and_a_single_token(dtype):
+    x, q = normal(32).to(dtype), quantize_rtn(normal(6, 32), QuantSpec(4, 8))
+    a, scale, zero = quantize_activations(x[None])
+    assert (a.dtype, scale.dtype, zero.dtype) == (torch.int32, torch.float32, torch.int32)
+    assert (a.shape, scale.shape, zero.shape) == ((1, 32), (1, 1), (1, 1))
+    got = quant_matmul(x, q)
+    assert got.shape == (6,) and torch.equal(got, quant_matmul(x.float()[None], q)[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -7,13 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lib.quant import nf4
+from qlora_lib.quant import grid, nf4
 from qlora_lib.quant.nf4 import (
     NESTED_BLOCK,
     NF4_LEVELS,
     NF4Spec,
+    dequantize_8bit,
     dynamic_map,
     nf4_codes,
+    nf4_levels,
+    quantize_8bit,
     quantize_nf4,
 )
 from tests.support.tensors import PROPERTY, default_dtype, normal, relative
@@ -50,6 +53,38 @@ def test_dynamic_map_has_the_documented_shape():
     # symmetric, but for the 1.0 that has no -1.0
     without = levels[(levels != 0) & (levels != 1)]
     assert torch.equal(without, -without.flip(0))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_is_what_the_paper_describes(signed):
+    """Exponents 0 to -6, each with half as many fractions as the one before it, even between 0.1
+    and 1; unsigned, the sign's bit makes it twice as many."""
+    levels = {0.0, 1.0}
+    for exponent in range(7):
+        count = (64 if signed else 128) >> exponent
+        for i in range(count):
+            level = 10.0**-exponent * (0.1 + 0.9 * (i + 0.5) / count)
+            levels |= {level, -level} if signed else {level}
+    want = torch.tensor(sorted(levels), dtype=torch.float64)
+    got = dynamic_map(signed)
+    assert got.dtype == torch.float32 and got.shape == (256,)
+    assert ((got.double() - want).abs() <= 1e-6 * want.abs()).all()
+    assert signed is bool((dynamic_map() == got).all())  # signed is the usual one
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("n", [1, 255, 256, 600])
+def test_eight_bits_hold_the_nearest_level_of_a_block_of_256(n, signed):
+    flat, levels = normal(n) * 10.0 ** torch.linspace(-2, 2, n), dynamic_map(signed)
+    flat = flat if signed else flat.abs()
+    codes, absmax = quantize_8bit(flat, levels)
+    assert (codes.dtype, codes.shape, absmax.dtype) == (torch.uint8, (n,), torch.float32)
+    blocks = flat.split(256)
+    assert absmax.tolist() == [float(b.abs().max()) for b in blocks]
+    decoded = dequantize_8bit(codes, absmax, levels)
+    for block, got, most in zip(blocks, decoded.split(256), absmax):
+        nearest = (block[:, None] - levels * most).abs().amin(1)
+        assert ((block - got).abs() <= nearest + 1e-6 * most).all()
 
 
 @PROPERTY
@@ -94,9 +129,34 @@ def test_dequantize_is_level_times_absmax(out, inner, block_size, seed):
     assert (d.abs() == scales).sum() >= absmax.numel()
 
 
-def test_the_first_weight_is_in_the_high_nibble():
+@pytest.mark.parametrize("shape", [(130, 33), (300, 7), (129, 64), (200, 1), (65, 100)])
+@pytest.mark.parametrize("block_size", [1, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_in_pieces_it_is_the_same(monkeypatch, shape, block_size, dtype):
+    """Pieces begin in the middle of no byte and of no block, wherever the rows do."""
+    q = quantize_nf4(normal(*shape), block_size)
+    scales = q.block_scales().repeat_interleave(block_size)[: q.shape.numel()].view(shape)
+    monkeypatch.setattr(grid, "PIECE", 1)
+    pieces = [*q.pieces(dtype)]
+    assert all(w.shape == (rows.stop - rows.start, shape[1]) for rows, w in pieces)
+    want = (LEVELS[nf4_codes(q).long()] * scales).to(dtype)
+    assert q.dequantize(dtype).dtype == dtype and torch.equal(q.dequantize(dtype), want)
+    if block_size == 1:
+        assert len(pieces) == -(-shape[0] // 64)
+
+
+def test_the_first_weight_is_in_the_high_nibble_and_a_missing_one_is_zero():
     q = quantize_nf4(torch.tensor([[1.0, -1.0, 0.0, 1.0]]), 4)
     assert q.codes.tolist() == [0xF0, 0x7F]
+    assert quantize_nf4(torch.tensor([[1.0, -1.0, 0.5]]), 4).codes[1] % 16 == 7
+
+
+def test_the_usual_blocks():
+    assert NF4Spec() == NF4Spec(64, True) == quantize_nf4(normal(2, 64)).spec
+    assert NF4Spec.bits == 4 and NF4Spec(1).block_size == 1
+    assert torch.equal(nf4_levels(), LEVELS) and nf4_levels().dtype == torch.float32
+    q = quantize_nf4(normal(2, 64).requires_grad_())
+    assert not any(t.requires_grad for t in (q.absmax, q.offset, q.nested_absmax))
 
 
 def test_zeros_are_exact():

@@ -58,6 +58,24 @@ def test_what_does_not_go_together_is_refused_by_name(given, message):
         Recipe.of(*given)
 
 
+def test_specs_and_recipes_are_values():
+    for a, b in ((Recipe(), Recipe(QuantSpec(4, 64), None, "all")), (NF4Spec(), NF4Spec(64, True))):
+        assert {a: 1}[b] == 1  # equal, and fit to be keys
+        with pytest.raises(AttributeError):
+            a.bits = a.targets = 3
+
+
+def test_json_holds_only_what_is_not_usual():
+    assert Recipe(QuantSpec(3)).as_json().keys() == Recipe.of().as_json().keys() == {
+        "method", "spec",
+    }  # fmt: skip
+    said = Recipe.of(targets=("a", "b"), options=GPTQOptions(match_dense=True)).as_json()
+    assert said.keys() - {"method", "spec"} == {"targets", "match_dense"}
+    assert said["targets"] == ["a", "b"] and Recipe.of(targets="mlp").as_json()["targets"] == "mlp"
+    known = GPTQOptions(block_size=32)
+    assert Recipe.of(options=known).options is known
+
+
 def test_nf4_has_no_options_of_gptq():
     with pytest.raises(ValueError, match="do not go with an NF4Spec"):
         Recipe(NF4Spec(), GPTQOptions())
