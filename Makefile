@@ -23,7 +23,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all rehearsal test unit long families lowest newest interop nbval ui pictures store normal solved html \
+.PHONY: help setup run-all rehearsal test unit long families mutants lowest newest interop nbval ui pictures store normal solved html \
         student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
@@ -143,6 +143,11 @@ long: $(READY) ## tests of over a second: processes and kernels started and kill
 
 families: $(READY) ## every family of models that transformers knows, small, from folder to export ## python -m pytest -q tests/families
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/families
+
+# DIR=qlora_lib/lora or other files and folders, with more than one in quotes.
+mutants: $(READY) ## small changes of quant/ and extraction.py, one at a time, that their tests do not notice ## python -m tests.support.mutants --sample 300 qlora_lib/quant
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=1 $(PYTHON) -m tests.support.mutants \
+	    --sample 300 $(or $(DIR),qlora_lib/quant qlora_lib/evaluation/extraction.py)
 
 # Each in an environment of its own beside $(VENV), made anew.
 lowest: ## unit and long tests with the oldest torch, transformers ... that pyproject.toml allows
