@@ -276,6 +276,12 @@ def test_the_answer_is_said_in_english_too():
     for verb in ("is", "are", "equals", "IS"):
         reads(f"The answer {verb} 7 of 9", 7)
         reads(f"The answer {verb} not 7 of 9", 9)
+    reads("The answer is not x = 7 of 9", 9)
+    reads("The answer is notes = 7 of 9", 7)
+    reads("The answer is what is 7 of 9", None)  # of two verbs the first one
+    for said in ("The answer isn't 7", "Bathe answer is 7", "The answer are 7", "The answer: 7"):
+        reads(said, 7)
+        reads(said, None, "strict")
     for words in ("", " to it", " that we get now", " to all of this"):
         reads(f"Answer{words} is 7 of 9", 7)
     reads("Answer to all of this too is 7 of 9", 9)
@@ -316,7 +322,7 @@ NUMERALS = {
     "5k": 5000, "5K": 5000, "5万": 5 * 10**4, "5亿": 5 * 10**8, "$5M": 5 * 10**6,
     "$5 m": 5 * 10**6,
     "$5B": 5 * 10**9, "$5bn": 5 * 10**9, "5M": 5, "5 m": 5, "5kg": 5, "$5mm": 5, "5 thousandth": 5,
-    "-$2M": -2 * 10**6, "-2 m": -2,
+    "-$2M": -2 * 10**6, "-2 m": -2, "-2bn": -2, "-2 B": -2,
     "10-3": None, "10 -3": None, "5 to 7": None, "between 5 and 7": None,
     "B12": None, "x_1": None, "m^2": None, "m^{2}": None, "é5": None, "COVID-19": None,
     "√5": None, "√(5)": None, r"\sqrt5": None, r"\sqrt{5}": None, "sqrt 5": None, "5π": None,
@@ -364,7 +370,8 @@ SPANS = {  # what a span states that begins with #### or "The answer is"
     "5 minutes 20": None, "5 minute 20": None, "5 min. 20": None, "5 days 2": None,
     "5 day 2": None, "5 weeks 2": None, "5 week 2": None, "5 years 2": None, "5 year 2": None,
     "5 feet 10": None, "5 foot 10": None, "5 ft. 10": None, "5 pounds 2": None,
-    "5 pound 2": None, "5 lbs 2": None, "5 lb 2": None, "5 dollars 20": None,
+    "5 pound 2": None, "5 lbs 2": None, "5 lb 2": None, "5 lbs. 2": None, "5 lb. 2": None,
+    "5 hr. 20": None, "5 hrs. 20 or so": None, "5 dollars 20": None,
     "5 dollar 20": None, "5 Dollars 20": None, "5 inches 20": 5,
     # the end of the sentence, and of the line
     "7. But 8 or 9": 7, "7! But 8 or 9": 7, "7? But 8 or 9": 7, "7。8 or 9": 7, '7." 8 or 9': 7,
@@ -409,7 +416,9 @@ LAST = {  # where nothing is stated: the last sentence with a number
     "1. 7 eggs\n2. So": 7, "1) 7 eggs\n2) So": 7, "2. So": 2, "8. So": 8,
     "7. So\n8. Then": None, "- 1. So": None, "> **1. So**": None, "* 1. So": None,
     "1. So\n3. Then 7": 7, "1.So": 1, "999. So\n998. So": None, "1000. So\n1001. So": 1001,
-    "1. 7": 7, "7\n1.": 1,
+    "1. 7": 7, "7\n1.": 1, "**It is 7.** Is it 8?": 7, "_It is 7._ Is it 8?": 7,
+    '"It is 7." Is it 8?': 7, "It is 7! Is it 8?": 7, "It is 7。Is it 8?": 7,
+    "It is 7.Is it 8?": None, "It is 7. ** ": 7,
 }  # fmt: skip
 
 
