@@ -5,8 +5,8 @@ A mutant is the file with one small change: an operator, a constant, a keyword, 
 call left out, a piece of a regular expression. It survives where the tests of the file (of its
 folder, where it has none) pass, without those marked `long`. Texts of errors, docstrings and
 annotations stay as they are; a mutant that cannot be imported does not count. Each one runs in a
-fork of a process that has imported torch and the like already, with a limit on its CPU time, so
-this needs a system with fork.
+fork of a process that has imported torch and the like already, with a limit on its time, so
+this needs a system with fork. Ctrl-C ends it with the counts so far.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import os
 import random
 import re
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -210,7 +211,7 @@ def in_fork(path: Path, source: str | None, seconds: int) -> tuple[int, float]:
     if not (child := os.fork()):
         code = KILLED
         try:
-            os.setsid()
+            signal.alarm(30 * seconds)  # for what waits without an end
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             resource.setrlimit(resource.RLIMIT_DATA, (12 << 30, 12 << 30))
             with tempfile.TemporaryFile() as out:
@@ -226,7 +227,7 @@ def in_fork(path: Path, source: str | None, seconds: int) -> tuple[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--sample", type=int, help="as many mutants, drawn at random")
+    parser.add_argument("--sample", type=int, help="so many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     os.chdir(ROOT)
@@ -236,9 +237,8 @@ def main() -> None:
     files = [f for p in given.paths for f in (sorted(p.rglob("*.py")) if p.is_dir() else [p])]
     drawn = [(f, *m) for f in files for m in mutants(f.read_text(encoding="utf-8"))]
     total = Counter(f for f, *_ in drawn)
-    if given.sample and given.sample < len(drawn):
-        drawn = random.Random(given.seed).sample(drawn, given.sample)
-    drawn.sort(key=lambda mutant: mutant[:2])
+    random.Random(given.seed).shuffle(drawn)  # so what is counted when it is stopped is a sample
+    drawn = drawn[: given.sample]
     # What others have written is imported once, here; what is ours, in each fork.
     for tests in {tests_of(f) for f in total}:
         for test in [tests] if tests.is_file() else sorted(tests.glob("test_*.py")):
@@ -254,12 +254,15 @@ def main() -> None:
             sys.exit(f"{tests_of(f)} does not pass as it is")
         limits[f] = int(3 * seconds) + 10
     counts, began = Counter(), time.process_time()
-    for f, line, change, source in drawn:
-        code, seconds = in_fork(f, source, limits[f])
-        counts[f, code if code in (SURVIVED, NO_MUTANT) else KILLED] += 1
-        print(f"{counts.total()} of {len(drawn)}", end="\r", file=sys.stderr, flush=True)
-        if code == SURVIVED:
-            print(f"{f}:{line}  {change}", flush=True)
+    try:
+        for f, line, change, source in drawn:
+            code, _ = in_fork(f, source, limits[f])
+            counts[f, code if code in (SURVIVED, NO_MUTANT) else KILLED] += 1
+            print(f"{counts.total()} of {len(drawn)}", end="\r", file=sys.stderr, flush=True)
+            if code == SURVIVED:
+                print(f"{f}:{line}  {change}", flush=True)
+    except KeyboardInterrupt:
+        pass
     survived = killed = 0
     for f in files:
         lived, died = counts[f, SURVIVED], counts[f, KILLED]
