@@ -94,6 +94,24 @@ def test_few_tokens_ask_for_more_damping_than_many():
     assert chosen[0] >= 0.05 and chosen[-1] == DAMPINGS[0]
 
 
+def test_the_choice_is_the_last_before_the_first_rise_in_the_loop_s_own_order():
+    found = []
+    for seed in range(8):
+        hessian = seen(inputs(30, seed) + normal(IN, seed=seed).double())
+        for desc_act in (True, False):
+            order = act_order(hessian.matrix) if desc_act else None
+            losses = [
+                expected_loss(a, b, d, order) + expected_loss(b, a, d, order)
+                for d in DAMPINGS
+                for a, b in [hessian.halves]
+            ]
+            rise = next((i for i, (x, y) in enumerate(zip(losses, losses[1:])) if y >= x), -1)
+            found.append(choose_damping(hessian, desc_act))
+            assert found[-1] == DAMPINGS[rise]
+            assert hessian.chosen[desc_act] == found[-1]
+    assert found[::2] != found[1::2]  # the order matters
+
+
 @pytest.mark.parametrize("tokens", [40, 100, 400])
 @pytest.mark.parametrize("desc_act", [True, False])
 def test_the_choice_is_nearly_the_best_for_tokens_that_nobody_has_seen(tokens, desc_act):

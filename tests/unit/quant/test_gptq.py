@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_lib.quant.damping import choose_damping
+from qlora_lib.quant.dense_target import dense_target
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize, output_error
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.hessian import Hessian
 from qlora_lib.quant.packing import unpack
+from qlora_lib.quant.refit import refit_scales
 from tests.support.slow_gptq import (
     column_by_column,
     least_squares,
@@ -312,6 +315,24 @@ def test_what_needs_more_than_the_matrix_of_a_hessian_says_so(given, message):
     with pytest.raises(ValueError, match=message):
         gptq_quantize(w, hessian.matrix, spec, GPTQOptions(**given))
     gptq_quantize(w, hessian, spec, GPTQOptions(**given))
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_options_are_steps_before_and_after_the_loop(desc_act, static):
+    """Damping chosen, the dense target rounded, scales fitted again: each as if done by hand."""
+    x, w, spec = ar1(200, 32).double(), normal(8, 32, dtype=torch.float64), QuantSpec(3, 16)
+    hessian = Hessian(32, dtype=torch.float64, halves=True)
+    hessian.update(x, x + 0.2 * normal(200, 32, seed=4).double())
+    damping = choose_damping(hessian, desc_act)
+    target = dense_target(w, hessian, damping)
+    known = GPTQOptions(desc_act, static, damping)
+    plain = gptq_quantize(target, hessian, spec, known)
+    want = refit_scales(target, plain, hessian.matrix, damping)
+    options = GPTQOptions(desc_act, static, None, match_dense=True, refit_scales=True)
+    got = gptq_quantize(w, hessian, spec, options)
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.scale, want.scale)
+    assert not torch.equal(got.scale, plain.scale)
 
 
 def test_hessians_are_taken_in_any_precision():

@@ -122,6 +122,7 @@ def test_subnormal_scales_are_not_rounded_down_into_clipping():
     # Range 1.4 units of 2**-24 a step: rounded down to 1 unit, the ends would be cut off.
     w = torch.linspace(0, 255 * 1.4 * 2.0**-24, 256).unsqueeze(0)
     q = quantize_rtn(w, QuantSpec(8, None, **plain))
+    assert q.scale.item() == 2 * 2.0**-24  # the next one up, and no further
     assert ((q.dequantize() - w).abs() / steps(q)).max() <= 0.501
 
 

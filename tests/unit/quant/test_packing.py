@@ -103,6 +103,23 @@ def test_any_integer_dtype_and_any_strides(dtype):
     assert torch.equal(pack(q.to(dtype), 2), pack(q.contiguous(), 2))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_packed_bytes_of_any_strides(bits):
+    q = codes(6, 24, bits)
+    packed = pack(q, bits).t().contiguous().t()
+    assert not packed.is_contiguous()
+    got = unpack(packed, bits, q.shape)
+    assert torch.equal(got, q) and got.dtype == torch.uint8
+    cut = pack(q, bits)[1::2]
+    assert torch.equal(unpack(cut, bits, (3, 24)), q[1::2])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_no_rows_are_packed_into_no_bytes(bits):
+    packed = pack(torch.zeros(0, 8, dtype=torch.uint8), bits)
+    assert packed.shape == (0, bits) and unpack(packed, bits, (0, 8)).shape == (0, 8)
+
+
 def test_eight_bits_do_not_share_memory_with_the_packed_bytes():
     packed = pack(codes(2, 5, 8), 8)
     unpack(packed, 8, (2, 5)).zero_()
