@@ -67,7 +67,8 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Te
         mask = sum(ones << 8 * half * i for i in range(per // half))
         word = (word | word << (8 - bits) * half) & mask
         half //= 2
-    return word.contiguous().view(torch.uint8)[..., :n].contiguous()
+    codes = word.flatten().view(torch.uint8)  # flat first: without rows the stride is arbitrary
+    return codes.view(*word.shape[:-1], per * word.shape[-1])[..., :n].contiguous()
 
 
 def as_words(packed: Tensor) -> Tensor:

@@ -115,9 +115,11 @@ def test_packed_bytes_of_any_strides(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_no_rows_are_packed_into_no_bytes(bits):
-    packed = pack(torch.zeros(0, 8, dtype=torch.uint8), bits)
-    assert packed.shape == (0, bits) and unpack(packed, bits, (0, 8)).shape == (0, 8)
+def test_no_rows_and_no_columns_are_packed_into_no_bytes(bits):
+    for shape in ((0, 8), (3, 0)):
+        packed = pack(torch.zeros(shape, dtype=torch.uint8), bits)
+        assert packed.shape == (shape[0], packed_width(shape[1], bits))
+        assert unpack(packed, bits, shape).shape == shape
 
 
 def test_eight_bits_do_not_share_memory_with_the_packed_bytes():
