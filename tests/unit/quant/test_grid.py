@@ -340,7 +340,7 @@ def shuffled(bits: int, symmetric: bool = False):
     h.update(ar1(200, 48, seed=3) * normal(48, seed=6).exp())
     options = GPTQOptions(desc_act=True, static_groups=False)
     q = gptq_quantize(normal(20, 48, seed=4), h, QuantSpec(bits, 12, symmetric), options)
-    assert q.g_idx is not None and not torch.equal(q.g_idx, q.g_idx.sort().values)
+    assert q.g_idx.dtype == torch.int32 and not torch.equal(q.g_idx, q.g_idx.sort().values)
     return q
 
 
@@ -409,11 +409,12 @@ def test_nan_and_inf_are_refused(bad):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_weights_are_refused_where_a_scale_is_beyond_fp16(bits, symmetric):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_weights_are_refused_where_a_scale_is_beyond_fp16(bits, symmetric, sign):
     """A scale is one step of the grid, not the span of the weights."""
     spec = QuantSpec(bits, None, symmetric)
     most = torch.finfo(torch.float16).max * (2**bits - 1)  # what the grid can span
-    one_sided = torch.tensor([[0.0, most / 4, most / (2 if symmetric else 1)]])
+    one_sided = sign * torch.tensor([[0.0, most / 4, most / (2 if symmetric else 1)]])
     w = 0.99 * one_sided
     q = quantize_rtn(w, spec)
     assert q.scale.isfinite().all() and relative(q.dequantize(), w) < 2 / 2**bits

@@ -162,6 +162,9 @@ def test_words_and_bytes_are_two_readings_of_one_stream(rows):
     assert int(words[0, 0]) == first
     assert torch.equal(as_bytes(words), packed)
     assert torch.equal(as_bytes(words.t().contiguous().t()), packed)
+    for shape in ((64,), (64 * rows,), (rows, 2, 32)):
+        bytes_ = packed[0] if shape == (64,) else packed.reshape(shape)
+        assert torch.equal(as_bytes(as_words(bytes_)), bytes_)
 
 
 def test_what_is_no_stream_of_words_is_refused():
