@@ -96,7 +96,7 @@ _CHARACTERS = str.maketrans(
 )  # fmt: skip
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _PART = r"\{ ?(-?)([0-9.,]{1,60}) ?\}"  # of a LaTeX fraction
-_CODES = r"(?:US|CA|AU|HK|[RAC])\$|\b(?:Rs\b\.?|(?:USD|EUR|GBP|INR|CHF|CAD|AUD|BRL)(?![A-Za-z]))"
+_CODES = r"(?:US|CA|AU|HK|[RAC])\$|\b(?:Rs\.?|(?:USD|EUR|GBP|INR|CHF|CAD|AUD|BRL)(?![A-Za-z]))"
 _SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
