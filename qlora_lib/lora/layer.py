@@ -24,6 +24,7 @@ from .init import RESIDUAL_INITS, loftq, pissa
 
 INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
 TINY = torch.finfo(torch.float32).tiny
+LARGEST_ALPHA = 10**6  # above it fp32 overflows, below any use
 MERGED = object()  # what a call uses where base and adapter are one layer
 
 
@@ -39,8 +40,11 @@ class LoRAConfig:
     use_dora: bool = False  # a trained length for each row of the weight (`weight_norm`)
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank={self.rank!r} must be at least 1, a whole number")
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha <= LARGEST_ALPHA:
+            raise ValueError(f"alpha={self.alpha!r} must be a number above 0, at most "
+                             f"{LARGEST_ALPHA:,}")  # fmt: skip
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         if self.init not in INITS:
@@ -89,8 +93,6 @@ def check_rank(layer: nn.Module, config: LoRAConfig) -> None:
 def check_dense(layer: nn.Module, config: LoRAConfig, spec: QuantSpec | NF4Spec | None) -> None:
     """Raises ValueError when a layer can't be taken apart as a LoRAConfig says."""
     init, base = config.init, getattr(layer, "base", layer)
-    if config.scaling <= 0:
-        raise ValueError(f"alpha={config.alpha} with init={init!r}: scaling * B A needs alpha > 0")
     if init == "loftq" and spec is None:
         raise ValueError("init='loftq' needs spec=, how to quantize the base: NF4Spec(), QuantSpec")
     if getattr(layer, "configs", None):
@@ -119,6 +121,7 @@ class LoRALinear(nn.Module):
     merged    None, or the layer that stands for base and adapter together
     residual_of  None, or the adapter that `take_apart` made together with the base
     start     None, or B and A at step 0 of that adapter, beside a dense base
+    original  None, or a hash of the weight that was taken apart
     casts     None, or while text is decoded (`decoding_layout`), A and B in the autocast dtype
     """
 
@@ -134,6 +137,7 @@ class LoRALinear(nn.Module):
         self.merged: nn.Module | None = None
         self.residual_of: str | None = None
         self.start: tuple[Tensor, Tensor] | None = None
+        self.original: str | None = None
         self.casts: dict | None = None
 
     def __getattr__(self, name: str):
