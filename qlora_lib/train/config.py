@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..base.devices import resolve_dtype
+
 OPTIMIZERS = ("adamw", "adam8bit")
 POOL = 16  # steps whose examples are sorted by length together
 
@@ -40,14 +42,21 @@ class TrainConfig:
     def __post_init__(self):
         counts = ("epochs", "max_steps", "batch_size", "accumulation", "eval_every", "save_every",
                   "max_length")  # fmt: skip
-        if any(getattr(self, n) is not None and getattr(self, n) < 1 for n in counts):
-            raise ValueError(f"{', '.join(counts)} must be at least 1, got {self}")
+        for name in counts:
+            value = getattr(self, name)
+            optional = value is None and name in ("max_steps", "eval_every")
+            if not optional and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be at least 1, a whole number, got {value!r}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2**32 - 1")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
-        if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0
-                and 0 < self.lora_plus_ratio < math.inf):  # fmt: skip
-            raise ValueError("expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0 and "
-                             f"lora_plus_ratio > 0 (1: plain LoRA), got {self}")  # fmt: skip
+        if not (0 < self.lr < math.inf and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0
+                and 0 < self.lora_plus_ratio < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ValueError("expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0, "
+                             "weight_decay >= 0 and lora_plus_ratio > 0 (1: plain LoRA), all but "
+                             f"max_grad_norm finite, got {self}")  # fmt: skip
+        resolve_dtype(self.compute_dtype, "cpu")  # which raises for other names
         if self.resume and self.folder is None:
             raise ValueError("resume=True needs the folder of the run to resume")
 
