@@ -19,7 +19,8 @@ def test_finetune_evaluate_generate(place, capsys):
     assert "quantizing model with gptq" in out and "bits a weight" in out
     assert "on 7 layers" in out and "fp32" in out and "12 examples, 4 x 1 a step" in out
     folder = place / "checkpoints" / "tiny"
-    assert {p.name for p in folder.iterdir()} == {"base", "adapter", "training", "run.json"}
+    parts = {"base", "adapter", "training", "run.json", ".lock"}
+    assert {p.name for p in folder.iterdir()} == parts
     assert len((folder / "training" / "metrics.jsonl").read_text().splitlines()) == 2
 
     assert run("evaluate", *COMMON, "--max-new-tokens", "8") == 0
@@ -115,9 +116,12 @@ def test_base_is_reused_only_if_made_the_same_way(place, capsys):
 
 
 def forget(path, key):
+    """As older versions wrote it: without the key, and without hashes."""
     kept = json.loads(path.read_text())
-    del kept[key]
+    for name in (key, "format", "sha256"):
+        kept.pop(name, None)
     path.write_text(json.dumps(kept))
+    (path.parent / "hashes.json").unlink(missing_ok=True)
 
 
 @pytest.mark.long
@@ -333,7 +337,8 @@ def test_a_verifier_is_trained_saved_and_votes(place, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "24 solutions of 6 train problems" in out and "checkpoints/tiny/verifier" in out
     folder = place / "checkpoints/tiny/verifier"
-    assert {p.name for p in folder.iterdir()} == {"adapter", "head.safetensors", "verifier.json"}
+    parts = {"adapter", "head.safetensors", "verifier.json", "hashes.json"}
+    assert {p.name for p in folder.iterdir()} == parts
     assert json.loads((folder / "verifier.json").read_text())["solutions"] == 24
     monkeypatch.undo()
     monkeypatch.chdir(place)

@@ -53,7 +53,7 @@ def test_a_method_learns_and_what_it_saved_answers_the_same(base, tmp_path, meth
     assert not (tmp_path / "run" / "trial").exists()
     result = mine.save()
     parts = {"full": {"model"}, "lora": {"adapter"}, "qlora": {"adapter", "base"}}[method]
-    assert {p.name for p in result.iterdir()} == parts | {"training", "run.json"}
+    assert {p.name for p in result.iterdir()} == parts | {"training", "run.json", ".lock"}
     model, tokenizer = Finetuner.load(tmp_path / "run", compute_dtype="fp32")
     assert bool(quantized_layers(model)) == (method == "qlora") and not model.training
     ids = torch.tensor([tokenizer.encode(PAIRS[3][0])])
