@@ -128,6 +128,7 @@ def forget(path, key):
 def test_an_adapter_is_asked_on_its_own_base_only(place, capsys):
     assert run("finetune", *FAST, "--method", "rtn") == 0
     assert run("quantize", *COMMON, "--method", "rtn", "--bits", "2") == 0
+    assert "note: what was trained in checkpoints/tiny needs the base" in capsys.readouterr().out
     for argv in (["evaluate", *COMMON, *SHORT], ["export", *COMMON[:2], "--merge", "rtn"]):
         assert run(*argv) == 2
         err = capsys.readouterr().err
@@ -137,7 +138,9 @@ def test_an_adapter_is_asked_on_its_own_base_only(place, capsys):
     assert run("evaluate", *COMMON, *SHORT) == 0
     forget(place / "checkpoints/tiny/run.json", "base")
     assert run("quantize", *COMMON, "--method", "rtn", "--bits", "2") == 0
-    assert run("evaluate", *COMMON, *SHORT, "--out", "as-before") == 0
+    capsys.readouterr()
+    assert run("evaluate", *COMMON, *SHORT, "--out", "as-before") == 2  # the adapter says so itself
+    assert "was trained beside other linear layers" in capsys.readouterr().err
 
 
 @pytest.mark.long

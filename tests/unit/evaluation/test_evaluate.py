@@ -433,12 +433,13 @@ def test_a_folder_of_an_older_version_is_read_with_its_verdicts_made_anew(tmp_pa
     again = evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8)
     assert without_clock(again) == without_clock(whole)
     assert without_clock(EvalReport.load(tmp_path)).predictions == without_clock(whole).predictions
-    for changed in (rows + rows[:8], [rows[1], rows[0], *rows[2:]], [{"question": 3}], [[]]):
+    for changed in (rows + rows[:8], [rows[1], rows[0], *rows[2:]], 8 * [{"question": 3}], 8 * [[]]):
         write(changed)
         with pytest.raises(ValueError, match="predictions.jsonl, line"):
             evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["settings.json", "predictions.jsonl", "report.json"])
 def test_flipped_bits_in_an_evaluation_never_change_what_is_counted(tmp_path, name):
     folder = tmp_path / "eval"
