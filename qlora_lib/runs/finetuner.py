@@ -98,6 +98,8 @@ class Finetuner:
         else:
             model, own = self.plan.dense() if self.plan else (model, tokenizer)
             self._quantize(model)
+        if self.plan:  # and not the run's own copy, which a second run finds
+            model.config._name_or_path = self.plan.model
         self.model, self.tokenizer, self.layers = model, tokenizer or own, []
         if method == "full":
             model.float().requires_grad_(True)

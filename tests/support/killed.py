@@ -35,14 +35,16 @@ def _child(work: Callable[[], None], at: int) -> int:
         os._exit(code)
 
 
-def killed_everywhere(prepare: Callable[[], None], work: Callable[[], None]) -> Iterator[int]:
+def killed_everywhere(
+    prepare: Callable[[], None], work: Callable[[], None], first: int = 0, step: int = 1
+) -> Iterator[int]:
     """Yield n after `prepare()`, and `work()` in a child that was killed before its n-th file
-    operation, for all n."""
-    at = 0
+    operation, for each n from `first` on, or each step-th."""
+    at = first
     while True:
         prepare()
         if (code := _child(work, at)) == 0:
             return
         assert code == -signal.SIGKILL, f"the child ended with {code}"
         yield at
-        at += 1
+        at += step
