@@ -50,7 +50,7 @@ def save_adapter(
         raise ValueError(f"dtype={dtype}: what PiSSA learned is a small difference of two large "
                          "products, which 16 bits would lose; save it as float32")  # fmt: skip
     about = {"base": base_fingerprint(model), "linears": linears_fingerprint(model)}
-    state, configs, overlaps = {}, {}, {}
+    state, configs, overlaps = {}, {}, []
     for path, layer in layers.items():
         key = f"base_model.model.{path}"
         configs[path], *factors = _update(layer, adapter)
@@ -59,12 +59,12 @@ def save_adapter(
         if adapter in layer.magnitude:
             magnitude = layer.magnitude[adapter].detach()
             state[f"{key}.{MAGNITUDE}"] = magnitude.cpu().to(dtype).contiguous()
-        overlaps[path] = overlap(layer.base, *factors, configs[path].scaling)
+        overlaps.append(overlap(layer.base, *factors, configs[path].scaling))
     for key, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{key} holds NaN or Inf, so adapter {adapter!r} is not saved; the "
                              "training diverged: try a lower lr")  # fmt: skip
-    about["overlaps"] = {path: float(f"{x:.6g}") for path, x in overlaps.items() if x is not None}
+    about["overlaps"] = overlaps
     if packed:
         about["init"] = next(iter(packed.values())).configs[adapter].init
         about["residual base"] = residual_fingerprint(packed)
@@ -195,13 +195,12 @@ def load_adapter(
 
 def _refuse_merged(folder: Path, overlaps, model: nn.Module, configs: dict, wanted: dict) -> None:
     """Raises ValueError for a model into whose weights this adapter was merged."""
-    now = {}
-    for path, (a, b, *_) in wanted.items():
+    now = []
+    for path, (a, b, *_) in sorted(wanted.items()):
         layer = model.get_submodule(path)
-        base, scaling = getattr(layer, "base", layer), configs[path].scaling
-        now[path] = overlap(base, b, a, scaling)
-    now = {path: x for path, x in now.items() if x is not None}
-    if not isinstance(overlaps, dict) or not all(type(x) is float for x in overlaps.values()):
+        now.append(overlap(getattr(layer, "base", layer), b, a, configs[path].scaling))
+    kinds = (int, float, type(None))
+    if not isinstance(overlaps, list) or not all(isinstance(x, kinds) for x in overlaps):
         raise ValueError(f"{folder / ADAPTER} does not say what it was trained on; it is damaged")
     if holds_update(overlaps, now):
         raise ValueError(f"the adapter in {folder} was merged into this model already, and would "

@@ -76,17 +76,18 @@ def _add_packed(digest, path: str, base: QuantizedLinear) -> None:
 @torch.no_grad()
 def overlap(base: nn.Module, b: Tensor, a: Tensor, scaling: float) -> float | None:
     """<W, D> / |D|^2 of a base's weight W and the update D = scaling * B A; None where D is 0.
-    Merging adds 1 to it: <W + D, D> / |D|^2, however W is rounded before or afterwards."""
+    Merging adds 1 to it: <W + D, D> / |D|^2, however W is rounded before or afterwards; what only
+    rounds W adds 0.002 at most (the bundled adapter between dense, NF4, 4 and 2 bits)."""
     product = size = 0.0
     for rows, weight in dense_pieces(base):  # (rows, in)
         update = scaling * (b[rows].to(weight) @ a.to(weight))
         product += (weight * update).sum(dtype=torch.float64).item()
         size += update.square().sum(dtype=torch.float64).item()
-    return product / size if size else None
+    return round(product / size, 2) if size else None
 
 
-def holds_update(overlaps: dict[str, float], now: dict[str, float]) -> bool:
-    """Whether weights with the overlaps `now`, by path, hold an update already, of which `overlaps`
-    were those of its own base."""
-    gaps = [abs(now[path] - was - 1) for path, was in overlaps.items() if path in now]
+def holds_update(overlaps: list[float | None], now: list[float | None]) -> bool:
+    """Whether weights with the overlaps `now`, a layer each, hold an update already, of which
+    `overlaps` were those of its own base."""
+    gaps = [abs(b - a - 1) for a, b in zip(overlaps, now) if a is not None and b is not None]
     return bool(gaps) and sum(gaps) / len(gaps) < NEAR

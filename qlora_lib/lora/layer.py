@@ -45,7 +45,7 @@ class LoRAConfig:
         if type(self.alpha) not in (int, float) or not 0 < self.alpha <= LARGEST_ALPHA:
             raise ValueError(f"alpha={self.alpha!r} must be a number above 0, at most "
                              f"{LARGEST_ALPHA:,}")  # fmt: skip
-        if not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r} is not one of {INITS}")

@@ -128,10 +128,12 @@ class Search:
         self.rows: dict[str, dict] = {}
         if self.path and self.path.is_file():
             stored = read_proved_json(self.path)
+            if not isinstance(stored.get("rows"), dict):
+                raise ValueError(f"{short_path(self.path)} holds no trials; name another file")
             if stored.get("identity") != self.identity:
                 raise ValueError(f"{short_path(self.path)} holds trials of another task, model, "
                                  "data or settings; name another file, or delete it")  # fmt: skip
-            self.rows = stored.get("rows", {})
+            self.rows = stored["rows"]
 
     def run(self, trial: Trial, ask: bool = True) -> dict:
         """The row of a trial, stored or made now; without `ask` it has the losses alone."""
