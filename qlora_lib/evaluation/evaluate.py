@@ -283,15 +283,15 @@ def evaluate(
     with nullcontext() if report_folder is None else held(report_folder):
         folder, done = None, []
         if report_folder is not None:
-            path, asked = Path(report_folder), [(p["question"], t, str(g)) for p, t, g in
-                                                zip(problems, prompts, golds)]  # fmt: skip
+            path = Path(report_folder)
+            asked = [(e["question"], p, str(g)) for e, p, g in zip(problems, prompts, golds)]
             rows = processes.on_first(lambda: _open_folder(path, info, asked, restart))
             done = [Prediction(**row) for row in rows]
             folder = path if processes.first() else None  # where to write
         progress = Progress("evaluating", len(problems), "questions", len(done))
         starts = range(len(done), len(problems), chunk)
         for i in range(0, len(starts), processes.world()):
-            own = processes.share(starts[i : i + processes.world()])  # one chunk, or none at the end
+            own = processes.share(starts[i : i + processes.world()])  # a chunk, or none at the end
             rows = [prediction.row() for prediction in ask(own[0])] if own else []
             new = [Prediction(**row) for part in processes.gather(rows) for row in part]
             if folder:

@@ -6,7 +6,6 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from ..base.hashes import add_tensors
 from ..layers.linear import QuantizedLinear, dense_pieces
 from .targets import linear_layers
 

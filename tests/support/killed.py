@@ -1,4 +1,4 @@
-"""A piece of work that is killed, in a child process, before each of its file operations in turn."""
+"""Work that is killed, in a child process, before each of its file operations in turn."""
 
 import os
 import signal

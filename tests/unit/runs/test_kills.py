@@ -45,8 +45,8 @@ def train(base, folder, resume=False, bits=4, lr=5e-3, **lora):
 
 def content(folder):
     """What a run computes with, without clocks: bytes of base and adapter, tensors of training."""
-    said = {p.relative_to(folder).as_posix(): p.read_bytes()
-            for part in ("base", "adapter") for p in sorted((folder / part).rglob("*"))}  # fmt: skip
+    files = [p for part in ("base", "adapter") for p in (folder / part).iterdir()]
+    said = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
     for name in ("last", "best"):
         tensors = read_proved_tensors(folder / "training" / f"{name}.safetensors")[0]
         said |= {f"{name}/{n}": t.numpy().tobytes() for n, t in tensors.items()}
