@@ -16,6 +16,7 @@ from ..base.hashes import changes, content_hash, file_hash
 from ..base.lock import held
 from ..base.paths import short_path
 from ..base.progress import Progress
+from ..base.ranges import COUNT
 from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
 from ..data.rows import listed
@@ -249,8 +250,7 @@ def evaluate(
     if chunk is None:  # a rest would be a smaller batch, in every chunk
         batch = generate.info.get("decoding", {}).get("batch_size", 1)
         chunk = batch * max(1, CHUNK // batch)
-    if type(chunk) is not int or chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be at least 1, a whole number")
+    COUNT.check("chunk", chunk)
     golds = [parse_gold(entry.get("answer")) for entry in problems]
     prompts = [prompt(entry)[0] for entry in problems]
     if canaries:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..base.ranges import COUNT, SHARE_BELOW_ONE, Range, check_fields
 from ..layers.linear import QuantizedLinear, dense_pieces, dense_weight
 from ..quant.grid import QuantSpec, check_weight
 from ..quant.nf4 import NF4Spec
@@ -24,7 +25,7 @@ from .init import RESIDUAL_INITS, loftq, pissa
 
 INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
 TINY = torch.finfo(torch.float32).tiny
-LARGEST_ALPHA = 10**6  # above it fp32 overflows, below any use
+ALPHA = Range(0, 10**6, above=True)  # beyond it fp32 may overflow, and nobody trains
 MERGED = object()  # what a call uses where base and adapter are one layer
 
 
@@ -40,13 +41,7 @@ class LoRAConfig:
     use_dora: bool = False  # a trained length for each row of the weight (`weight_norm`)
 
     def __post_init__(self):
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} must be at least 1, a whole number")
-        if type(self.alpha) not in (int, float) or not 0 < self.alpha <= LARGEST_ALPHA:
-            raise ValueError(f"alpha={self.alpha!r} must be a number above 0, at most "
-                             f"{LARGEST_ALPHA:,}")  # fmt: skip
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        check_fields(self, rank=COUNT, alpha=ALPHA, dropout=SHARE_BELOW_ONE)
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r} is not one of {INITS}")
         if self.use_dora and self.init in RESIDUAL_INITS:

@@ -23,6 +23,7 @@ import torch
 from ..base.files import read_proved_json, write_proved_json
 from ..base.hashes import content_hash
 from ..base.paths import short_path
+from ..base.ranges import COUNT
 from ..base.stamp import stamp
 from ..base.statistics import wilson
 from ..data.examples import read_examples
@@ -59,8 +60,8 @@ class Trial:
     def __post_init__(self):
         if self.method not in ("lora", "full"):
             raise ValueError(f"method={self.method!r}; expected 'lora' or 'full'")
-        if self.method == "lora" and (type(self.rank) is not int or self.rank < 1):
-            raise ValueError(f"rank={self.rank!r} must be at least 1, a whole number")
+        if self.method == "lora":
+            COUNT.check("rank", self.rank)
         if self.method == "full" and self.alpha is not None:
             raise ValueError(f"alpha={self.alpha} is LoRA's; method='full' has none")
         if self.steps is not None and self.epochs is not None:

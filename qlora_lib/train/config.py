@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..base.devices import resolve_dtype
+from ..base.ranges import ABOVE_ZERO, ANY_SEED, COUNT, SHARE_BELOW_ONE, ZERO_ON, check_fields
 
 OPTIMIZERS = ("adamw", "adam8bit")
 POOL = 16  # steps whose examples are sorted by length together
@@ -42,20 +43,11 @@ class TrainConfig:
     def __post_init__(self):
         counts = ("epochs", "max_steps", "batch_size", "accumulation", "eval_every", "save_every",
                   "max_length")  # fmt: skip
-        for name in counts:
-            value = getattr(self, name)
-            optional = value is None and name in ("max_steps", "eval_every")
-            if not optional and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be at least 1, a whole number, got {value!r}")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2**32 - 1")
+        check_fields(self, **dict.fromkeys(counts, COUNT), seed=ANY_SEED, lr=ABOVE_ZERO,
+                     lora_plus_ratio=ABOVE_ZERO, warmup_ratio=SHARE_BELOW_ONE,
+                     weight_decay=ZERO_ON, max_grad_norm=ABOVE_ZERO)  # fmt: skip
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
-        if not (0 < self.lr < math.inf and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0
-                and 0 < self.lora_plus_ratio < math.inf and 0 <= self.weight_decay < math.inf):
-            raise ValueError("expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0, "
-                             "weight_decay >= 0 and lora_plus_ratio > 0 (1: plain LoRA), all but "
-                             f"max_grad_norm finite, got {self}")  # fmt: skip
         resolve_dtype(self.compute_dtype, "cpu")  # which raises for other names
         if self.resume and self.folder is None:
             raise ValueError("resume=True needs the folder of the run to resume")

@@ -190,7 +190,7 @@ def test_peft_settings_that_would_change_the_result_are_refused(adapter, key, va
         ("target_modules", ["self_attn"], "choose model.layers.0.self_attn .LlamaAttention"),
         ("target_modules", ["embed_tokens"], "choose model.embed_tokens .Embedding"),
         ("exclude_modules", ["q_proj"], "config does not choose: .*q_proj"),
-        ("lora_dropout", 1.5, "dropout=1.5 must lie in"), ("lora_alpha", None, "lacks.*lora_alpha"),
+        ("lora_dropout", 1.5, "dropout=1.5: expected"), ("lora_alpha", None, "lacks.*lora_alpha"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(adapter, key, value, message):

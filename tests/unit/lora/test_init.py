@@ -222,7 +222,7 @@ def test_the_fingerprint_is_of_every_code():
         ("nf4", dict(init="loftq", spec=NF4Spec()), "is quantized.*load the model without quant"),
         ("grid4", dict(init="pissa"), "is quantized.*starts from the dense weight"),
         ("dense", dict(init="pissa", rank=20), r"rank 2 r = 40, which exceeds this layer's"),
-        ("dense", dict(init="pissa", alpha=-1), "alpha=-1 must be a number above 0"),
+        ("dense", dict(init="pissa", alpha=-1), "alpha=-1: expected a number above 0"),
         ("dense", dict(init="pissa", spec=QuantSpec(4, 48)), "q_proj: group_size=48 does not"),
         ("dense", dict(spec=NF4Spec()), "goes with .*quantize_model quantizes first"),
     ],

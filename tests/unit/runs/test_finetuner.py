@@ -291,9 +291,9 @@ def test_a_rank_a_layer_takes_one_alpha():
 @pytest.mark.parametrize("wrong, message", [
     ({"method": "dora"}, "method='dora'; expected one of full, lora, qlora"),
     ({"method": "full", "rank": 4}, "'rank'.* are LoRA's"),
-    ({"method": "lora", "rank": 0}, "rank=0 must be at least 1"),
-    ({"method": "lora", "rank": 2.5}, "rank=2.5 must be at least 1"),
-    ({"method": "lora", "alpha": float("nan")}, "alpha=nan must be a number above 0"),
+    ({"method": "lora", "rank": 0}, "rank=0: expected a whole number of at least 1"),
+    ({"method": "lora", "rank": 2.5}, "rank=2.5: expected a whole number"),
+    ({"method": "lora", "alpha": float("nan")}, "alpha=nan: expected a number above 0"),
     ({"method": "lora", "spec": NF4Spec()}, "spec=NF4Spec.* lora has none"),
     ({"method": "full", "spec": NF4Spec()}, "spec=NF4Spec.* full has none"),
 ])

@@ -67,14 +67,14 @@ def test_full_trains_everything_or_the_embeddings():
 
 
 def test_wrong_trials():
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+    with pytest.raises(ValueError, match="rank=0: expected a whole number of at least 1"):
         Trial(rank=0)
     with pytest.raises(ValueError, match="method='dora'"):
         Trial("dora")
     with pytest.raises(ValueError, match="alpha=8 is LoRA's"):
         Trial("full", None, alpha=8)
     for rank in (2.5, True, None):
-        with pytest.raises(ValueError, match="rank=.* a whole number"):
+        with pytest.raises(ValueError, match="rank=.*: expected a whole number"):
             Trial(rank=rank)
     with pytest.raises(ValueError, match="embeddings are trained whole"):
         Trial(target_modules="embeddings")
@@ -174,7 +174,7 @@ def test_what_a_search_needs():
     args = small_model(), small_tokenizer(), TASK, TRAIN, DEV
     with pytest.raises(ValueError, match="at least one rank"):
         find_optimal_rank(*args, ranks=())
-    with pytest.raises(ValueError, match="rank=0 must be"):
+    with pytest.raises(ValueError, match="rank=0: expected"):
         find_optimal_rank(*args, ranks=(0, 2), config=CONFIG)
     with pytest.raises(ValueError, match="needs config.max_steps"):
         find_optimal_rank(*args)

@@ -336,13 +336,13 @@ def test_errors_say_what_to_do():
         run(adapted(), config(max_length=8))
     with pytest.raises(ValueError, match="token id 308, but the model has embeddings of 308"):
         finetune(adapted(), small_tokenizer(), [([1, 308], [-100, 308])], config())
-    with pytest.raises(ValueError, match="max_length must be at least 1"):
+    with pytest.raises(ValueError, match="max_length=0: expected a whole number of at least 1"):
         TrainConfig(max_length=0)
     with pytest.raises(ValueError, match="at least 1"):
         TrainConfig(batch_size=0)
     with pytest.raises(ValueError, match="optimizer='sgd' must be one of adamw, adam8bit"):
         TrainConfig(optimizer="sgd")
-    with pytest.raises(ValueError, match="lr > 0"):
+    with pytest.raises(ValueError, match="lr=0: expected a number above 0"):
         TrainConfig(lr=0)
 
 
