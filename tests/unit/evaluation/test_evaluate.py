@@ -411,6 +411,7 @@ def test_answers_that_were_changed_are_not_counted(tmp_path, change):
             read()
 
 
+@pytest.mark.long
 def test_a_folder_of_an_older_version_is_read_with_its_verdicts_made_anew(tmp_path):
     whole = evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8)
     path = tmp_path / "predictions.jsonl"

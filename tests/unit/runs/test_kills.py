@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def base(tmp_path_factory):
 def train(base, folder, resume=False, bits=4, lr=5e-3, **lora):
     spec = QuantSpec(bits, 32, clip_search=False)
     tuner = Finetuner(base, folder=folder, spec=spec, compute_dtype="fp32", rank=2, **lora)
-    config = CONFIG.__class__(**{**vars(CONFIG), "lr": lr, "resume": resume})
+    config = replace(CONFIG, lr=lr, resume=resume, folder=folder)
     tuner.fit(PAIRS[:8], PAIRS[8:10], config)
     tuner.save()
 
@@ -71,14 +72,16 @@ def test_a_finetune_is_killed_anywhere_in_a_folder_with_a_finished_run(
     """Meanwhile the folder gives the old result, the new one, or says what is wrong."""
     old, folder = tmp_path / "old", tmp_path / "run"
     train(base, old)
-    shutil.copytree(old, folder)
+    if not again.get("resume"):
+        shutil.copytree(old, folder)
     train(base, folder, **again)
     want, known = content(folder), {answers(old), answers(folder)}
 
     def prepare():
         for left in tmp_path.glob("run*"):
             shutil.rmtree(left)
-        shutil.copytree(old, folder)
+        if not again.get("resume"):  # what goes on, begins in an empty folder
+            shutil.copytree(old, folder)
 
     count = named = 0  # printed by pytest -s
     for _ in killed_everywhere(prepare, lambda: train(base, folder, **again), first, STEP):
