@@ -62,7 +62,8 @@ class Finetuner:
     in fp32; "lora" an adapter beside dense weights; "qlora" beside quantized ones: quantized here
     to `spec` (None: NF4; or a QuantSpec, rounded to nearest) or by the plan's recipe, unless the
     model already is. folder: of the run (run_folder.py); None: nothing is kept on disk. Further
-    keywords (rank, alpha ...) go to inject_lora. Raises ValueError for settings that do not go together.
+    keywords (rank, alpha ...) go to inject_lora. Raises ValueError for settings that do not go
+    together.
     """
 
     def __init__(self, model, tokenizer=None, method: str = "qlora",
