@@ -156,12 +156,14 @@ def make_decoding(opened: Opened, args, **settings):
 
 def open_run(opened: Opened, dense: bool, adapter: bool):
     """(model, tokenizer) of the run's base, quantized unless `dense`, with its adapter or bare."""
+    from ..base.lock import check_free
     from ..base.paths import short_path
     from ..lora.files import load_adapter
     from ..models.quantize import quantized_layers
     from ..runs.run_folder import check_base, load_base, read_run
 
     folder, remedy = opened.folder, opened.command("finetune")
+    check_free(folder)
     try:
         about = read_run(folder) if adapter else None
     except FileNotFoundError as error:

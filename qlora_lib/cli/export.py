@@ -24,12 +24,20 @@ def add_commands(commands) -> None:
 
 
 def export(args) -> None:
+    from ..base.lock import held
+
+    opened = open_options(args)
+    with held(opened.folder):
+        write_checkpoint(opened, args)
+
+
+def write_checkpoint(opened: Opened, args) -> None:
     from ..base.paths import short_path
     from ..formats.gptq_checkpoint import export_gptq
+    from ..lora.files import find_adapter
     from ..models.checkpoint import load_quantized
     from ..runs.run_folder import check_base
 
-    opened = open_options(args)
     folder, base = opened.folder, opened.base("quantize")
     adapter = trained_adapter(folder)
     if args.merge and adapter is None:
@@ -39,6 +47,8 @@ def export(args) -> None:
     if adapter:
         check_base(folder)
     model, tokenizer = load_quantized(base, opened.device, opened.compute_dtype)
+    if adapter:
+        find_adapter(model, adapter)  # it raises unless it was trained on this base
     if args.merge:
         merge_adapter(model, tokenizer, adapter, args, opened)
         adapter = None  # nothing is left to serve beside it

@@ -66,6 +66,7 @@ def add_commands(commands) -> None:
     add("--lr", type=RATE, help="peak learning rate")
     add("--max-length", type=COUNT, help="tokens of prompt and target")
     add("--eval-every", type=COUNT, help="steps between dev losses (default: each epoch's end)")
+    add("--save-every", type=COUNT, help="steps between checkpoints to resume from (default: 100)")
     add("--gradient-checkpointing", action="store_true", default=None)
     add("--rank", type=COUNT, help="of the adapter")
     add("--alpha", type=ABOVE_ZERO, help="LoRA's scale is alpha / rank (default: 2 * rank)")
@@ -140,6 +141,15 @@ def train_config(opened: Opened, args):
 
 
 def finetune(args) -> None:
+    from ..base.lock import held
+
+    recipe = recipe_of(args)
+    opened = open_options(args)
+    with held(opened.folder):
+        train_and_save(opened, recipe, args)
+
+
+def train_and_save(opened: Opened, recipe, args) -> None:
     from ..base import processes
     from ..base.paths import short_path
     from ..layers.blocks import WORDS
@@ -147,8 +157,6 @@ def finetune(args) -> None:
     from ..quant.recipe import Recipe
     from ..runs.finetuner import Finetuner
 
-    recipe = recipe_of(args)
-    opened = open_options(args)
     config, profile = train_config(opened, args), opened.profile
     targets = args.targets if args.targets in WORDS else tuple(args.targets.split(","))
     rank = args.rank or profile.rank

@@ -21,19 +21,27 @@ def add_commands(commands) -> None:
 
 
 def train(args) -> None:
+    from ..base.lock import held
+
+    opened = open_options(args)
+    with held(opened.folder):
+        sample_and_train(opened, args)
+
+
+def sample_and_train(opened: Opened, args) -> None:
     import torch
 
-    from ..base.files import write_json_atomic
+    from ..base.folders import check_place
     from ..base.paths import short_path
     from ..base.stamp import stamp
     from ..data.gsm8k import format_gsm8k
     from ..evaluation.extraction import is_correct
-    from ..evaluation.verifier import Verifier, train_verifier
+    from ..evaluation.verifier import HEAD, Verifier, train_verifier
     from ..generation.generate import generator
     from ..train.config import TrainConfig
 
-    opened = open_options(args)
-    profile = opened.profile
+    profile, out = opened.profile, opened.folder / "verifier"
+    check_place(out, HEAD)  # before hours of sampling
     entries = profile.examples("train")[: args.limit]
     settings = {n: getattr(args, n) for n in ("temperature", "samples", "seed")}
     batch_size = max(1, args.batch_size // args.samples)
@@ -50,11 +58,9 @@ def train(args) -> None:
     verifier = Verifier(model, tokenizer, args.rank, profile.target_modules)
     settings = {n: getattr(args, n) for n in ("epochs", "batch_size", "lr", "seed")}
     steps = train_verifier(verifier, asked, said, right, TrainConfig(**settings))
-    out = opened.folder / "verifier"
-    verifier.save(out)
     about = {"decoding": dataclasses.asdict(decoding), "solutions": len(said), "right": sum(right)}
     about |= {"loss": steps[-1]["loss"], "stamp": stamp(args.seed)}
-    write_json_atomic(out / "verifier.json", about)
+    verifier.save(out, about)
     print(f"verifier saved to {short_path(out)}")
 
 

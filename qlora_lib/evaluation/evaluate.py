@@ -4,19 +4,22 @@ prompt only, and every question counts in the denominator."""
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from operator import truediv
 from pathlib import Path
 
 from ..base import processes
-from ..base.files import whole_file, write_json_atomic
-from ..base.hashes import changes, content_hash
+from ..base.files import parse_json, read_proved_json, whole_file, write_proved_json
+from ..base.hashes import changes, content_hash, file_hash
+from ..base.lock import held
 from ..base.paths import short_path
 from ..base.progress import Progress
+from ..base.ranges import COUNT
 from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
-from ..data.rows import listed, read_jsonl
+from ..data.rows import listed
 from ..generation.generate import Generator
 from .canaries import MODES, run_canaries
 from .extraction import equals, extract_answer
@@ -25,6 +28,8 @@ CHUNK = 128  # questions that are asked at a time, and kept together, unless tol
 Entry = dict[str, str]
 Prompt = Callable[[Entry], tuple[str, str]]  # an entry to (prompt, target)
 # What decides the completions (not date, machine, threads): a folder holds those of one such set.
+OWN, ANSWERS, REPORT = "settings.json", "predictions.jsonl", "report.json"
+PROOF = "proof"  # of a line of predictions.jsonl: the hash of all else in it, and of its place
 SETTINGS = ("model", "revision", "weights", "adapter", "compute_dtype", "decoding",
             "problems_hash", "prompts_hash", "chunk", "vote", "score")  # fmt: skip
 
@@ -64,10 +69,71 @@ class Prediction:
     def __getitem__(self, name: str):
         return getattr(self, name)
 
+    @classmethod
+    def score(cls, completion: str, gold: str, **facts) -> "Prediction":
+        """Return the prediction with the verdicts on its completion; gold: as str(Fraction)."""
+        answers = {f"{mode}_answer": extract_answer(completion, mode) for mode in MODES}
+        right = {mode: equals(answers[f"{mode}_answer"], Fraction(gold)) for mode in MODES}
+        said = {name: None if answer is None else str(answer) for name, answer in answers.items()}
+        return cls(completion=completion, gold=gold, **facts, **said, **right)
+
+    @classmethod
+    def read(cls, row: dict) -> "Prediction":
+        """Return the prediction in a row, its verdicts made anew. Raises ValueError for another
+        row than `row()` gives, now or in older versions."""
+        verdicts = {*MODES, *(f"{mode}_answer" for mode in MODES)}
+        facts = {name: value for name, value in row.items() if name not in verdicts}
+        wrong = [f.name for f in fields(cls) if f.name in facts
+                 and not isinstance(facts[f.name], _TYPES[f.name])]  # fmt: skip
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {facts[wrong[0]]!r:.60}")
+        try:
+            return cls.score(**facts)
+        except (TypeError, ZeroDivisionError) as error:  # missing or unknown names
+            raise ValueError(str(error)) from None
+
     def row(self) -> dict:
         """Return the fields, as JSON takes them, without samples and scores that are None."""
         optional = ("samples", "scores")
         return {k: v for k, v in vars(self).items() if k not in optional or v is not None}
+
+
+_TYPES = {"question": str, "prompt": str, "completion": str, "gold": str, "tokens": int,
+          "finished": bool, "seconds": (int, float), "samples": list, "scores": list}  # fmt: skip
+
+
+def _line(place: int, prediction: Prediction) -> str:
+    """Return a line of predictions.jsonl, which proves itself and its place."""
+    row = prediction.row()
+    # ASCII: a completion may hold half a surrogate pair, which UTF-8 cannot write.
+    return json.dumps(row | {PROOF: content_hash([place, row])[:16]}) + "\n"
+
+
+def _read_lines(path: Path, lines: Sequence[str], proved: bool) -> list[Prediction]:
+    """Return the predictions in the first lines of a file, in order. proved: each must prove itself
+    (those of older versions do not). Raises ValueError, naming the line, for one that was changed,
+    or is out of order."""
+    found = []
+    for place, line in enumerate(lines):
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"it is {line:.60}")
+            proof = row.pop(PROOF, None)
+            if proof != content_hash([place, row])[:16] and (proved or proof is not None):
+                raise ValueError("it was changed, is damaged, or is at another place than it was")
+            found.append(Prediction.read(row))
+        except ValueError as error:
+            raise ValueError(f"{short_path(path)}, line {place + 1}: {error}; get the file again, "
+                             "or evaluate anew (--restart)") from None  # fmt: skip
+    return found
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{short_path(path)} is not UTF-8 text ({error}); get it again") from None
 
 
 def _of(count: str, function: Callable = truediv) -> property:
@@ -105,15 +171,24 @@ class EvalReport:
 
     @classmethod
     def load(cls, folder: str | Path) -> "EvalReport":
-        """Return the finished report that `evaluate` stored; FileNotFoundError without one."""
-        path = Path(folder) / "report.json"
+        """Return the finished report that `evaluate` stored, its verdicts made anew from the
+        completions. Raises FileNotFoundError without one, ValueError for files that are damaged,
+        were changed, or do not belong together."""
+        path, answers = Path(folder) / REPORT, Path(folder) / ANSWERS
         if not path.is_file():
             raise FileNotFoundError(f"there is no {short_path(path)}; an evaluation writes it when "
                                     "it is finished")  # fmt: skip
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        report = {f.name: saved[f.name] for f in fields(cls) if f.name != "predictions"}
-        rows = read_jsonl(path.with_name("predictions.jsonl"))
-        return cls(**report, predictions=[Prediction(**row) for row in rows])
+        saved = read_proved_json(path)
+        if not answers.is_file() or file_hash(answers) != saved.get(ANSWERS, file_hash(answers)):
+            raise ValueError(f"{short_path(answers)} is not what {REPORT} was made of: it is "
+                             "missing, was changed, or is damaged; get both again")  # fmt: skip
+        lines = _read_text(answers).strip("\n").split("\n")
+        found = cls.count(_read_lines(answers, lines, proved=False), saved.get("info"))
+        if saved.get("n") != found.n or not isinstance(found.info, dict):
+            raise ValueError(f"{short_path(path)} is about {saved.get('n')} questions, and "
+                             f"{ANSWERS} holds {found.n}; evaluate anew")  # fmt: skip
+        # Those of older versions do not say the seconds of each answer.
+        return replace(found, seconds=saved.get("seconds", found.seconds))
 
     # Shares of n and their 95% intervals, as fractions
     strict, strict_interval = _of("strict_correct"), _of("strict_correct", wilson)
@@ -163,9 +238,10 @@ def evaluate(
     killed evaluation, called again, goes on behind the chunks that it has. Several processes,
     called alike, take a chunk each.
 
-    Raises, before anything is generated, ValueError for no problems, a prompt that
-    `generate.check` refuses, and a folder with answers of other settings, which `restart`
-    replaces; GoldError for an unparsable gold; CanaryError where `canaries` fail.
+    Raises, before anything is generated, ValueError for no problems, a chunk below 1, a prompt that
+    `generate.check` refuses, a folder that another process uses, damaged answers, and those of
+    other settings, which `restart` replaces; GoldError for an unparsable gold; CanaryError where
+    `canaries` fail.
     """
     problems = listed(problems, "problems", dict)
     if not problems:
@@ -174,6 +250,7 @@ def evaluate(
     if chunk is None:  # a rest would be a smaller batch, in every chunk
         batch = generate.info.get("decoding", {}).get("batch_size", 1)
         chunk = batch * max(1, CHUNK // batch)
+    COUNT.check("chunk", chunk)
     golds = [parse_gold(entry.get("answer")) for entry in problems]
     prompts = [prompt(entry)[0] for entry in problems]
     if canaries:
@@ -185,17 +262,11 @@ def evaluate(
         "chunk": chunk,
         "vote": vote and getattr(vote, "__name__", str(vote)),
     }
-    folder, done = None, []
     if report_folder is not None:
         # Hashing a model reads all of it: worth it only where answers are kept.
         info["weights"] = generate.fingerprint()
-        settings = {name: info.get(name) for name in SETTINGS}
-        for name, value in settings.items():
-            processes.agree(name, value)
-        path = Path(report_folder)
-        rows = processes.on_first(lambda: _open_folder(path, settings, len(problems), restart))
-        done = [Prediction(**row) for row in rows]
-        folder = path if processes.first() else None  # where to write
+        for name in SETTINGS:
+            processes.agree(name, info.get(name))
 
     def ask(start: int) -> list[Prediction]:
         asked = prompts[start : start + chunk]
@@ -209,24 +280,32 @@ def evaluate(
             for i, said in enumerate(completions, start)
         ]
 
-    progress = Progress("evaluating", len(problems), "questions", len(done))
-    starts = range(len(done), len(problems), chunk)
-    for i in range(0, len(starts), processes.world()):
-        own = processes.share(starts[i : i + processes.world()])  # one chunk, or none at the end
-        asked = [prediction.row() for prediction in ask(own[0])] if own else []
-        new = [Prediction(**row) for rows in processes.gather(asked) for row in rows]
+    with nullcontext() if report_folder is None else held(report_folder):
+        folder, done = None, []
+        if report_folder is not None:
+            path = Path(report_folder)
+            asked = [(e["question"], p, str(g)) for e, p, g in zip(problems, prompts, golds)]
+            rows = processes.on_first(lambda: _open_folder(path, info, asked, restart))
+            done = [Prediction(**row) for row in rows]
+            folder = path if processes.first() else None  # where to write
+        progress = Progress("evaluating", len(problems), "questions", len(done))
+        starts = range(len(done), len(problems), chunk)
+        for i in range(0, len(starts), processes.world()):
+            own = processes.share(starts[i : i + processes.world()])  # a chunk, or none at the end
+            rows = [prediction.row() for prediction in ask(own[0])] if own else []
+            new = [Prediction(**row) for part in processes.gather(rows) for row in part]
+            if folder:
+                with open(folder / ANSWERS, "a", encoding="utf-8") as stream:
+                    stream.writelines(_line(n, p) for n, p in enumerate(new, len(done)))
+            done += new
+            speed = sum(p.tokens for p in new) / max(sum(p.seconds for p in new), 1e-9)
+            progress(len(done), f"{sum(p.strict for p in done)} right, {speed:,.0f} tokens/s")
+            for prediction in new if callback else ():
+                callback(prediction)
+        report = EvalReport.count(done, info)
         if folder:
-            with open(folder / "predictions.jsonl", "a", encoding="utf-8") as stream:
-                # ASCII: a completion may hold half a surrogate pair, which UTF-8 cannot write.
-                stream.writelines(json.dumps(prediction.row()) + "\n" for prediction in new)
-        done += new
-        speed = sum(p.tokens for p in new) / max(sum(p.seconds for p in new), 1e-9)
-        progress(len(done), f"{sum(p.strict for p in done)} right, {speed:,.0f} tokens/s")
-        for prediction in new if callback else ():
-            callback(prediction)
-    report = EvalReport.count(done, info)
-    if folder:
-        write_json_atomic(folder / "report.json", report.summary())
+            answers = {ANSWERS: file_hash(folder / ANSWERS)}
+            write_proved_json(folder / REPORT, report.summary() | answers)
     return report
 
 
@@ -242,17 +321,12 @@ def _score(
     if isinstance(said, list) and vote is None:
         raise ValueError(f"{len(said)} samples for one prompt; give `vote`, which makes them one")
     completion = vote(samples) if vote else samples[0]
-    strict, flexible = (extract_answer(completion, mode) for mode in MODES)
     scored = vote and all(hasattr(s, "score") for s in samples)
-    return Prediction(
+    return Prediction.score(
+        str(completion),
+        str(gold),
         question=question,
         prompt=prompt,
-        completion=str(completion),
-        gold=str(gold),
-        strict_answer=None if strict is None else str(strict),
-        flexible_answer=None if flexible is None else str(flexible),
-        strict=equals(strict, gold),
-        flexible=equals(flexible, gold),
         tokens=sum(getattr(s, "tokens", 0) for s in samples),
         finished=all(getattr(s, "finished", True) for s in samples),
         seconds=seconds,
@@ -261,28 +335,39 @@ def _score(
     )
 
 
-def _open_folder(folder: Path, settings: dict, n: int, restart: bool) -> list[dict]:
-    """Return the rows of predictions.jsonl in whole chunks; writes settings.json, or compares."""
-    own, answers = folder / "settings.json", folder / "predictions.jsonl"
-    settings = json.loads(json.dumps(settings))  # tuples to lists, as they are read back
+def _open_folder(
+    folder: Path, info: dict, asked: Sequence[tuple[str, str, str]], restart: bool
+) -> list[dict]:
+    """Return the rows of predictions.jsonl in whole chunks; writes settings.json, or compares.
+    asked: (question, prompt, gold) of each problem."""
+    own, answers = folder / OWN, folder / ANSWERS
+    settings = json.loads(json.dumps({name: info.get(name) for name in SETTINGS}))  # no tuples
     if restart:
-        for path in (folder / "report.json", answers, own):
+        for path in (folder / REPORT, answers, own):
             path.unlink(missing_ok=True)
     remedy = "name another folder, or replace them with restart=True (--restart)"
     if not own.is_file():
         if answers.is_file():
             raise ValueError(f"{short_path(answers)} is there without settings.json, which says "
                              f"what made it; {remedy}")  # fmt: skip
-        write_json_atomic(own, settings)
+        write_proved_json(own, settings | {PROOF: True})
         return []
-    if changed := changes(json.loads(own.read_text(encoding="utf-8")), settings):
+    before = read_proved_json(own)
+    proved = before.pop(PROOF, False)
+    if changed := changes(before, settings):
         raise ValueError(f"{short_path(folder)} holds answers of other settings ({changed}); "
                          f"{remedy}")  # fmt: skip
-    text = answers.read_text(encoding="utf-8") if answers.is_file() else ""
-    whole = text.splitlines(keepends=True)[: text.count("\n")]  # a kill may have torn the last
-    if len(whole) < n:  # sampling and rounding depend on which questions are asked together
+    text = _read_text(answers) if answers.is_file() else ""
+    whole = text.split("\n")[:-1]  # a kill may have torn the last
+    if len(whole) < len(asked):  # sampling and rounding depend on which questions are together
         whole = whole[: len(whole) // settings["chunk"] * settings["chunk"]]
-    if "".join(whole) != text:
+    found = _read_lines(answers, whole, proved)
+    said = [(p.question, p.prompt, p.gold) for p in found]
+    if said != list(asked[: len(said)]):
+        odd = next((i for i, (a, b) in enumerate(zip(said, asked)) if a != b), len(asked))
+        raise ValueError(f"{short_path(answers)}, line {odd + 1} does not answer the question that "
+                         f"is asked there; {remedy}")  # fmt: skip
+    if (kept := "".join(f"{line}\n" for line in whole)) != text:
         with whole_file(answers) as part:
-            part.write_text("".join(whole), encoding="utf-8")
-    return list(map(json.loads, whole))
+            part.write_text(kept, encoding="utf-8")
+    return [prediction.row() for prediction in found]

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base import processes
-from ..base.files import read_tensors, whole_file
+from ..base.files import read_tensors, write_json_atomic
+from ..base.folders import atomic_folder, check_folder
 from ..base.hashes import content_hash
 from ..base.progress import Progress
 from ..data.tokens import batches, collate
@@ -44,7 +45,10 @@ class Verifier:
         if folder is None:
             inject_lora(model, target_modules, rank=rank, alpha=2 * rank, adapter=ADAPTER)
         else:
+            check_folder(folder)
             head = read_tensors(Path(folder) / HEAD)
+            if not all(t.is_floating_point() and t.isfinite().all() for t in head.values()):
+                raise ValueError(f"{folder}/{HEAD} holds NaN, Inf or no floating-point numbers")
             load_adapter(model, Path(folder) / "adapter", ADAPTER)
         if not others:  # the first adapter is the default one; generation goes without
             set_adapter(model, None)
@@ -66,11 +70,16 @@ class Verifier:
         """Return the verifier that `save` wrote, for the model that it was trained on."""
         return cls(model, tokenizer, folder=folder)
 
-    def save(self, folder: str | Path) -> None:
-        """Write folder/adapter in PEFT's layout, and folder/head.safetensors."""
-        with whole_file(Path(folder) / HEAD) as part:
-            save_file({n: t.detach().cpu() for n, t in self.head.state_dict().items()}, part)
-            save_adapter(self.model, Path(folder) / "adapter", ADAPTER)
+    def save(self, folder: str | Path, about: dict | None = None) -> None:
+        """Write the adapter in PEFT's layout, head.safetensors and verifier.json, which says what
+        `about` does, to a folder of their own, in one step. Raises ValueError for NaN and Inf."""
+        head = {n: t.detach().cpu() for n, t in self.head.state_dict().items()}
+        if not all(t.isfinite().all() for t in head.values()):
+            raise ValueError("the verifier's head holds NaN or Inf; train it at a lower lr")
+        with atomic_folder(folder, HEAD) as scratch:
+            save_file(head, scratch / HEAD)
+            save_adapter(self.model, scratch / "adapter", ADAPTER)
+            write_json_atomic(scratch / "verifier.json", about or {})
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

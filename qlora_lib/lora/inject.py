@@ -8,6 +8,7 @@ from torch import nn
 from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
 from .choice import Rows, choose, keep_choice
+from .fingerprint import dense_hash
 from .init import RESIDUAL_INITS
 from .layer import (
     LoRAConfig,
@@ -83,6 +84,7 @@ def inject_lora(
             check_dense(found[path], configs[path], spec)
     layers = add_adapters(model, configs, adapter)
     for path in split:
+        layers[path].original = dense_hash(layers[path].base)
         layers[path].take_apart(adapter, spec)
     model.requires_grad_(False)  # embeddings, norms and head too
     for layer in lora_layers(model).values():  # those of earlier calls too

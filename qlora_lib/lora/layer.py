@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..base.ranges import COUNT, SHARE_BELOW_ONE, Range, check_fields
 from ..layers.linear import QuantizedLinear, dense_pieces, dense_weight
 from ..quant.grid import QuantSpec, check_weight
 from ..quant.nf4 import NF4Spec
@@ -24,6 +25,7 @@ from .init import RESIDUAL_INITS, loftq, pissa
 
 INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
 TINY = torch.finfo(torch.float32).tiny
+ALPHA = Range(0, 10**6, above=True)  # beyond it fp32 may overflow, and nobody trains
 MERGED = object()  # what a call uses where base and adapter are one layer
 
 
@@ -39,10 +41,7 @@ class LoRAConfig:
     use_dora: bool = False  # a trained length for each row of the weight (`weight_norm`)
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        check_fields(self, rank=COUNT, alpha=ALPHA, dropout=SHARE_BELOW_ONE)
         if self.init not in INITS:
             raise ValueError(f"init={self.init!r} is not one of {INITS}")
         if self.use_dora and self.init in RESIDUAL_INITS:
@@ -89,8 +88,6 @@ def check_rank(layer: nn.Module, config: LoRAConfig) -> None:
 def check_dense(layer: nn.Module, config: LoRAConfig, spec: QuantSpec | NF4Spec | None) -> None:
     """Raises ValueError when a layer can't be taken apart as a LoRAConfig says."""
     init, base = config.init, getattr(layer, "base", layer)
-    if config.scaling <= 0:
-        raise ValueError(f"alpha={config.alpha} with init={init!r}: scaling * B A needs alpha > 0")
     if init == "loftq" and spec is None:
         raise ValueError("init='loftq' needs spec=, how to quantize the base: NF4Spec(), QuantSpec")
     if getattr(layer, "configs", None):
@@ -119,6 +116,7 @@ class LoRALinear(nn.Module):
     merged    None, or the layer that stands for base and adapter together
     residual_of  None, or the adapter that `take_apart` made together with the base
     start     None, or B and A at step 0 of that adapter, beside a dense base
+    original  None, or a hash of the weight that was taken apart
     casts     None, or while text is decoded (`decoding_layout`), A and B in the autocast dtype
     """
 
@@ -134,6 +132,7 @@ class LoRALinear(nn.Module):
         self.merged: nn.Module | None = None
         self.residual_of: str | None = None
         self.start: tuple[Tensor, Tensor] | None = None
+        self.original: str | None = None
         self.casts: dict | None = None
 
     def __getattr__(self, name: str):

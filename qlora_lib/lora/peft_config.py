@@ -1,10 +1,11 @@
 """adapter_config.json as PEFT 0.21 has it: which layers, of what rank, and what is refused."""
 
-import re
+import math
 from contextlib import suppress
 from pathlib import Path
 from statistics import mode
 
+import regex
 from torch import nn
 
 from .layer import LoRAConfig, lora_layers, named
@@ -30,6 +31,8 @@ REFUSED = {
 }  # fmt: skip
 # Initializations that leave the base alone; the others move a part of it into the adapter.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# What an expression in a file may cost: characters, repeats ({2}{3} are 6), seconds at a path
+LONGEST, MOST_REPEATS, PATIENCE = 10_000, 1_000, 1.0
 PLACES = ("target_modules", "exclude_modules", "layers_pattern")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 KINDS = {
@@ -64,6 +67,7 @@ def read_config(path: Path, described: dict, model: nn.Module) -> dict[str, LoRA
 def describe(model: nn.Module, configs: dict[str, LoRAConfig]) -> dict:
     """The settings of adapter_config.json from which PEFT makes these layers (configurations by
     path) again. Raises ValueError when they differ in what PEFT has one value for."""
+    configs = dict(sorted(configs.items()))  # of equally many the first counts, in any model
     for field in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(config, field) for config in configs.values()}
         if len(values) > 1:
@@ -109,7 +113,9 @@ def _refuse(described: dict) -> None:
         raise ValueError(f"init_lora_weights={init!r} is not supported (it changes the base); save "
                          "again with PEFT's path_initial_model_for_weight_conversion")  # fmt: skip
     for key, kinds in KINDS.items():
-        if not isinstance(described.get(key), (*kinds, type(None))):
+        if not isinstance(described.get(key), (*kinds, type(None))) or (
+            isinstance(described.get(key), bool) and bool not in kinds
+        ):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{key}={described[key]!r} should be {names}")
     lacking = [key for key in REQUIRED if described.get(key) in (None, [], "")]
@@ -120,11 +126,30 @@ def _refuse(described: dict) -> None:
         if isinstance(given, list) and key != "layers_pattern":  # of paths, not of expressions
             continue
         for expression in [given] if isinstance(given, str) else given:
-            try:
-                re.compile(str(expression))
-            except re.error as error:
-                raise ValueError(f"{key} holds {expression!r}, no valid regular expression "
-                                 f"({error})") from None  # fmt: skip
+            _check_expression(key, str(expression))
+
+
+def _check_expression(key: str, expression: str) -> None:
+    """Raises ValueError for an expression that is none, or that is long to read."""
+    counts = [int(n or 1) for n in regex.findall(r"(\d+)\}", expression)]
+    if len(expression) > LONGEST or math.prod(counts) > MOST_REPEATS:
+        raise ValueError(f"{key} holds {expression!r:.60}, which is too long, or repeats too often")
+    try:
+        regex.compile(expression)
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"{key} holds {expression!r:.60}, no valid regular expression "
+                         f"({error})") from None  # fmt: skip
+
+
+def _match(expression: str, name: str, whole: bool = False):
+    """The match of an expression from a file, at the start of a path, or whole. Raises ValueError
+    for one that takes too long."""
+    try:
+        find = regex.fullmatch if whole else regex.match
+        return find(expression, name, timeout=PATIENCE)
+    except TimeoutError:
+        raise ValueError(f"the expression {expression!r:.60} takes too long at {name}; name the "
+                         "modules in a list") from None  # fmt: skip
 
 
 def _targets(described: dict, model: nn.Module) -> list[str]:
@@ -158,7 +183,7 @@ def _targets(described: dict, model: nn.Module) -> list[str]:
 def _fits(given: str | list[str], name: str) -> bool:
     """A string is an expression for whole paths; in a list are paths or their last components."""
     if isinstance(given, str):
-        return bool(re.fullmatch(given, name))
+        return bool(_match(given, name, whole=True))
     return any(name == end or name.endswith(f".{end}") for end in given)
 
 
@@ -172,12 +197,12 @@ def _is_target(described: dict, name: str) -> bool:
     patterns = [rf"(?:.*?\.)?{p}" for p in ([given] if isinstance(given, str) else given)]
     for pattern in patterns or [r".*?\.[^.]*"]:  # the name of the list of blocks, or any
         # The first number after it: in layers.1.experts.0 the 1.
-        if found := re.match(rf"{pattern}\.(?P<index>\d+)\.", name):
+        if found := _match(rf"{pattern}\.(?P<index>\d+)\.", name):
             return int(found["index"]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 
 def _by_pattern(patterns: dict | None, name: str, default):
     """The value of the first pattern that fits the end of the path, after a dot or whole."""
-    fitting = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", name))
+    fitting = (v for p, v in (patterns or {}).items() if _match(rf"(.*\.)?({p})$", name))
     return next(fitting, default)

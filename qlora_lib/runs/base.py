@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..base import processes
-from ..base.files import read_json, write_json_atomic
-from ..base.folders import check_place
+from ..base.files import read_json, read_proved_json
+from ..base.folders import check_folder, check_place
 from ..base.hashes import weights_id
+from ..base.lock import held
 from ..base.paths import short_path
 from ..data.calibration import calibration_hash
 from ..data.sources import TRAINING_SETS
@@ -26,6 +27,7 @@ from ..models.stream import REPORT, quantize_checkpoint
 from ..quant.recipe import Recipe
 
 BASE, RECIPE = "base", "recipe.json"  # in the run's folder; in the base's
+ABOUT = "run.json"  # in the run's folder: how what was trained was made, and on which base
 Batches = list[dict[str, Tensor]]
 
 
@@ -51,6 +53,11 @@ class BasePlan:
         if self.recipe.method == "gptq" and self.calibrated_on:
             said["calibrated_on"] = self.calibrated_on
         return self.recipe.as_json() | said
+
+    def whole_record(self, tokenizer) -> dict:
+        """What recipe.json says of this plan's base."""
+        seen = self.calibration_hash(tokenizer)
+        return self.record() | ({"calibration": seen} if seen else {})
 
     def dense(self):
         """(model, tokenizer) as its weights come, before anything is quantized here."""
@@ -91,35 +98,44 @@ def make_base(plan: BasePlan, folder: Path):
             print(f"base: {short_path(base)} is there, with these settings")
             return
         check_place(base, QUANTIZATION)
+        tell_of_orphan(Path(folder))
         stream = plan.stream and not is_whole(plan.model)
         print(f"base: {'streaming' if stream else 'quantizing'} {short_path(Path(plan.model))} "
               f"with {plan.recipe.method}")  # fmt: skip
         if plan.stream and not stream:
             print("  read whole: neither a GGUF file nor packed weights can be streamed")
         if stream:
-            tokenizer = _stream(plan, base)
+            _stream(plan, base)
         else:
             made.append(_quantize(plan, base))
-            tokenizer = made[0][1]
-        said = plan.record()
-        if seen := plan.calibration_hash(tokenizer):
-            said["calibration"] = seen
-        write_json_atomic(base / RECIPE, said)
 
-    processes.on_first(make)
+    with held(folder):
+        processes.on_first(make)
     return made[0] if made else None
 
 
 def read_recipe(folder: Path) -> dict | None:
     """What recipe.json says of `folder`/base; None where there is none."""
     path = Path(folder) / BASE / RECIPE
+    if not path.parent.is_dir():
+        check_folder(path.parent)  # which finishes a save that died
     return read_json(path) if path.is_file() else None
+
+
+def tell_of_orphan(folder: Path) -> None:
+    """Print which adapter another base in `folder` leaves without its own, if there is one."""
+    recipe = read_recipe(folder)
+    about = read_proved_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    if recipe and about.get("base") == recipe:
+        print(f"note: what was trained in {short_path(folder)} needs the base that is replaced now;"
+              " quantize as before, or train again, to use it")  # fmt: skip
 
 
 def _is_made_so(base: Path, plan: BasePlan) -> bool:
     made = read_recipe(base.parent)
     if made is None:
         return False
+    check_folder(base)
     before = made.pop("calibration", None)  # older ones do not say
     if made != json.loads(json.dumps(plan.record())):  # as JSON holds it, which has no tuples
         return False
@@ -147,24 +163,24 @@ def _quantize(plan: BasePlan, base: Path | None = None):
     if base is not None:
         for row in report:
             _show(row)
-        save_quantized(model, tokenizer, base)
+        save_quantized(model, tokenizer, base, {RECIPE: plan.whole_record(tokenizer)})
         after = sum(layer.quantized.nbytes for layer in quantized_layers(model).values())
         was = f"{sum(row.bytes_before for row in report):,} -> " if report else ""
         print(f"  {was}{after:,} bytes, saved to {short_path(base)}")
     return model, tokenizer
 
 
-def _stream(plan: BasePlan, base: Path):
-    """Quantize block by block into `base`; returns the tokenizer."""
+def _stream(plan: BasePlan, base: Path) -> None:
+    """Quantize block by block into `base`."""
     source, recipe = local_folder(plan.model), plan.recipe
     tokenizer = read_tokenizer(source)
     quantize_checkpoint(source, base, recipe.spec, plan.batches(tokenizer), recipe.method,
                         recipe.options, recipe.targets, compute_dtype=plan.compute_dtype,
-                        device=plan.device, spill=plan.spill, progress=_show)  # fmt: skip
+                        device=plan.device, spill=plan.spill, progress=_show,
+                        beside={RECIPE: plan.whole_record(tokenizer)})  # fmt: skip
     made = read_json(base / REPORT)
     print(f"  {made['weight_bytes']:,} bytes for {made['parameters']:,} parameters, "
           f"{made['bits_per_parameter']:.2f} bits each, saved to {short_path(base)}")  # fmt: skip
-    return tokenizer
 
 
 def _show(row: LayerReport) -> None:

@@ -9,14 +9,16 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from ..base import processes
-from ..base.files import open_tensors, write_json_atomic
+from ..base.files import open_tensors, write_proved_json
 from ..base.folders import atomic_folder, check_place
+from ..base.lock import held
 from ..base.paths import short_path
 from ..base.stamp import stamp
 from ..data.examples import hold_out, read_examples
@@ -36,9 +38,9 @@ from ..quant.recipe import Recipe
 from ..train.config import TrainConfig
 from ..train.finetune import History, finetune
 from ..train.memory import METHODS
-from ..train.snapshots import load_parameters
-from .base import BASE, RECIPE, BasePlan, quantized_base, read_recipe
-from .run_folder import ABOUT, ADAPTER, MODEL, TRAINING, load_run
+from ..train.snapshots import load_best
+from .base import ABOUT, BASE, RECIPE, BasePlan, quantized_base, read_recipe, tell_of_orphan
+from .run_folder import ADAPTER, MODEL, TRAINING, load_run, result_hash
 
 Callback = Callable[[dict], None]
 
@@ -58,21 +60,26 @@ class Finetuner:
     model: a hub id, a folder or a GGUF file; the plan of a base (runs/base.py); or a causal model
     itself (then give `tokenizer`), which is changed in place. method: "full" trains every weight,
     in fp32; "lora" an adapter beside dense weights; "qlora" beside quantized ones: quantized here
-    to `spec` (NF4, or a QuantSpec rounded to nearest) or by the plan's recipe, unless the model
-    already is. folder: of the run (run_folder.py); None: nothing is kept on disk. Further keywords
-    (rank, alpha ...) go to inject_lora. Raises ValueError for settings that do not go together.
+    to `spec` (None: NF4; or a QuantSpec, rounded to nearest) or by the plan's recipe, unless the
+    model already is. folder: of the run (run_folder.py); None: nothing is kept on disk. Further
+    keywords (rank, alpha ...) go to inject_lora. Raises ValueError for settings that do not go
+    together.
     """
 
     def __init__(self, model, tokenizer=None, method: str = "qlora",
-                 folder: str | Path | None = None, spec=NF4Spec(), adapter: str = "default",
+                 folder: str | Path | None = None, spec=None, adapter: str = "default",
                  seed: int = 0, device=None, compute_dtype: str = "auto", **lora):  # fmt: skip
         if method not in METHODS:
             raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}")
         if method == "full" and lora:
             raise ValueError(f"{sorted(lora)} are LoRA's; method='full' trains every weight")
+        if spec is not None and (method != "qlora" or isinstance(model, BasePlan)):
+            raise ValueError(f"spec={spec} says how method='qlora' quantizes a model here; "
+                             f"{'a plan has its recipe' if method == 'qlora' else method} has none")
         self.method, self.adapter, self.seed = method, adapter, seed
         self.folder = None if folder is None else Path(folder)
         self.history: History | None = None
+        spec = spec or NF4Spec()
         self.recipe = Recipe.of(spec, "nf4" if isinstance(spec, NF4Spec) else "rtn")
         if isinstance(model, (str, Path)):
             # A folder's whole path, so that the result is read from any working directory.
@@ -92,6 +99,8 @@ class Finetuner:
         else:
             model, own = self.plan.dense() if self.plan else (model, tokenizer)
             self._quantize(model)
+        if self.plan:  # and not the run's own copy, which a second run finds
+            model.config._name_or_path = self.plan.model
         self.model, self.tokenizer, self.layers = model, tokenizer or own, []
         if method == "full":
             model.float().requires_grad_(True)
@@ -102,6 +111,9 @@ class Finetuner:
 
     def _check(self) -> None:
         """Refuse inits that don't go with the base, and places that can't be written."""
+        if self.plan and self.plan.stream and (self.residual or self.method != "qlora"):
+            raise ValueError("stream quantizes block by block, and here the whole dense model is "
+                             "needed; leave stream out")  # fmt: skip
         taken_apart = self.residual and self.method == "qlora"
         if taken_apart and self.plan and self.recipe.method == "gptq":
             raise ValueError(f"init {self.lora['init']} quantizes W - B A by itself, and GPTQ's "
@@ -142,10 +154,11 @@ class Finetuner:
         if processes.world() > 1:  # each has made it; adapters are copied, this must be the same
             processes.agree("the residual base", residual_fingerprint(lora_layers(self.model)))
         if self.folder is not None and processes.first():
-            checkpoint.save_quantized(self.model, self.tokenizer, self.folder / BASE)
             how = {k: lora[k] for k in ("init", "rank")} | {"targets": lora["target_modules"]}
             said = self.plan.record() if self.plan else recipe.as_json()
-            write_json_atomic(self.folder / BASE / RECIPE, said | {"residual": how})
+            tell_of_orphan(self.folder)
+            beside = {RECIPE: said | {"residual": how}}
+            checkpoint.save_quantized(self.model, self.tokenizer, self.folder / BASE, beside)
 
     def fit(self, train, dev=None, config: TrainConfig = TrainConfig(),
             callback: Callback | Sequence[Callback] = (), best: bool = True) -> History:
@@ -161,7 +174,8 @@ class Finetuner:
         elif dev:
             dev = read_examples(dev, self.tokenizer)
         callbacks = [callback] if callable(callback) else callback
-        with tempfile.TemporaryDirectory() as scratch:
+        alone = held(self.folder) if self.folder else nullcontext()
+        with alone, tempfile.TemporaryDirectory() as scratch:
             place = self.folder / TRAINING if self.folder else Path(scratch)
             if self.folder:
                 processes.on_first(self.try_saving)
@@ -170,7 +184,7 @@ class Finetuner:
                                     lambda metrics: [call(metrics) for call in callbacks])
             if best and dev:
                 processes.on_first(lambda: None)  # it has written them
-                load_parameters(place / "best.safetensors", trainable_parameters(self.model))
+                load_best(place, trainable_parameters(self.model), self.history.best)
         return self.history
 
     def try_saving(self) -> None:
@@ -209,7 +223,6 @@ class Finetuner:
         if folder is None and self.folder is None:
             raise ValueError("there is no folder to save in; give one")
         folder = Path(folder or self.folder)
-        self._write(folder)
         method = self.recipe.method if self.recipe else "given"
         method = method if self.method == "qlora" else "none"
         about = {
@@ -226,7 +239,10 @@ class Finetuner:
             about["base"] = base
         elif method in ("nf4", "rtn"):
             about["recipe"] = self.recipe.as_json()  # the base is made again from it
-        write_json_atomic(folder / ABOUT, about | facts | {"stamp": stamp(self.seed)})
+        with held(folder):
+            self._write(folder)
+            about["result"] = result_hash(folder / about["path"])
+            write_proved_json(folder / ABOUT, about | facts | {"stamp": stamp(self.seed)})
         return folder
 
     @classmethod

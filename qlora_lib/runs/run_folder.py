@@ -3,14 +3,16 @@
     base/      the quantized model, with recipe.json (none for a dense base)
     adapter/   what was trained, in PEFT's layout; model/ after full fine-tuning
     training/  metrics.jsonl, and the checkpoints to resume from
-    run.json   how the adapter was made, and on which base
+    run.json   how the adapter was made, on which base, and its hash
     verifier/  where one was trained
+    .lock      the process that writes here, while it does (base/lock.py)
 """
 
 from pathlib import Path
 
-from ..base.files import read_json
-from ..base.hashes import changes
+from ..base.files import read_json, read_proved_json
+from ..base.folders import HASHES, check_folder
+from ..base.hashes import changes, file_hash
 from ..base.paths import short_path
 from ..lora.files import load_adapter
 from ..lora.inject import set_adapter
@@ -20,20 +22,32 @@ from ..models.checkpoint import load_quantized
 from ..models.load import load_model
 from ..models.quantize import apply_recipe, quantized_layers
 from ..quant.recipe import Recipe
-from .base import BASE, read_recipe
+from ..train.memory import METHODS
+from .base import ABOUT, BASE, read_recipe
 
-ADAPTER, MODEL, TRAINING, ABOUT = "adapter", "model", "training", "run.json"
+ADAPTER, MODEL, TRAINING = "adapter", "model", "training"
 OLD = Path("result") / "finetuner.json"  # where Finetuner kept its result before
 
 
 def read_run(folder: Path) -> dict:
     """What run.json says, the same for older runs: trained ("full", "lora" or "qlora"), method (of
     the base's quantization, or "none"), model (a name; None for a module), adapter (its name),
-    path (of what was trained), and what else was kept. FileNotFoundError for no finished run."""
+    path (of what was trained), and what else was kept. FileNotFoundError for no finished run,
+    ValueError for a damaged one, and where run.json and what was trained are of two runs."""
     if (folder / ABOUT).is_file():
-        said = read_json(folder / ABOUT)
-        trained = said.get("trained") or ("lora" if said["method"] == "none" else "qlora")
-        return {"model": None, "adapter": "default", "path": ADAPTER, "trained": trained} | said
+        said = read_proved_json(folder / ABOUT)
+        trained = said.get("trained") or ("lora" if said.get("method") == "none" else "qlora")
+        said = {"model": None, "adapter": "default", "path": ADAPTER, "trained": trained} | said
+        fits = said["path"] in (ADAPTER, MODEL) and trained in METHODS
+        if not (fits and isinstance(said["adapter"], str) and "method" in said):
+            raise ValueError(f"{short_path(folder / ABOUT)} names no adapter or model of this "
+                             "folder; it was changed or is damaged")  # fmt: skip
+        result = folder / said["path"]
+        if check_folder(result) and result_hash(result) != said.get("result", result_hash(result)):
+            raise ValueError(f"{short_path(result)} and {ABOUT} are of two runs: a save died "
+                             "between them. Give the command again that was saving; with --resume "
+                             "it saves both without training again")  # fmt: skip
+        return said
     if (folder / OLD).is_file():
         said = read_json(folder / OLD)
         ((kind, spec),) = (said["spec"] or {None: None}).items()
@@ -42,6 +56,11 @@ def read_run(folder: Path) -> dict:
         said["path"] = f"result/{MODEL if said['trained'] == 'full' else ADAPTER}"
         return said | ({"recipe": {"method": method, "spec": spec}} if spec else {})
     raise FileNotFoundError(f"{short_path(folder)} holds no finished run")
+
+
+def result_hash(result: Path) -> str:
+    """The hash of what was trained, as run.json names it: of the hashes of its files."""
+    return file_hash(result / HASHES)
 
 
 def check_base(folder: Path) -> None:

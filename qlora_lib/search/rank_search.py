@@ -13,7 +13,6 @@ ranks learn later: under Adam an update sums over `rank` numbers that each move 
 """
 
 import copy
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from ..base.files import write_json_atomic
+from ..base.files import read_proved_json, write_proved_json
 from ..base.hashes import content_hash
 from ..base.paths import short_path
+from ..base.ranges import COUNT
 from ..base.stamp import stamp
 from ..base.statistics import wilson
 from ..data.examples import read_examples
@@ -60,8 +60,10 @@ class Trial:
     def __post_init__(self):
         if self.method not in ("lora", "full"):
             raise ValueError(f"method={self.method!r}; expected 'lora' or 'full'")
-        if self.method == "lora" and (self.rank is None or self.rank < 1):
-            raise ValueError(f"rank={self.rank} must be at least 1")
+        if self.method == "lora":
+            COUNT.check("rank", self.rank)
+        if self.method == "full" and self.alpha is not None:
+            raise ValueError(f"alpha={self.alpha} is LoRA's; method='full' has none")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}; give one of them")
         if self.method == "full" and self.target_modules not in ("all", "embeddings"):
@@ -126,7 +128,9 @@ class Search:
         ])  # fmt: skip
         self.rows: dict[str, dict] = {}
         if self.path and self.path.is_file():
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            stored = read_proved_json(self.path)
+            if not isinstance(stored.get("rows"), dict):
+                raise ValueError(f"{short_path(self.path)} holds no trials; name another file")
             if stored.get("identity") != self.identity:
                 raise ValueError(f"{short_path(self.path)} holds trials of another task, model, "
                                  "data or settings; name another file, or delete it")  # fmt: skip
@@ -142,7 +146,7 @@ class Search:
                 row |= score(generate, self.task, self.questions).row()
             self.rows[name] = row
             if self.path:
-                write_json_atomic(self.path, {
+                write_proved_json(self.path, {
                     "identity": self.identity, "task": self.task.name, "rows": self.rows,
                     "stamp": stamp(self.config.seed),
                 })  # fmt: skip

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from ..base.devices import resolve_dtype
+from ..base.ranges import ABOVE_ZERO, ANY_SEED, COUNT, SHARE_BELOW_ONE, ZERO_ON, check_fields
+
 OPTIMIZERS = ("adamw", "adam8bit")
 POOL = 16  # steps whose examples are sorted by length together
 
@@ -40,14 +43,12 @@ class TrainConfig:
     def __post_init__(self):
         counts = ("epochs", "max_steps", "batch_size", "accumulation", "eval_every", "save_every",
                   "max_length")  # fmt: skip
-        if any(getattr(self, n) is not None and getattr(self, n) < 1 for n in counts):
-            raise ValueError(f"{', '.join(counts)} must be at least 1, got {self}")
+        check_fields(self, **dict.fromkeys(counts, COUNT), seed=ANY_SEED, lr=ABOVE_ZERO,
+                     lora_plus_ratio=ABOVE_ZERO, warmup_ratio=SHARE_BELOW_ONE,
+                     weight_decay=ZERO_ON, max_grad_norm=ABOVE_ZERO)  # fmt: skip
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
-        if not (self.lr > 0 and 0 <= self.warmup_ratio < 1 and self.max_grad_norm > 0
-                and 0 < self.lora_plus_ratio < math.inf):  # fmt: skip
-            raise ValueError("expected lr > 0, 0 <= warmup_ratio < 1, max_grad_norm > 0 and "
-                             f"lora_plus_ratio > 0 (1: plain LoRA), got {self}")  # fmt: skip
+        resolve_dtype(self.compute_dtype, "cpu")  # which raises for other names
         if self.resume and self.folder is None:
             raise ValueError("resume=True needs the folder of the run to resume")
 

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..base import processes
 from ..base.devices import dtype_name, resolve_dtype
 from ..base.hashes import content_hash
+from ..base.lock import held
 from ..base.progress import Progress
 from ..data.examples import read_examples
 from ..data.tokens import IGNORE, Example, Pair, batches
@@ -27,7 +29,7 @@ from ..models.batches import check_tokens
 from ..models.fingerprint import frozen_hash
 from .config import TrainConfig, schedule
 from .loss import chunk_for, loss_sum
-from .snapshots import add_metrics, load_last, save_last, save_parameters, start_metrics
+from .snapshots import add_metrics, load_last, save_best, save_last, start_metrics
 from .step import Stepper, check_widths, training_mode
 
 
@@ -86,7 +88,8 @@ def finetune(model, tokenizer, examples: Iterable[Example | Pair],
     examples, dev: whatever read_examples takes, such as (prompt, target) pairs, of which only
     target and eos are supervised. `callback` gets each step's metrics. With config.folder:
     `metrics.jsonl`, a line a step; `last.safetensors`, to resume from; `best.safetensors`, the
-    parameters at the lowest dev loss. Reseeds torch's global generator at each step. Parameters
+    parameters at the lowest dev loss. Those of an earlier run stay until there are new ones.
+    Reseeds torch's global generator at each step. Parameters
     of 16 bits stay fp32 unless others are frozen in 16 bits.
 
     Several processes, called with the same arguments and frozen weights, share the examples of a
@@ -94,7 +97,8 @@ def finetune(model, tokenizer, examples: Iterable[Example | Pair],
     files; parameters start as its own.
 
     Raises ValueError for nothing to train or to train on, examples that don't fit the model or
-    max_length, another run's checkpoint, processes that differ, and a loss that is not finite.
+    max_length, another run's checkpoint, a folder that another process is training in, processes
+    that differ, and a loss, gradient or parameter that is not finite, before that is saved.
     """
     parameters = trainable_parameters(model)
     if not parameters:
@@ -110,7 +114,8 @@ def finetune(model, tokenizer, examples: Iterable[Example | Pair],
     per_epoch = math.ceil(len(examples) / window)
     total = config.max_steps or config.epochs * per_epoch
     history = History(dtype_name(loss.dtype), sum(p.numel() for p in parameters.values()))
-    with training_mode(model, config.gradient_checkpointing):
+    alone = nullcontext() if config.folder is None else held(config.folder)
+    with alone, training_mode(model, config.gradient_checkpointing):
         stepper = Stepper(parameters, config, total, loss.dtype)
         identity = _identity(model, parameters, examples, config, history.compute_dtype)
         folder = _start(stepper, identity, config, history)
@@ -135,9 +140,9 @@ def finetune(model, tokenizer, examples: Iterable[Example | Pair],
             if folder:
                 add_metrics(folder, metrics)
                 if "dev_loss" in metrics and history.best[0] == step:
-                    save_parameters(folder / "best.safetensors", parameters, metrics)
+                    save_best(folder, parameters, metrics, identity)
                 if step % config.save_every == 0 or step == total:
-                    save_last(folder, stepper, identity, step)
+                    save_last(folder, stepper, identity, history.steps)
             if config.progress:
                 progress(step, f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} "
                          f"tokens/s, {metrics['peak_memory'] / 1e9:.1f} GB at the peak")
@@ -174,6 +179,9 @@ class _Loss:
         self.model.eval()
         loss = processes.total(sum(part.item() for part in self.parts(examples)), self.device)
         self.model.train(was_training)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss on {len(examples)} examples is not finite; try a lower lr, "
+                             "and look for NaN in the model's weights")  # fmt: skip
         return loss / supervised(examples)
 
 

@@ -1,7 +1,8 @@
-"""What a training run keeps: its metrics, and checkpoints of one safetensors file each.
+"""What a training run keeps: its metrics, and checkpoints of one file each, which proves itself.
 
-`last.safetensors` holds "parameter/NAME" and AdamW's state as "exp_avg/NAME" and so on; step, loss
-scaler and the run's identity are its metadata, as JSON: two files could not be renamed at once.
+`last.safetensors` holds "parameter/NAME" and AdamW's state as "exp_avg/NAME" and so on; its header
+step, loss scaler, the run's identity and the metrics so far: several files could not be renamed at
+once. `metrics.jsonl` is for readers; nothing here reads it.
 """
 
 import json
@@ -9,67 +10,76 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..base.files import whole_file
-from ..base.hashes import changes
+from ..base.files import read_proved_tensors, whole_file, write_proved_tensors
+from ..base.hashes import changes, content_hash
 from .step import Stepper
 
 Parameters = dict[str, nn.Parameter]
+LAST, BEST, METRICS = "last.safetensors", "best.safetensors", "metrics.jsonl"
 
 
-def save_parameters(path: Path, parameters: Parameters, metadata: dict) -> None:
-    _save(path, {f"parameter/{n}": p for n, p in parameters.items()}, metadata)
+def save_best(folder: Path, parameters: Parameters, metrics: dict, identity: dict) -> None:
+    """Write the parameters at the lowest dev loss so far, which is in `metrics`."""
+    tensors = {f"parameter/{n}": p for n, p in parameters.items()}
+    write_proved_tensors(folder / BEST, tensors, metrics | {"run": content_hash(identity)})
+
+
+def load_best(folder: Path, parameters: Parameters, best: tuple[int, float]) -> None:
+    """Put back the parameters of the lowest dev loss, History.best. Raises ValueError for those of
+    another step, and what load_parameters raises."""
+    about = load_parameters(folder / BEST, parameters)
+    if (about.get("step"), about.get("dev_loss")) != best:
+        raise ValueError(f"{folder / BEST} is of step {about.get('step')}, the lowest dev loss of "
+                         f"step {best[0]}: another run wrote it; train anew")  # fmt: skip
 
 
 def load_parameters(path: str | Path, parameters: Parameters) -> dict:
-    """Copy a checkpoint's parameters into `parameters`, in place; returns its metadata. Raises
+    """Copy a checkpoint's parameters into `parameters`, in place; returns what else it says. Raises
     FileNotFoundError, and ValueError for a damaged file or for other names or shapes."""
-    tensors, metadata = _load(Path(path))
+    tensors, about = read_proved_tensors(Path(path))
     _copy_parameters(Path(path), tensors, parameters)
-    return metadata
+    return about
 
 
 def start_metrics(folder: Path, steps: Sequence[dict]) -> None:
     """Write metrics.jsonl with the steps that are kept; those after the checkpoint come again."""
-    if not steps:  # a new run: an older one's checkpoints would be mistaken for its own
-        for name in ("last.safetensors", "best.safetensors"):
-            (folder / name).unlink(missing_ok=True)
-    with whole_file(folder / "metrics.jsonl") as part:
+    with whole_file(folder / METRICS) as part:
         part.write_text("".join(json.dumps(s) + "\n" for s in steps), encoding="utf-8")
 
 
 def add_metrics(folder: Path, metrics: dict) -> None:
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
+    with open(folder / METRICS, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(metrics) + "\n")
 
 
-def save_last(folder: Path, stepper: Stepper, identity: dict, step: int) -> None:
-    """Write everything that the next step depends on."""
+def save_last(folder: Path, stepper: Stepper, identity: dict, steps: Sequence[dict]) -> None:
+    """Write everything that the next step depends on, and the metrics of the steps so far."""
     tensors: dict[str, Tensor] = {f"parameter/{n}": p for n, p in stepper.parameters.items()}
     for name, parameter in stepper.parameters.items():
         for key, value in stepper.optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = value
-    state = {"step": step, "scaler": stepper.scaler.state_dict(), "identity": identity}
-    _save(folder / "last.safetensors", tensors, state)
+    state = {"scaler": stepper.scaler.state_dict(), "identity": identity, "steps": list(steps)}
+    write_proved_tensors(folder / LAST, tensors, state)
 
 
 def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
     """Put parameters, optimizer and scaler back; returns the metrics up to that step, [] for no
-    checkpoint. Raises ValueError for a damaged one and for another run's, naming what differs."""
-    path = folder / "last.safetensors"
+    checkpoint. Raises ValueError for a damaged one, for another run's, naming what differs, and
+    where best.safetensors is not of this run."""
+    path = folder / LAST
     if not path.exists():
         return []
-    tensors, state = _load(path)
-    old = {k: v for k, v in state["identity"].items() if k in identity}  # older ones say less
-    if changed := changes(old, {k: identity[k] for k in old}):
+    tensors, state = read_proved_tensors(path)
+    old = state["identity"]
+    if changed := changes(old, json.loads(json.dumps(identity))):
         raise ValueError(f"{path} belongs to another run: {changed}. Give the same settings to "
                          "resume it, or another folder (or resume=False) to start anew")
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    if len(lines) < state["step"]:
-        raise ValueError(f"{folder}/metrics.jsonl lacks steps before {path}; start the run anew")
+    if any("dev_loss" in step for step in state["steps"]):
+        if read_proved_tensors(folder / BEST)[1].get("run") != content_hash(old):
+            raise ValueError(f"{folder / BEST} belongs to another run than {path.name}, which was "
+                             "to be resumed; train anew (without resume)")  # fmt: skip
     _copy_parameters(path, tensors, stepper.parameters)
     for name, value in tensors.items():
         key, _, name = name.partition("/")
@@ -78,25 +88,7 @@ def load_last(folder: Path, stepper: Stepper, identity: dict) -> list[dict]:
             # AdamW's step counter is on the CPU.
             stepper.optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     stepper.scaler.load_state_dict(state["scaler"])
-    return [json.loads(line) for line in lines[: state["step"]]]  # later ones come again
-
-
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    whole = {name: t.detach().contiguous() for name, t in tensors.items()}
-    with whole_file(path) as part:
-        save_file(whole, part, {"json": json.dumps(metadata)})
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads(file.metadata()["json"])
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of this package ({error}); delete it "
-                         "and start the run anew") from error  # fmt: skip
+    return state["steps"]
 
 
 @torch.no_grad()

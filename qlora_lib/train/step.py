@@ -77,8 +77,8 @@ class Stepper:
     def take(self, step: int, parts: Iterable[Tensor]) -> dict:
         """Take a step of 1..total; returns its loss, lr and grad_norm, before clipping (None if
         fp16 overflowed). parts: the loss is their sum, over all processes; each is differentiated
-        before the next is computed. Raises ValueError, parameters untouched, for a loss or gradient
-        that is not finite."""
+        before the next is computed. Raises ValueError for a loss or gradient that is not finite,
+        parameters untouched, and for parameters that are too large after the step."""
         lr = learning_rate(step, self.total, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
@@ -98,6 +98,9 @@ class Stepper:
             self._check("gradient", norm, step)
         self.scaler.step(self.optimizer)  # leaves the parameters alone where fp16 overflowed
         self.scaler.update()
+        # In fp32, so that 1e20 is too much already: the model's products would overflow.
+        norms = torch._foreach_norm([p.detach().float() for p in parameters])
+        self._check("size of the parameters", torch.stack(norms).sum().item(), step)
         return {"loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
 
     def _check(self, what: str, value: float, step: int) -> None:

@@ -57,10 +57,11 @@ def test_report_files_and_table(tmp_path):
     report = evaluate(generate, PROBLEMS, tmp_path, callback=shown.append, chunk=50)
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert shown == report.predictions == EvalReport.load(tmp_path).predictions
-    assert [json.loads(line) for line in lines] == [prediction.row() for prediction in shown]
-    assert list(json.loads(lines[0])) == [
+    rows = list(map(json.loads, lines))
+    assert list(rows[0]) == [
         "question", "prompt", "completion", "gold", "strict_answer", "flexible_answer",
-        "strict", "flexible", "tokens", "finished", "seconds"]  # fmt: skip
+        "strict", "flexible", "tokens", "finished", "seconds", "proof"]  # fmt: skip
+    assert [row | {"proof": 0} for row in rows] == [p.row() | {"proof": 0} for p in shown]
     assert shown[0]["gold"] == shown[0].gold == str(parse_gold(PROBLEMS[0]["answer"]))
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["n"] == 200 and saved["strict"] == report.strict and saved["tokens"] == 600
@@ -71,11 +72,20 @@ def test_report_files_and_table(tmp_path):
     assert f"[{100 * low:.1f}%, {100 * high:.1f}%]" in table
 
 
+def without_hashes(path, *names):
+    """As older versions wrote it."""
+    kept = json.loads(path.read_text())
+    for name in ("format", "sha256", *names):
+        kept.pop(name, None)
+    path.write_text(json.dumps(kept))
+
+
 def test_reports_of_before_seconds_and_samples_were_kept_are_read(tmp_path):
     report = evaluate(answers_in_order(PROBLEMS), PROBLEMS, tmp_path)
     rows = [p.row() for p in report.predictions]
     lines = [json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in rows]
     (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
+    without_hashes(tmp_path / "report.json", "predictions.jsonl")
     loaded = EvalReport.load(tmp_path)
     assert loaded.strict == 1 and without_clock(loaded).predictions == without_clock(report).predictions
     assert "samples" not in rows[0] and loaded.predictions[0].samples is None
@@ -367,3 +377,90 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if "questions" in line]
     assert lines[0].startswith(f"evaluating: {n - 1} of {n} questions, ") and len(lines) == 2
     assert " right, " in lines[0] and "tokens/s" in lines[0] and lines[0].endswith(" left")
+
+
+# --- What a folder proves ---------------------------------------------------------------------
+
+
+def double(lines):
+    return lines + lines[:8]
+
+
+def reorder(lines):
+    return [lines[1], lines[0], *lines[2:]]
+
+
+def edit(lines):
+    return [lines[0].replace('"finished": true', '"finished": false'), *lines[1:]]
+
+
+def better(lines):
+    return [line.replace('"strict": false', '"strict": true') for line in lines]
+
+
+@pytest.mark.parametrize("change", [double, reorder, edit, better])
+def test_answers_that_were_changed_are_not_counted(tmp_path, change):
+    evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8)
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    for read in (
+        lambda: EvalReport.load(tmp_path),
+        lambda: evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8),
+    ):
+        with pytest.raises(ValueError, match="predictions.jsonl"):
+            read()
+
+
+@pytest.mark.long
+def test_a_folder_of_an_older_version_is_read_with_its_verdicts_made_anew(tmp_path):
+    whole = evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8)
+    path = tmp_path / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["proof"]
+        row["strict"] = True  # by another rule, or by another hand
+    for name in ("report.json", "settings.json"):
+        without_hashes(tmp_path / name, "predictions.jsonl", "proof")
+
+    def write(rows):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(rows)
+    assert EvalReport.load(tmp_path).strict == whole.strict < 1
+    again = evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8)
+    assert without_clock(again) == without_clock(whole)
+    assert EvalReport.load(tmp_path).strict == whole.strict
+    write(rows[:16])  # killed then, resumed now
+    again = evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8)
+    assert without_clock(again) == without_clock(whole)
+    assert without_clock(EvalReport.load(tmp_path)).predictions == without_clock(whole).predictions
+    for changed in (rows + rows[:8], [rows[1], rows[0], *rows[2:]], 8 * [{"question": 3}], 8 * [[]]):
+        write(changed)
+        with pytest.raises(ValueError, match="predictions.jsonl, line"):
+            evaluate(model(), PROBLEMS[:24], tmp_path, chunk=8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["settings.json", "predictions.jsonl", "report.json"])
+def test_flipped_bits_in_an_evaluation_never_change_what_is_counted(tmp_path, name):
+    folder = tmp_path / "eval"
+    whole = without_clock(evaluate(model(), PROBLEMS[:8], folder, chunk=4))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for at in range(0, len(before[name]), len(before[name]) // 40):
+        for file, content in before.items():
+            (folder / file).write_bytes(content)
+        byte = bytes([before[name][at] ^ 1 << at % 8])
+        (folder / name).write_bytes(before[name][:at] + byte + before[name][at + 1 :])
+        for read in (EvalReport.load, lambda f: evaluate(model(), PROBLEMS[:8], f, chunk=4)):
+            try:
+                found = without_clock(read(folder))
+            except ValueError as error:
+                assert name in str(error)
+            else:
+                assert found.predictions == whole.predictions
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 2.5, "8"])
+def test_a_chunk_is_a_whole_number(chunk):
+    with pytest.raises(ValueError, match="chunk"):
+        evaluate(silent, PROBLEMS[:4], chunk=chunk)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qlora_lib.data.tokens import collate
 from qlora_lib.evaluation.verifier import Verifier, train_verifier
@@ -134,3 +135,31 @@ def test_refusals(tmp_path):
         Verifier.load(small_model(seed=1), small_tokenizer(), tmp_path)
     set_adapter(verifier.model, None)
     assert logits(verifier.model).shape[:2] == IDS.shape
+
+
+def test_a_changed_verifier_is_never_loaded(tmp_path):
+    new().save(tmp_path / "v", {"solutions": 24})
+    files = [p for p in sorted((tmp_path / "v").rglob("*")) if p.is_file()]
+    assert len(files) == 6
+    for path in files:
+        whole = path.read_bytes()
+        for at in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match=path.name):
+                Verifier.load(small_model(), small_tokenizer(), tmp_path / "v")
+        path.write_bytes(whole)
+    assert Verifier.load(small_model(), small_tokenizer(), tmp_path / "v")
+
+
+def test_a_verifier_with_nan_is_neither_saved_nor_loaded(tmp_path):
+    verifier = new()
+    verifier.save(tmp_path / "v")
+    (tmp_path / "v" / "hashes.json").unlink()  # as older versions wrote it
+    Verifier.load(small_model(), small_tokenizer(), tmp_path / "v")
+    verifier.head.weight.data[0, 3] = float("nan")
+    with pytest.raises(ValueError, match="head holds NaN"):
+        verifier.save(tmp_path / "v")
+    head = {"weight": verifier.head.weight.detach(), "bias": verifier.head.bias.detach()}
+    save_file(head, tmp_path / "v" / "head.safetensors")
+    with pytest.raises(ValueError, match="head.safetensors holds NaN"):
+        Verifier.load(small_model(), small_tokenizer(), tmp_path / "v")

@@ -108,7 +108,7 @@ def test_layers_of_one_adapter_alone_are_in_the_sum():
         (dict(how="mean"), "how='mean' must be one of linear, cat, svd"),
         (dict(how="linear"), r"these have {'a': 4, 'b': 2}: take how='cat' or 'svd'"),
         (dict(rank=2), "rank=2 goes with how='svd'"),
-        (dict(how="svd", rank=0), "rank=0 must be at least 1"),
+        (dict(how="svd", rank=0), "rank=0: expected a whole number of at least 1"),
         (dict(how="svd", rank=33), r"rank=33 exceeds the rank of a layer \(32, 64\)"),
         (dict(weights={"a": 1, "b": 1, "c": 1}), r"rank=34 exceeds the rank of a layer"),
     ],
@@ -148,7 +148,7 @@ def test_an_adapter_that_holds_a_part_of_the_weight_stays(call):
 
 def test_no_rank_and_unknown_layers_are_named():
     path = "model.layers.0.self_attn.q_proj"
-    bad = [({}, "none of them"), ({"lm_head": 2}, "lm_head"), ({path: 0}, "rank=0 must be at")]
+    bad = [({}, "none of them"), ({"lm_head": 2}, "lm_head"), ({path: 0}, "rank=0: expected")]
     for rank, message in bad:
         model = small_model()
         with pytest.raises(ValueError, match=message):

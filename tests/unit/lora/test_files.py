@@ -14,12 +14,13 @@ from qlora_lib.lora.files import ADAPTER, ADAPTER_CONFIG, load_adapter, save_ada
 from qlora_lib.lora.fingerprint import base_fingerprint
 from qlora_lib.lora.inject import add_adapters, inject_lora, use_adapter
 from qlora_lib.lora.layer import LoRAConfig, lora_layers
+from qlora_lib.lora.merge import merge_lora
 from qlora_lib.lora.peft_config import describe, read_config
 from qlora_lib.lora.targets import linear_layers
 from qlora_lib.models.quantize import quantize_model
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
-from tests.support.lora_models import adapted, base_of, logits, rewrite, trained
+from tests.support.lora_models import adapted, base_of, files, logits, rewrite, trained
 from tests.support.small_models import small_model
 from tests.support.tensors import PROPERTY
 
@@ -83,7 +84,9 @@ def test_the_base_is_recognised_however_it_is_stored(kind, dtype, tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
+    """A folder without hashes, as others write them."""
     save_adapter(adapted(small_model()), tmp_path / "a")
+    (tmp_path / "a" / HASHES).unlink()
     return tmp_path / "a"
 
 
@@ -187,7 +190,7 @@ def test_peft_settings_that_would_change_the_result_are_refused(adapter, key, va
         ("target_modules", ["self_attn"], "choose model.layers.0.self_attn .LlamaAttention"),
         ("target_modules", ["embed_tokens"], "choose model.embed_tokens .Embedding"),
         ("exclude_modules", ["q_proj"], "config does not choose: .*q_proj"),
-        ("lora_dropout", 1.5, "dropout=1.5 must lie in"), ("lora_alpha", None, "lacks.*lora_alpha"),
+        ("lora_dropout", 1.5, "dropout=1.5: expected"), ("lora_alpha", None, "lacks.*lora_alpha"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(adapter, key, value, message):
@@ -338,3 +341,121 @@ def test_copies_of_the_base_that_peft_adds_must_be_this_models(key, adapter):
             assert len(load_adapter(small_model(), adapter)) == 14
         else:
             refused(adapter, f"{key} is not the weight of this model; load the base that")
+
+
+# --- what a file proves ------------------------------------------------------------------------
+
+
+def test_a_changed_file_is_never_loaded(tmp_path):
+    save_adapter(adapted(small_model()), tmp_path / "a")
+    load_adapter(small_model(), tmp_path / "a")
+    for path in sorted((tmp_path / "a").iterdir()):
+        whole = path.read_bytes()
+        for at in range(0, len(whole), len(whole) // 9):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            refused(tmp_path / "a", path.name)
+        path.write_bytes(whole)
+
+
+def negated(model):
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.neg_()
+    return model
+
+
+def test_an_adapter_knows_its_base_down_to_the_linears(tmp_path):
+    for kind, others in (
+        ("dense", [negated(small_model())]),
+        ("grid4", [base_of("grid3"), base_of("nf4")]),
+    ):
+        save_adapter(adapted(base_of(kind)), tmp_path / kind)
+        load_adapter(base_of(kind), tmp_path / kind)
+        for other in others:
+            refused(tmp_path / kind, "other linear layers.*other_base=True", other)
+            assert len(load_adapter(other, tmp_path / kind, other_base=True)) == 14
+        wrong = small_model(seed=1)
+        with pytest.raises(ValueError, match="another base model"):
+            load_adapter(wrong, tmp_path / kind, other_base=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bits", ["grid3", "nf4", "dense"])
+def test_an_adapter_is_not_put_on_what_it_was_merged_into(bits, tmp_path):
+    """Whichever kind the base had, and whatever was done with the merged model since."""
+    model = adapted(base_of(bits))
+    save_adapter(model, tmp_path / "a")
+    for kind in {bits, "dense"}:  # the adapter on its own base, and on the dense one
+        merged = base_of(kind)
+        load_adapter(merged, tmp_path / "a")
+        merge_lora(merged, unload=True)
+        for other in (False, True) if kind == bits == "dense" else (False,):
+            if other or bits != "dense":
+                with pytest.raises(ValueError, match="was merged into this model already"):
+                    load_adapter(merged, tmp_path / "a", other_base=other)
+            else:
+                refused(tmp_path / "a", "other linear layers", merged)
+        quantize_model(merged, None, QuantSpec(4, 16), "rtn")
+        with pytest.raises(ValueError, match="was merged into this model already"):
+            load_adapter(merged, tmp_path / "a", other_base=True)
+    for kind in ("dense", "grid2", "grid8", "nf4"):  # what was not merged, is none
+        assert load_adapter(base_of(kind), tmp_path / "a", other_base=True)
+
+
+def test_an_untrained_adapter_is_merged_into_nothing(tmp_path):
+    model = small_model()
+    inject_lora(model, rank=2)
+    save_adapter(model, tmp_path / "a")
+    assert load_adapter(base_of("grid4"), tmp_path / "a")
+
+
+def test_equal_adapters_give_equal_bytes_wherever_their_base_came_from(tmp_path, monkeypatch):
+    """The order of layers, the base's folder and what happened before do not show."""
+    folders = []
+    for n, name in enumerate(("a", "b")):
+        model = adapted(small_model())
+        model.config._name_or_path = str(tmp_path / name / "model")
+        (tmp_path / name / "model").mkdir(parents=True)
+        if n:
+            order = list(model.model.layers[0]._modules.items())
+            model.model.layers[0]._modules.clear()
+            model.model.layers[0]._modules.update(reversed(order))
+        save_adapter(model, tmp_path / name / "adapter")
+        folders.append(tmp_path / name / "adapter")
+    first, second = ({p.name: p.read_bytes() for p in f.iterdir()} for f in folders)
+    assert first == second
+    assert json.loads(first[ADAPTER_CONFIG])["base_model_name_or_path"] == "model"
+
+
+def test_an_adapter_with_nan_is_not_saved_over_a_good_one(tmp_path):
+    model = adapted(small_model())
+    save_adapter(model, tmp_path / "a")
+    before = files(tmp_path / "a")
+    lora_layers(model)["model.layers.0.mlp.up_proj"].lora_B["default"].data[0] = float("nan")
+    with pytest.raises(ValueError, match="up_proj.lora_B.weight holds NaN or Inf"):
+        save_adapter(model, tmp_path / "a")
+    assert files(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "-Infinity", "1e300", "0", "-64", "true"])
+def test_an_alpha_that_no_training_has_is_named(adapter, alpha):
+    text = (adapter / ADAPTER_CONFIG).read_text().replace('alpha": 16', f'alpha": {alpha}')
+    (adapter / ADAPTER_CONFIG).write_text(text)
+    refused(adapter, "alpha")
+
+
+@pytest.mark.parametrize("expression", [
+    "(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)q\\1\\2\\3\\4", "((((.{99}){99}){99}){99})", "(" * 5000,
+    "a" * 20_000,
+])
+def test_an_expression_that_never_ends_is_named(adapter, expression, monkeypatch):
+    monkeypatch.setattr("qlora_lib.lora.peft_config.PATIENCE", 0.05)
+    rewrite(adapter, ADAPTER_CONFIG, lambda d: d.update(target_modules=expression))
+    refused(adapter, "too long|repeats too often|no valid regular")
+
+
+def test_adapters_of_before_the_linears_were_named_are_loaded(adapter):
+    state = load_file(adapter / ADAPTER)
+    mark = {"format": "pt", "base": base_fingerprint(small_model())}
+    save_file(state, adapter / ADAPTER, metadata=mark)
+    assert len(load_adapter(negated(small_model()), adapter)) == 14
+    refused(adapter, "another base model", small_model(seed=1))

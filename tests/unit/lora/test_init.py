@@ -1,6 +1,7 @@
 """LoftQ and PiSSA: what base and adapter hold together, and which base an adapter fits."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from qlora_lib.layers.linear import QuantizedLinear
-from qlora_lib.lora.files import ADAPTER, load_adapter, save_adapter
+from qlora_lib.lora.files import ABOUT, ADAPTER, load_adapter, save_adapter
 from qlora_lib.lora.fingerprint import residual_fingerprint
 from qlora_lib.lora.init import loftq, low_rank, pissa
 from qlora_lib.lora.inject import inject_lora, trainable_parameters
@@ -169,7 +170,8 @@ def test_an_adapter_fits_its_own_quantized_base_alone(init, spec, tmp_path):
     save_quantized(model, small_tokenizer(), tmp_path / "base")
     save_adapter(model, tmp_path / "a")
     with safe_open(tmp_path / "a" / ADAPTER, "pt") as file:
-        assert file.metadata()["init"] == init and len(file.metadata()["residual base"]) == 16
+        said = json.loads(file.metadata()[ABOUT])
+    assert said["init"] == init and len(said["residual base"]) == 16
     again, _ = load_quantized(tmp_path / "base", "cpu", "fp32")
     load_adapter(again, tmp_path / "a")
     assert torch.equal(logits(again), logits(model))
@@ -220,7 +222,7 @@ def test_the_fingerprint_is_of_every_code():
         ("nf4", dict(init="loftq", spec=NF4Spec()), "is quantized.*load the model without quant"),
         ("grid4", dict(init="pissa"), "is quantized.*starts from the dense weight"),
         ("dense", dict(init="pissa", rank=20), r"rank 2 r = 40, which exceeds this layer's"),
-        ("dense", dict(init="pissa", alpha=-1), "needs alpha > 0"),
+        ("dense", dict(init="pissa", alpha=-1), "alpha=-1: expected a number above 0"),
         ("dense", dict(init="pissa", spec=QuantSpec(4, 48)), "q_proj: group_size=48 does not"),
         ("dense", dict(spec=NF4Spec()), "goes with .*quantize_model quantizes first"),
     ],

@@ -148,9 +148,9 @@ def test_a_rank_above_the_layers_own_is_refused():
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(rank=0), "rank=0 must be at least 1"),
-        (dict(rank=-3), "rank=-3 must be at least 1"),
-        (dict(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
+        (dict(rank=0), "rank=0: expected a whole number of at least 1"),
+        (dict(rank=-3), "rank=-3: expected a whole number"),
+        (dict(dropout=1.0), "dropout=1.0: expected a number of at least 0, below 1"),
         (dict(init="zeros"), "init='zeros' is not one of"),
         (dict(adapter="v1.0"), "adapter='v1.0' must be a name without dots"),
         (dict(adapter="half"), "adapter='half' is the name of a method"),

@@ -15,6 +15,7 @@ from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
 from qlora_lib.runs.finetuner import Finetuner
+from qlora_lib.runs.run_folder import read_run
 from qlora_lib.train.config import TrainConfig
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
@@ -53,7 +54,7 @@ def test_a_method_learns_and_what_it_saved_answers_the_same(base, tmp_path, meth
     assert not (tmp_path / "run" / "trial").exists()
     result = mine.save()
     parts = {"full": {"model"}, "lora": {"adapter"}, "qlora": {"adapter", "base"}}[method]
-    assert {p.name for p in result.iterdir()} == parts | {"training", "run.json"}
+    assert {p.name for p in result.iterdir()} == parts | {"training", "run.json", ".lock"}
     model, tokenizer = Finetuner.load(tmp_path / "run", compute_dtype="fp32")
     assert bool(quantized_layers(model)) == (method == "qlora") and not model.training
     ids = torch.tensor([tokenizer.encode(PAIRS[3][0])])
@@ -290,11 +291,51 @@ def test_a_rank_a_layer_takes_one_alpha():
 @pytest.mark.parametrize("wrong, message", [
     ({"method": "dora"}, "method='dora'; expected one of full, lora, qlora"),
     ({"method": "full", "rank": 4}, "'rank'.* are LoRA's"),
-    ({"method": "lora", "rank": 0}, "rank=0 must be at least 1"),
+    ({"method": "lora", "rank": 0}, "rank=0: expected a whole number of at least 1"),
+    ({"method": "lora", "rank": 2.5}, "rank=2.5: expected a whole number"),
+    ({"method": "lora", "alpha": float("nan")}, "alpha=nan: expected a number above 0"),
+    ({"method": "lora", "spec": NF4Spec()}, "spec=NF4Spec.* lora has none"),
+    ({"method": "full", "spec": NF4Spec()}, "spec=NF4Spec.* full has none"),
 ])
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message):
         Finetuner(small_model(), small_tokenizer(), **wrong)
+
+
+def test_run_json_and_the_adapter_belong_together(base, tmp_path):
+    folder = tmp_path / "run"
+    mine = tuner(base, "lora", folder)
+    mine.save()
+    said = (folder / "run.json").read_bytes()
+    for at in range(0, len(said), len(said) // 40):
+        (folder / "run.json").write_bytes(said[:at] + bytes([said[at] ^ 4]) + said[at + 1 :])
+        with pytest.raises(ValueError, match="run.json"):
+            read_run(folder)
+    (folder / "run.json").write_bytes(said)
+    assert read_run(folder)["trained"] == "lora"
+    trainable_parameters(mine.model)["model.layers.0.mlp.up_proj.lora_B.default"].data += 1
+    save_adapter(mine.model, folder / "adapter")  # and died before run.json
+    with pytest.raises(ValueError, match="run.json are of two runs.*--resume"):
+        Finetuner.load(folder, compute_dtype="fp32")
+
+
+@pytest.mark.parametrize("change", [
+    {"path": "../../else"}, {"path": 3}, {"adapter": ["a"]}, {"trained": "half"}, {"method": None},
+])  # fmt: skip
+def test_a_run_json_of_somebody_else_names_nothing_outside_its_folder(base, tmp_path, change):
+    tuner(base, "lora", tmp_path).save()
+    said = json.loads((tmp_path / "run.json").read_text()) | change
+    said = {k: v for k, v in said.items() if k not in ("format", "sha256") and v is not None}
+    (tmp_path / "run.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="run.json names no adapter or model of this folder"):
+        read_run(tmp_path)
+
+
+def test_what_was_trained_is_named_when_its_base_is_replaced(base, tmp_path, capsys):
+    tuner(base, "qlora", tmp_path).save()
+    assert "note:" not in capsys.readouterr().out
+    tuner(base, "qlora", tmp_path, spec=QuantSpec(8, 32))
+    assert "note: what was trained in" in capsys.readouterr().out
 
 
 def test_one_example_needs_a_dev_set(base):

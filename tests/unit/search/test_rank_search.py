@@ -67,10 +67,15 @@ def test_full_trains_everything_or_the_embeddings():
 
 
 def test_wrong_trials():
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+    with pytest.raises(ValueError, match="rank=0: expected a whole number of at least 1"):
         Trial(rank=0)
     with pytest.raises(ValueError, match="method='dora'"):
         Trial("dora")
+    with pytest.raises(ValueError, match="alpha=8 is LoRA's"):
+        Trial("full", None, alpha=8)
+    for rank in (2.5, True, None):
+        with pytest.raises(ValueError, match="rank=.*: expected a whole number"):
+            Trial(rank=rank)
     with pytest.raises(ValueError, match="embeddings are trained whole"):
         Trial(target_modules="embeddings")
     with pytest.raises(ValueError, match="steps=9 and epochs=2; give one"):
@@ -169,7 +174,7 @@ def test_what_a_search_needs():
     args = small_model(), small_tokenizer(), TASK, TRAIN, DEV
     with pytest.raises(ValueError, match="at least one rank"):
         find_optimal_rank(*args, ranks=())
-    with pytest.raises(ValueError, match="rank=0 must be"):
+    with pytest.raises(ValueError, match="rank=0: expected"):
         find_optimal_rank(*args, ranks=(0, 2), config=CONFIG)
     with pytest.raises(ValueError, match="needs config.max_steps"):
         find_optimal_rank(*args)
@@ -204,3 +209,21 @@ def test_a_trials_own_settings_replace_the_searchs():
     assert counted.config(TrainConfig(max_steps=60)) == TrainConfig(epochs=2)
     assert Trial(steps=5).config(TrainConfig(max_steps=60)).max_steps == 5
     assert str(counted) == "lora all r=2 epochs=2 examples=1000 seed=0"
+
+
+def test_a_stored_search_proves_itself(tmp_path):
+    args = small_model(), small_tokenizer(), TASK, TRAIN, DEV, CONFIG, tmp_path / "search.json"
+    first = Search(*args).run(Trial(rank=1), ask=False)
+    whole = args[-1].read_bytes()
+    for at in range(0, len(whole), len(whole) // 30):
+        args[-1].write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="search.json"):
+            Search(*args)
+    stored = json.loads(whole)
+    for name in ("format", "sha256"):  # as older versions wrote it
+        del stored[name]
+    args[-1].write_text(json.dumps(stored))
+    assert Search(*args).run(Trial(rank=1), ask=False) == first
+    args[-1].write_text(json.dumps(stored | {"rows": []}))
+    with pytest.raises(ValueError, match="search.json holds no trials"):
+        Search(*args)
