@@ -288,6 +288,10 @@ def test_dense_weights_are_held_only_by_small_models_with_frozen_scales(monkeypa
         assert layer.dense is not None and trained.dense is None
         layer.to(torch.bfloat16)  # as any move does, it drops what was held
         assert layer.dense is None
+    with held_dense(layer):
+        with held_dense(layer):
+            pass
+        assert layer.dense is not None  # whoever began to hold them ends it
     monkeypatch.setattr(layers_linear, "HELD_BYTES", 4 * IN * OUT - 1)
     with held_dense(layer):
         assert layer.dense is None
