@@ -53,19 +53,24 @@ def _ids(tokenizer, text: str) -> list[int]:
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Return [bos] + ids of the prompt; no bos where the tokenizer has none, or the prompt begins
     with it, as chat templates write it."""
-    ids = _ids(tokenizer, prompt)
+    return _after_bos(tokenizer, _ids(tokenizer, prompt))
+
+
+def _after_bos(tokenizer, ids: list[int]) -> list[int]:
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return ids if ids[:1] == bos else bos + ids
 
 
-def encode_after(tokenizer, before: str, text: str) -> list[int]:
-    """Return the ids of `text` as it stands after `before`, whose own ids stay as they are alone.
+def encode_after(tokenizer, before: str, text: str, ids: list[int] | None = None) -> list[int]:
+    """Return the ids of `text` as it stands after `before`, whose own `ids` stay as they are alone
+    (None: they are not known yet).
 
     Both are encoded together, since SentencePiece puts a space before a text by itself. Where a
     token lies across the border (two newlines, say), a newline stands in for `before`.
     """
-    for prefix in (before, "\n"):
-        given, whole = _ids(tokenizer, prefix), _ids(tokenizer, prefix + text)
+    for prefix, known in ((before, ids), ("\n", None)):
+        given = _ids(tokenizer, prefix) if known is None else known
+        whole = _ids(tokenizer, prefix + text)
         if whole[: len(given)] == given:
             return whole[len(given) :]
     return _ids(tokenizer, text)
@@ -77,7 +82,8 @@ def encode_example(tokenizer, prompt: str, target: str, max_length: int | None =
     Labels are -100 on the prompt and the ids themselves on target and eos. A bos or eos that the
     text itself writes is not doubled. Raises ValueError when no target token fits.
     """
-    start, end = encode_prompt(tokenizer, prompt), encode_after(tokenizer, prompt, target)
+    ids = _ids(tokenizer, prompt)
+    start, end = _after_bos(tokenizer, ids), encode_after(tokenizer, prompt, target, ids)
     if not prompt and end[:1] == start:  # the text writes its bos
         end = end[1:]
     if end[-1:] != [tokenizer.eos_token_id]:

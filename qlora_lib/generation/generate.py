@@ -16,7 +16,7 @@ from ..base.progress import Progress
 from ..base.ranges import ANY_SEED, COUNT, SHARE, ZERO_ON, check_fields
 from ..data.rows import check_text, listed
 from ..data.tokens import PAD, by_length, encode_prompt, pad
-from ..layers.linear import decoding_layout
+from ..layers.linear import decoding_layout, held_dense
 from ..lora.inject import use_adapter
 from ..lora.layer import check_names
 from ..models.batches import check_tokens
@@ -121,7 +121,8 @@ class ModelGenerator(Generator):
 
     def layout(self):
         """Return a context in which decoding is fastest; whoever asks often holds it meanwhile."""
-        return decoding_layout(self.model) if self.dtype == torch.bfloat16 else nullcontext()
+        layout = decoding_layout if self.dtype == torch.bfloat16 else held_dense
+        return layout(self.model)
 
     def __call__(self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None):
         model, decoding, prompts = self.model, self.decoding, listed(prompts, "prompts", str)

@@ -48,6 +48,16 @@ class Int4Tiles(QuantizedTensor):
         return QuantizedTensor(**own)
 
 
+class HeldDense:
+    """A packed weight whose dense fp32 rows are held (see `linear.held_dense`)."""
+
+    def __init__(self, weight: QuantizedTensor | NF4Tensor):
+        self.shape, self.held = weight.shape, list(weight.pieces(torch.float32))
+
+    def pieces(self, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
+        return self.held
+
+
 @lru_cache
 def tile_rows() -> int | None:
     """Rows of a tile, which depend on the vector instructions in use; None: another order."""

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from course.tools.copies import fresh_copy_of
 from course.tools.normal_form import dumps, normal, notebooks, read, write
 from course.tools.side_by_side import longest_first
-from tests.support.needed_cells import needed_cells
+from tests.support.needed_cells import cells_of_controls
 
 PATHS = longest_first(notebooks())
 
@@ -84,8 +84,7 @@ def to_run(path, cells, executed):
     """Indexes of the code cells to run."""
     if not executed or path == PATHS[-1] or not fresh_copy_of(path):
         return list(range(len(cells)))
-    sources = [cell.source for cell in cells]
-    return needed_cells(sources, [i for i, s in enumerate(sources) if "SliderPlot(" in s])
+    return cells_of_controls(cells)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

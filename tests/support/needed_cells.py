@@ -7,17 +7,20 @@ from collections.abc import Iterable, Sequence
 from IPython.core.inputtransformer2 import TransformerManager
 
 
-def needed_cells(sources: Sequence[str], wanted: Iterable[int]) -> list[int]:
+def needed_cells(
+    sources: Sequence[str], wanted: Iterable[int], asides: Iterable[int] = ()
+) -> list[int]:
     """Indexes of the wanted code cells and of those before the last of them that they need.
 
     A cell is needed if it binds a name that a needed one looks up, and, as a call may change what
     it is given, if it mentions such a name at all, unless the name is a function, a class or an
-    import.
+    import. Cells in `asides` only mention what others need; raises ValueError where they bind a
+    name that no other needed cell binds.
     """
     cells = [_names(source) for source in sources]
     data = set().union(*(data for _, _, data in cells))
     kept = set(wanted)
-    before = range(max(kept, default=-1) + 1)
+    before = set(range(max(kept, default=-1) + 1)) - set(asides)
     while True:
         looked_up = set().union(*(cells[i][1] for i in kept))
         new = {
@@ -25,8 +28,19 @@ def needed_cells(sources: Sequence[str], wanted: Iterable[int]) -> list[int]:
             if cells[i][0] & looked_up or cells[i][1] & looked_up & data
         } - kept  # fmt: skip
         if not new:
+            theirs, own = (set().union(*(cells[i][0] for i in some)) for some in (asides, kept))
+            if missing := theirs & looked_up - own:
+                raise ValueError(f"cells {sorted(asides)} bind what others need: {missing}")
             return sorted(kept)
         kept |= new
+
+
+def cells_of_controls(cells) -> list[int]:
+    """Indexes of the code cells that a notebook's SliderPlots need, without those tagged `aside`."""
+    sources = [cell.source for cell in cells]
+    asides = [i for i, cell in enumerate(cells) if "aside" in cell.metadata.get("tags", [])]
+    wanted = [i for i, source in enumerate(sources) if "SliderPlot(" in source]
+    return needed_cells(sources, wanted, asides)
 
 
 def _names(source: str) -> tuple[set[str], set[str], set[str]]:

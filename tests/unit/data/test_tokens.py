@@ -230,3 +230,12 @@ def test_a_pad_token_that_the_model_does_not_have_is_never_shown_to_it():
     tokenizer.add_special_tokens({"pad_token": "<unknown pad>"})
     assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
     assert list(doors(tokenizer)) == usual
+
+
+def test_a_prompt_is_tokenized_once():
+    tokenizer, seen = small_tokenizer(), []
+    encode = tokenizer.encode
+    tokenizer.encode = lambda text, **how: seen.append(text) or encode(text, **how)
+    prompt, target = PAIRS[0]
+    data.encode_example(tokenizer, prompt, target)
+    assert seen == [prompt, prompt + target]

@@ -5,6 +5,8 @@ import pytest
 from qlora_lib.generation import generate
 from qlora_lib.generation.generate import Decoding, generator
 from qlora_lib.lora.inject import inject_lora, use_adapter
+from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.quant.grid import QuantizedTensor, QuantSpec
 from tests.support.lora_models import trained
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
 
@@ -71,3 +73,14 @@ def test_a_long_answer_says_how_many_prompts_are_done(monkeypatch, capsys):
     assert [line.rpartition(", ")[0] for line in lines] == [
         "answering: 8 of 12 prompts", "answering: 12 of 12 prompts"
     ]  # fmt: skip
+
+
+def test_a_small_packed_model_is_decoded_once_for_all_tokens_of_all_prompts(monkeypatch):
+    model, decoded = small_model(), []
+    quantize_model(model, None, QuantSpec(4, 16), "rtn")
+    pieces = QuantizedTensor.pieces
+    counted = lambda weight, dtype: decoded.append(weight) or pieces(weight, dtype)  # noqa: E731
+    monkeypatch.setattr(QuantizedTensor, "pieces", counted)
+    ask = generator(model, small_tokenizer(), Decoding(max_new_tokens=3, batch_size=2))
+    ask([prompt for prompt, _ in PAIRS[:4]])
+    assert len(decoded) == len(quantized_layers(model))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qlora_lib.layers.linear import QuantizedLinear
+from qlora_lib.layers import linear as layers_linear
+from qlora_lib.layers.linear import QuantizedLinear, held_dense
 from qlora_lib.lora.layer import LoRAConfig, LoRALinear
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
@@ -260,3 +261,37 @@ def test_who_reads_the_weight_is_told_what_to_do():
         layer.weight
     with pytest.raises(AttributeError, match="has no attribute 'wait'"):
         layer.wait
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_dense_weights_give_the_same_bits_and_are_dropped_afterwards(kind):
+    layer, _ = pair(kind)
+    x, grad = normal(5, IN, seed=3).requires_grad_(), normal(5, OUT, seed=4)
+    expected = layer(x)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    with held_dense(nn.Sequential(layer)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(layer.held), "pieces", None)  # nothing is decoded any more
+        y = layer(x)
+        (y_grad,) = torch.autograd.grad(y, x, grad)
+        assert torch.equal(layer(x.detach()), expected)
+    assert torch.equal(y, expected) and torch.equal(y_grad, expected_grad)
+    assert layer.dense is None
+
+
+def test_dense_weights_are_held_only_by_small_models_with_frozen_scales(monkeypatch):
+    layer, _ = pair("grid4")
+    trained = copy.deepcopy(layer)
+    scale = trained.scale
+    del trained.scale
+    trained.scale = nn.Parameter(scale.float())
+    with held_dense(nn.Sequential(layer, trained)):
+        assert layer.dense is not None and trained.dense is None
+        layer.to(torch.bfloat16)  # as any move does, it drops what was held
+        assert layer.dense is None
+    with held_dense(layer):
+        with held_dense(layer):
+            pass
+        assert layer.dense is not None  # whoever began to hold them ends it
+    monkeypatch.setattr(layers_linear, "HELD_BYTES", 4 * IN * OUT - 1)
+    with held_dense(layer):
+        assert layer.dense is None

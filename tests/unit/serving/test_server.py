@@ -316,8 +316,9 @@ def test_a_request_does_not_walk_over_the_modules():
     async def run():
         server, held = held_server()
         held.go.set()
-        server._generator.model.named_modules = None  # calling it would fail
         async with server:
+            await server.generate("0", "a")  # the server has begun
+            server._generator.model.named_modules = None  # calling it would fail
             assert await server.generate("1", "a") == "a: 1"
             with pytest.raises(ValueError, match="no adapter 'z'"):
                 await server.generate("1", "z")
