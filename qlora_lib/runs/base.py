@@ -97,20 +97,20 @@ def make_base(plan: BasePlan, folder: Path):
         if _is_made_so(base, plan):
             print(f"base: {short_path(base)} is there, with these settings")
             return
-        check_place(base, QUANTIZATION)
-        tell_of_orphan(Path(folder))
-        stream = plan.stream and not is_whole(plan.model)
-        print(f"base: {'streaming' if stream else 'quantizing'} {short_path(Path(plan.model))} "
-              f"with {plan.recipe.method}")  # fmt: skip
-        if plan.stream and not stream:
-            print("  read whole: neither a GGUF file nor packed weights can be streamed")
-        if stream:
-            _stream(plan, base)
-        else:
-            made.append(_quantize(plan, base))
+        with held(folder):  # only now: what is there already may be read by many at once
+            check_place(base, QUANTIZATION)
+            tell_of_orphan(Path(folder))
+            stream = plan.stream and not is_whole(plan.model)
+            print(f"base: {'streaming' if stream else 'quantizing'} {short_path(Path(plan.model))} "
+                  f"with {plan.recipe.method}")  # fmt: skip
+            if plan.stream and not stream:
+                print("  read whole: neither a GGUF file nor packed weights can be streamed")
+            if stream:
+                _stream(plan, base)
+            else:
+                made.append(_quantize(plan, base))
 
-    with held(folder):
-        processes.on_first(make)
+    processes.on_first(make)
     return made[0] if made else None
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from qlora_lib.base.lock import LOCK
+from qlora_lib.models.fingerprint import fingerprint
 from qlora_lib.models.quantize import quantized_layers
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
@@ -144,3 +146,12 @@ def test_a_profile_takes_nf4_weights_as_its_base_unless_a_method_is_named(tmp_pa
     assert {type(layer.spec) for layer in quantized_layers(model).values()} == {NF4Spec}
     with pytest.raises(ValueError, match="holds NF4 weights, which gptq can't quantize again"):
         profile.quantized_base(tmp_path / "other", QuantSpec(4, 32), "gptq")
+
+
+def test_a_base_that_is_there_is_read_by_many_at_once_and_not_written_to(folder, tmp_path):
+    profile, run = load_profile("tiny", folder), tmp_path / "run"
+    first, _ = profile.quantized_base(run, NF4Spec())
+    (run / LOCK).unlink()
+    again, _ = profile.quantized_base(run, NF4Spec())  # no lock, so nobody has to wait
+    assert [p.name for p in run.iterdir()] == ["base"]
+    assert fingerprint(again) == fingerprint(first)
