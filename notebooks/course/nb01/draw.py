@@ -139,7 +139,8 @@ def draw_nf4(axes, positive: Tensor, negative: Tensor, grids: dict[str, Tensor])
         z = torch.special.ndtri(p.double())
         ax.hlines(p, -2.3, z, color=color, linewidth=1.1)
         ax.vlines(z, 0, p, color=color, linewidth=1.1)
-    ax.set(title="9 probabilities from 1/2 up, 8 down", xlabel="z (divided by its largest: the levels)",
+    ax.set(title="9 probabilities from 1/2 up, 8 down",
+           xlabel="z (divided by its largest: the levels)",
            ylabel="probability below z", xlim=(-2.3, 2.3), ylim=(0, 1.0))
     ax, colors = axes[1], {"NF4": NF4, "int4": RTN, "int4, symmetric": COLORS["gptq"]}
     for y, (name, values) in enumerate(grids.items()):

@@ -239,7 +239,7 @@ register(Exercise(
         (lambda unit, levels: (unit.unsqueeze(-1) - levels).abs().argmax(-1),
          "this is the level farthest away: argmin"),
         (lambda unit, levels: nearest_code(unit, levels) - 1,
-         "off by one: a value below the first midpoint has code 0, and bucketize counts none there"),
+         "off by one: a value below the first midpoint has code 0; bucketize counts none there"),
         (lambda unit, levels: nearest_code(unit, LEVELS),
          "the levels are an argument, not always those of NF4"),
         (lambda unit, levels: len(levels) - 1 - nearest_code(unit, levels),
@@ -330,8 +330,8 @@ register(Exercise(
         (lambda a, za, q, zw: (a.half() - za) @ (q.half() - zw).T,
          "fp16 holds every whole number only up to 2048, bf16 up to 256; cast with .int()"),
         (lambda a, za, q, zw: (a.float() - za) @ (q.float() - zw).T,
-         "the bracket is a whole number, this is a float; and fp32 holds every whole number only up "
-         "to 2**24, which sums over 11,008 features exceed: cast with .int() and stay there"),
+         "the bracket is a whole number, this is a float; and fp32 holds every whole number only "
+         "up to 2**24, which sums over 11,008 features exceed: cast with .int() and stay there"),
         (_narrow(torch.int16), "int16 ends at 32767 and wraps around: cast with .int()"),
         (lambda a, za, q, zw: (a.to(torch.int8) - za) @ (q.to(torch.int8) - zw).T,
          "codes of uint8 reach 255, int8 ends at 127: cast with .int()"),
@@ -424,7 +424,8 @@ register(Exercise(
         (_one_bit_a_byte, "this is the stream of bits, one in each byte; eight of them make one"),
         (_columns, "pack along a row, not along a column"),
         (_eight_codes_wide, "pad the stream to whole bytes, not the codes to a multiple of 8"),
-        (lambda codes, bits: codes, "nothing is packed here: n codes take ceil(n * bits / 8) bytes"),
+        (lambda codes, bits: codes,
+         "nothing is packed here: n codes take ceil(n * bits / 8) bytes"),
     ],
     exact_dtype=True))
 

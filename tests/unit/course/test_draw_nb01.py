@@ -1,6 +1,7 @@
 """The pictures of notebook 01: what their controls change, and what they state."""
 import re
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -105,7 +106,8 @@ def test_nf4_s_levels_stand_below_its_probabilities_on_the_curve():
     axes = Figure().subplots(1, 2)
     positive, negative = torch.linspace(0.968, 0.5, 9), 1 - torch.linspace(0.968, 0.5, 8)
     draw.draw_nf4(axes, positive, negative, {"the 64 weights": WEIGHT[0], "NF4": LEVELS})
-    ends = torch.cat([torch.tensor(c.get_segments())[:, 1] for c in axes[0].collections[1::2]])
+    ends = torch.cat([torch.tensor(np.array(c.get_segments()))[:, 1]
+                      for c in axes[0].collections[1::2]])
     assert torch.allclose(torch.special.ndtr(ends[:, 0]), ends[:, 1].double().to(ends.dtype),
                           atol=1e-5)
     levels = (ends[:, 0] / ends[:, 0].max()).unique(sorted=True)

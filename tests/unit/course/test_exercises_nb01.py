@@ -116,6 +116,7 @@ def nearest_code(unit, levels):
 
 
 @pytest.mark.parametrize("mine", [fit_row, unpack_nibbles, integer_product, nearest_code,
-                                  pack_bits, quantize_groups, layer_output], ids=lambda f: f.__name__)
+                                  pack_bits, quantize_groups, layer_output],
+                         ids=lambda f: f.__name__)
 def test_another_right_way_passes(mine, capsys):
     assert check(mine.__name__, mine) is mine, capsys.readouterr().out
