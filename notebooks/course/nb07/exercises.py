@@ -331,7 +331,7 @@ def update_of(cut: Callable) -> Callable:
     return update
 
 
-def cut(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _cut(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best B (out, rank) and A (rank, in), by the singular values of the small core."""
     q1, r1 = torch.linalg.qr(b)
     q2, r2 = torch.linalg.qr(a.T)
@@ -398,13 +398,13 @@ def _not_cut(b, a, rank):
 
 def _scaled_up(b, a, rank):
     """What is left is made as long as the whole was."""
-    new_b, new_a = cut(b, a, rank)
+    new_b, new_a = _cut(b, a, rank)
     return new_b * ((b @ a).norm() / (new_b @ new_a).norm()), new_a
 
 
 register(Exercise(
     name="cut_adapter",
-    reference=update_of(cut),
+    reference=update_of(_cut),
     cases=[
         (lambda g: (*_factors(g, 6, 4, 5), 1), "rank 4 to 1"),
         (lambda g: (*_factors(g, 8, 4, 8), 3), "rank 4 to 3"),
@@ -428,7 +428,7 @@ register(Exercise(
                               "(rank, in)"),
         (update_of(_scaled_up), "the best cut keeps the singular values as they are: do not "
                                 "scale it up for what is lost"),
-        (update_of(lambda b, a, rank: tuple(2**0.5 * f for f in cut(b, a, rank))),
+        (update_of(lambda b, a, rank: tuple(2**0.5 * f for f in _cut(b, a, rank))),
          "twice the update: the factors are not scaled"),
     ],
     atol=1e-4))

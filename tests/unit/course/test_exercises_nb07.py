@@ -59,14 +59,14 @@ def test_a_cut(model):
     prune_adapter(model, "a", 2, into="pruned")
     for layer in lora_layers(model).values():
         a, b, scale = parts(layer)["a"]
-        new_b, new_a = nb07.cut(b, a, 2)
+        new_b, new_a = nb07._cut(b, a, 2)
         assert new_b.shape == (len(b), 2) and new_a.shape == (2, a.shape[1])
         assert torch.allclose(scale * new_b @ new_a, layer.delta("pruned"), atol=1e-5)
 
 
 @pytest.mark.parametrize("mine", [
     lambda b, a, rank: nb07._cut_of_product(b @ a, rank),
-    lambda b, a, rank: [-f for f in nb07.cut(b, a, rank)],
+    lambda b, a, rank: [-f for f in nb07._cut(b, a, rank)],
 ], ids=["of the product", "other signs"])
 def test_any_factors_of_the_best_update_will_do(mine, capsys):
     whole = nb07.update_of(mine)
