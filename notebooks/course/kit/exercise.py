@@ -302,7 +302,8 @@ def side_by_side(yours: Any, expected: Any, width: int = 34) -> str:
 
 def _lines(value: Any, width: int) -> list[str]:
     if isinstance(value, (tuple, list)):
-        return [line for part in value for line in _lines(part, width)]
+        return [line for part in value for line in
+                ([str(part)[:width]] if _is_a_row(part) else _lines(part, width))]
     if isinstance(value, (torch.Tensor, np.ndarray)) and np.ndim(value) > 0:
         corner = torch.as_tensor(value).detach()
         if corner.numel() == 0:
@@ -311,6 +312,12 @@ def _lines(value: Any, width: int) -> list[str]:
         return [" ".join((str(x) if type(x) is int else f"{x:.4g}").rjust(7) for x in row)[:width]
                 for row in corner]
     return [str(value)[:width]]
+
+
+def _is_a_row(value: Any) -> bool:
+    """Whether a list within a list holds plain values alone, and so stands in one line."""
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(part, (int, float, str, type(None))) for part in value)
 
 
 def _shown(value: Any, width: int) -> list[str]:

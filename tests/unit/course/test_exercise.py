@@ -141,6 +141,12 @@ def test_whole_numbers_are_equal_whatever_the_dtype(dtype):
     assert "wrong values at 1 of 1" in checks._mismatch(want.to(dtype), want, by_value)
 
 
+def test_a_row_of_a_nested_list_stands_in_one_line():
+    shown = checks.side_by_side([[1, 2], [3, 4]], [[1, 2], [3, 5]]).splitlines()
+    assert [line.split("  ")[2].strip() for line in shown] == ["yours", "[1, 2]", "[3, 4]"]
+    assert len(checks.side_by_side([1, 2], [1, 3]).splitlines()) == 3
+
+
 def test_an_argument_made_into_something_else_is_written_into():
     before, text = [torch.ones(2)], ["text"]
     assert checks._differ(before, text) and not checks._differ(before, [torch.ones(2)])
