@@ -31,7 +31,7 @@ class Exercise:
         the label says in words what is special about them.
     mistakes: (wrong, message) pairs; `wrong` is what a typical mistake computes, or raises.
     rtol, atol: for floats; whole numbers must be equal. With exact_dtype a tensor must have the
-        reference's dtype too.
+        reference's dtype too; without, whole numbers must still come in a dtype of whole numbers.
     changes: of a call's arguments, afterwards: what the function shall have changed, as the
         reference does.
     """
@@ -205,6 +205,8 @@ def _difference(got: Any, want: Any, exercise: Exercise) -> str:
     if isinstance(want, (torch.Tensor, np.ndarray)):
         if not isinstance(got, (torch.Tensor, np.ndarray)):
             return f"it returns {_kind(got)}, expected {_kind(want)}"
+        if isinstance(got, np.ndarray) > isinstance(want, np.ndarray):  # later cells take a Tensor
+            return f"it returns {_kind(got)}, expected a Tensor: torch.as_tensor(...)"
         return _tensor_mismatch(torch.as_tensor(got), torch.as_tensor(want), exercise)
     if isinstance(want, (int, float)) and not isinstance(want, bool):
         got = got.item() if hasattr(got, "item") and np.ndim(got) == 0 else got
@@ -226,6 +228,8 @@ def _tensor_mismatch(got: torch.Tensor, want: torch.Tensor, exercise: Exercise) 
         return f"correct shape, but wrong values at {int((~same).sum())} of {same.numel()} places"
     if exercise.exact_dtype and got.dtype != want.dtype:
         return f"right values, but dtype {got.dtype}, expected {want.dtype}"
+    if got.is_floating_point() > want.is_floating_point():
+        return f"right values, but as {got.dtype}, expected whole numbers, such as {want.dtype}"
     return ""
 
 
@@ -298,14 +302,22 @@ def side_by_side(yours: Any, expected: Any, width: int = 34) -> str:
 
 def _lines(value: Any, width: int) -> list[str]:
     if isinstance(value, (tuple, list)):
-        return [line for part in value for line in _lines(part, width)]
+        return [line for part in value for line in
+                ([str(part)[:width]] if _is_a_row(part) else _lines(part, width))]
     if isinstance(value, (torch.Tensor, np.ndarray)) and np.ndim(value) > 0:
         corner = torch.as_tensor(value).detach()
         if corner.numel() == 0:
             return [f"no numbers, shape {tuple(corner.shape)}"[:width]]
         corner = corner.reshape(-1, corner.shape[-1])[:4, :4].tolist()
-        return [" ".join(f"{x:.4g}".rjust(7) for x in row)[:width] for row in corner]
+        return [" ".join((str(x) if type(x) is int else f"{x:.4g}").rjust(7) for x in row)[:width]
+                for row in corner]
     return [str(value)[:width]]
+
+
+def _is_a_row(value: Any) -> bool:
+    """Whether a list within a list holds plain values alone, and so stands in one line."""
+    return isinstance(value, (tuple, list)) and all(
+        isinstance(part, (int, float, str, type(None))) for part in value)
 
 
 def _shown(value: Any, width: int) -> list[str]:

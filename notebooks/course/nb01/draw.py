@@ -41,25 +41,31 @@ def draw_staircase(axes, low: float, high: float, scale: float, zero_point: int,
             ax.axvline(end, color=MUTED, linestyle=":", linewidth=1.4)
 
 
-def draw_granularity(axes, bits: int, group_size: int | None, symmetric: bool,
-                     results: dict, limit: float) -> None:
-    """Top the decoded weights, below all settings and this one.
+WIDTHS = {2: COLORS["qlora"], 3: RTN, 4: COLORS["gptq"], 8: COLORS["other"]}  # bits a weight
 
-    results: {(bits, group_size, symmetric): (decoded slice (rows, cols), relative error,
-    bits a weight)}; limit: the largest weight of the slice, the end of the colors.
+
+def draw_granularity(ax, bits: int, group_size: int | None, symmetric: bool, errors: dict,
+                     costs: dict) -> None:
+    """Relative error over bits a weight, a color a number of bits, and one setting in words.
+
+    errors, costs: {(bits, group_size, symmetric): relative error, bits a weight}. The other
+    symmetry is drawn thin and gray.
     """
-    values, error, cost = results[bits, group_size, symmetric]
+    for b, color in WIDTHS.items():
+        for s in (not symmetric, symmetric):
+            own = sorted((costs[key], errors[key]) for key in errors
+                         if key[0] == b and key[2] == s)
+            style = {"color": color, "label": f"{b} bits"} if s == symmetric else \
+                {"color": MUTED, "linewidth": 1, "markersize": 3}
+            if own:
+                ax.plot(*zip(*own), "o-", **style)
+    cost, error = costs[bits, group_size, symmetric], errors[bits, group_size, symmetric]
+    ax.plot(cost, error, "o", color=WIDTHS[bits], markersize=13, markeredgecolor="black")
     sharing = f"groups of {group_size}" if group_size else "one group a row"
-    matrix(axes[0], values, limits=(-limit, limit), cmap="PuOr_r",
-           title=f"{sharing}: error {error:.4f}")
-    ax = axes[1]
-    for b in sorted({key[0] for key in results}):
-        points = sorted((c, e) for (k, _, s), (_, e, c) in results.items()
-                        if (k, s) == (b, symmetric))
-        ax.plot(*zip(*points), "o-", color=MUTED, markersize=5, linewidth=1.2)
-    ax.plot(cost, error, "o", color=RTN, markersize=12)
-    ax.set(yscale="log", xlim=(1.8, 9.2), ylim=(2e-3, 1.5), xlabel="bits a weight",
-           ylabel="relative error", xticks=range(2, 10), title=f"{cost:.3f} bits a weight")
+    ax.set(yscale="log", xlim=(1.8, 9.2), ylim=(3e-3, 1.2), xlabel="bits a weight",
+           ylabel="relative error", xticks=range(2, 10),
+           title=f"{bits} bits, {sharing}: {cost:.3f} bits a weight, error {error:.4f}")
+    ax.legend(loc="upper right")
 
 
 def draw_clipping(axes, bits: int, clip_ratio: float, row: Tensor, ratios: Sequence[float],
@@ -81,12 +87,15 @@ def draw_clipping(axes, bits: int, clip_ratio: float, row: Tensor, ratios: Seque
                 title=f"one row, its {2**bits} levels; gray: clipped")
     ax, error = axes[1], errors[bits]
     best = min(range(len(error)), key=error.__getitem__)
-    ax.plot(ratios, error, color=RTN)
-    ax.axvline(ratios[best], color=MUTED, linestyle=":")
     here = error[min(range(len(ratios)), key=lambda i: abs(ratios[i] - clip_ratio))]
-    ax.plot(clip_ratio, here, "o", color=RTN, markersize=11)
-    ax.set(xlim=(0.18, 1.02), ylim=(4e-3, 1.2), yscale="log", xlabel="clip ratio",
-           ylabel="relative error",
+    for b in sorted(errors):
+        over = [e / min(errors[b]) for e in errors[b]]
+        ax.plot(ratios, over, color=RTN if b == bits else MUTED,
+                linewidth=2.2 if b == bits else 1)
+    ax.axvline(ratios[best], color=RTN, linestyle=":")
+    ax.plot(clip_ratio, min(here / error[best], 2), "o", color=RTN, markersize=11, clip_on=False)
+    ax.set(xlim=(0.18, 1.02), ylim=(0.97, 2), xlabel="clip ratio; gray: other numbers of bits",
+           ylabel="error / the best's",
            title=f"here {here:.4f}, best {error[best]:.4f} at {ratios[best]:.2f}")
 
 
@@ -118,22 +127,28 @@ def draw_bit_layout(ax, bits: int, order: str, codes: Tensor) -> None:
     ax.set_axis_off()
 
 
-def draw_quantiles(axes, quantiles: Tensor, levels: Tensor) -> None:
-    """Left a normal density cut at quantiles, right the levels that they become.
+def draw_nf4(axes, positive: Tensor, negative: Tensor, grids: dict[str, Tensor]) -> None:
+    """Left: evenly spaced probabilities, carried to the normal's distribution function and down
+    to the levels. Right: the values of grids on one number line, in this order from below.
 
-    quantiles, levels: (16,), ascending.
+    positive: (9,), from the outermost probability down to 1/2; negative: (8,), up to 1/2.
     """
-    x = torch.linspace(-2.3, 2.3, 400)
-    axes[0].plot(x, (-x**2 / 2).exp() / (2 * torch.pi) ** 0.5, color=COLORS["fp"])
-    height = (-quantiles**2 / 2).exp() / (2 * torch.pi) ** 0.5
-    axes[0].vlines(quantiles, 0, height, color=NF4)
-    axes[0].set(title="quantiles of N(0, 1)", xlabel="z", ylim=(0, 0.45))
-    axes[1].plot(levels, range(len(levels)), "o", color=NF4, label="NF4")
-    even = torch.arange(16) / 7.5 - 1
-    axes[1].plot(even, range(16), ".", color=RTN, label="even steps")
-    axes[1].set(title="level of each code", xlabel="level", ylabel="code", xlim=(-1.1, 1.1),
-                yticks=range(0, 16, 3))
-    axes[1].legend(loc="upper left")
+    ax, x = axes[0], torch.linspace(-2.3, 2.3, 400)
+    ax.plot(x, torch.special.ndtr(x), color=COLORS["fp"])
+    for p, color in ((positive, NF4), (negative, OTHER)):
+        z = torch.special.ndtri(p.double())
+        ax.hlines(p, -2.3, z, color=color, linewidth=1.1)
+        ax.vlines(z, 0, p, color=color, linewidth=1.1)
+    ax.set(title="9 probabilities from 1/2 up, 8 down",
+           xlabel="z (divided by its largest: the levels)",
+           ylabel="probability below z", xlim=(-2.3, 2.3), ylim=(0, 1.0))
+    ax, colors = axes[1], {"NF4": NF4, "int4": RTN, "int4, symmetric": COLORS["gptq"]}
+    for y, (name, values) in enumerate(grids.items()):
+        ax.plot(values, [y] * len(values), "|", color=colors.get(name, COLORS["fp"]),
+                markersize=24, markeredgewidth=2.2 if name in colors else 1)
+    ax.set(yticks=range(len(grids)), yticklabels=list(grids), ylim=(-0.5, len(grids) - 0.5),
+           xlim=(-1.25, 1.25), xlabel="weight / absmax", title="one block, three grids")
+    ax.grid(axis="y", visible=False)
 
 
 def draw_level_use(axes, unit: Tensor, levels: Tensor, counts: Tensor) -> None:

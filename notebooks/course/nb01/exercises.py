@@ -1,6 +1,8 @@
-"""Exercises of notebook 01: a grid, groups, nibbles, the integer product, NF4 codes."""
+"""Exercises of notebook 01: a grid, nibbles, NF4 codes, the integer product; then a layer from its
+weights to bytes and back, in three steps."""
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qlora_lib.quant.nf4 import NF4_LEVELS
 from ..kit.exercise import Exercise, register
@@ -77,6 +79,33 @@ def _symmetric(row, bits):
     return scale, torch.tensor(float(2 ** (bits - 1)))
 
 
+def _zero_row_at(code):
+    """The solution with another zero-point for a row of zeros; `code` is a function of bits."""
+    def wrong(row, bits):
+        scale, zero = fit_row(row, bits)
+        return scale, zero if row.any() else torch.tensor(float(code(bits)))
+    return wrong
+
+
+def _floored_zero_point(row, bits):
+    scale = fit_row(row, bits)[0]
+    return scale, (-row.min().clamp(max=0) / scale).floor()
+
+
+def _fifteen_steps(row, bits):
+    return fit_row(row, 4)
+
+
+def _from_the_mean(row, bits):
+    scale = fit_row(row, bits)[0]
+    return scale, (2 ** (bits - 1) - row.mean() / scale).round().clamp(0, 2**bits - 1)
+
+
+def _low_as_zero_point(row, bits):
+    return fit_row(row, bits)[0], row.min().clamp(max=0)
+
+
+ANY_ZERO = "with scale 1 it decodes to zeros too, but asked is -low / scale, which is 0"
 NO_ZERO = "0 is not in the range: move `low` down to 0 or `high` up to 0 before the scale"
 register(Exercise(
     name="fit_row",
@@ -104,68 +133,26 @@ register(Exercise(
         (_absolute_floor, "an absolute floor on the scale coarsens small weights; only an exact "
                           "0 needs care"),
         (_symmetric, "this is the symmetric grid; the asymmetric one spans [min, max] and 0"),
+        (_zero_row_at(lambda bits: 2 ** (bits - 1)),
+         "a row of zeros has the symmetric grid's zero-point here: " + ANY_ZERO),
+        (_zero_row_at(lambda bits: 2**bits - 1),
+         "a row of zeros has the last code as zero-point here, max = s (2^b - 1 - z): " + ANY_ZERO),
+        (_floored_zero_point, "floor moves the zero-point down by up to a whole step: round to "
+                              "the nearest code"),
+        (_fifteen_steps, "15 steps are those of 4 bits: with `bits` bits there are 2**bits - 1"),
+        (_from_the_mean, "the middle code does not go to the row's mean: code 0 goes to low, so "
+                         "z = -low / s"),
+        (_low_as_zero_point, "this is the lowest weight itself; the zero-point is a code: how many "
+                             "steps is low below 0?"),
     ],
     exact_dtype=False))
 
 
-# --- 2. Dequantize with groups -----------------------------------------------------------
-
-def dequantize_groups(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    grouped = q.float().unflatten(1, (scale.shape[1], -1))
-    return (scale.unsqueeze(-1) * (grouped - zero_point.unsqueeze(-1))).flatten(1)
-
-
-def _wide(x, q):
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)  # (out, groups) -> (out, in)
-
-
-def _groups_interleaved(q, scale, zero_point):
-    times = q.shape[1] // scale.shape[1]
-    return scale.repeat(1, times) * (q - zero_point.repeat(1, times))
-
+# --- 2. Unpack nibbles -------------------------------------------------------------------
 
 def _codes(g, *shape, high=16):
     return torch.randint(0, high, shape, generator=g, dtype=torch.uint8)
 
-
-def _grouped(out, groups, size, high=16):
-    def make(g):
-        return (_codes(g, out, groups * size, high=high), torch.rand(out, groups, generator=g),
-                torch.randint(0, high, (out, groups), generator=g).float())
-    return make
-
-
-register(Exercise(
-    name="dequantize_groups",
-    reference=dequantize_groups,
-    cases=[
-        (_grouped(3, 2, 4), "3 rows of 2 groups of 4"),
-        (_grouped(4, 4, 1), "groups of one weight"),
-        (_grouped(5, 1, 8), "one group a row"),
-        (_grouped(2, 3, 4), "2 rows of 3 groups of 4"),
-        (_grouped(4, 2, 2), "a square matrix"),
-    ],
-    mistakes=[
-        (lambda q, s, z: s * (q - z),
-         "(out, groups) does not line up with (out, in): give each group an axis of its own, "
-         "(out, groups, group_size), and scale.unsqueeze(-1)"),
-        (lambda q, s, z: s[:, :1] * (q - z[:, :1]),
-         "every group has its own scale and zero-point; this uses group 0's"),
-        (_groups_interleaved,
-         "input feature k is in group k // group_size, not k % groups"),
-        (lambda q, s, z: _wide(s, q) * q - _wide(z, q),
-         "subtract the zero-point from the code first, then scale"),
-        (lambda q, s, z: _wide(s, q) * (q + _wide(z, q)),
-         "the zero-point is subtracted: s (q - z)"),
-        (lambda q, s, z: _wide(s, q) * q,
-         "the zero-point is missing: s (q - z)"),
-        (lambda q, s, z: dequantize_groups(q, s, z).unflatten(1, (s.shape[1], -1)),
-         "the values are right; bring (out, groups, group_size) back to (out, in) with flatten(1)"),
-    ],
-    exact_dtype=False))
-
-
-# --- 3. Unpack nibbles -------------------------------------------------------------------
 
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first, second], dim=-1).flatten(-2)
@@ -183,6 +170,7 @@ register(Exercise(
         (lambda g: (_codes(g, 3, 4, high=256), 8), "3 rows of 8 codes"),
         (lambda g: (_codes(g, 2, 3, high=256) & 255, 5), "5 codes a row: half a byte is padding"),
         (lambda g: (_codes(g, 6, high=256), 12), "one row, a 1-D tensor"),
+        (lambda g: (_codes(g, 2, 3, 2, high=256), 3), "three dimensions, 3 codes a row"),
     ],
     mistakes=[
         (lambda p, n: _interleave(p >> 4, p & 15)[..., :n],
@@ -199,82 +187,20 @@ register(Exercise(
          "the low nibble needs its mask: packed & 15"),
         (lambda p, n: _interleave(p & 15, p & 240)[..., :n],
          "the high nibble must come down by four bits: packed >> 4"),
+        (lambda p, n: _interleave(p & 15, p >> 4)[..., -n:],
+         "this cuts at the front; the padding is at the end of a row: [..., :n]"),
+        (lambda p, n: _interleave(p & 15, p >> 4)[..., :n - 1],
+         "one too few: n codes are [..., :n]"),
+        (lambda p, n: _interleave(p & 15, p >> 4).reshape(p.shape[0], -1)[:, :n],
+         "right for a matrix; packed may have any number of dimensions: flatten the last two and "
+         "cut with [..., :n]"),
+        (lambda p, n: _interleave(p & 15, p >> 4)[:, :n],
+         "right for a matrix; packed may have any number of dimensions: cut with [..., :n]"),
     ],
     exact_dtype=False))
 
 
-# --- 4. Integer product ------------------------------------------------------------------
-
-def integer_product(a: Tensor, za: Tensor, q: Tensor, zw: Tensor) -> Tensor:
-    a, q, za, zw = (t.int() for t in (a, q, za, zw))
-    return a @ q.T - zw.T * a.sum(1, keepdim=True) - za * q.sum(1) + a.shape[1] * za * zw.T
-
-
-def _terms(a, za, q, zw, product=1, zw_a=-1, za_q=-1, constant=1):
-    """The bracket with its four terms times the given factors."""
-    a, q, za, zw = (t.int() for t in (a, q, za, zw))
-    return (product * (a @ q.T) + zw_a * (zw.T * a.sum(1, keepdim=True))
-            + za_q * (za * q.sum(1)) + constant * za * zw.T * a.shape[1])
-
-
-def _sums_swapped(a, za, q, zw):
-    a, q, za, zw = (t.int() for t in (a, q, za, zw))
-    return a @ q.T - za * a.sum(1, keepdim=True) - zw.T * q.sum(1) + a.shape[1] * za * zw.T
-
-
-def _zw_not_turned(a, za, q, zw):
-    a, q, za, zw = (t.int() for t in (a, q, za, zw))
-    return a @ q.T - zw * a.sum(1, keepdim=True) - za * q.sum(1) + a.shape[1] * za * zw
-
-
-def _product_case(tokens, n, out):
-    def make(g):
-        return (_codes(g, tokens, n, high=256), _codes(g, tokens, 1, high=256),
-                _codes(g, out, n), _codes(g, out, 1))
-    return make
-
-
-register(Exercise(
-    name="integer_product",
-    reference=integer_product,
-    cases=[
-        (_product_case(2, 8, 3), "2 tokens, 8 features, 3 outputs"),
-        (_product_case(3, 64, 5), "64 features"),
-        (_product_case(4, 4, 4), "everything square"),
-        (_product_case(1, 16, 2), "a single token"),
-    ],
-    mistakes=[
-        (lambda *t: _terms(*t, zw_a=0, za_q=0, constant=0),
-         "this is only the first of four sums; the zero-points are missing"),
-        (lambda *t: _terms(*t, constant=0),
-         "the fourth term is missing: + n za zw"),
-        (lambda a, *t: _terms(a, *t, constant=1 / a.shape[1]).long(),
-         "za zw is added once for each of the n features: + n za zw"),
-        (lambda *t: _terms(*t, constant=-1),
-         "minus times minus: the fourth term is added, + n za zw"),
-        (lambda *t: _terms(*t, zw_a=1, za_q=1),
-         "the two terms in the middle are subtracted"),
-        (lambda *t: _terms(*t, za_q=0, constant=0),
-         "two of the terms hold za: - za sum(q) and + n za zw"),
-        (_sums_swapped,
-         "crossed: zw goes with the sum of a, za with the sum of q"),
-        (lambda a, za, q, zw: _terms(a, za, q, zw) - a.int() @ q.int().T + a.int() @ q.int(),
-         "a is (tokens, n) and q is (out, n): the product is a @ q.T"),
-        (lambda a, za, q, zw: (a - za).int() @ (q - zw).int().T,
-         "uint8 minus uint8 wraps around below 0 (3 - 5 = 254); cast with .int() first"),
-        (lambda a, za, q, zw: _terms(a, za, q, zw, product=0) + a @ q.T,
-         "a product of uint8 stays uint8 and wraps around at 256; cast with .int() first"),
-        (lambda a, za, q, zw: a @ q.T - zw.T * a.sum(1, keepdim=True) - za * q.sum(1)
-         + a.shape[1] * za * zw.T,
-         "a product of uint8 stays uint8 and wraps around at 256; cast all four with .int() first"),
-        (_zw_not_turned, "zw is (out, 1), the result (tokens, out): use zw.T"),
-        (lambda a, za, q, zw: (a.half() - za) @ (q.half() - zw).T,
-         "fp16 holds every whole number only up to 2048, bf16 up to 256; cast with .int()"),
-    ],
-    exact_dtype=False))
-
-
-# --- 5. Nearest NF4 code -----------------------------------------------------------------
+# --- 3. Nearest NF4 code -----------------------------------------------------------------
 
 def nearest_code(unit: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(unit, (levels[:-1] + levels[1:]) / 2)
@@ -310,4 +236,366 @@ register(Exercise(
          "return int64"),
         (lambda unit, levels: nearest_code(unit, levels).float(),
          "the codes will index the table of levels, and an index is a whole number: return int64"),
+        (lambda unit, levels: (unit.unsqueeze(-1) - levels).abs().argmax(-1),
+         "this is the level farthest away: argmin"),
+        (lambda unit, levels: nearest_code(unit, levels) - 1,
+         "off by one: a value below the first midpoint has code 0; bucketize counts none there"),
+        (lambda unit, levels: nearest_code(unit, LEVELS),
+         "the levels are an argument, not always those of NF4"),
+        (lambda unit, levels: len(levels) - 1 - nearest_code(unit, levels),
+         "the codes count from the largest level down; code 0 is the smallest level"),
+        (lambda unit, levels: nearest_code(unit.abs(), levels),
+         "the sign counts: levels are negative and positive"),
+        (lambda unit, levels: torch.bucketize(unit, (levels[1:] - levels[:-1]) / 2),
+         "these are half the distances of neighboring levels; their midpoints are (a + b) / 2"),
     ]))
+
+
+# --- 4. Integer product ------------------------------------------------------------------
+
+def integer_product(a: Tensor, za: Tensor, q: Tensor, zw: Tensor) -> Tensor:
+    a, q, za, zw = (t.int() for t in (a, q, za, zw))
+    return a @ q.T - zw.T * a.sum(1, keepdim=True) - za * q.sum(1) + a.shape[1] * za * zw.T
+
+
+def _terms(a, za, q, zw, product=1, zw_a=-1, za_q=-1, constant=1):
+    """The bracket with its four terms times the given factors."""
+    a, q, za, zw = (t.int() for t in (a, q, za, zw))
+    return (product * (a @ q.T) + zw_a * (zw.T * a.sum(1, keepdim=True))
+            + za_q * (za * q.sum(1)) + constant * za * zw.T * a.shape[1])
+
+
+def _sums_swapped(a, za, q, zw):
+    a, q, za, zw = (t.int() for t in (a, q, za, zw))
+    return a @ q.T - za * a.sum(1, keepdim=True) - zw.T * q.sum(1) + a.shape[1] * za * zw.T
+
+
+def _narrow(dtype):
+    """The solution in a dtype that is too narrow for the sums, or for the codes themselves."""
+    def wrong(a, za, q, zw):
+        a, q, za, zw = (t.to(dtype) for t in (a, q, za, zw))
+        n = torch.tensor(a.shape[1]).to(dtype)
+        return a @ q.T - zw.T * a.sum(1, keepdim=True, dtype=dtype) - za * q.sum(1, dtype=dtype) \
+            + n * za * zw.T
+    return wrong
+
+
+def _zw_not_turned(a, za, q, zw):
+    a, q, za, zw = (t.int() for t in (a, q, za, zw))
+    return a @ q.T - zw * a.sum(1, keepdim=True) - za * q.sum(1) + a.shape[1] * za * zw
+
+
+def _product_case(tokens, n, out, high=16):
+    def make(g):
+        return (_codes(g, tokens, n, high=256), _codes(g, tokens, 1, high=256),
+                _codes(g, out, n, high=high), _codes(g, out, 1, high=high))
+    return make
+
+
+register(Exercise(
+    name="integer_product",
+    reference=integer_product,
+    cases=[
+        (_product_case(2, 8, 3), "2 tokens, 8 features, 3 outputs"),
+        (_product_case(3, 64, 5), "64 features"),
+        (_product_case(4, 4, 4), "everything square"),
+        (_product_case(1, 16, 2), "a single token"),
+        (_product_case(5, 11_008, 7, high=256), "11,008 features, 8 bits on both sides"),
+    ],
+    mistakes=[
+        (lambda *t: _terms(*t, zw_a=0, za_q=0, constant=0),
+         "this is only the first of four sums; the zero-points are missing"),
+        (lambda *t: _terms(*t, constant=0),
+         "the fourth term is missing: + n za zw"),
+        (lambda a, *t: _terms(a, *t, constant=1 / a.shape[1]).long(),
+         "za zw is added once for each of the n features: + n za zw"),
+        (lambda *t: _terms(*t, constant=-1),
+         "minus times minus: the fourth term is added, + n za zw"),
+        (lambda *t: _terms(*t, zw_a=1, za_q=1),
+         "the two terms in the middle are subtracted"),
+        (lambda *t: _terms(*t, za_q=0, constant=0),
+         "two of the terms hold za: - za sum(q) and + n za zw"),
+        (_sums_swapped,
+         "crossed: zw goes with the sum of a, za with the sum of q"),
+        (lambda a, za, q, zw: _terms(a, za, q, zw) - a.int() @ q.int().T + a.int() @ q.int(),
+         "a is (tokens, n) and q is (out, n): the product is a @ q.T"),
+        (lambda a, za, q, zw: (a - za).int() @ (q - zw).int().T,
+         "uint8 minus uint8 wraps around below 0 (3 - 5 = 254); cast with .int() first"),
+        (lambda a, za, q, zw: _terms(a, za, q, zw, product=0) + a @ q.T,
+         "a product of uint8 stays uint8 and wraps around at 256; cast with .int() first"),
+        (lambda a, za, q, zw: a @ q.T - zw.T * a.sum(1, keepdim=True) - za * q.sum(1)
+         + a.shape[1] * za * zw.T,
+         "a product of uint8 stays uint8 and wraps around at 256; cast all four with .int() first"),
+        (_zw_not_turned, "zw is (out, 1), the result (tokens, out): use zw.T"),
+        (lambda a, za, q, zw: (a.half() - za) @ (q.half() - zw).T,
+         "fp16 holds every whole number only up to 2048, bf16 up to 256; cast with .int()"),
+        (lambda a, za, q, zw: (a.float() - za) @ (q.float() - zw).T,
+         "the bracket is a whole number, this is a float; and fp32 holds every whole number only "
+         "up to 2**24, which sums over 11,008 features exceed: cast with .int() and stay there"),
+        (_narrow(torch.int16), "int16 ends at 32767 and wraps around: cast with .int()"),
+        (lambda a, za, q, zw: (a.to(torch.int8) - za) @ (q.to(torch.int8) - zw).T,
+         "codes of uint8 reach 255, int8 ends at 127: cast with .int()"),
+        (lambda *t: _terms(*t, za_q=0), "the third sum is missing: - za sum(q)"),
+        (lambda *t: _terms(*t, zw_a=0), "the second sum is missing: - zw sum(a)"),
+        (lambda *t: _terms(*t).T, "this is (out, tokens); the result is (tokens, out)"),
+        (lambda a, za, q, zw: torch.relu(_terms(a, za, q, zw)).byte(),
+         "the bracket is negative for some and far above 255 for most: return int32, not uint8"),
+    ],
+    exact_dtype=False))
+
+
+# --- 5. A layer from its weights to bytes and back, in three steps ---------------------------
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    stream = (codes.unsqueeze(-1) >> torch.arange(bits) & 1).flatten(1)  # (rows, n * bits)
+    stream = pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (stream << torch.arange(8)).sum(-1).byte()
+
+
+def _stream(codes, bits, order, last=None, padded_in_front=False):
+    """The packer with other orders of a code's and a byte's bits."""
+    stream = (codes.unsqueeze(-1) >> torch.arange(bits) & 1)
+    stream = (stream.flip(-1) if order == "high" else stream).flatten(1)
+    gap = -stream.shape[1] % 8
+    stream = pad(stream, (gap, 0) if padded_in_front else (0, gap)).unflatten(1, (-1, 8))
+    places = torch.arange(8).flip(0) if last == "high" else torch.arange(8)
+    return (stream << places).sum(-1).byte()
+
+
+def _whole_codes_a_byte(codes, bits):
+    per = 8 // bits
+    codes = pad(codes, (0, -codes.shape[1] % per)).unflatten(1, (-1, per))
+    return (codes.long() << bits * torch.arange(per)).sum(-1).byte()
+
+
+def _cut_short(codes, bits):
+    return pack_bits(codes, bits)[:, :codes.shape[1] * bits // 8]
+
+
+def _always_nibbles(codes, bits):
+    return pack_bits(codes, 4)
+
+
+def _over_rows(codes, bits):
+    return pack_bits(codes.reshape(1, -1), bits).flatten()
+
+
+def _one_bit_a_byte(codes, bits):
+    return (codes.unsqueeze(-1) >> torch.arange(bits) & 1).flatten(1).byte()
+
+
+def _columns(codes, bits):
+    return pack_bits(codes.T, bits)
+
+
+def _eight_codes_wide(codes, bits):
+    return pack_bits(pad(codes, (0, -codes.shape[1] % 8)), bits)
+
+
+def _code_cells(rows, n, bits):
+    return lambda g: (_codes(g, rows, n, high=2**bits), bits)
+
+
+register(Exercise(
+    name="pack_bits",
+    reference=pack_bits,
+    cases=[
+        (lambda g: (torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8), 4), "codes 1 2 3 4, 4 bits"),
+        (_code_cells(2, 8, 3), "8 codes of 3 bits fill 3 bytes"),
+        (_code_cells(3, 5, 3), "5 codes of 3 bits: 15 bits, so one bit of padding"),
+        (_code_cells(4, 7, 2), "7 codes of 2 bits"),
+        (_code_cells(2, 5, 8), "8 bits: nothing to pack"),
+        (_code_cells(3, 77, 4), "77 codes of 4 bits"),
+    ],
+    mistakes=[
+        (lambda codes, bits: _stream(codes, bits, "high"),
+         "within a code the lowest bit comes first in the stream"),
+        (lambda codes, bits: _stream(codes, bits, "low", "high"),
+         "bit j of the stream has the value 2**j in its byte: the first bit is the lowest"),
+        (lambda codes, bits: _stream(codes, bits, "high", "high"),
+         "this is the order of bitsandbytes, high bits first; asked is low bits first"),
+        (lambda codes, bits: _stream(codes, bits, "low", padded_in_front=True),
+         "the padding comes after the last code, not before the first"),
+        (_whole_codes_a_byte, "two codes of 3 bits a byte leave two bits empty: codes may straddle "
+                              "bytes, and 8 of them fill 3 bytes"),
+        (_cut_short, "the last byte may be filled in part: round the number of bytes up"),
+        (_always_nibbles, "`bits` is an argument, not always 4"),
+        (_over_rows, "every row has bytes of its own: (rows, bytes), padding at each row's end"),
+        (_one_bit_a_byte, "this is the stream of bits, one in each byte; eight of them make one"),
+        (_columns, "pack along a row, not along a column"),
+        (_eight_codes_wide, "pad the stream to whole bytes, not the codes to a multiple of 8"),
+        (lambda codes, bits: codes,
+         "nothing is packed here: n codes take ceil(n * bits / 8) bytes"),
+    ],
+    exact_dtype=True))
+
+
+def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _groups(weight, bits, group_size)
+
+
+def _groups(weight, bits, size, half=True, codes_from_exact=False, with_zero=True, steps=None,
+            clamp=True, rounded=torch.round):
+    """The solution, or it with one thing left out."""
+    top = 2**bits - 1
+    w = weight.unflatten(1, (-1, size))  # (out, groups, group_size)
+    low, high = w.amin(-1), w.amax(-1)
+    if with_zero:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    exact = (high - low) / (steps or top)
+    exact = torch.where(exact > 0, exact, 1.0)
+    stored = exact.half() if half else exact
+    scale = exact if codes_from_exact else stored.float()
+    zero = (-low / scale).round()
+    zero = zero.clamp(0, top) if clamp else zero
+    codes = rounded(w / scale.unsqueeze(-1) + zero.unsqueeze(-1))
+    codes = codes.clamp(0, top) if clamp else codes
+    return codes.flatten(1).byte(), stored, zero.byte()
+
+
+def _weights(out, n, bits, size, std=0.02, add=0.0):
+    return lambda g: (std * torch.randn(out, n, generator=g) + add, bits, size)
+
+
+def _a_zero_group(g):
+    weight = 0.02 * torch.randn(3, 64, generator=g)
+    weight[1, 32:] = 0
+    return weight, 4, 32
+
+
+def _grid_a_row(weight, bits, size):
+    codes, scale, zero = _groups(weight, bits, weight.shape[1])
+    groups = weight.shape[1] // size
+    return codes, scale.expand(-1, groups), zero.expand(-1, groups)
+
+
+def _grids_of_columns(weight, bits, size):
+    w = weight.unflatten(1, (size, -1)).transpose(1, 2).flatten(1)  # every groups-th feature
+    codes, scale, zero = _groups(w, bits, size)
+    return codes.unflatten(1, (-1, size)).transpose(1, 2).flatten(1), scale, zero
+
+
+def _symmetric_groups(weight, bits, size):
+    w = weight.unflatten(1, (-1, size))
+    scale = (2 * w.abs().amax(-1) / (2**bits - 1)).half()
+    scale = torch.where(scale > 0, scale, 1)
+    codes = (w / scale.float().unsqueeze(-1)).round() + 2 ** (bits - 1)
+    return (codes.clamp(0, 2**bits - 1).flatten(1).byte(), scale,
+            torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8))
+
+
+register(Exercise(
+    name="quantize_groups",
+    reference=quantize_groups,
+    cases=[
+        (_weights(3, 64, 4, 32), "3 rows, two groups of 32, 4 bits"),
+        (_weights(5, 96, 3, 32), "3 bits"),
+        (_weights(8, 256, 8, 64), "8 bits, where a scale rounded too late moves codes"),
+        (_weights(4, 64, 2, 16, add=0.05), "2 bits, all weights positive"),
+        (_a_zero_group, "a group of zeros"),
+    ],
+    mistakes=[
+        (lambda *t: _groups(*t, codes_from_exact=True),
+         "the codes belong to the exact scale; the reader of the file has the fp16 one: round the "
+         "scale first, then compute zero-point and codes with it"),
+        (lambda *t: _groups(*t, half=False), "the scale is stored in fp16: .half()"),
+        (lambda *t: _groups(*t, with_zero=False),
+         "0 is not in the range of every group: widen [low, high] to 0"),
+        (lambda w, bits, size: _groups(w, bits, size, steps=2**bits),
+         "2**bits levels have 2**bits - 1 steps between them"),
+        (lambda w, bits, size: _groups(w, bits, size, steps=15),
+         "15 steps are those of 4 bits: 2**bits - 1"),
+        (lambda *t: _groups(*t, rounded=torch.floor), "floor is not the nearest code: round"),
+        (lambda *t: _groups(*t, clamp=False),
+         "codes at the ends can round past the last one: clamp them to [0, 2**bits - 1]"),
+        (_grid_a_row, "each group has a grid of its own; this takes the row's"),
+        (_grids_of_columns, "a group is a stretch of neighbors of one row: unflatten(1, (-1, "
+                            "group_size))"),
+        (_symmetric_groups, "this is the symmetric grid; asked is the one from low to high"),
+        (lambda w, bits, size: (_groups(w, bits, size)[0].unflatten(1, (-1, size)),
+                                *_groups(w, bits, size)[1:]),
+         "the codes come back as (out, in): flatten the groups"),
+        (lambda w, bits, size: (_groups(w, bits, size)[0].float(), *_groups(w, bits, size)[1:]),
+         "codes are stored as uint8, to be packed"),
+        (lambda w, bits, size: (*_groups(w, bits, size)[:2], _groups(w, bits, size)[2].float()),
+         "the zero-point is a code and takes one byte: uint8"),
+    ]))
+
+
+def layer_output(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return _layer(x, packed, scale, zero, bits)
+
+
+def _layer(x, packed, scale, zero, bits, decode=lambda q, s, z: s * (q - z), codes=None):
+    """The solution, or it with another decoding or another way to read the codes."""
+    n = x.shape[1]
+    if codes is None:
+        stream = (packed.unsqueeze(-1) >> torch.arange(8) & 1).flatten(1)[:, :n * bits]
+        codes = (stream.unflatten(1, (n, bits)) << torch.arange(bits)).sum(-1)
+    q = codes.float().unflatten(1, (scale.shape[1], -1))  # (out, groups, group_size)
+    w = decode(q, scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)).flatten(1)
+    return x @ w.T
+
+
+def _high_bits_first(x, packed, scale, zero, bits):
+    stream = (packed.unsqueeze(-1) >> torch.arange(8) & 1).flatten(1)[:, :x.shape[1] * bits]
+    places = torch.arange(bits).flip(0)
+    codes = (stream.unflatten(1, (-1, bits)) << places).sum(-1)
+    return _layer(x, packed, scale, zero, bits, codes=codes)
+
+
+def _as_nibbles(x, packed, scale, zero, bits):
+    codes = unpack_nibbles(packed, x.shape[1])
+    codes = pad(codes, (0, x.shape[1] - codes.shape[1]))
+    return _layer(x, packed, scale, zero, bits, codes=codes)
+
+
+def _row_0_s_grids(x, packed, scale, zero, bits):
+    return _layer(x, packed, scale[:1].expand_as(scale), zero[:1].expand_as(zero), bits)
+
+
+def _group_0_s_grids(x, packed, scale, zero, bits):
+    return _layer(x, packed, scale[:, :1].expand_as(scale), zero[:, :1].expand_as(zero), bits)
+
+
+def _layer_case(tokens, out, n, bits, size):
+    def make(g):
+        codes, scale, zero = quantize_groups(torch.randn(out, n, generator=g), bits, size)
+        return torch.randn(tokens, n, generator=g), pack_bits(codes, bits), scale, zero, bits
+    return make
+
+
+def _wrapped(q, s, z):
+    return s * ((q - z) % 256)
+
+
+register(Exercise(
+    name="layer_output",
+    reference=layer_output,
+    cases=[
+        (_layer_case(1, 3, 32, 8, 16), "8 bits, one token"),
+        (_layer_case(2, 5, 64, 4, 32), "4 bits, 2 tokens"),
+        (_layer_case(3, 4, 96, 3, 32), "3 bits: codes straddle bytes"),
+        (_layer_case(2, 6, 25, 3, 5), "3 bits, 25 features: padding at the end of a row"),
+        (_layer_case(4, 4, 64, 2, 16), "2 bits, a square output"),
+    ],
+    mistakes=[
+        (_high_bits_first, "within a code the first bit of the stream is the lowest"),
+        (_as_nibbles, "these are nibbles; `bits` may be 2, 3 or 8: read the stream bit by bit"),
+        (_row_0_s_grids, "each row has its own scales and zero-points"),
+        (_group_0_s_grids, "each group has its own scale and zero-point"),
+        (lambda *t: _layer(*t, decode=lambda q, s, z: s * q), "the zero-point is missing: "
+                                                              "s (q - z)"),
+        (lambda *t: _layer(*t, decode=lambda q, s, z: s * q - z),
+         "the zero-point is a code, so it is scaled too: s (q - z)"),
+        (lambda *t: _layer(*t, decode=lambda q, s, z: s * (q + z)),
+         "the zero-point is subtracted: s (q - z)"),
+        (lambda *t: _layer(*t, decode=_wrapped),
+         "uint8 wraps around below 0: make the codes floats before you subtract"),
+        (lambda *t: _layer(*t, decode=lambda q, s, z: q - z), "the scales are not used"),
+        (lambda *t: _layer(*t).T, "this is (out, tokens); a layer returns (tokens, out)"),
+        (lambda x, *t: _layer(torch.eye(x.shape[1]), *t).T,
+         "this is the decoded weight; multiply the inputs with it, x @ w.T"),
+        (lambda *t: _layer(*t).half(), "return fp32: the inputs are fp32"),
+    ],
+    atol=1e-4))  # sums in another order

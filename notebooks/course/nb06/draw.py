@@ -25,10 +25,11 @@ def product_cost(tokens: int, out: int, n: int, bits: float, size: int = 2) -> t
 
 
 def draw_roofline(ax, tokens: int, bits: int, flops: float, bandwidth: float,
-                  shape: tuple[int, int] = (4096, 4096)) -> None:
+                  shape: tuple[int, int] = (4096, 4096), measured: dict | None = None) -> None:
     """Attainable operations a second over operations a byte, and where a linear layer stands.
 
-    flops, bandwidth: the ceilings, operations and bytes a second. shape: (out, in).
+    flops, bandwidth: the ceilings, operations and bytes a second. shape: (out, in). measured:
+    {(tokens, bits): seconds} of the dense layer on this machine, drawn as crosses.
     """
     ridge = flops / bandwidth
     x = torch.logspace(-1, 4, 200)
@@ -41,6 +42,12 @@ def draw_roofline(ax, tokens: int, bits: int, flops: float, bandwidth: float,
         chosen = width == bits
         ax.plot(work / moved, rate / 1e9, "o", color=color, markersize=12 if chosen else 6,
                 markeredgecolor="black" if chosen else color, label=f"{width} bits", zorder=3)
+    for (count, width), time in (measured or {}).items():
+        work, moved = product_cost(count, *shape, width, width // 8)
+        ax.plot(work / moved, work / time / 1e9, "x", color=CHOSEN, markersize=9,
+                markeredgewidth=2.5, zorder=4)
+        ax.annotate(f"{count}", (work / moved, work / time / 1e9), (5, -14),
+                    textcoords="offset points", color=CHOSEN, fontsize=10)
     work, moved = product_cost(tokens, *shape, bits)
     by = "memory" if work / moved < ridge else "arithmetic"
     time = max(work / flops, moved / bandwidth)
@@ -100,6 +107,34 @@ def draw_tiles(axes, block_out: int, block_tokens: int, out: int, tokens: int, n
     right.grid(axis="y", visible=False)
 
 
+def draw_pointers(ax, program: int, start: int, out: int = 10, row_bytes: int = 8, block: int = 4,
+                  piece: int = 4) -> None:
+    """The bytes of a packed weight in memory, and which of them one pass of a program loads.
+
+    A cell is a byte, its number the offset from the first; masked rows hang below the matrix.
+    """
+    rows = range(program * block, (program + 1) * block)
+    for row in range(max(out, rows[-1] + 1)):
+        for at in range(row_bytes):
+            mine = row in rows and start <= at < start + piece
+            if row >= out and not mine:
+                continue
+            outside = row >= out
+            ax.add_patch(Rectangle((at, row), 1, 1, edgecolor="white", linewidth=1.5,
+                                   facecolor="none" if outside else MEMORY if mine else "#E8E8E8"))
+            if outside:
+                ax.add_patch(Rectangle((at, row), 1, 1, edgecolor=MUTED, facecolor="none",
+                                       hatch="///", linewidth=0))
+            ax.text(at + 0.5, row + 0.5, row * row_bytes + at, ha="center", va="center",
+                    color="black" if mine else MUTED, fontsize=10)
+    ax.set(xlim=(-0.1, row_bytes + 0.1), ylim=(12.2, -0.2), xlabel="byte of a row (at)",
+           ylabel="row", yticks=[r + 0.5 for r in range(12)], yticklabels=range(12),
+           xticks=[a + 0.5 for a in range(row_bytes)], xticklabels=range(row_bytes),
+           title=f"program {program}, bytes {start} to {start + piece - 1}: "
+                 f"offsets {rows[0] * row_bytes + start} ...")
+    ax.grid(False)
+
+
 METHODS = {  # of the cache: (spec, colour)
     "16 bits": (None, COLORS["rtn"]),
     "8 bits": (CacheSpec(8), MEMORY),
@@ -132,10 +167,10 @@ def draw_cache(ax, method: str, context: int, batch: int, config, weights: float
 
 def draw_channels(axes, keys: Tensor, values: Tensor) -> None:
     """The absolute values of one head's keys and values, (tokens, head_dim) each."""
+    top = max(float(x.abs().quantile(0.99)) for x in (keys, values))  # one scale for both
     for ax, x, name in zip(axes, (keys, values), ("keys", "values")):
-        top = float(x.abs().quantile(0.99))
         ax.imshow(x.abs().double().numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=top)
-        ax.set(xlabel="channel", ylabel="token", title=f"{name}, |x| up to {top:.1f}")
+        ax.set(xlabel=f"channel; darkest: |x| of {top:.1f} or more", ylabel="token", title=name)
         ax.grid(False)
 
 

@@ -74,6 +74,11 @@ register(Exercise(
                 + 2 * tokens * (n + out)),
          "the weight is read once for all tokens: that is why a batch is cheap"),
         (lambda tokens, out, n, bits, flops, bandwidth:
+         roofline(tokens, out, n, bits, bandwidth, flops),
+         "the ceilings are swapped: operations are divided by flops, bytes by bandwidth"),
+        (_other(moved=lambda tokens, out, n, bits: out * n * bits / 8 + tokens * (n + out)),
+         "inputs and outputs take 2 bytes a number, not one"),
+        (lambda tokens, out, n, bits, flops, bandwidth:
          2 * tokens * out * n / _bytes(tokens, out, n, bits),
          "this is the intensity, operations a byte; asked is the time"),
         (_rate, "this is the attainable rate in operations a second; asked is the time"),
@@ -354,6 +359,16 @@ register(Exercise(
          "a token has many groups: one for every `group_size` of its numbers"),
         (_variant(stored=lambda tokens, size, recent: max(0, tokens - recent)),
          "only whole groups of tokens are stored as codes; the rest stays in 16 bits"),
+        (_variant(stored=lambda tokens, size, recent:
+                  max(0, tokens - -(-recent // size) * size) // size * size),
+         "the recent window is as long as it is: only what is older is cut to whole groups"),
+        (lambda layers, heads, dim, tokens, bits, group_size, recent:
+         cache_size(layers, heads, dim, tokens, bits, group_size, 32),
+         "the recent window is an argument, not always 32"),
+        (lambda layers, heads, dim, tokens, bits, group_size, recent:
+         cache_size(layers, heads, dim, tokens, 4, group_size, recent),
+         "the number of bits is an argument, not always 4"),
+        (_variant(extra=3), "both numbers of a group are fp16 here: 4 bytes, not 3"),
         (lambda layers, heads, dim, tokens, bits, group_size, recent:
          cache_size(layers, heads, dim, tokens, bits, 32, recent),
          "the group size is an argument, not always 32"),
@@ -369,7 +384,20 @@ register(Exercise(
 # `triton_or_stub.launched` makes of a kernel a function of tensors. So the reference, and what
 # kernels with typical mistakes compute, are written in PyTorch; tests run such kernels in the
 # interpreter.
-BLOCK = 4  # rows of a program, as `triton_or_stub.launched` has it
+
+
+class ReadBeyond(IndexError):
+    """A kernel reads what is not of its tensors."""
+
+
+class StoredBeyond(IndexError):
+    """A kernel stores beyond its result."""
+
+
+def block_for(rows: int) -> int:
+    """Rows of a program in the checks: 2, 4 or 8, so that no kernel can rely on one of them."""
+    return 2 if rows < 8 else 4 if rows < 16 else 8
+
 
 
 def _rows_from(first_byte):
@@ -386,7 +414,7 @@ def _row_0_s_grids(x, codes, scale, zero):
 
 
 def _first_tile(x, codes, scale, zero):
-    there = torch.arange(len(codes)) < BLOCK
+    there = torch.arange(len(codes)) < block_for(len(codes))
     return torch.where(there, packed_dot(x, codes, scale, zero), torch.nan)
 
 
@@ -417,27 +445,144 @@ def _same_bytes(x, codes, scale, zero):
 
 
 def _beyond_x(x, codes, scale, zero):
-    y = packed_dot(x, codes, scale, zero)
-    return y if scale.shape[1] == 1 else torch.full_like(y, torch.nan)
-
-
-def _beyond_y(x, codes, scale, zero):
-    if len(codes) % BLOCK:
-        raise IndexError
+    if scale.shape[1] > 1:
+        raise ReadBeyond
     return packed_dot(x, codes, scale, zero)
+
+
+def _sticks_out(kind):
+    """Right where the last tile is full, else this error."""
+    def wrong(*arguments):
+        codes = arguments[-3]
+        if len(codes) % block_for(len(codes)):
+            raise kind
+        return packed_dot(*arguments) if len(arguments) == 4 else decode(*arguments)
+    return wrong
+
+
+def _sixteen_bytes(x, codes, scale, zero):
+    """16 where HALF belongs: only the first 16 bytes of a group count."""
+    groups = scale.shape[1]
+    parts = codes.unflatten(1, (groups, -1))[..., :16].flatten(1)
+    return packed_dot(x.view(groups, -1)[:, :32].flatten(), parts, scale, zero)
+
+
+def _four_rows(x, codes, scale, zero):
+    """4 where BLOCK belongs: of larger tiles the other rows are not stored."""
+    y = packed_dot(x, codes, scale, zero)
+    y[torch.arange(len(y)) % block_for(len(y)) >= 4] = torch.nan
+    return y
 
 
 def _nothing(x, codes, scale, zero):
     return torch.full((len(codes),), torch.nan)
 
 
+# -- a kernel that decodes ------------------------------------------------------------------------
+
+
+def decode(codes, scale, zero):
+    size = 2 * codes.shape[1] // scale.shape[1]
+    wide_scale, wide_zero = (t.repeat_interleave(size, 1) for t in (scale, zero))
+    return wide_scale * (_right(codes).float() - wide_zero)
+
+
+def _decoded(first=lambda c: c & 15, second=lambda c: c >> 4, of=lambda q, s, z: s * (q - z)):
+    """The decoder, or it with other nibbles or another formula."""
+    def wrong(codes, scale, zero):
+        size = 2 * codes.shape[1] // scale.shape[1]
+        q = _codes_of(codes, first, second).float()
+        return of(q, scale.repeat_interleave(size, 1), zero.repeat_interleave(size, 1))
+    return wrong
+
+
+def _in_halves(codes, scale, zero):
+    w = decode(codes, scale, zero).unflatten(1, (scale.shape[1], -1))
+    return torch.cat([w[..., 0::2], w[..., 1::2]], -1).flatten(1)
+
+
+def _only_even(codes, scale, zero):
+    w = decode(codes, scale, zero)
+    w[:, 1::2] = torch.nan
+    return w
+
+
+def _first_group(codes, scale, zero):
+    w = decode(codes, scale, zero)
+    w[:, w.shape[1] // scale.shape[1]:] = torch.nan
+    return w
+
+
+def _first_rows(codes, scale, zero):
+    w = decode(codes, scale, zero)
+    w[block_for(len(codes)):] = torch.nan
+    return w
+
+
+def _grids_of(row, group):
+    """The decoder with the grids of row 0, or of group 0."""
+    def wrong(codes, scale, zero):
+        pick = slice(None, 1) if row else slice(None), slice(None, 1) if group else slice(None)
+        return decode(codes, *(t[pick].expand_as(scale) for t in (scale, zero)))
+    return wrong
+
+
+def _bytes_of_row_0(codes, scale, zero):
+    return decode(codes[:1].expand_as(codes), scale, zero)
+
+
+def decode_case(rows, n, groups):
+    make = packed_case(rows, n, groups)
+    return lambda g: make(g)[1:]
+
+
+register(Exercise(
+    name="decode_kernel",
+    reference=decode,
+    cases=[
+        (decode_case(4, 32, 1), "two tiles of 2 rows, one group of 32"),
+        (decode_case(8, 128, 2), "two tiles of 4 rows, groups of 64"),
+        (decode_case(10, 96, 3), "the last tile of 4 half outside, three groups of 32"),
+        (decode_case(17, 128, 4), "tiles of 8, one row in the last"),
+    ],
+    mistakes=[
+        (_decoded(lambda c: c >> 4, lambda c: c & 15),
+         "the low nibble (tile & 15) is the even feature, the high one the odd feature after it"),
+        (_decoded(of=lambda q, s, z: s * q), "the zero-point is missing: s * (code - z)"),
+        (_decoded(of=lambda q, s, z: q - z), "the scale is missing: s * (code - z)"),
+        (_decoded(of=lambda q, s, z: s * q - z), "the zero-point is scaled too: s * (code - z)"),
+        (_decoded(of=lambda q, s, z: s * (q + z)), "the zero-point is subtracted"),
+        (_decoded(of=lambda q, s, z: s * ((q - z) % 256)),
+         "codes are uint8 and wrap around below 0: .to(tl.float32) before you subtract"),
+        (_decoded(second=lambda c: c & 240), "the high nibble must be moved down: tile >> 4"),
+        (_decoded(second=lambda c: c & 15), "the second store is the high nibble: tile >> 4"),
+        (_in_halves, "byte `at` becomes the features 2 * at and 2 * at + 1, which are neighbors"),
+        (_only_even, "NaN was never stored: each byte has two codes, so there are two stores"),
+        (_first_group, "NaN was never stored: the group is tl.program_id(1), and its bytes begin "
+                       "at g * HALF"),
+        (_first_rows, "NaN was never stored: the rows begin at tl.program_id(0) * BLOCK"),
+        (_grids_of(True, False), "every row has grids of its own: rows * groups + g"),
+        (_grids_of(False, True), "every group has its own grid: rows * groups + g"),
+        (_bytes_of_row_0, "every row has bytes of its own: rows[:, None] * row_bytes"),
+        (_sticks_out(ReadBeyond), "the last tile sticks out: every load needs its mask, "
+                                  "rows < out"),
+        (_sticks_out(StoredBeyond), "the last tile sticks out: both stores need the mask "
+                                    "(rows < out)[:, None]"),
+        (lambda codes, scale, zero: torch.full((len(codes), 2 * codes.shape[1]), torch.nan),
+         "nothing was stored"),
+    ],
+    atol=1e-5,
+))
+
 register(Exercise(
     name="group_kernel",
     reference=packed_dot,
     cases=[
-        (packed_case(4, 32, 1), "one tile, one group"),
-        (packed_case(8, 64, 2), "two tiles, two groups"),
-        (packed_case(10, 96, 3), "the last tile half outside, three groups"),
+        (packed_case(4, 32, 1), "two tiles of 2 rows, one group of 32"),
+        (packed_case(8, 128, 2), "two tiles of 4 rows, groups of 64"),
+        (packed_case(10, 96, 3), "the last tile of 4 half outside, three groups of 32"),
+        (packed_case(17, 128, 4), "tiles of 8, one row in the last"),
+        (packed_case(16, 256, 2), "two tiles of 8, groups of 128"),
     ],
     mistakes=[
         *((wrong, message) for wrong, message in PACKED_DOT.mistakes),
@@ -455,7 +600,13 @@ register(Exercise(
         (_same_bytes, "each group has bytes of its own: group g begins at byte g * HALF"),
         (_beyond_x, "inputs were read beyond the end of x: group g has the bytes from g * HALF, "
                     "byte `at` the inputs 2 * at and 2 * at + 1"),
-        (_beyond_y, "the last tile sticks out: give the store its mask, rows < out"),
+        (_sticks_out(ReadBeyond), "the last tile sticks out: every load that has rows in its "
+                                  "address needs the mask rows < out, the codes' as a column, "
+                                  "(rows < out)[:, None]"),
+        (_sticks_out(StoredBeyond), "the last tile sticks out: give the store its mask, "
+                                    "rows < out"),
+        (_sixteen_bytes, "a group has HALF bytes, not always 16: tl.arange(0, HALF)"),
+        (_four_rows, "NaN was never stored: a tile has BLOCK rows, not always 4"),
         (_nothing, "nothing was stored: tl.store(y + rows, total, mask=rows < out)"),
     ],
     atol=1e-4,  # sums in another order

@@ -1,4 +1,4 @@
-"""What notebook 07 draws: who solves what, ranks, epochs, mixtures, budgets, bytes served.
+"""What notebook 07 draws: who solves what, ranks, mixtures, budgets, bytes served.
 
 Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
 settings of a slider compare. Intervals are Wilson's, 95%.
@@ -52,44 +52,6 @@ def draw_rank(axes, rank: int, rows: dict[int, dict], base_bytes: int) -> None:
     right.set(xlim=(0, 1.35 * base_bytes / 1e3), xlabel="kB", ylim=(1.6, -0.6),
               title=f"{size / base_bytes:.1%} of the base's bytes")
     right.grid(axis="y", visible=False)
-
-
-def draw_epochs(ax, examples: int, metric: str, rows: dict[int, dict[int, dict]]) -> None:
-    """Dev accuracy or losses over steps, one line a number of examples, the chosen one in color.
-
-    metric: "accuracy" | "loss". rows: {examples: {epochs: {"steps", "correct", "n", "dev_loss",
-    "train_loss"}}}; the epochs stand at the points of the chosen line.
-    """
-    def curve(n: int, key: str, style: str, **options) -> list[float]:
-        own = rows[n].values()
-        shares = [100 * r["correct"] / r["n"] if key == "accuracy" else r[key] for r in own]
-        ax.plot([r["steps"] for r in own], shares, style, **options)
-        return shares
-
-    for n in rows:
-        if n != examples:
-            curve(n, "accuracy" if metric == "accuracy" else "dev_loss", "o-", color=MUTED,
-                  alpha=0.45, markersize=4, linewidth=1.5)
-    chosen = rows[examples]
-    steps = [r["steps"] for r in chosen.values()]
-    if metric == "accuracy":
-        heights = curve(examples, metric, "o-", color=ADAPTER)
-        ends = np.array([wilson(r["correct"], r["n"]) for r in chosen.values()]).T * 100  # (2, n)
-        ax.errorbar(steps, heights, yerr=abs(ends - heights), fmt="none", ecolor=ADAPTER,
-                    capsize=4)
-        ax.set(ylim=(-4, 119), yticks=range(0, 101, 25), ylabel="dev, right in %")
-    else:
-        heights = curve(examples, "dev_loss", "o-", color=ADAPTER, label="dev")
-        curve(examples, "train_loss", "o--", color=FP, markersize=4,
-              label=f"the {examples} trained on")
-        ax.set(yscale="log", ylim=(1e-5, 10), ylabel="loss a token")
-        ax.legend(loc="lower left", fontsize=11)
-    for x, y, count in zip(steps, heights, chosen):
-        ax.annotate(f"{count}x", (x, y), (2, 8), textcoords="offset points", ha="left",
-                    fontsize=10)
-    ax.set(xscale="log", xlim=(6, 700), xlabel="steps of 8 examples; at a point, its epochs",
-           title=f"{examples:,} examples; gray: the others")
-    plain_ticks(ax, [2**k for k in range(3, 10)])
 
 
 def draw_mixture(axes, first: float, second: float,

@@ -1,4 +1,8 @@
-"""Exercises of notebook 07: a mixed batch, an exact combination, kept energy, ranks by budget."""
+"""Exercises of notebook 07: a mixed batch, an exact combination; then an adapter cut to a budget,
+in three steps."""
+from collections.abc import Callable
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -89,6 +93,18 @@ register(Exercise(
         (lambda x, weight, adapters, names: mixed_batch(x, weight, {
             n: (a, b, s / len(a)) for n, (a, b, s) in adapters.items()}, names),
          "the scale is alpha / r already: do not divide by the rank again"),
+        (lambda x, weight, adapters, names: mixed_batch(x, weight, {
+            n: (a, b, s * s) for n, (a, b, s) in adapters.items()}, names),
+         "the scale counts squared: multiply by it once"),
+        (lambda x, weight, adapters, names: mixed_batch(x, weight, adapters,
+                                                        names[-1:] + names[:-1]),
+         "each row has the adapter of the row before it: row i uses names[i]"),
+        (lambda x, weight, adapters, names: mixed_batch(x, weight, adapters,
+                                                        names[1:] + names[:1]),
+         "each row has the adapter of the row after it: row i uses names[i]"),
+        (lambda x, weight, adapters, names: mixed_batch(
+            x, weight * len({n for n in names if n}), adapters, names),
+         "the base's output is there once for each adapter: compute it once, before the loop"),
         (lambda x, weight, adapters, names: adapters[None],
          "None is no adapter's name: such a row stays as the base makes it"),
         (lambda x, weight, adapters, names: x @ weight,
@@ -142,6 +158,14 @@ def _b_carries(adapters, weights):
     return b, torch.cat([a for a, _, _ in adapters])
 
 
+def _shared_between(adapters, weights):
+    roots = [abs(w * s) ** 0.5 for w, (_, _, s) in zip(weights, adapters)]
+    signs = [1 if w >= 0 else -1 for w in weights]
+    b = torch.cat([root * b for root, (_, b, _) in zip(roots, adapters)], dim=1)
+    return b, torch.cat([sign * root * a
+                         for sign, root, (a, _, _) in zip(signs, roots, adapters)])
+
+
 def _absolute(adapters, weights):
     return combine(adapters, [abs(w) for w in weights])
 
@@ -178,6 +202,14 @@ register(Exercise(
         (lambda adapters, weights: combine([(a, b, 1.0) for a, b, _ in adapters],
                                            [1.0] * len(weights)),
          "neither weights nor scales are used: A carries w_i s_i"),
+        (lambda adapters, weights: _shared_between(adapters, weights),
+         "its product is right, but the factor is shared between A and B as roots: let A carry "
+         "all of it"),
+        (lambda adapters, weights: combine([(a, b, 1 / s) for a, b, s in adapters], weights),
+         "divided by the scale: multiply by it"),
+        (lambda adapters, weights: combine([(a, b, adapters[0][2]) for a, b, _ in adapters],
+                                           weights),
+         "all have the first one's scale: each adapter has its own"),
         (lambda adapters, weights: combine(adapters, [w / len(weights) for w in weights]),
          "this is divided by the number of adapters: wanted is the sum, not the mean"),
         (_absolute, "a negative weight subtracts: keep its sign"),
@@ -213,6 +245,10 @@ def _smallest(b, a, rank):
     squares = torch.linalg.svdvals(b @ a).flip(0) ** 2
     squares = squares[-b.shape[1]:] if len(squares) > b.shape[1] else squares
     return (squares[:rank].sum() / squares.sum()).item()
+
+
+def _norm_of_what_is_lost(b, a, rank):
+    return 1 - max(0.0, 1 - kept_energy(b, a, rank)) ** 0.5
 
 
 def _ratio_of_norms(b, a, rank):
@@ -262,10 +298,142 @@ register(Exercise(
         (lambda b, a, rank: kept_energy(a, b, rank),
          "shapes do not fit: the update is B A, (out, r) @ (r, in)"),
         (_one_more, "one too many: [:rank] are the first `rank` of them"),
+        (_norm_of_what_is_lost, "this is 1 - |R| / |BA| with the rest R: energies are squares, so "
+                                "it is 1 - |R|^2 / |BA|^2"),
+        (lambda b, a, rank: kept_energy(torch.eye(len(a)), a, rank),
+         "these are the singular values of A; those of the product B A count"),
+        (lambda b, a, rank: kept_energy(b, a, rank) * b.shape[1] / rank,
+         "divided by the mean share of a rank; asked is the share itself"),
     ],
 ))
 
-# --- 4. Ranks under a budget ----------------------------------------------------------------
+# --- Cut it, without ever forming B A ----------------------------------------------------------
+
+
+class WrongShape(ValueError):
+    """Two factors that do not have the lower rank."""
+
+
+def update_of(cut: Callable) -> Callable:
+    """A function that cuts (b, a) to a rank, as a function that returns the product of what it
+    returns: the factors of an update are not unique. It is the function's attribute `cut`."""
+    def update(b: Tensor, a: Tensor, rank: int) -> Tensor:
+        factors = cut(b, a, rank)
+        if factors is None:
+            return None
+        new_b, new_a = factors
+        if new_b.shape != (len(b), rank) or new_a.shape != (rank, a.shape[1]):
+            raise WrongShape(f"got B {tuple(new_b.shape)} and A {tuple(new_a.shape)}; expected "
+                             f"{(len(b), rank)} and {(rank, a.shape[1])}")
+        return new_b @ new_a
+
+    update.cut = cut
+    return update
+
+
+def _cut(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best B (out, rank) and A (rank, in), by the singular values of the small core."""
+    q1, r1 = torch.linalg.qr(b)
+    q2, r2 = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r1 @ r2.T)
+    return q1 @ (u[:, :rank] * s[:rank]), (q2 @ vh.T)[:, :rank].T
+
+
+def _parts(b, a):
+    q1, r1 = torch.linalg.qr(b)
+    q2, r2 = torch.linalg.qr(a.T)
+    return q1, r1, q2, r2
+
+
+def _first_ranks(b, a, rank):
+    return b[:, :rank], a[:rank]
+
+
+def _without_values(b, a, rank):
+    q1, r1, q2, r2 = _parts(b, a)
+    u, _, vh = torch.linalg.svd(r1 @ r2.T)
+    return q1 @ u[:, :rank], (q2 @ vh.T)[:, :rank].T
+
+
+def _values_twice(b, a, rank):
+    q1, r1, q2, r2 = _parts(b, a)
+    u, s, vh = torch.linalg.svd(r1 @ r2.T)
+    return q1 @ (u[:, :rank] * s[:rank]), s[:rank, None] * (q2 @ vh.T)[:, :rank].T
+
+
+def _the_smallest(b, a, rank):
+    q1, r1, q2, r2 = _parts(b, a)
+    u, s, vh = torch.linalg.svd(r1 @ r2.T)
+    return q1 @ (u[:, -rank:] * s[-rank:]), (q2 @ vh.T)[:, -rank:].T
+
+
+def _core_not_turned(b, a, rank):
+    q1, r1, q2, r2 = _parts(b, a)
+    u, s, vh = torch.linalg.svd(r1 @ r2)
+    return q1 @ (u[:, :rank] * s[:rank]), (q2 @ vh.T)[:, :rank].T
+
+
+def _v_not_turned(b, a, rank):
+    q1, r1, q2, r2 = _parts(b, a)
+    u, s, vh = torch.linalg.svd(r1 @ r2.T)
+    return q1 @ (u[:, :rank] * s[:rank]), (q2 @ vh)[:, :rank].T
+
+
+def _each_alone(b, a, rank):
+    def best(m):
+        u, s, vh = torch.linalg.svd(m, full_matrices=False)
+        return u[:, :rank] * s[:rank] @ vh[:rank]
+
+    return _cut_of_product(best(b) @ best(a), rank)
+
+
+def _cut_of_product(m, rank):
+    u, s, vh = torch.linalg.svd(m, full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
+
+
+def _not_cut(b, a, rank):
+    raise WrongShape
+
+
+def _scaled_up(b, a, rank):
+    """What is left is made as long as the whole was."""
+    new_b, new_a = _cut(b, a, rank)
+    return new_b * ((b @ a).norm() / (new_b @ new_a).norm()), new_a
+
+
+register(Exercise(
+    name="cut_adapter",
+    reference=update_of(_cut),
+    cases=[
+        (lambda g: (*_factors(g, 6, 4, 5), 1), "rank 4 to 1"),
+        (lambda g: (*_factors(g, 8, 4, 8), 3), "rank 4 to 3"),
+        (lambda g: (*_factors(g, 40, 8, 30), 2), "rank 8 to 2, a wider layer"),
+        (lambda g: (*_factors(g, 7, 3, 9), 3), "all of it: the update stays"),
+    ],
+    mistakes=[
+        (update_of(_first_ranks), "the first columns of B are not its best ones: take singular "
+                                  "values of the core R1 R2^T"),
+        (update_of(_without_values), "the singular values are missing: one of the two factors "
+                                     "carries them"),
+        (update_of(_values_twice), "both factors carry the singular values, so they count "
+                                   "squared: one alone, or each their square roots"),
+        (update_of(_the_smallest), "these are the smallest singular values: the first are the "
+                                   "largest"),
+        (update_of(_core_not_turned), "A^T = Q2 R2, so A = R2^T Q2^T: the core is R1 R2^T"),
+        (update_of(_v_not_turned), "svd returns V^T: Q2 V is q2 @ vh.T"),
+        (update_of(_each_alone), "B and A are cut apart: what counts are the singular values of "
+                                 "their product"),
+        (update_of(_not_cut), "shapes do not fit: B must come back as (out, rank), A as "
+                              "(rank, in)"),
+        (update_of(_scaled_up), "the best cut keeps the singular values as they are: do not "
+                                "scale it up for what is lost"),
+        (update_of(lambda b, a, rank: tuple(2**0.5 * f for f in _cut(b, a, rank))),
+         "twice the update: the factors are not scaled"),
+    ],
+    atol=1e-4))
+
+# --- Ranks under a budget ----------------------------------------------------------------
 
 
 def _shared(value):
@@ -325,6 +493,37 @@ def _something_must_be_left(values, costs, budget):
     return share_ranks(values, costs, budget - 1)
 
 
+def _best_of_all(values, costs, budget):
+    """The most energy that the budget can keep, tried out."""
+    best, found = -1.0, [0] * len(values)
+    for ranks in product(*(range(len(own) + 1) for own in values)):
+        if sum(r * c for r, c in zip(ranks, costs)) <= budget:
+            energy = sum(s * s for own, n in zip(values, ranks) for s in own[:n])
+            if energy > best + 1e-12:
+                best, found = energy, list(ranks)
+    return found
+
+
+def _everything_at_once(values, costs, budget):
+    """A layer's worth is that of all its ranks together."""
+    ranks, left = [0] * len(values), budget
+    for i in sorted(range(len(values)), key=lambda i: -sum(s * s for s in values[i]) / costs[i]):
+        while ranks[i] < len(values[i]) and costs[i] <= left:
+            ranks[i] += 1
+            left -= costs[i]
+    return ranks
+
+
+def _in_turns(values, costs, budget):
+    ranks, left = [0] * len(values), budget
+    for step in range(max(map(len, values))):
+        for i, own in enumerate(values):
+            if step < len(own) and costs[i] <= left:
+                ranks[i] += 1
+                left -= costs[i]
+    return ranks
+
+
 def _counts_ranks(values, costs, budget):
     return share_ranks(values, [1] * len(costs), budget // max(costs))
 
@@ -348,6 +547,10 @@ register(Exercise(
                                                                        "a cheap one"),
         (lambda g: ([[0.5, 0.4], [0.9, 0.8]], [3, 5], 11), "values below 1"),
         (lambda g: ([[2.0], [3.0]], [5, 5], 4), "nothing fits"),
+        (lambda g: ([[4.0], [2.2]], [16, 4], 16), "a small layer whose rank is worth a little more "
+                                               "for each parameter"),
+        (lambda g: ([[3.0], [2.2, 2.1]], [6, 5], 10), "two ranks of the second layer would keep "
+                                                      "more than one of the first"),
     ],
     mistakes=[
         (_shared(lambda s, cost: s * s), "a rank in a large layer costs more: compare the energy "
@@ -366,6 +569,11 @@ register(Exercise(
          "these are parameters a layer; return ranks"),
         (_counts_ranks, "the budget counts parameters, not ranks: each rank costs its layer's "
                         "in + out"),
+        (_best_of_all, "this is the best share of all, a knapsack's: asked is rank by rank, the "
+                       "best offer first, and nothing is taken back"),
+        (_everything_at_once, "a layer's ranks are offered one by one: its second one is worth "
+                              "less than its first"),
+        (_in_turns, "every layer gets one in turn; sort the ranks of all layers by their worth"),
         (_one_layer_after_the_other, "one layer takes all it can before the next is asked; sort "
                                      "the ranks of all layers together"),
     ],

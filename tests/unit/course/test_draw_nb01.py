@@ -1,6 +1,7 @@
 """The pictures of notebook 01: what their controls change, and what they state."""
 import re
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -22,17 +23,17 @@ def relative_error(w):
 
 
 def test_controls_of_granularity():
-    results = {}
+    errors, costs = {}, {}
     for bits in (2, 4):
         for size in (None, 32):
             for symmetric in (False, True):
                 q = quantize_rtn(WEIGHT, QuantSpec(bits, size, symmetric, False))
-                w = q.dequantize()
-                results[bits, size, symmetric] = w[:6, :20], relative_error(w), q.bits_per_weight
+                errors[bits, size, symmetric] = relative_error(q.dequantize())
+                costs[bits, size, symmetric] = q.bits_per_weight
     check_controls(draw.draw_granularity,
                    {"bits": [2, 4], "group_size": [None, 32],
                     "symmetric": [False, True]},
-                   results=results, limit=3.0, axes=(2, 1))
+                   errors=errors, costs=costs)
 
 
 def test_controls_of_clipping():
@@ -99,3 +100,17 @@ def test_the_staircase_is_flat_outside_its_range_and_within_half_a_step_inside()
     w, error = (torch.as_tensor(a) for a in axes[1].lines[0].get_data())
     assert error[(w >= -1) & (w <= 2)].abs().max() <= 0.1 + 1e-5
     assert error.abs().max() > 0.5
+
+
+def test_nf4_s_levels_stand_below_its_probabilities_on_the_curve():
+    axes = Figure().subplots(1, 2)
+    positive, negative = torch.linspace(0.968, 0.5, 9), 1 - torch.linspace(0.968, 0.5, 8)
+    draw.draw_nf4(axes, positive, negative, {"the 64 weights": WEIGHT[0], "NF4": LEVELS})
+    ends = torch.cat([torch.tensor(np.array(c.get_segments()))[:, 1]
+                      for c in axes[0].collections[1::2]])
+    assert torch.allclose(torch.special.ndtr(ends[:, 0]), ends[:, 1].double().to(ends.dtype),
+                          atol=1e-5)
+    levels = (ends[:, 0] / ends[:, 0].max()).unique(sorted=True)
+    assert torch.allclose(levels[(levels.diff(prepend=levels[:1] - 1) > 1e-4)], LEVELS.to(
+        levels.dtype), atol=2e-3)
+    assert [t.get_text() for t in axes[1].get_yticklabels()] == ["the 64 weights", "NF4"]

@@ -21,6 +21,25 @@ def test_controls_of_roofs():
     check_controls(draw.draw_roofline, {"tokens": [1, 64, 4096], "bits": [4, 16]}, **ROOFS)
 
 
+def test_controls_of_pointers():
+    check_controls(draw.draw_pointers, {"program": [0, 2], "start": [0, 4]})
+
+
+def test_a_program_s_bytes_are_numbered_by_their_offset_and_what_lies_outside_is_hatched():
+    ax = Figure().subplots()
+    draw.draw_pointers(ax, 2, 4)
+    mine = {int(t.get_text()) for t in ax.texts if t.get_color() == "black"}
+    assert mine == {row * 8 + at for row in range(8, 12) for at in range(4, 8)}
+    assert sum(bool(p.get_hatch()) for p in ax.patches) == 2 * 4  # rows 10 and 11 are not there
+
+
+def test_a_measured_product_stands_where_it_was_measured():
+    ax = Figure().subplots()
+    draw.draw_roofline(ax, 1, 4, **ROOFS, shape=(100, 1000), measured={(1, 32): 1e-3})
+    (x, y), = next(line for line in ax.lines if line.get_marker() == "x").get_xydata().tolist()
+    assert y == pytest.approx(2e5 / 1e-3 / 1e9) and x == pytest.approx(2e5 / (4e5 + 4 * 1100))
+
+
 def test_controls_of_tiles():
     check_controls(draw.draw_tiles, {"block_out": [16, 128], "block_tokens": [16, 64]},
                    axes=(1, 2), **TILES)

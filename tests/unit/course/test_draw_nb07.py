@@ -17,18 +17,11 @@ GRID = {(a, b): {"sentiment": a * (1 - b / 2), "code": b * (1 - a / 2)}
 PATHS = [f"model.layers.{i}.{m}" for i in range(2)
          for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
 BUDGETS = {10_000: dict(zip(PATHS, (3, 1))), 40_000: dict(zip(PATHS, (8, 4, 6, 1, 2, 5)))}
-EPOCHS = {n: {e: {"steps": e * n // 8, "correct": 20 * i + 30, "n": 200, "dev_loss": 2.0 / e,
-                  "train_loss": 1.0 / e} for i, e in enumerate((1, 2, 4))} for n in (64, 256)}
 
 
 def test_controls_of_rank():
     check_controls(draw.draw_rank, {"rank": list(RANKS)}, rows=RANKS, base_bytes=2_000_000,
                    axes=(1, 2))
-
-
-def test_controls_of_epochs():
-    check_controls(draw.draw_epochs, {"examples": list(EPOCHS), "metric": ["accuracy", "loss"]},
-                   rows=EPOCHS, rescaled_by=("metric",))
 
 
 def test_controls_of_mixture():
@@ -50,21 +43,6 @@ def test_a_layer_without_a_rank_keeps_its_place():
     draw.draw_budget(ax, 10_000, BUDGETS)
     assert [bar.get_height() for bar in ax.patches] == [3, 1, 0, 0, 0, 0]
     assert "2 of 6 layers" in ax.get_title()
-
-
-def test_epochs_stand_over_their_steps_with_intervals_or_both_losses():
-    ax = Figure().subplots()
-    draw.draw_epochs(ax, 256, "accuracy", EPOCHS)
-    others, chosen = (line.get_xydata().tolist() for line in ax.lines[:2])
-    assert others == [[8, 15], [16, 25], [32, 35]] and chosen == [[32, 15], [64, 25], [128, 35]]
-    (bars,) = ax.containers[0].lines[2]
-    low, high = bars.get_segments()[0][:, 1]
-    assert (low, high) == pytest.approx([100 * x for x in wilson(30, 200)])
-    assert [text.get_text() for text in ax.texts] == ["1x", "2x", "4x"]
-    ax = Figure().subplots()
-    draw.draw_epochs(ax, 64, "loss", EPOCHS)
-    assert [line.get_ydata()[0] for line in ax.lines] == [2.0, 2.0, 1.0]  # others, dev, trained on
-    assert "the 64 trained on" in ax.get_legend().get_texts()[1].get_text()
 
 
 def test_bytes_served_are_what_the_legend_says():

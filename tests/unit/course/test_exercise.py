@@ -110,6 +110,7 @@ def broken_repr(x, bits):
     (lambda x, b: torch.tensor([]), "it returns shape (0,), expected (2, 3)"),
     (lambda x, b: torch.zeros(3, 0), "it returns shape (3, 0), expected (2, 3)"),
     (lambda x, b: [torch.tensor([])], "it returns a list of 1, expected a Tensor"),
+    (lambda x, b: rescale(x, b).numpy(), "it returns a ndarray of shape (2, 3), expected a Tensor"),
     (lambda x, b: np.array(["a", None]), "it returns an array of object, expected a Tensor"),
     (lambda x, b: np.array(["a", "b"]), "it returns an array of <U1, expected a Tensor"),
     (lambda x, b: rescale(x, b).to("meta"), "it returns a meta Tensor of shape (2, 3), expected"),
@@ -134,9 +135,16 @@ def test_values_of_every_kind_are_compared(want, right, wrong):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_whole_numbers_are_equal_whatever_the_dtype(dtype):
     want, by_value = torch.tensor([2049]), replace(TOY, exact_dtype=False)
-    assert checks._mismatch(want.double(), want, by_value) == ""
+    assert checks._mismatch(want.int(), want, by_value) == ""
+    assert "expected whole numbers" in checks._mismatch(want.double(), want, by_value)
     assert want == want.to(dtype), "as PyTorch compares: 2049 is rounded too"
     assert "wrong values at 1 of 1" in checks._mismatch(want.to(dtype), want, by_value)
+
+
+def test_a_row_of_a_nested_list_stands_in_one_line():
+    shown = checks.side_by_side([[1, 2], [3, 4]], [[1, 2], [3, 5]]).splitlines()
+    assert [line.split("  ")[2].strip() for line in shown] == ["yours", "[1, 2]", "[3, 4]"]
+    assert len(checks.side_by_side([1, 2], [1, 3]).splitlines()) == 3
 
 
 def test_an_argument_made_into_something_else_is_written_into():

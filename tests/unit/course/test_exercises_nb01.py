@@ -31,11 +31,16 @@ def test_fit_row_is_the_librarys_grid_up_to_the_fp16_scale(row, bits):
     assert (zero - stored_zero).abs() <= (bits == 8)  # a tie may fall the other way
 
 
-def test_dequantize_groups_is_the_librarys():
-    q = quantize_rtn(WEIGHT, QuantSpec(4, 16))
-    codes = unpack(q.codes, 4, q.shape)
-    mine = nb01.dequantize_groups(codes, q.scale.float(), q.zero_point.float())
-    assert torch.equal(mine, q.dequantize())
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_layer_of_one_s_own_is_the_librarys(bits):
+    q = quantize_rtn(WEIGHT, QuantSpec(bits, 16, clip_search=False))
+    codes, scale, zero = nb01.quantize_groups(WEIGHT, bits, 16)
+    packed = nb01.pack_bits(codes, bits)
+    assert torch.equal(packed, q.codes) and torch.equal(scale, q.scale)
+    assert torch.equal(zero, q.zero_point)
+    x = WEIGHT[:3]
+    mine = nb01.layer_output(x, packed, scale, zero, bits)
+    assert torch.allclose(mine, x @ q.dequantize().T, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 5, 8])
@@ -68,18 +73,38 @@ def fit_row(row, bits):
     return scale, torch.round(-row.min() / scale).int()
 
 
-def dequantize_groups(q, scale, zero_point):
-    out = torch.empty(q.shape)
-    size = q.shape[1] // scale.shape[1]
-    for k in range(q.shape[1]):
-        out[:, k] = scale[:, k // size] * (q[:, k].float() - zero_point[:, k // size])
-    return out
-
-
 def unpack_nibbles(packed, n):
     out = torch.empty(*packed.shape[:-1], 2 * packed.shape[-1], dtype=torch.int64)
     out[..., 0::2], out[..., 1::2] = packed % 16, packed // 16
     return out[..., :n]
+
+
+def pack_bits(codes, bits):
+    rows = []
+    for row in codes.tolist():
+        number = sum(code << i * bits for i, code in enumerate(row))
+        rows.append(list(number.to_bytes(-(-len(row) * bits // 8), "little")))
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def quantize_groups(weight, bits, group_size):
+    codes, scales, zeros = [], [], []
+    for group in weight.reshape(-1, group_size):
+        scale, zero = nb01.fit_row(group, bits)
+        scale = scale.half()
+        zero = (-group.min().clamp(max=0) / scale.float()).round().clamp(0, 2**bits - 1)
+        codes.append((group / scale.float() + zero).round().clamp(0, 2**bits - 1))
+        scales.append(scale), zeros.append(zero)
+    shape = len(weight), -1
+    return (torch.stack(codes).view(weight.shape).to(torch.uint8),
+            torch.stack(scales).view(shape), torch.stack(zeros).view(shape).to(torch.uint8))
+
+
+def layer_output(x, packed, scale, zero_point, bits):
+    codes = unpack(packed, bits, (len(packed), x.shape[1])).float()
+    wide = x.shape[1] // scale.shape[1]
+    w = torch.repeat_interleave(scale.float(), wide, 1)
+    return torch.nn.functional.linear(x, w * (codes - zero_point.repeat_interleave(wide, 1)))
 
 
 def integer_product(a, za, q, zw):
@@ -90,7 +115,8 @@ def nearest_code(unit, levels):
     return (unit.unsqueeze(-1) - levels).abs().argmin(-1)
 
 
-@pytest.mark.parametrize("mine", [fit_row, dequantize_groups, unpack_nibbles, integer_product,
-                                  nearest_code], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mine", [fit_row, unpack_nibbles, integer_product, nearest_code,
+                                  pack_bits, quantize_groups, layer_output],
+                         ids=lambda f: f.__name__)
 def test_another_right_way_passes(mine, capsys):
     assert check(mine.__name__, mine) is mine, capsys.readouterr().out

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from course.kit import check
 from course.nb07 import exercises as nb07
 from course.nb07.prune import allocate_ranks, prune_adapter
 from qlora_lib.lora.combine import combine_adapters
@@ -52,6 +53,24 @@ def test_kept_energy(model):
     for path, layer in lora_layers(model).items():
         a, b, _ = parts(layer)["a"]
         assert nb07.kept_energy(b, a, 2) == pytest.approx(kept[path], rel=1e-4)
+
+
+def test_a_cut(model):
+    prune_adapter(model, "a", 2, into="pruned")
+    for layer in lora_layers(model).values():
+        a, b, scale = parts(layer)["a"]
+        new_b, new_a = nb07._cut(b, a, 2)
+        assert new_b.shape == (len(b), 2) and new_a.shape == (2, a.shape[1])
+        assert torch.allclose(scale * new_b @ new_a, layer.delta("pruned"), atol=1e-5)
+
+
+@pytest.mark.parametrize("mine", [
+    lambda b, a, rank: nb07._cut_of_product(b @ a, rank),
+    lambda b, a, rank: [-f for f in nb07._cut(b, a, rank)],
+], ids=["of the product", "other signs"])
+def test_any_factors_of_the_best_update_will_do(mine, capsys):
+    whole = nb07.update_of(mine)
+    assert check("cut_adapter", whole) is whole and whole.cut is mine
 
 
 @pytest.mark.parametrize("budget", [16, 18, 34, 51, 100])

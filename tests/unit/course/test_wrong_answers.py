@@ -5,12 +5,16 @@ mistakes are made another way, in the words of the notebooks' solutions.
 """
 import math
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
 
 from course.kit import check
+from course.nb01 import exercises as nb01
+from course.nb07.exercises import update_of
 from qlora_lib.data.gsm8k import to_number
+from qlora_lib.quant.packing import pack, unpack
 
 
 def next_token(put_back):
@@ -112,6 +116,15 @@ def sizes(count):
     return lambda shapes, rank: ((n := count(shapes, rank)), 4 * n, 16 * n)
 
 
+def late_rounding(weight, bits, group_size):
+    w = weight.unflatten(1, (-1, group_size))
+    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+    scale = torch.where(high > low, (high - low) / (2**bits - 1), 1)
+    zero = (-low / scale).round()
+    codes = (w / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.flatten(1).byte(), scale.half(), zero.byte()
+
+
 def until_the_first_eos(pairs, eos):
     rows = [[*prompt, *target, eos] for prompt, target in pairs]
     ids = torch.tensor([row + [eos] * (max(map(len, rows)) - len(row)) for row in rows])
@@ -147,8 +160,57 @@ def into_a_copy(x, weight, adapters, names):
     return y
 
 
+def shared_factor(adapters, weights):
+    root = [abs(w * s) ** 0.5 for w, (_, _, s) in zip(weights, adapters)]
+    sign = [1 if w > 0 else -1 for w in weights]
+    return (torch.cat([r * b for r, (_, b, _) in zip(root, adapters)], 1),
+            torch.cat([m * r * a for m, r, (a, _, _) in zip(sign, root, adapters)]))
+
+
+def knapsack(values, costs, budget):
+    fits = [ranks for ranks in product(*(range(len(own) + 1) for own in values))
+            if sum(r * c for r, c in zip(ranks, costs)) <= budget]
+    return list(max(fits, key=lambda ranks: sum(
+        s * s for own, n in zip(values, ranks) for s in own[:n])))
+
+
+def fit_row(zero_of_zeros):
+    def mine(row, bits):
+        low, high = row.min().clamp(max=0), row.max().clamp(min=0)
+        scale = (high - low) / (2**bits - 1)
+        if scale == 0:
+            return torch.tensor(1.0), torch.tensor(float(zero_of_zeros(bits)))
+        return scale, (-low / scale).round()
+    return mine
+
+
 WRONG = {
+    "fit_row": [
+        (fit_row(lambda bits: 2 ** (bits - 1)), "it decodes to zeros too"),
+        (fit_row(lambda bits: 2**bits - 1), "it decodes to zeros too"),
+        (lambda row, bits: (nb01.fit_row(row, bits)[0],
+                            (-row.clamp(max=0).min() / nb01.fit_row(row, bits)[0]) // 1), "floor"),
+    ],
+    "unpack_nibbles": [
+        (lambda p, n: torch.stack([p & 15, p >> 4], -1).reshape(p.shape[0], -1)[:, :n],
+         "any number of dimensions"),
+        (lambda p, n: torch.stack([p & 15, p >> 4], -1).flatten(-2)[..., -n:], "at the front"),
+    ],
+    "pack_bits": [
+        (lambda codes, bits: (codes[:, 0::2] | codes[:, 1::2] << 4) if codes.shape[1] % 2 == 0
+         else pack(codes, 4), "not always 4"),
+    ],
+    "quantize_groups": [
+        (late_rounding, "round the scale first"),
+    ],
+    "layer_output": [
+        (lambda x, packed, scale, zero, bits: x @ (
+            scale.float().repeat_interleave(x.shape[1] // scale.shape[1], 1) * unpack(
+                packed, bits, (len(packed), x.shape[1]))).T, "the zero-point is missing"),
+    ],
     "integer_product": [
+        (lambda a, za, q, zw: (a.float() - za.float()) @ (q.float() - zw.float()).T,
+         "fp32 holds every whole number only up to 2**24"),
         (lambda a, za, q, zw: torch.matmul(a.half().sub(za), q.half().sub(zw).t()),
          "fp16 holds every whole number only up to 2048"),
     ],
@@ -220,6 +282,9 @@ WRONG = {
     ],
     "roofline": [
         (roofline(all_bytes, lambda work, read: read), "the reading's time alone"),
+        (lambda tokens, out, n, bits, flops, bandwidth: max(
+            2 * tokens * out * n / bandwidth, all_bytes(tokens, out, n, bits) / flops),
+         "the ceilings are swapped"),
         (roofline(lambda tokens, out, n, bits: (n * out + tokens * (n + out)) * bits / 8),
          "only the weight is packed"),
         (roofline(lambda tokens, out, n, bits: n * out * bits / 8 + 2 * tokens * n),
@@ -243,6 +308,8 @@ WRONG = {
          "leaves no whole groups"),
         (cache_size(lambda tokens, size, recent: (tokens - recent) // size * size),
          "not a negative number"),
+        (cache_size(lambda tokens, size, recent: max(0, tokens - -(-recent // size) * size)
+                    // size * size), "as long as it is"),
         (cache_size(lambda tokens, size, recent: whole_groups(tokens, 32, recent),
                     lambda numbers, size: numbers // 32 * 4), "not always 32"),
         (cache_size(whole_groups, lambda numbers, size: numbers // 8), "scales follow"),
@@ -258,6 +325,12 @@ WRONG = {
         (lambda adapters, weights: (
             torch.cat([w * s * b for (_, b, s), w in zip(adapters, weights)], 1),
             torch.cat([a for a, _, _ in adapters])), "let A carry them"),
+        (shared_factor, "its product is right"),
+    ],
+    "share_ranks": [(knapsack, "rank by rank, the best offer first")],
+    "cut_adapter": [
+        (update_of(lambda b, a, rank: (b[:, :rank], a[:rank])), "are not its best ones"),
+        (update_of(lambda b, a, rank: (b, a)), "shapes do not fit"),
     ],
     "kept_energy": [
         (lambda b, a, rank: ((s := torch.linalg.svdvals(b @ a))[:rank].sum() / s.sum()).item()**2,
