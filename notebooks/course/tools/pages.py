@@ -185,7 +185,7 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
     with atomic_folder(out, "index.html") as part:
         for stem, text in pages.items():
             (part / f"{stem}.html").write_text(text, encoding="utf-8")
-    return sorted(out.iterdir())
+    return sorted(out.glob("*.html"))
 
 
 def main(arguments: list[str] | None = None) -> int:
