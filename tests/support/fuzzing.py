@@ -1,0 +1,78 @@
+"""What the fuzzers share: values that can be compared, a limit on time, and a count of outcomes."""
+
+import json
+import signal
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+
+import torch
+
+
+def plain(value):
+    """Return a copy of lists, dicts, dataclasses, tensors and modules that == compares by content,
+    NaN included."""
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        return tuple(value.shape), str(value.dtype), flat.view(torch.uint8).numpy().tobytes()
+    if is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return repr(value)
+
+
+def model_and_tokenizer(loaded):
+    """Return all that a (model, tokenizer) computes with, as `plain` gives it."""
+    model, tokenizer = loaded
+    config, generation = model.config.to_dict(), model.generation_config.to_dict()
+    for settings in (config, generation):
+        settings.pop("_name_or_path", None)
+    words = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.special_tokens_map
+    return plain([model, config, generation, words])
+
+
+class TooLong(BaseException):
+    """What took longer than its deadline; no Exception, so that nothing catches it."""
+
+
+@contextmanager
+def deadline(seconds: int):
+    """Raise TooLong in the block after so many seconds (never where signals have no alarm)."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_):
+        raise TooLong(f"no answer within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Tally:
+    """Outcomes of a fuzzer's tries, counted by kind; "ok ..." are the wanted ones."""
+
+    def __init__(self, seed: int):
+        self.seed, self.counts, self.bad = seed, {}, []
+
+    def add(self, number, kind: str, what: str) -> None:
+        """Count try `number`; what: was done and came of it, for the message of a failure."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if not kind.startswith("ok"):
+            self.bad.append(f"seed {self.seed}, try {number}, {kind}: {what}")
+
+    def check(self) -> None:
+        """Print the counts; AssertionError with the first bad tries where there are any."""
+        print(", ".join(f"{n} {kind}" for kind, n in sorted(self.counts.items())))
+        if self.bad:
+            shown = "\n".join(line[:700] for line in self.bad[:12])
+            raise AssertionError(f"{len(self.bad)} bad of {sum(self.counts.values())}\n{shown}")
