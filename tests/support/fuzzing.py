@@ -31,8 +31,8 @@ def model_and_tokenizer(loaded):
     config, generation = model.config.to_dict(), model.generation_config.to_dict()
     for settings in (config, generation):
         settings.pop("_name_or_path", None)
-    words = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.special_tokens_map
-    return plain([model, config, generation, words])
+    words = tokenizer and json.loads(tokenizer.backend_tokenizer.to_str())
+    return plain([model, config, generation, words, getattr(tokenizer, "special_tokens_map", 0)])
 
 
 class TooLong(BaseException):
