@@ -5,33 +5,17 @@ Between the two nothing may give a wrong answer: a run's folder answers as befor
 or with an error.
 """
 
-import json
 import random
-import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
-from qlora_lib.base.folders import HASHES, check_folder
-from tests.support.child_commands import Commands, make_place
-from tests.support.fuzzing import Tally, plain
+from tests.support.child_commands import ASK, EXPORT, JUDGE, QUANTIZE, STREAM, TRAIN, VOTE, answers
+from tests.support.folder_content import content, put
+from tests.support.fuzzing import Tally
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and counts CPU time")
-
-OPTIONS = "--model model --data data"
-QUANTIZE = f"quantize {OPTIONS} --method rtn"
-STREAM = f"quantize {OPTIONS} --group-size 32 --stream"
-TRAIN = f"finetune {OPTIONS} --method rtn --max-steps 5 --batch-size 4 --accumulation 1 --rank 2"
-JUDGE = (f"verifier {OPTIONS} --limit 6 --samples 4 --temperature 2 --max-new-tokens 4 --rank 2 "
-         "--batch-size 8")  # fmt: skip
-ASK = f"evaluate {OPTIONS} --max-new-tokens 2"
-VOTE = f"{ASK} --samples 2 --vote verifier"
-# What differs between two runs that are equal but for time and machine
-VARIES = {"seconds", "tokens_per_second", "peak_memory", "stamp", "training", "sha256"}
-
 
 @dataclass(frozen=True)
 class Case:
@@ -52,88 +36,16 @@ CASES = {
     "finetune": Case(TRAIN),
     "finetune --resume": Case(TRAIN, again=f"{TRAIN} --resume"),
     "finetune anew": Case(f"{TRAIN} --seed 1 --lr 0.01", (TRAIN,), asked=ASK),
-    "finetune on another base": Case(
-        TRAIN.replace("rtn", "nf4"), (TRAIN, QUANTIZE), asked=ASK),
+    "finetune on another base": Case(TRAIN.replace("rtn", "nf4"), (TRAIN,), asked=ASK),
     "finetune beside a dense base": Case(TRAIN.replace("rtn", "none"), (TRAIN,), asked=ASK),
     "verifier": Case(JUDGE, (TRAIN,)),
     "verifier anew": Case(f"{JUDGE} --seed 1 --lr 0.1", (TRAIN, JUDGE), asked=VOTE),
     "evaluate": Case(ASK, (TRAIN,)),
     "evaluate --restart": Case(f"{ASK} --restart", (TRAIN, ASK)),
-    "export": Case(f"export {OPTIONS}", (TRAIN,)),
-    "export anew": Case(f"export {OPTIONS} --format gptq", (TRAIN, f"export {OPTIONS}")),
-    "export --merge": Case(f"export {OPTIONS} --merge rtn", (TRAIN,)),
+    "export": Case(EXPORT, (TRAIN,)),
+    "export anew": Case(f"{EXPORT} --format gptq", (TRAIN, EXPORT)),
+    "export --merge": Case(f"{EXPORT} --merge rtn", (TRAIN,)),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def commands():
-    running = Commands()
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start") / "place"
-    folder.mkdir()
-    make_place(folder, problems=140)  # more than an evaluation asks at a time
-    return folder
-
-
-def put(source: Path, place: Path) -> None:
-    """Make `place` a copy of `source`."""
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(source, place)
-
-
-def content(place: Path) -> dict:
-    """Return what the files below `place` hold but for times, by path; raises ValueError for a
-    folder whose hashes are not those of its files."""
-    found = {}
-    for path in sorted(p for p in place.rglob("*") if p.is_file()):
-        name = path.relative_to(place).as_posix()
-        if path.name == HASHES:
-            check_folder(path.parent)
-        elif path.suffix == ".json":
-            found[name] = steady(json.loads(path.read_text(encoding="utf-8")))
-        elif path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            found[name] = [steady(json.loads(line)) for line in lines]
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                about = {k: steady_text(v) for k, v in (file.metadata() or {}).items()
-                         if k not in VARIES}  # fmt: skip
-                found[name] = about, plain({n: file.get_tensor(n) for n in file.keys()})
-        else:
-            found[name] = path.read_bytes()
-    return found
-
-
-def steady(value):
-    """Return a value of JSON without what VARIES."""
-    if isinstance(value, dict):
-        return {k: steady(v) for k, v in value.items() if k not in VARIES}
-    return [steady(v) for v in value] if isinstance(value, list) else value
-
-
-def steady_text(text: str):
-    return steady(json.loads(text)) if text.startswith("{") else text
-
-
-def answers(commands, place: Path, asked: str):
-    """Return the completions and scores of a command `evaluate` in `place`, or its error."""
-    ended = commands.run(place, f"{asked} --out probe".split())
-    if ended.code:
-        return error_of(ended)
-    rows = content(place / "probe")["predictions.jsonl"]
-    return [(row["completion"], row.get("scores")) for row in rows]
-
-
-def error_of(ended) -> str:
-    """Return the line of an error; "traceback ..." for what is no plain error."""
-    line = ended.said.strip().splitlines()[-1] if ended.said.strip() else "nothing said"
-    plainly = ended.code == 2 and line.startswith("error: ") and "Traceback" not in ended.said
-    return line if plainly else f"traceback, exit code {ended.code}: {ended.said[-400:]}"
 
 
 @pytest.mark.parametrize("name", [
@@ -174,7 +86,7 @@ def test_the_command_again_gives_what_an_undisturbed_one_gives(
                 continue
         again = commands.run(place, (case.again or case.command).split())
         if again.code:
-            tally.add(number, "refused", f"{done}: {error_of(again)}")
+            tally.add(number, "refused", f"{done}: {again.error}")
             continue
         try:
             found = content(place)

@@ -15,6 +15,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# In the folder that make_place makes
+OPTIONS = "--model model --data data"
+QUANTIZE = f"quantize {OPTIONS} --method rtn"
+STREAM = f"quantize {OPTIONS} --group-size 32 --stream"
+TRAIN = f"finetune {OPTIONS} --method rtn --max-steps 5 --batch-size 4 --accumulation 1 --rank 2"
+JUDGE = (f"verifier {OPTIONS} --limit 6 --samples 4 --temperature 2 --max-new-tokens 4 --rank 2 "
+         "--batch-size 8")  # fmt: skip
+ASK = f"evaluate {OPTIONS} --max-new-tokens 2"
+EXPORT = f"export {OPTIONS}"
+VOTE = f"{ASK} --samples 2 --vote verifier"
 LONGEST = 120  # seconds that a command may take; then SIGALRM ends it
 
 
@@ -26,6 +36,13 @@ class Ended:
     said: str  # on stdout and stderr
     operations: int  # that change files, if it came to its end
     cpu: float  # seconds
+
+    @property
+    def error(self) -> str:
+        """The line of an error; "traceback ..." for what is no plain error with exit code 2."""
+        line = self.said.strip().splitlines()[-1] if self.said.strip() else "nothing said"
+        plainly = self.code == 2 and line.startswith("error: ") and "Traceback" not in self.said
+        return line if plainly else f"traceback, exit code {self.code}: {self.said[-400:]}"
 
 
 class Commands:
@@ -54,6 +71,16 @@ class Commands:
         self.server.stdin.close()
         self.server.stdout.close()
         self.server.wait()
+
+
+def answers(commands: Commands, place: Path, asked: str):
+    """Return the completions and scores of a command `evaluate` in `place`, or its error."""
+    ended = commands.run(place, f"{asked} --out probe".split())
+    if ended.code:
+        return ended.error
+    lines = (place / "probe" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = map(json.loads, lines)
+    return [(row["completion"], row.get("scores")) for row in rows]
 
 
 def make_place(place: Path, problems: int = 12) -> None:
