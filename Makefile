@@ -19,6 +19,8 @@ DIR          :=
 JOBS         :=
 GRID         :=
 EXECUTED     :=
+TRIES        := 300
+SEED         := 0
 
 PYTHON := $(VENV)/bin/python
 comma  := ,
@@ -27,7 +29,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-all rehearsal test unit long families mutants lowest newest interop nbval ui pictures store normal solved html \
+.PHONY: help setup run-all rehearsal test unit long fuzz families mutants lowest newest interop nbval ui pictures store normal solved html \
         student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
@@ -138,12 +140,15 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(or $(JOBS),auto)
 
 # The unit tests load no plugin but xdist: every process would wait for nbval's imports. xdist
 # would begin with the files of most tests, and end with those of few and long ones.
-unit: $(READY) ## unit tests ## python -m pytest -q -m "not long" tests/unit
+unit: $(READY) ## unit tests, and a few tries of each fuzzer ## python -m pytest -q -m "not long" tests/unit tests/fuzz
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) --dist loadfile -p xdist \
-	    --no-loadscope-reorder -m "not long" tests/unit
+	    --no-loadscope-reorder -m "not long" tests/unit tests/fuzz
 
 long: $(READY) ## tests of over a second: processes and kernels started and killed, a wheel, a record, small trainings ## python -m pytest -q -m long tests/unit tests/long
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist -m long tests/long tests/unit
+
+fuzz: $(READY) ## files damaged, commands killed, disks full, input bad: TRIES=300 SEED=0 ## python -m pytest -q tests/fuzz --tries 300 --seed 0
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/fuzz --tries $(TRIES) --seed $(SEED)
 
 families: $(READY) ## every family of models that transformers knows, small, from folder to export ## python -m pytest -q tests/families
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/families

@@ -23,8 +23,8 @@ import pytest
 def pytest_addoption(parser):
     parser.addoption("--executed", action="store_true", help="with --nbval: compare what run "
                      "--grid has executed, where that is what the notebook would do now")
-    parser.addoption("--tries", type=int, metavar="N", help="tests/fuzz: tries a format, and of "
-                     "what takes longer a share (default: a few, that make unit has time for)")
+    parser.addoption("--tries", type=int, metavar="N", help="tests/fuzz: damages a format, and "
+                     "a thirtieth of it kills a command (default: a few of each, and few inputs)")
     parser.addoption("--seed", type=int, default=0, help="tests/fuzz: of the tries")
 
 
