@@ -48,6 +48,14 @@ CASES = {
 }  # fmt: skip
 
 
+def moment(draw: random.Random, whole) -> dict:
+    """Draw when a command is killed that takes as long, and does as much, as the one that ended."""
+    if draw.random() < 0.3:
+        return {"cpu": round(draw.uniform(0.05, 0.8) * whole.cpu, 3)}
+    when = draw.choice(("before", "after"))
+    return {"at": draw.randint(1, whole.operations), "when": when}
+
+
 def pytest_generate_tests(metafunc):
     few = metafunc.config.getoption("tries") is None  # make unit has time for one
     metafunc.parametrize("name", ["quantize"] if few else CASES)
@@ -71,25 +79,23 @@ def test_the_command_again_gives_what_an_undisturbed_one_gives(
     expected = content(place)
     if case.asked:
         allowed.append(answers(commands, place, case.asked))
+    again = (case.again or case.command).split()
     for number in range(max(1, tries // 30)):
-        draw = random.Random(f"{seed} {name} {number}")
-        if draw.random() < 0.3:
-            how = {"cpu": round(draw.uniform(0.05, 0.8) * whole.cpu, 3)}
-        else:
-            when = draw.choice(("before", "after"))
-            how = {"at": draw.randint(1, whole.operations), "when": when}
+        draw, done = random.Random(f"{seed} {name} {number}"), case.command
         put(before, place)
-        killed = commands.run(place, case.command.split(), **how)
-        done = f"{case.command}: {how}"
+        for argv in [case.command.split(), again][: draw.choice((1, 1, 2))]:
+            how = moment(draw, whole)
+            killed = commands.run(place, argv, **how)
+            done += f", killed {how}"
         if case.asked:
             put(place, probe)
             said = answers(commands, probe, case.asked)
             if said not in allowed and not (isinstance(said, str) and said.startswith("error: ")):
                 tally.add(number, "wrong between", f"{done}: {str(said):.300}")
                 continue
-        again = commands.run(place, (case.again or case.command).split())
-        if again.code:
-            tally.add(number, "refused", f"{done}: {again.error}")
+        ended = commands.run(place, again)
+        if ended.code:
+            tally.add(number, "refused", f"{done}: {ended.error}")
             continue
         try:
             found = content(place)

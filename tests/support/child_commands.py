@@ -8,7 +8,6 @@ import builtins
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -55,13 +54,12 @@ class Commands:
             [sys.executable, "-m", "tests.support.child_commands"], cwd=root, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1",
-                              "CUDA_VISIBLE_DEVICES": "", "MODEL": "", "GSM8K_DIR": ""},
+                              "CUDA_VISIBLE_DEVICES": "", "GSM8K_DIR": ""},
         )  # fmt: skip
 
     def run(self, place: Path, argv: list[str], **how) -> Ended:
         """Run a command in the folder `place`. how: at=n, when="before" or "after": be killed at
-        the n-th operation that changes files; cpu=seconds: be killed after so much computing;
-        largest=bytes: no file may grow larger."""
+        the n-th operation that changes files; cpu=seconds: be killed after so much computing."""
         request = {"place": str(place), "argv": argv, "how": how}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
@@ -118,7 +116,7 @@ def serve() -> None:
 
 
 def run_command(place: Path, argv: list[str], said: Path, count: Path,
-                at=None, when="before", cpu=None, largest=None) -> None:  # fmt: skip
+                at=None, when="before", cpu=None) -> None:  # fmt: skip
     """What the child does; it never returns."""
     stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
@@ -133,8 +131,6 @@ def run_command(place: Path, argv: list[str], said: Path, count: Path,
         # A random model solves nothing; a verifier needs right and wrong solutions.
         extraction.is_correct = lambda said, gold, mode="strict": len(said) % 2 == 0
         operations = count_operations(at, when)
-        if largest is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         if cpu:
             signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends a process, like SIGKILL
             signal.setitimer(signal.ITIMER_PROF, cpu)
@@ -142,8 +138,7 @@ def run_command(place: Path, argv: list[str], said: Path, count: Path,
         sys.stdout.flush()
         signal.setitimer(signal.ITIMER_PROF, 0)
         made, operations[0] = operations[0], -(10**9)  # the count itself does not count
-        if largest is None:
-            count.write_text(str(made))
+        count.write_text(str(made))
     except SystemExit as error:  # of argparse
         code = error.code
     except BaseException:

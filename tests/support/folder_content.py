@@ -23,7 +23,7 @@ def content(place: Path) -> dict:
     """Return what the files below `place` hold but for times, by path; raises ValueError for a
     folder whose hashes are not those of its files."""
     found = {}
-    for path in sorted(p for p in place.rglob("*") if p.is_file()):
+    for path in sorted(p for p in place.rglob("*") if p.is_file() and p.name != ".lock"):
         name = path.relative_to(place).as_posix()
         if path.name == HASHES:
             check_folder(path.parent)
