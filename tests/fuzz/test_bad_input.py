@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import qlora_lib as q
+from course.kit import OUTPUTS_VARIABLE
+from course.tools.__main__ import main as course
 from qlora_lib.__main__ import main
 from qlora_lib.base.statistics import mcnemar, newcombe, wilson
 from qlora_lib.data.calibration import calibration_batches
@@ -256,6 +258,26 @@ def command_lines():
     for name in RUNS:
         yield ["generate", *M, "--folder", f"run_{name}", "1?"]
         yield [*EXPORT, "--folder", f"run_{name}", "--merge", "rtn"]
+
+
+def course_lines():
+    """Yield the arguments of each bad command of course.tools."""
+    for value in ("", "../../x", "/tmp/x", "nothing", ".", "..", "tiny/..", "a\0b", "TINY"):
+        yield ["run", "--profile", value, "01"]
+    for value in ("bits", "=3", "1=2", "bits='", "nothing=1", "bits=99", "bits=four", "bits=[",
+                  "bits=" + "x" * 300, "bits=" + "(" * 10_000, "bits=1e400"):  # fmt: skip
+        yield ["run", "--parameters", value, "01"]
+    for command in ("run", "store", "normal", "solved", "student"):
+        yield [command, "99"]
+        yield [command, "../01"]
+    for value in ("0", "-1", "x", "1.5"):
+        yield ["run", "--jobs", value, "01"]
+        yield ["run", "--timeout", value, "01"]
+        yield ["store", "--timeout", value, "01"]
+        yield ["grade", "empty_folder", "--seconds", value]
+    for value in ("nowhere", "file", "fifo", "loop", "a\0b", "empty_folder"):
+        yield ["grade", value]
+    yield from ([], ["nothing"], ["grade"], ["run", "--what"])
 
 
 # --- Python --------------------------------------------------------------------------------
@@ -617,13 +639,14 @@ def calls():
 
 # --- the tests -----------------------------------------------------------------------------
 
-COMMANDS = list(command_lines())
+COMMANDS = [(main, argv) for argv in command_lines()]
+COMMANDS += [(course, argv) for argv in course_lines()]
 PYTHON = list(calls())
 FEW = 15  # of each, where --tries is not given
 
 
 def pytest_generate_tests(metafunc):
-    for name, inputs in (("argv", COMMANDS), ("call", PYTHON)):
+    for name, inputs in (("command", COMMANDS), ("call", PYTHON)):
         if name in metafunc.fixturenames:
             numbers = range(len(inputs))
             if metafunc.config.getoption("tries") is None:
@@ -643,15 +666,23 @@ def place(tmp_path_factory):
 def here(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv(OUTPUTS_VARIABLE, str(place / "outputs"))
     for name in ("MODEL", "GSM8K_DIR"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_bad_command_is_one_line_and_exit_code_2(argv, capsys):
+def accepted(*given):
+    pytest.fail("accepted: notebooks would be run")
+
+
+def test_a_bad_command_is_one_line_and_exit_code_2(command, capsys, monkeypatch):
+    run, argv = command
+    for runs_notebooks in ("side_by_side", "_run_in_memory"):
+        monkeypatch.setattr(f"course.tools.execute.{runs_notebooks}", accepted)
     shown = [word if len(word) < 80 else f"{word[:20]}... ({len(word):,})" for word in argv]
     with deadline(SECONDS):
         try:
-            code = main(argv)
+            code = run(argv)
         except SystemExit as error:  # of argparse
             code = error.code
     out, err = capsys.readouterr()
