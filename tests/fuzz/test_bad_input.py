@@ -669,6 +669,9 @@ def here(place, monkeypatch):
     monkeypatch.setenv(OUTPUTS_VARIABLE, str(place / "outputs"))
     for name in ("MODEL", "GSM8K_DIR"):
         monkeypatch.delenv(name, raising=False)
+    yield
+    for name in ("checkpoints", "outputs"):  # of a command that was accepted
+        shutil.rmtree(place / name, ignore_errors=True)
 
 
 def accepted(*given):
@@ -688,7 +691,7 @@ def test_a_bad_command_is_one_line_and_exit_code_2(command, capsys, monkeypatch)
     out, err = capsys.readouterr()
     errors = [line for line in err.splitlines() if "error: " in line]
     assert code == 2, f"{shown}: exit code {code}, {out[-200:]} {err[-300:]}"
-    assert len(errors) == 1 and err.rstrip().endswith(errors[0]), f"{shown}: {err[-600:]}"
+    assert len(errors) == 1 and err.rstrip().endswith(errors[0].rstrip()), f"{shown}: {err[-600:]}"
 
 
 def test_a_bad_call_is_an_error_that_says_so(call, capsys):
