@@ -34,7 +34,7 @@ from experiments.measured_step import AllocationMeter
 from experiments.table import command_line
 from experiments.toy.tasks import load_task
 from qlora_lib.base.endings import ending
-from qlora_lib.base.files import read_entry, write_json_atomic
+from qlora_lib.base.files import read_entry, write_proved_json
 from qlora_lib.base.paths import DATA, short_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.base.statistics import wilson
@@ -195,7 +195,7 @@ class Table:
         """The row of this name; make() measures it where there is none."""
         if name not in self.rows:
             self.rows[name] = made = make()
-            write_json_atomic(self.path, {**self.about, "rows": self.rows, "stamp": stamp(SEED)})
+            write_proved_json(self.path, {**self.about, "rows": self.rows, "stamp": stamp(SEED)})
             said = {k: v for k, v in made.items() if k not in ("right", "losses")}
             print(f"{name}: {json.dumps(said)}"[:200], flush=True)
         return self.rows[name]

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora_lib.base.files import read_json, whole_file, write_json_atomic
+from qlora_lib.base.hashes import content_hash
 from qlora_lib.base.paths import given_path
 from qlora_lib.base.stamp import stamp
 
+PROOF = "sha256"  # in a row's stamp: the hash of all else in the row, and of its name
 OPTIONS = {
     "--out": {"type": given_path, "help": "another place than data/results, for a trial"},
     "--force": {"action": "store_true", "help": "measure stored rows again"},
@@ -46,7 +48,8 @@ class Table:
     """Rows by name in a JSON file, each stored with its stamp as soon as it is measured.
 
     order: the names of the rows in the file's order, others are dropped; without it they stand as
-    they were measured. force: begin with no rows, and replace the file at the first one.
+    they were measured. force: begin with no rows, and replace the file at the first one. Raises
+    ValueError for a row that was changed or is damaged; files of older versions prove nothing.
     """
 
     def __init__(
@@ -58,9 +61,25 @@ class Table:
             self.rows = read_json(path)
         if odd := [name for name, row in self.rows.items() if not isinstance(row, dict)]:
             raise ValueError(f"{path}: row {odd[0]!r} is no object; --force replaces the file")
+        proofs = {name: _stamp_of(row).get(PROOF) for name, row in self.rows.items()}
+        for name, proof in proofs.items() if any(proofs.values()) else ():
+            if proof != _hash(name, self.rows[name]):
+                raise ValueError(f"{path}: row {name!r} is not as it was measured: it was changed "
+                                 "or is damaged; get the file again, or delete it")  # fmt: skip
 
     def keep(self, name: str, row: dict) -> None:
         """Store a row in the place of what was there under its name."""
-        self.rows[name] = row | {"stamp": stamp(self.seed)}
+        self.rows[name] = json.loads(json.dumps(row | {"stamp": stamp(self.seed)}))  # as it is read
+        for key, kept in self.rows.items():
+            kept["stamp"] = _stamp_of(kept) | {PROOF: _hash(key, kept)}
         rows = {n: self.rows[n] for n in self.order or self.rows if n in self.rows}
         write_json_atomic(self.path, rows)
+
+
+def _stamp_of(row) -> dict:
+    return row.get("stamp", {}) if isinstance(row, dict) else {}
+
+
+def _hash(name: str, row: dict) -> str:
+    said = {k: v for k, v in _stamp_of(row).items() if k != PROOF}
+    return content_hash([name, {k: v for k, v in row.items() if k != "stamp"}, said])

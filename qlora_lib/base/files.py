@@ -73,9 +73,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_entry(path: Path, name: str, kind: type = dict) -> Any:
-    """Return an entry of the object in a JSON file; raises what read_json raises, and ValueError
-    where it is missing or of another kind."""
-    found = read_json(path).get(name)
+    """Return an entry of the object in a JSON file; raises what read_proved_json raises, and
+    ValueError where it is missing or of another kind."""
+    found = read_proved_json(path).get(name)
     if not isinstance(found, kind):
         raise ValueError(f"{path}: {name!r} is {found!r:.60}, expected {kind.__name__}")
     return found

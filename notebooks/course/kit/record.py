@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qlora_lib.base.files import read_entry, write_json_atomic
+from qlora_lib.base.files import read_entry, write_json_atomic, write_proved_json
 from qlora_lib.base.paths import ROOT, plain_name
 from qlora_lib.base.stamp import stamp
 
@@ -76,7 +76,7 @@ class Recorder:
         if entry.get("within") is False:
             print(f"  the tolerance allows for: {expected.reason}")
         self.numbers[name] = entry
-        write_json_atomic(self.path, {"stamp": self.stamp, "numbers": self.numbers})
+        write_proved_json(self.path, {"stamp": self.stamp, "numbers": self.numbers})
 
 
 def outputs_folder(profile: str) -> Path:
@@ -93,10 +93,13 @@ def metrics_folder(profile: str) -> Path:
 def merge(profile: str) -> dict[str, dict[str, Any]]:
     """All notebooks' numbers as {name: entry with "notebook"}, also written to metrics.json.
 
-    Raises ValueError if two notebooks record under the same name.
+    Raises ValueError if two notebooks record under the same name, and for a file that was changed
+    or is damaged.
     """
     folder, merged = metrics_folder(profile), {}
     for path in sorted(folder.glob("[!.]*.json")):
+        if (of := read_entry(path, "stamp").get("command")) != path.stem:
+            raise ValueError(f"{path} holds what {of} recorded; run {path.stem} again")
         for name, entry in read_entry(path, "numbers").items():
             if name in merged:
                 raise ValueError(f"{merged[name]['notebook']} and {path.stem} both record "

@@ -127,3 +127,16 @@ def test_two_notebooks_may_not_use_one_name(outputs):
 def test_only_one_number_under_a_plain_name(outputs, name, value):
     with pytest.raises(ValueError, match="expected a name without a colon"):
         Recorder("01_a", "tiny", expected=outputs)(name, value)
+
+
+def test_numbers_that_were_changed_or_are_another_notebook_s_are_refused(outputs):
+    record = Recorder("01_a", "tiny", 0, expected=outputs)
+    record("error", 0.091)
+    kept = outputs / "outputs" / "tiny" / "metrics" / "01_a.json"
+    kept.with_name("02_b.json").write_bytes(kept.read_bytes())
+    with pytest.raises(ValueError, match="02_b.json holds what 01_a recorded"):
+        merge("tiny")
+    kept.with_name("02_b.json").unlink()
+    kept.write_text(kept.read_text().replace("0.091", "0.092", 1))
+    with pytest.raises(ValueError, match="01_a.json is not as it was written"):
+        merge("tiny")

@@ -38,3 +38,14 @@ def test_rows_that_there_are_not_end_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         asked_rows(parser, ["c"], ["a", "b"])
     assert "no rows ['c']; expected some of a, b" in capsys.readouterr().err
+
+
+def test_a_row_that_was_changed_is_refused_by_name(tmp_path):
+    path = tmp_path / "table.json"
+    for name in "ab":
+        Table(path, 0).keep(name, {"n": 1})
+    rows = json.loads(path.read_text())
+    for change in ({"b": rows["b"] | {"n": 2}}, {"b": rows["a"]}, {"b": {"n": 1}}):
+        path.write_text(json.dumps(rows | change))
+        with pytest.raises(ValueError, match="row 'b' is not as it was measured"):
+            Table(path, 0)
