@@ -144,8 +144,8 @@ unit: $(READY) ## unit tests, and a few tries of each fuzzer ## python -m pytest
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) --dist loadfile -p xdist \
 	    --no-loadscope-reorder -m "not long" tests/unit tests/fuzz
 
-long: $(READY) ## tests of over a second: processes and kernels started and killed, a wheel, a record, small trainings ## python -m pytest -q -m long tests/unit tests/long
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist -m long tests/long tests/unit
+long: $(READY) ## tests of over a second: processes and kernels started and killed, a wheel, a record, small trainings ## python -m pytest -q -m long tests/unit tests/long tests/fuzz
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist -m long tests/long tests/unit tests/fuzz
 
 fuzz: $(READY) ## files damaged, commands killed, disks full, input bad: TRIES=300 SEED=0 ## python -m pytest -q tests/fuzz --tries 300 --seed 0
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/fuzz --tries $(TRIES) --seed $(SEED)

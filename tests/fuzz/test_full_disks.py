@@ -78,10 +78,10 @@ def give_room(folder, size: int) -> None:
 
 
 def pytest_generate_tests(metafunc):
-    few = metafunc.config.getoption("tries") is None  # make unit has time for one
-    places = PLACES[1:2] if few else PLACES
-    ids = [f"{case.command.split()[0]}-{i}-{share}" for i, (case, share) in enumerate(places)]
-    metafunc.parametrize("case, share", places, ids=ids)
+    few = metafunc.config.getoption("tries") is None  # make long has time for one
+    places = [pytest.param(*PLACES[1], marks=pytest.mark.long)] if few else PLACES
+    names = [f"{case.command.split()[0]}-{i}-{share}" for i, (case, share) in enumerate(PLACES)]
+    metafunc.parametrize("case, share", places, ids=names[1:2] if few else names)
 
 
 def test_a_full_disk_is_a_message_and_costs_nothing(case, share, commands, start, tmp_path):

@@ -66,9 +66,8 @@ class Commands:
         return Ended(**json.loads(self.server.stdout.readline()))
 
     def close(self) -> None:
-        self.server.stdin.close()
-        self.server.stdout.close()
-        self.server.wait()
+        self.server.kill()
+        self.server.communicate()
 
 
 def answers(commands: Commands, place: Path, asked: str):
