@@ -4,6 +4,7 @@ Files of this package that stand alone prove themselves: "sha256" is the hash of
 and "format" says that it must be there. (A folder proves its files together: folders.py.)
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -170,12 +171,25 @@ def whole_file(path: Path | str):
     path = real_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
+    _sweep(path)
     try:
         with system_errors(path):
             yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove scratch files of `path` that killed processes have left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if os.name == "posix" and (process := left.suffix[1:]).isdecimal():
+            try:
+                os.kill(int(process), 0)  # asks alone whether it runs
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
+            except (PermissionError, OverflowError):  # another user's; no process's number
+                pass
 
 
 def write_json_atomic(path: Path | str, obj: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 from contextlib import contextmanager
 
@@ -107,6 +108,16 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path):
             save_file({"a": torch.ones(10_000)}, part)
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
     assert (tmp_path / "weights").read_text() == "before"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks the system which processes run")
+def test_what_a_killed_process_left_half_written_goes_with_the_next_write(tmp_path):
+    dead, alive = 2**22 + 1, os.getppid()  # no system has so many processes
+    for name in (f".a[1].json.{dead}", f".a[1].json.{alive}", f".b.json.{dead}", ".a[1].json.bak"):
+        (tmp_path / name).touch()
+    write_json_atomic(tmp_path / "a[1].json", {})
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "a[1].json", f".a[1].json.{alive}", f".b.json.{dead}", ".a[1].json.bak"}  # fmt: skip
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
