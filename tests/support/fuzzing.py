@@ -40,14 +40,14 @@ class TooLong(BaseException):
 
 
 @contextmanager
-def deadline(seconds: int):
+def deadline(seconds: int, what: str = "this"):
     """Raise TooLong in the block after so many seconds (never where signals have no alarm)."""
     if not hasattr(signal, "SIGALRM"):
         yield
         return
 
     def stop(*_):
-        raise TooLong(f"no answer within {seconds} s")
+        raise TooLong(f"{what} took over {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
