@@ -61,7 +61,7 @@ class Table:
             self.rows = read_json(path)
         if odd := [name for name, row in self.rows.items() if not isinstance(row, dict)]:
             raise ValueError(f"{path}: row {odd[0]!r} is no object; --force replaces the file")
-        proofs = {name: _stamp_of(row).get(PROOF) for name, row in self.rows.items()}
+        proofs = {name: row.get("stamp", {}).get(PROOF) for name, row in self.rows.items()}
         for name, proof in proofs.items() if any(proofs.values()) else ():
             if proof != _hash(name, self.rows[name]):
                 raise ValueError(f"{path}: row {name!r} is not as it was measured: it was changed "
@@ -71,15 +71,11 @@ class Table:
         """Store a row in the place of what was there under its name."""
         self.rows[name] = json.loads(json.dumps(row | {"stamp": stamp(self.seed)}))  # as it is read
         for key, kept in self.rows.items():
-            kept["stamp"] = _stamp_of(kept) | {PROOF: _hash(key, kept)}
+            kept["stamp"] = kept.get("stamp", {}) | {PROOF: _hash(key, kept)}
         rows = {n: self.rows[n] for n in self.order or self.rows if n in self.rows}
         write_json_atomic(self.path, rows)
 
 
-def _stamp_of(row) -> dict:
-    return row.get("stamp", {}) if isinstance(row, dict) else {}
-
-
 def _hash(name: str, row: dict) -> str:
-    said = {k: v for k, v in _stamp_of(row).items() if k != PROOF}
+    said = {k: v for k, v in row.get("stamp", {}).items() if k != PROOF}
     return content_hash([name, {k: v for k, v in row.items() if k != "stamp"}, said])
