@@ -252,7 +252,10 @@ def evaluate(
         chunk = batch * max(1, CHUNK // batch)
     COUNT.check("chunk", chunk)
     golds = [parse_gold(entry.get("answer")) for entry in problems]
-    prompts = [prompt(entry)[0] for entry in problems]
+    asked = [prompt(entry) for entry in problems]
+    if odd := [pair for pair in asked if not isinstance(pair, (tuple, list)) or len(pair) != 2]:
+        raise ValueError(f"prompt gave {odd[0]!r:.80}, expected (prompt, target)")
+    prompts = [text for text, _ in asked]
     if canaries:
         run_canaries(evaluate, problems, prompt)
     generate.check(prompts)  # a question that can't be asked is found before the first is

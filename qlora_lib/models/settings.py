@@ -91,6 +91,8 @@ def _wrong(name: str, value) -> str | None:
         number = type(value) in (int, float) and 0 <= value <= most
         if not number or value != int(value):
             return f", not a number from 0 to {most:,}"
+    if name in ("hidden_size", "d_model") and value < 1:  # by which others are divided
+        return ", not a positive number"
     if POSITIVE.fullmatch(name) and (isinstance(value, (bool, str)) or not 0 <= value < math.inf):
         return ", not a positive number"
     if name.endswith("_implementation") and "/" in str(value):

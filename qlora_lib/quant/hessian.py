@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..base.ranges import COUNT
+
 
 class Hessian:
     """Second moment of a layer's inputs, H = mean of x^T x over the tokens seen, without padding.
@@ -12,6 +14,7 @@ class Hessian:
     """
 
     def __init__(self, in_features: int, device=None, dtype=torch.float32, halves: bool = False):
+        COUNT.check("in_features", in_features)
         self._sum = torch.zeros(in_features, in_features, device=device, dtype=dtype)
         self._first = torch.zeros_like(self._sum) if halves else None
         self._cross: Tensor | None = None

@@ -23,7 +23,7 @@ import torch
 from ..base.files import read_proved_json, write_proved_json
 from ..base.hashes import content_hash
 from ..base.paths import short_path
-from ..base.ranges import COUNT
+from ..base.ranges import ABOVE_ZERO, ANY_SEED, COUNT, check_fields
 from ..base.stamp import stamp
 from ..base.statistics import wilson
 from ..data.examples import read_examples
@@ -62,6 +62,8 @@ class Trial:
             raise ValueError(f"method={self.method!r}; expected 'lora' or 'full'")
         if self.method == "lora":
             COUNT.check("rank", self.rank)
+        check_fields(self, lr=ABOVE_ZERO, steps=COUNT, epochs=COUNT, examples=COUNT,
+                     alpha=ABOVE_ZERO, seed=ANY_SEED)  # fmt: skip
         if self.method == "full" and self.alpha is not None:
             raise ValueError(f"alpha={self.alpha} is LoRA's; method='full' has none")
         if self.steps is not None and self.epochs is not None:

@@ -264,7 +264,7 @@ def course_lines():
     """Yield the arguments of each bad command of course.tools."""
     for value in ("", "../../x", "/tmp/x", "nothing", ".", "..", "tiny/..", "a\0b", "TINY"):
         yield ["run", "--profile", value, "01"]
-    for value in ("bits", "=3", "1=2", "bits='", "nothing=1", "bits=99", "bits=four", "bits=[",
+    for value in ("bits", "=3", "1=2", "bits='", "nothing=1", "bits=four", "bits=[",
                   "bits=" + "x" * 300, "bits=" + "(" * 10_000, "bits=1e400"):  # fmt: skip
         yield ["run", "--parameters", value, "01"]
     for command in ("run", "store", "normal", "solved", "student"):
@@ -370,18 +370,14 @@ q.quantize_rtn(bad(NAN), q.QuantSpec(4, 32))
 q.quantize_rtn(bad(INF), q.QuantSpec(4, 32))
 q.quantize_nf4(bad(NAN))
 q.quantize_nf4(bad(-INF))
-q.quantize_nf4(W * 3e37)
 q.quantize_rtn(W * 3e38, q.QuantSpec(4, 32))
 q.quantize_rtn(W[0], q.QuantSpec(4, 32))
 q.quantize_rtn(W, q.QuantSpec(4, 48))
-q.quantize_rtn(None, q.QuantSpec(4, 32))
 q.quantize_rtn(W.int(), q.QuantSpec(4, 32))
-q.quantize_rtn(W, None)
 q.quantize_nf4(W, block_size=0)
 q.gptq_quantize(bad(NAN), hessian(), q.QuantSpec(4, 32))
 q.gptq_quantize(W, q.Hessian(64), q.QuantSpec(4, 32))
 q.gptq_quantize(W[:, :32], hessian(), q.QuantSpec(4, 32))
-q.gptq_quantize(W, None, q.QuantSpec(4, 32))
 q.Hessian(0)
 q.Hessian(-1)
 q.Hessian('64')

@@ -22,7 +22,7 @@ TRAIN = f"finetune {OPTIONS} --method rtn --max-steps 5 --batch-size 4 --accumul
 JUDGE = (f"verifier {OPTIONS} --limit 6 --samples 4 --temperature 2 --max-new-tokens 4 --rank 2 "
          "--batch-size 8")  # fmt: skip
 ASK = f"evaluate {OPTIONS} --max-new-tokens 2"
-EXPORT = f"export {OPTIONS}"
+EXPORT = "export --model model"
 VOTE = f"{ASK} --samples 2 --vote verifier"
 LONGEST = 120  # seconds that a command may take; then SIGALRM ends it
 
