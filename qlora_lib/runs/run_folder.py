@@ -67,6 +67,7 @@ def check_base(folder: Path) -> None:
     """Raises ValueError where run.json says that the adapter was trained on another base."""
     then, now = read_run(folder).get("base"), read_recipe(folder)
     if then and now and (changed := changes(then, now)):
+        check_folder(folder / BASE)  # a damaged recipe is another thing
         raise ValueError(f"the adapter in {short_path(folder)} was trained on another base "
                          f"({changed}); quantize as it was then, or finetune on this one")
 
