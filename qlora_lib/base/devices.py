@@ -10,6 +10,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def resolve_device(device: torch.device | str | None = None) -> torch.device:
+    """Return the device of a name, the default one for None. Raises ValueError for other names."""
+    try:
+        return torch.device(device or default_device())
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r:.60}: expected cpu, cuda, cuda:1 ...") from error
+
+
 def resolve_dtype(compute_dtype: str, device: torch.device | str | None = None) -> torch.dtype:
     """Return the dtype of a name; "auto" is bf16 where the device has it natively (emulated bf16 is
     slower than fp32), else fp16 on a GPU, else fp32. Raises ValueError for other names."""
@@ -17,10 +25,7 @@ def resolve_dtype(compute_dtype: str, device: torch.device | str | None = None) 
         return DTYPES[compute_dtype]
     if compute_dtype != "auto":
         raise ValueError(f"compute_dtype={compute_dtype!r} must be auto, bf16, fp16 or fp32")
-    try:
-        kind = torch.device(device or default_device()).type
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r:.60}: expected cpu, cuda, cuda:1 ...") from error
+    kind = resolve_device(device).type
     if kind == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..base.devices import default_device, resolve_dtype
+from ..base.devices import resolve_device, resolve_dtype
 from ..base.files import FORMAT, check_format, open_tensors, read_json, write_json_atomic
 from ..base.finite import check_finite
 from ..base.folders import atomic_folder, check_folder
@@ -225,7 +225,7 @@ def empty_model(folder: Path, device=None, compute_dtype: str = "auto", **change
     """Return (model without storage, dtype, device) by a folder's config.json with `changes`."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    device = torch.device(device or default_device())
+    device = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, device)
     config = read_config(folder, **changes)
     config.dtype = dtype  # transformers 5.0 leaves it as it was stored

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..base.devices import default_device, dtype_name, resolve_dtype
+from ..base.devices import dtype_name, resolve_device, resolve_dtype
 from ..base.finite import check_finite
 from ..base.folders import check_folder
 from ..base.paths import short_path
@@ -40,7 +40,7 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # in a notebook it would be a widget that stays
-    device = torch.device(device or default_device())
+    device = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, device)
     if gguf := gguf_file(path):
         model, tokenizer = load_gguf(gguf, dtype)

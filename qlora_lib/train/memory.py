@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from ..base.devices import DTYPES, dtype_name
+from ..base.ranges import COUNT
 from ..generation.kv_cache import CacheSpec, cache_bytes, head_dim
 from ..lora.targets import ALL_LINEAR, find_linears
 from ..quant.grid import SCALE_DTYPE, QuantSpec
@@ -84,6 +85,8 @@ def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, 
     _check("method", method, METHODS)
     _check("optimizer", optimizer, OPTIMIZERS)
     _check("compute_dtype", compute_dtype, DTYPES)
+    for name, count in {"batch": batch, "seq": seq, "rank": rank}.items():
+        COUNT.check(name, count)
     config, size = config.get_text_config(), DTYPES[compute_dtype].itemsize
     counts, linears = _model_shapes(config.to_json_string(), type(config))
     stored = spec if method == "qlora" else None

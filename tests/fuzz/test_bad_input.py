@@ -390,6 +390,8 @@ q.pack(W, 4)
 q.pack(torch.zeros(2, 8).long(), 5)
 q.unpack(torch.zeros(3).byte(), 4, (2, 64))
 q.quant_matmul(W[:, :3], q.quantize_rtn(W, q.QuantSpec(4, 32)))
+q.quantize_rtn(None, q.QuantSpec(4, 32))
+q.quantize_rtn(W, None)
 # models
 quantize(method='nothing')
 quantize(None, method='gptq')
@@ -613,6 +615,11 @@ read_examples('file', small_tokenizer())
 read_examples('fifo', small_tokenizer())
 Search(None, None, TASK, [], [])
 """
+NOT_NAMED = "None where a tensor, a spec or a model belongs: an AttributeError, not one of ours"
+RED = dict.fromkeys([  # calls that are not answered yet as they should be, and why
+    "q.quantize_rtn(None, q.QuantSpec(4, 32))", "q.quantize_rtn(W, None)", "quantize(spec=None)",
+    "q.dequantize_model(None)",
+], NOT_NAMED)  # fmt: skip
 CALLS_OF_FILES = [
     "q.EvalReport.load('report_{}')", "q.load_adapter(small_model(layers=1), 'adapter_{}')",
 ]  # fmt: skip
@@ -646,7 +653,10 @@ def pytest_generate_tests(metafunc):
             if metafunc.config.getoption("tries") is None:
                 draw = random.Random(metafunc.config.getoption("seed"))
                 numbers = sorted(draw.sample(numbers, FEW))
-            metafunc.parametrize(name, [inputs[n] for n in numbers], ids=map(str, numbers))
+            marks = {n: [pytest.mark.xfail(strict=True, reason=RED[inputs[n][0]])]
+                     for n in numbers if inputs[n][0] in RED}  # fmt: skip
+            cases = [pytest.param(inputs[n], id=str(n), marks=marks.get(n, [])) for n in numbers]
+            metafunc.parametrize(name, cases)
 
 
 @pytest.fixture(scope="module")
