@@ -62,7 +62,7 @@ class Trial:
             raise ValueError(f"method={self.method!r}; expected 'lora' or 'full'")
         if self.method == "lora":
             COUNT.check("rank", self.rank)
-        check_fields(self, lr=ABOVE_ZERO, steps=COUNT, epochs=COUNT, examples=COUNT,
+        check_fields(self, lr=ABOVE_ZERO, steps=COUNT, epochs=COUNT,
                      alpha=ABOVE_ZERO, seed=ANY_SEED)  # fmt: skip
         if self.method == "full" and self.alpha is not None:
             raise ValueError(f"alpha={self.alpha} is LoRA's; method='full' has none")
