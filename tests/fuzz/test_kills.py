@@ -57,8 +57,9 @@ def moment(draw: random.Random, whole) -> dict:
 
 
 def pytest_generate_tests(metafunc):
-    few = metafunc.config.getoption("tries") is None  # make unit has time for one
-    metafunc.parametrize("name", ["quantize"] if few else CASES)
+    few = metafunc.config.getoption("tries") is None  # make long has time for one
+    one = [pytest.param("quantize", marks=pytest.mark.long)]
+    metafunc.parametrize("name", one if few else CASES)
 
 
 def test_the_command_again_gives_what_an_undisturbed_one_gives(
