@@ -6,10 +6,6 @@ PIP_ARGS     ?=
 SYSTEM_TORCH ?=
 # Else every process would compile again what it imports, which kernels and tests do by the dozen.
 unexport PYTHONDONTWRITEBYTECODE
-# glibc gives large blocks of memory back to the system when they are freed, and gets them anew page
-# by page: up to a tenth of a training step on a CPU. Elsewhere the two names say nothing.
-export MALLOC_MMAP_THRESHOLD_ := 1073741824
-export MALLOC_TRIM_THRESHOLD_ := 4294967296
 # Not ?=: what happens to stand in somebody's environment must not change what is run.
 PROFILE      := tiny
 NB           :=
@@ -121,6 +117,12 @@ $(PEERS)/.ready: $(READY) tests/requirements-interop.txt
 $(VENV)/.browser: $(READY) tests/browser/requirements.txt
 	$(call install,$(VENV),-r tests/browser/requirements.txt)
 	@touch $@
+
+# glibc gives large blocks of memory back to the system when they are freed, and gets them anew page
+# by page: up to a tenth of a training step on a CPU. Notebooks that are run keep it; what measures
+# memory or speed finds it as it is. Elsewhere the two names say nothing.
+run-all nbval store solved ui pictures: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+run-all nbval store solved ui pictures: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m course.tools run [--profile tiny] [--parameters "bits=3"] [--jobs 2] [01 02]
 	$(TOOLS) run --profile $(PROFILE) --parameters "$(P)$(if $(filter-out tiny,$(PROFILE)),$(if $(MODEL), weights_from='$(MODEL)')$(if $(GSM8K_DIR), data_from='$(GSM8K_DIR)'))" \
