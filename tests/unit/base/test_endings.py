@@ -49,7 +49,7 @@ def test_codes_of_what_ran_stay(capsys):
 def test_an_interrupt_that_a_library_turns_into_its_own_error(capsys):
     def run():
         try:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
             raise ImportError("could not import a module") from None
 
@@ -64,7 +64,7 @@ def test_an_interrupt_during_imports_is_one_line_and_the_end(monkeypatch, capsys
     usual = signal.getsignal(signal.SIGINT)
     try:
         quiet_interrupt()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, usual)
     assert codes == [INTERRUPTED] and capsys.readouterr().err.count("\n") == 1
