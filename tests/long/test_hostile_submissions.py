@@ -24,6 +24,7 @@ from qlora_lib.base.paths import ROOT
 pytestmark = [pytest.mark.long,
               pytest.mark.skipif(os.name != "posix", reason="needs a terminal and signals")]
 FILES, CALLS = bool(landlock()), seccomp()
+COUNT = len(exercises(read(notebooks(["01"])[0])))  # of the notebook that is handed in
 MARK = "COURSE_TEST_OF_HOSTILE_SUBMISSIONS"
 RIGHT = """
 def mine(a, b):
@@ -278,14 +279,14 @@ def test_the_class_is_graded_and_the_honest_pass(graded):
     assert graded[4] == 0, said
     for name in ("ann", "zoe"):
         assert sum(line.startswith(f"{name}: ") for line in said) == 1
-        assert f"{name}: 1 of 5 passed" in said
+        assert f"{name}: 1 of {COUNT} passed" in said
         assert any(line.split()[:4] == [name, name, "nearest_code", "passed"] for line in said)
 
 
 @pytest.mark.parametrize("name", HELD)
 def test_an_attack_does_not_pass(graded, name):
     said = [line for line in lines(graded) if line.startswith(f"{name}  ")]
-    assert f"{name}: 0 of 5 passed" in lines(graded), said
+    assert f"{name}: 0 of {COUNT} passed" in lines(graded), said
 
 
 def test_odd_files_fail_and_names_are_spelt_out(graded):
@@ -294,7 +295,7 @@ def test_odd_files_fail_and_names_are_spelt_out(graded):
         assert any(line.startswith(f"{name}  ") and "failed: " in line and why in line
                    for line in said), name  # fmt: skip
     for shown in NAMES.values():
-        assert f"{shown}: 0 of 5 passed" in said
+        assert f"{shown}: 0 of {COUNT} passed" in said
 
 
 def test_nothing_reaches_the_terminal(graded):

@@ -53,7 +53,7 @@ def test_the_streamed_base_is_the_one_that_finetune_looks_for(
         assert main([*named, "--stream"]) == 0
         assert "is there, with these settings" in capsys.readouterr().out
     assert main([*common, "--spill", "spill"]) == 2
-    assert "--spill keeps the activations of --stream" in capsys.readouterr().err
+    assert "--spill goes only with --stream" in capsys.readouterr().err
     assert main(["quantize", "--model", "data", "--stream"]) == 2
     assert "data holds no model; name a folder with config.json" in capsys.readouterr().err
 

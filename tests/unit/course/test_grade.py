@@ -61,9 +61,9 @@ def test_every_kind_of_submission_is_a_row(tmp_path, capfd):
     assert [got["ann", name] for name in COURSE[0]] == ["passed: ", "passed: ", "not solved: "]
     assert got["bob", "nearest_code"] == "not solved: "
     assert got["bob", "unpack_nibbles"].startswith("wrong: the low nibble needs its mask")
-    assert got["bob", "fit_row"].startswith("wrong: case 1 of 7")
+    assert got["bob", "fit_row"].startswith("wrong: case 1 of ")
     assert got["cyd", "nearest_code"] == "failed: its process died, exit code 3"
-    assert got["cyd", "unpack_nibbles"].startswith("wrong: case 1 of 4")
+    assert got["cyd", "unpack_nibbles"].startswith("wrong: case 1 of ")
     assert got["cyd", "fit_row"] == "failed: SystemExit: 0"
     assert got["dot", "-"] == "failed: no exercise of the course in it"
     assert got["eve", "-"].startswith("failed: no notebook that can be read: ")
