@@ -11,7 +11,7 @@ from operator import truediv
 from pathlib import Path
 
 from ..base import processes
-from ..base.files import parse_json, read_proved_json, whole_file, write_proved_json
+from ..base.files import parse_json, read_proved_json, read_text, whole_file, write_proved_json
 from ..base.hashes import changes, content_hash, file_hash
 from ..base.lock import held
 from ..base.paths import short_path
@@ -129,13 +129,6 @@ def _read_lines(path: Path, lines: Sequence[str], proved: bool) -> list[Predicti
     return found
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{short_path(path)} is not UTF-8 text ({error}); get it again") from None
-
-
 def _of(count: str, function: Callable = truediv) -> property:
     return property(lambda report: function(getattr(report, count), report.n))
 
@@ -182,7 +175,7 @@ class EvalReport:
         if not answers.is_file() or file_hash(answers) != saved.get(ANSWERS, file_hash(answers)):
             raise ValueError(f"{short_path(answers)} is not what {REPORT} was made of: it is "
                              "missing, was changed, or is damaged; get both again")  # fmt: skip
-        lines = _read_text(answers).strip("\n").split("\n")
+        lines = read_text(answers).strip("\n").split("\n")
         found = cls.count(_read_lines(answers, lines, proved=False), saved.get("info"))
         if saved.get("n") != found.n or not isinstance(found.info, dict):
             raise ValueError(f"{short_path(path)} is about {saved.get('n')} questions, and "
@@ -360,7 +353,7 @@ def _open_folder(
     if changed := changes(before, settings):
         raise ValueError(f"{short_path(folder)} holds answers of other settings ({changed}); "
                          f"{remedy}")  # fmt: skip
-    text = _read_text(answers) if answers.is_file() else ""
+    text = read_text(answers) if answers.is_file() else ""
     whole = text.split("\n")[:-1]  # a kill may have torn the last
     if len(whole) < len(asked):  # sampling and rounding depend on which questions are together
         whole = whole[: len(whole) // settings["chunk"] * settings["chunk"]]
