@@ -1,8 +1,12 @@
 """How much is tried: --tries and --seed, or a few tries where they are not given; and a process
 that runs commands."""
 
+import shutil
+
 import pytest
 
+from course.kit import OUTPUTS_VARIABLE
+from tests.support import bad_files as bad
 from tests.support.child_commands import Commands, make_place
 
 
@@ -30,3 +34,23 @@ def start(tmp_path_factory):
     folder.mkdir()
     make_place(folder, problems=140)  # more than an evaluation asks at a time
     return folder
+
+
+@pytest.fixture(scope="module")
+def bad_place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    bad.make_place(folder)
+    return folder
+
+
+@pytest.fixture
+def bad_files(bad_place, monkeypatch):
+    """The working directory is one of bad files; no hub is asked."""
+    monkeypatch.chdir(bad_place)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv(OUTPUTS_VARIABLE, str(bad_place / "outputs"))
+    for name in ("MODEL", "GSM8K_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for name in ("checkpoints", "outputs"):  # of a command that was accepted
+        shutil.rmtree(bad_place / name, ignore_errors=True)
