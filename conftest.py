@@ -15,6 +15,7 @@ that it depends on has changed since (`course.tools.copies.fresh_copy_of`), the 
 run are compared, by the same rules.
 """
 import os
+import sys
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -34,6 +35,9 @@ def pytest_configure(config):
 
         if not torch.cuda.is_available():  # before transformers imports Triton: 06's kernels
             os.environ.setdefault("TRITON_INTERPRET", "1")
+            if "triton" in sys.modules:  # half of it would be the compiler's
+                raise pytest.UsageError("a conftest.py imports Triton before the interpreter of "
+                                        "its kernels is switched on: import within the fixture")
     if config.getoption("nbval", False):
         from course.kit import COMPARE_VARIABLE, GRID_VARIABLE
         from course.tools.execute import isolate_kernels

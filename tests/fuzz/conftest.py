@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from course.kit import OUTPUTS_VARIABLE
-from tests.support import bad_files as bad
 from tests.support.child_commands import Commands, make_place
 
 
@@ -38,6 +37,8 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bad_place(tmp_path_factory):
+    from tests.support import bad_files as bad  # it imports Triton: see the root's conftest
+
     folder = tmp_path_factory.mktemp("bad")
     bad.make_place(folder)
     return folder
