@@ -8,7 +8,8 @@ def attempt(test: Callable[[Callable], None], function: Callable) -> bool:
     try:
         test(function)
     except Exception as error:
-        print(f"fails: {name}" + (f" ({error})" if str(error) else ""))
+        said = str(error).partition("\n")[0]
+        print(f"fails: {name}" + (f" ({said})" if said else ""))
         return False
     print(f"passes: {name}")
     return True

@@ -644,6 +644,7 @@ register(Exercise(
         (lambda g: (Words(None), "How How many eggs?"), "a tokenizer without bos"),
         (lambda g: (Words(), "How How many?"), "the first word twice"),
         (lambda g: (Words(), ""), "an empty text"),
+        (lambda g: (Words(), "<s>seven eggs"), "a bos, then a word that begins with s"),
     ],
     mistakes=[
         (lambda tokenizer, text: tokenizer.encode(text),
@@ -663,6 +664,8 @@ register(Exercise(
         (lambda tokenizer, text: ids if (ids := _plain(tokenizer, text))[0] == 1
          or tokenizer.bos_token_id is None else [1, *ids],
          "an empty text has no first token: ids[:1] never fails"),
+        (lambda tokenizer, text: tokenizer.encode(text.lstrip(BOS)),
+         "lstrip takes any of the letters <, s and > off, as often as they come: removeprefix"),
         (_one_of_two, "two like words at the beginning are no fault; only two bos are"),
     ]))
 
