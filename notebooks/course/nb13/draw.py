@@ -40,10 +40,10 @@ def draw_shares(ax, short: int, long: int) -> None:
                         ha="center", fontsize=11)
     ratio = long / short
     ax.set(xticks=range(2), yscale="log", xlim=(-0.6, 1.6), ylim=(1, 200),
-           xticklabels=[f"a token of the {n}" for n in (short, long)],
+           xticklabels=[f"one of the {n} tokens" for n in (short, long)],
            ylabel="share of the step, %",
            title="each token counts the same" if ratio == 1 else
-           f"mean of means: a token of the {short} counts {ratio:g} times one of the {long}")
+           f"mean of means: the left counts {ratio:g} times the right")
     ax.set_yticks((1, 2, 5, 10, 20, 50, 100), labels=("1", "2", "5", "10", "20", "50", "100"))
     ax.minorticks_off()
     ax.legend(loc="upper right", fontsize=10)
