@@ -40,7 +40,8 @@ def draw_shares(ax, short: int, long: int) -> None:
                         ha="center", fontsize=11)
     ratio = long / short
     ax.set(xticks=range(2), yscale="log", xlim=(-0.6, 1.6), ylim=(1, 200),
-           xticklabels=[f"one of the {n} tokens" for n in (short, long)],
+           xticklabels=[f"one of the {n} tokens" if n > 1 else "the only token"
+                        for n in (short, long)],
            ylabel="share of the step, %",
            title="each token counts the same" if ratio == 1 else
            f"mean of means: the left counts {ratio:g} times the right")

@@ -32,3 +32,9 @@ def test_what_a_token_of_the_shorter_counts(short, said):
     mean_of_means, alike = (line.get_ydata() for line in ax.get_lines())
     assert short * mean_of_means[0] + 32 * mean_of_means[1] == pytest.approx(100)
     assert alike[0] == alike[1] == pytest.approx(100 / (short + 32))
+
+
+@pytest.mark.parametrize("short, label", [(1, "the only token"), (4, "one of the 4 tokens")])
+def test_which_token_of_the_shorter_one(short, label):
+    ax = axes_of(draw.draw_shares, short=short, long=32)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [label, "one of the 32 tokens"]
