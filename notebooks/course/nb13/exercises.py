@@ -180,6 +180,9 @@ register(Exercise(
                          "and its own updates stop at end"),
         (_blocks(spill=lambda j, end, n: j + end), "the updates of the block spill over its end, "
                                                    "and the later columns get them twice"),
+        (lambda weight, factor, step, block: _blocks(spill=lambda j, end, n: j + block)(
+            weight, factor, step, block),
+         "a block's own updates end where the block ends, not `block` columns further"),
         (_blocks(row=lambda j, start: j), "after the first block, errors[:, j] lies outside of "
                                           "`errors`: torch writes nothing there and says nothing"),
         (_blocks(later=False), "the later blocks never hear of this one's errors: "
@@ -354,6 +357,8 @@ register(Exercise(
         (lambda g: _states(g, embed__weight=_longer), "two tokens were added to one table"),
         (lambda g: _states(g, norm__weight=lambda w: w * 1.5), "a norm was trained too"),
         (lambda g: _states(g, q__weight=lambda w: w + 2e-7), "a weight has moved by one last bit"),
+        (lambda g: _states(g, embed__weight=lambda w: torch.cat([w[:4], w[4:] + 1])),
+         "one row of a table was trained"),
     ],
     mistakes=[
         (_named(lambda n, new, old: "lora_" in n),
@@ -366,6 +371,8 @@ register(Exercise(
         (_named(lambda n, new, old: old is None or new.shape != old.shape
                 or not torch.allclose(new, old)), "allclose forgives small changes, and a small "
                                                   "change is a change: torch.equal"),
+        (_named(lambda n, new, old: old is None or new.shape != old.shape or (new != old).all()),
+         "one changed value is enough: any, not all"),
         (_named(lambda n, new, old: True), "this saves the whole base with each adapter"),
         (_named(lambda n, new, old: old is None or (new != old).any()),
          "tensors of different shapes cannot be compared by !=; torch.equal is False for them"),
@@ -398,6 +405,12 @@ def _by_length(ids, mask, eos):
 def _labels_in_place(ids, mask, eos):
     ids[mask == 0] = -100
     return ids
+
+
+def _filled(ids, where):
+    labels = ids.clone()
+    labels[where] = -100
+    return labels
 
 
 def _padded(rows: list, side: str = "right", eos: int = 2) -> tuple[Tensor, Tensor, int]:
@@ -436,6 +449,9 @@ register(Exercise(
          "one label too many is masked: labels stand at their own tokens, the model shifts them"),
         (lambda ids, mask, eos: ids.masked_fill(mask.roll(1, 1) == 0, -100),
          "the mask is shifted by one, so one padding token is learned in a row"),
+        (lambda ids, mask, eos: _filled(ids, ~mask),
+         "the mask holds whole numbers, of which ~ makes -1 and -2, places counted from the end: "
+         "compare, mask == 0"),
         (_labels_in_place, "right labels, but the ids are overwritten: the model would be given "
                            "-100 as a token"),
         (lambda ids, mask, eos: ids.masked_fill(mask == 0, -100)[:, 1:],
@@ -504,6 +520,8 @@ register(Exercise(
                                                             "has a factor of 2"),
         (_accumulated(lambda n, counts: n / sum(counts)), "n counts twice: x.T @ (...) is a sum "
                                                           "over the n tokens already"),
+        (_accumulated(lambda n, counts: n / sum(counts) * (1 / n if n else torch.nan)),
+         "the mean over no token is 0/0, which is NaN: add up sums, not means"),
         (lambda w, micro: accumulate(w, micro[-1:]), "this is the last micro-batch alone; add up"),
         (lambda w, micro: -accumulate(w, micro), "the sign: this points downhill, the gradient up"),
         (lambda w, micro: accumulate(w, micro) / w.numel(),
@@ -582,6 +600,11 @@ register(Exercise(
          "the mask of real tokens lies along the queries; padding must be hidden as a key"),
         (_added(-1e4), "-10,000 is not low enough: a forbidden score may lie 30,000 above. Fill, "
                        "do not add"),
+        (lambda scores, real: scores.masked_fill(~_allowed(real), -torch.inf).softmax(-1).float()
+         .nan_to_num(0), "the softmax is taken in fp16, of three digits: turn the scores into fp32 "
+                         "before it"),
+        (_softmax_where(lambda real: _allowed(real) & real[:, :, None]),
+         "the query of a pad may look, too: at the real tokens before it"),
         (lambda scores, real: attention_weights(scores, real).half(),
          "the weights come back in fp16; asked is fp32"),
         (lambda scores, real: attention_weights(scores, real.flip(1)),
@@ -602,11 +625,13 @@ class Words:
     before each text unless told not to."""
 
     bos_token_id: int | None = 1
+    bos: str = BOS
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = [1 if word == BOS else 10 + sum(map(ord, word)) % 989
-               for word in text.replace(BOS, f" {BOS} ").split()]
-        return ids if self.bos_token_id is None or not add_special_tokens else [1, *ids]
+        ids = [self.bos_token_id if word == self.bos else 10 + sum(map(ord, word)) % 989
+               for word in text.replace(self.bos, f" {self.bos} ").split()]
+        return ids if self.bos_token_id is None or not add_special_tokens else \
+            [self.bos_token_id, *ids]
 
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
@@ -644,6 +669,7 @@ register(Exercise(
         (lambda g: (Words(), "How How many?"), "the first word twice"),
         (lambda g: (Words(), ""), "an empty text"),
         (lambda g: (Words(), "<s>seven eggs"), "a bos, then a word that begins with s"),
+        (lambda g: (Words(7, "<|begin|>"), "<|begin|>[user] Two."), "a bos of another name"),
     ],
     mistakes=[
         (lambda tokenizer, text: tokenizer.encode(text),
@@ -665,6 +691,19 @@ register(Exercise(
          "an empty text has no first token: ids[:1] never fails"),
         (lambda tokenizer, text: tokenizer.encode(text.lstrip(BOS)),
          "lstrip takes any of the letters <, s and > off, as often as they come: removeprefix"),
+        (lambda tokenizer, text: ids if (ids := _plain(tokenizer, text))
+         and ids[0] == tokenizer.bos_token_id else [tokenizer.bos_token_id, *ids],
+         "a tokenizer may have no bos: then bos_token_id is None, and None is no token"),
+        (lambda tokenizer, text: ids if (ids := _plain(tokenizer, text))[0]
+         == tokenizer.bos_token_id else [tokenizer.bos_token_id, *ids],
+         "bos_token_id may be None, which is no token, and an empty text has no ids[0]"),
+        (lambda tokenizer, text: ids if tokenizer.bos_token_id in (
+            ids := _plain(tokenizer, text)) else [tokenizer.bos_token_id, *ids],
+         "ask the first token, not all of them; and bos_token_id may be None, which is no token"),
+        (lambda tokenizer, text: tokenizer.encode(text, not text.startswith(BOS)),
+         "each tokenizer writes its bos in a way of its own: compare ids, not texts"),
+        (lambda tokenizer, text: tokenizer.encode(text.removeprefix(BOS)),
+         "each tokenizer writes its bos in a way of its own: compare ids, not texts"),
         (_one_of_two, "two like words at the beginning are no fault; only two bos are"),
     ]))
 
@@ -704,6 +743,8 @@ register(Exercise(
          "a pad behind a text gets 0 as well"),
         (lambda mask, past: (mask[:, past:].cumsum(1) - 1) * mask[:, past:],
          "the cached tokens count: cut off the cached columns after counting"),
+        (lambda mask, past: mask[:, past:].cumsum(1) - 1,
+         "count all columns before you cut the cached ones off; and a pad gets 0"),
         (lambda mask, past: (mask.cumsum(1) - 1) * mask, "only the new columns are asked for: "
                                                          "[:, past:]"),
         (lambda mask, past: ((mask.cumsum(0) - 1) * mask)[:, past:],
@@ -768,6 +809,9 @@ register(Exercise(
         (lambda g: (_ASKED, _ASKED + " 36*40=1440\n\nSo there are 1440.\n#### 1440"),
          "an empty line, and an answer that ends in 0"),
         (lambda g: (_ASKED, _ASKED + " 18-3*6=0\n#### 0"), "the answer 0"),
+        (lambda g: (_ASKED, _ASKED + " 3*6=18\n#### 18."), "a full stop behind the answer"),
+        (lambda g: (_ASKED, _ASKED + "\n\n" + _ASKED + " 3*6=18\n#### 18"),
+         "it repeats its prompt before it answers"),
         (lambda g: (_ASKED, _ASKED), "it says nothing"),
     ],
     mistakes=[
@@ -791,8 +835,12 @@ register(Exercise(
          "a number may have more than one comma: take them all out"),
         (_pick(_first_turn, clean=lambda text: text.replace(",", "").rstrip("0")),
          "rstrip takes zeros off whole numbers too, and 1440 becomes 144"),
-        (_pick(_first_turn, clean=lambda text: text.replace(",", "").strip("0")),
-         "strip takes zeros off whole numbers too, and 1440 becomes 144"),
+        (_pick(_first_turn, re.compile(r"#### *(-?[\d,.]+)")),
+         "a full stop behind the number is none of its digits"),
+        (lambda prompt, sequence: answer_of("", sequence.replace(prompt, "")),
+         "replace takes the prompt out wherever it stands: cut its length off, once"),
+        (_pick(_first_turn, re.compile(r"#### *(.+)")),
+         "words may stand behind the number: take its sign, digits and commas only"),
         (lambda prompt, sequence: (answer := answer_of(prompt, sequence)) and (
             answer if int(answer) else ""), "0 is an answer as well, and no empty text"),
         (_pick(lambda prompt, sequence: _first_turn(prompt, sequence).split("\n\n")[0]),

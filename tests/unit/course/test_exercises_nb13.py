@@ -175,9 +175,11 @@ def softmax_without_nan(scores, real):
     return scores.float().masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
 
 
-def without_its_prefix(tokenizer, text):
-    return tokenizer.encode(text.removeprefix("<s>")) if tokenizer.bos_token_id else \
-        tokenizer.encode(text)
+def prompt_put_in_front(tokenizer, text):
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    if tokenizer.bos_token_id is not None and (not ids or ids[0] != tokenizer.bos_token_id):
+        ids.insert(0, tokenizer.bos_token_id)
+    return ids
 
 
 def one_of_two_bos(tokenizer, text):
@@ -185,9 +187,9 @@ def one_of_two_bos(tokenizer, text):
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def ask_the_text(tokenizer, text):
-    wanted = tokenizer.bos_token_id is not None and not text.startswith("<s>")
-    return [tokenizer.bos_token_id] * wanted + tokenizer.encode(text, add_special_tokens=False)
+def one_way_or_the_other(tokenizer, text):
+    plain = tokenizer.encode(text, add_special_tokens=False)
+    return plain if plain[:1] == [tokenizer.bos_token_id] else tokenizer.encode(text)
 
 
 def positions_in_a_loop(mask, past):
@@ -225,7 +227,7 @@ def answer_by_splitting(prompt, sequence):
     said = sequence[len(prompt) :]
     said = said[: said.index("Question:")] if "Question:" in said else said
     _, mark, rest = said.partition("####")
-    digits = rest.split()[0].replace(",", "") if mark and rest.split() else ""
+    digits = rest.split()[0].strip(".").replace(",", "") if mark and rest.split() else ""
     return digits
 
 
@@ -312,7 +314,7 @@ RIGHT = {
                 ~nb13._allowed(real), torch.finfo(torch.float32).min).softmax(-1), 0),
     ],
     "prompt_ids": [
-        without_its_prefix, one_of_two_bos, ask_the_text,
+        prompt_put_in_front, one_of_two_bos, one_way_or_the_other,
         lambda tokenizer, text: tuple(nb13.prompt_ids(tokenizer, text)),
         encode_prompt,
     ],
@@ -493,6 +495,9 @@ WRONG = {
     "prompt_ids": [
         lambda tokenizer, text: [1, *tokenizer.encode(text, add_special_tokens=False)],
         lambda tokenizer, text: tokenizer.encode(text)[1:],
+        lambda tokenizer, text: [tokenizer.bos_token_id] * (
+            tokenizer.bos_token_id is not None and not text.startswith("<s>"))
+        + tokenizer.encode(text, add_special_tokens=False),
         lambda tokenizer, text: tokenizer.encode(text.replace("<s>", "")),
         lambda tokenizer, text: list(dict.fromkeys(tokenizer.encode(text))),
         lambda tokenizer, text: tokenizer.encode(text.split("<s>")[-1]),
