@@ -1,8 +1,10 @@
-"""Exercises of notebook 02: one OBS step, the Hessian, the lazy update, the order undone."""
+"""Exercises of notebook 02: one OBS step; GPTQ in three steps, slow, by a factor, in a fast loop;
+the Hessian, the lazy update, the order undone."""
 import torch
 from torch import Tensor
 
 from ..kit.exercise import Exercise, register
+from .inverse_factor import inverse_factor
 
 
 def _inputs(g: torch.Generator, tokens: int, features: int) -> Tensor:
@@ -104,7 +106,342 @@ register(Exercise(
 ))
 
 
-# --- 2. The Hessian of a padded batch ----------------------------------------------------
+# --- 2. GPTQ itself: slowly, the factor, the loop ------------------------------------------
+
+def on_grid(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """The value on the grid that is nearest to each weight; all tensors of one shape."""
+    return ((w / scale + zero).round().clamp(0, max_code) - zero) * scale
+
+
+def slow_gptq(weight: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor,
+              max_code: int) -> Tensor:
+    w = weight.clone()
+    for j in range(w.shape[1]):
+        value = on_grid(w[:, j], scale[:, j], zero[:, j], max_code)
+        w[:, j:] = obs_step(w[:, j:], hessian[j:, j:], 0, value)
+    return w
+
+
+def _slow(inverse_at=lambda h, j: torch.linalg.inv(h[j:, j:]), sign=-1,
+          divisor=lambda inverse: inverse[0, 0], grid=on_grid):
+    """Slow GPTQ with another inverse at column j, another sign, divisor or way onto the grid."""
+    def wrong(weight, hessian, scale, zero, max_code):
+        w = weight.clone()
+        for j in range(w.shape[1]):
+            inverse = inverse_at(hessian, j)
+            value = grid(w[:, j], scale[:, j], zero[:, j], max_code)
+            error = (w[:, j] - value) / divisor(inverse)
+            w[:, j:] += sign * torch.outer(error, inverse[0])
+        return w
+    return wrong
+
+
+def _slow_nearest(weight, hessian, scale, zero, max_code):
+    return on_grid(weight, scale, zero, max_code)
+
+
+def _slow_whole_row(weight, hessian, scale, zero, max_code):
+    w = weight.clone()
+    for j in range(w.shape[1]):
+        w = obs_step(w, hessian, j, on_grid(w[:, j], scale[:, j], zero[:, j], max_code))
+    return w
+
+
+def _slow_backwards(weight, hessian, scale, zero, max_code):
+    flipped = (t.flip(1) for t in (scale, zero))
+    return slow_gptq(weight.flip(1), hessian.flip(0, 1), *flipped, max_code).flip(1)
+
+
+def _slow_codes(weight, hessian, scale, zero, max_code):
+    return (slow_gptq(weight, hessian, scale, zero, max_code) / scale + zero).round()
+
+
+def _slow_in_place(weight, hessian, scale, zero, max_code):
+    weight.copy_(slow_gptq(weight, hessian, scale, zero, max_code))
+    return weight
+
+
+def _slow_first_grid(weight, hessian, scale, zero, max_code):
+    first = (t[:, :1].expand_as(t) for t in (scale, zero))
+    return slow_gptq(weight, hessian, *first, max_code)
+
+
+def _slow_wrong_place(weight, hessian, scale, zero, max_code):
+    inverse = torch.linalg.inv(hessian[1:, 1:])
+    return weight - inverse[len(inverse), len(inverse)]
+
+
+def _without_clamp(w, scale, zero, max_code):
+    return ((w / scale + zero).round() - zero) * scale
+
+
+def _without_zero(w, scale, zero, max_code):
+    return (w / scale).round().clamp(0, max_code) * scale
+
+
+def _zero_kept(w, scale, zero, max_code):
+    return (w / scale + zero).round().clamp(0, max_code) * scale
+
+
+def _grids(g: torch.Generator, out: int, features: int, bits: int, size: int, reach: float):
+    """Weights (out, in) and the grids of their groups, as long as `reach` of their range."""
+    weight = torch.randn(out, features, generator=g)
+    groups = weight.unflatten(1, (-1, size))
+    low, high = (reach * end for end in (groups.amin(-1), groups.amax(-1)))
+    scale = (high.clamp(min=0) - low.clamp(max=0)) / (2**bits - 1)
+    zero = (-low.clamp(max=0) / scale).round()
+    scale, zero = (t.repeat_interleave(size, 1) for t in (scale, zero))  # (out, in)
+    return weight, scale, zero, 2**bits - 1
+
+
+def _layer(out, features, bits, size, reach=1.0, hessian=_hessian):
+    def make(g):
+        weight, scale, zero, top = _grids(g, out, features, bits, size, reach)
+        return weight, hessian(g, features), scale, zero, top
+    return make
+
+
+def _uncorrelated(g: torch.Generator, features: int) -> Tensor:
+    return torch.rand(features, generator=g).add(0.5).diag()
+
+
+def _two(g):
+    one = torch.ones(1, 2)
+    return torch.tensor([[1.4, 1.3]]), torch.tensor([[6.0, 5.0], [5.0, 6.0]]), one, 0 * one, 15
+
+
+_LAYERS = [
+    (_two, "the two weights from above"),
+    (_layer(3, 6, 3, 6), "three rows, a grid each"),
+    (_layer(4, 8, 3, 4), "two groups, each with its own grid"),
+    (_layer(3, 6, 2, 6, reach=0.6), "2 bits and a grid that clips"),
+    (_layer(2, 5, 3, 5, hessian=_uncorrelated), "inputs that are not correlated"),
+]
+
+register(Exercise(
+    name="slow_gptq",
+    reference=slow_gptq,
+    cases=_LAYERS,
+    mistakes=[
+        (_slow(lambda h, j: torch.linalg.inv(h)[j:, j:]),
+         "this cuts the inverse of the whole H, as if the columns before j could still move: cut H "
+         "first, H[j:, j:], then invert"),
+        (_slow_whole_row, "columns that are rounded already moved again, off their grid: one step "
+                          "may change the columns from j on only"),
+        (_slow_nearest, "this is round to nearest: nothing moved between the columns (use the "
+                        "whole first row of the inverse), or the ORIGINAL columns were rounded, "
+                        "not those that had moved"),
+        (_slow(sign=1), "the sign: the error is subtracted, so that column j lands on its value"),
+        (_slow(divisor=lambda inverse: 1), "divide by the first diagonal element of the inverse, "
+                                           "else column j misses its value"),
+        (_slow(lambda h, j: h[j:, j:]), "this uses H where the step has H^-1: invert H[j:, j:]"),
+        (_slow(grid=_without_clamp), "codes must stay within 0 and max_code: on_grid clamps them"),
+        (_slow(grid=_without_zero), "the zero-point is missing: on_grid adds it, and takes it off "
+                                    "again"),
+        (_slow(grid=_zero_kept), "the zero-point is added, but not taken off again before the "
+                                 "value is scaled"),
+        (_slow_first_grid, "every column has its own grid: scale[:, j] and zero[:, j]"),
+        (_slow_backwards, "this goes from the last column to the first; begin at column 0"),
+        (_slow_codes, "these are the codes; return the values on the grid"),
+        (_slow_wrong_place, "an index is off: after cutting, column j is column 0 of H[j:, j:]"),
+        (_slow_in_place, "right values, but `weight` itself was changed: clone it first"),
+    ],
+    rtol=1e-4, atol=1e-5,
+))
+
+
+def upper_factor(h: Tensor, damp_percent: float) -> Tensor:
+    return inverse_factor(h, damp_percent)
+
+
+def _damped(h, damp_percent):
+    return h + damp_percent * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+
+
+def _factor(damped=_damped, of=torch.linalg.inv, upper=True):
+    def wrong(h, damp_percent):
+        return torch.linalg.cholesky(of(damped(h, damp_percent)), upper=upper)
+    return wrong
+
+
+def _factor_of_other_product(h, damp_percent):
+    return torch.linalg.inv(torch.linalg.cholesky(_damped(h, damp_percent), upper=True))
+
+
+def _factor_rows_over_diagonal(h, damp_percent):
+    u = upper_factor(h, damp_percent)
+    return u / u.diagonal().unsqueeze(1)
+
+
+def _factor_in_place(h, damp_percent):
+    h.diagonal().add_(damp_percent * h.diagonal().mean())
+    return upper_factor(h, 0.0)
+
+
+def _factor_of_damped_inverse(h, damp_percent):
+    inverse = torch.linalg.inv(h)
+    return torch.linalg.cholesky(inverse + damp_percent * inverse.diagonal().mean()
+                                 * torch.eye(len(h)), upper=True)
+
+
+register(Exercise(
+    name="upper_factor",
+    reference=upper_factor,
+    cases=[
+        (lambda g: (torch.tensor([[6.0, 5.0], [5.0, 6.0]]), 0.0), "two inputs, no damping"),
+        (lambda g: (_hessian(g, 5), 0.0), "five inputs, no damping"),
+        (lambda g: (_hessian(g, 6), 0.1), "six inputs, damping 0.1"),
+        (lambda g: (100 * _hessian(g, 6), 0.01), "loud inputs"),
+        (lambda g: (_hessian(g, 4).double(), 0.5), "in float64"),
+    ],
+    mistakes=[
+        (_factor(upper=False), "this is the lower factor of H^-1; its transpose is U"),
+        (_factor(of=lambda h: h), "this factors H; U is a factor of its inverse"),
+        (_factor_of_other_product, "this is upper triangular, but U U^T = H^-1; asked is "
+                                   "U^T U = H^-1. Invert H first, then factor"),
+        (lambda h, d: torch.linalg.inv(_damped(h, d)), "this is H^-1 itself; now its upper "
+                                                       "Cholesky factor"),
+        (_factor(damped=lambda h, d: h + d * torch.eye(len(h))),
+         "the damping is relative: damp_percent times the MEAN of H's diagonal"),
+        (_factor(damped=lambda h, d: h), "the damping is missing"),
+        (_factor(damped=lambda h, d: h + d * h.diagonal().mean()),
+         "the damping goes to the diagonal alone, not to every element: times torch.eye(len(h))"),
+        (_factor(damped=lambda h, d: h + d * h.diagonal().diag()),
+         "every diagonal element gets the same damping, a part of their mean, not of its own"),
+        (_factor(damped=lambda h, d: h + d * h.trace() * torch.eye(len(h))),
+         "take the mean of the diagonal, not its sum"),
+        (_factor(damped=lambda h, d: h + d * h.diagonal().max() * torch.eye(len(h))),
+         "take the mean of the diagonal, not its largest element"),
+        (_factor(damped=lambda h, d: h + d * h.mean() * torch.eye(len(h))),
+         "take the mean of the diagonal, not of the whole matrix"),
+        (_factor(damped=lambda h, d: _damped(h, d / 100)),
+         "damp_percent is a fraction, whatever its name says: 0.01 is one percent"),
+        (_factor_of_damped_inverse, "damp H, before it is inverted, not its inverse"),
+        (_factor_rows_over_diagonal, "the rows are divided by their diagonal elements; leave "
+                                     "Cholesky's factor as it is"),
+        (_factor_in_place, "right values, but `h` itself was changed: damp a copy"),
+    ],
+    rtol=1e-4, atol=1e-6,
+))
+
+
+def gptq_columns(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor,
+                 max_code: int) -> tuple[Tensor, Tensor]:
+    w, errors = weight.clone(), torch.empty_like(weight)
+    for j in range(w.shape[1]):
+        value = on_grid(w[:, j], scale[:, j], zero[:, j], max_code)  # (out,)
+        errors[:, j] = (w[:, j] - value) / factor[j, j]
+        w[:, j:] -= torch.outer(errors[:, j], factor[j, j:])
+    return w, errors
+
+
+def _loop(sign=-1, row=lambda u, j: u[j, j:], divisor=lambda u, j: u[j, j], grid=on_grid,
+          original=False, spread=True):
+    """The loop with another sign, row, divisor or way onto the grid."""
+    def wrong(weight, factor, scale, zero, max_code):
+        w, errors = weight.clone(), torch.empty_like(weight)
+        for j in range(w.shape[1]):
+            value = grid((weight if original else w)[:, j], scale[:, j], zero[:, j], max_code)
+            errors[:, j] = (w[:, j] - value) / divisor(factor, j)
+            if spread:
+                w[:, j:] += sign * torch.outer(errors[:, j], row(factor, j))
+            else:
+                w[:, j] = value
+        return w, errors
+    return wrong
+
+
+def _loop_then(change):
+    """The right loop, its two results changed afterwards; change(q, e, all arguments)."""
+    return lambda *given: change(*gptq_columns(*given), *given)
+
+
+def _loop_errors_of_the_original(weight, factor, scale, zero, max_code):
+    q, _ = gptq_columns(weight, factor, scale, zero, max_code)
+    return q, (weight - q) / factor.diagonal()
+
+
+def _loop_with_inverse(weight, factor, scale, zero, max_code):
+    return gptq_columns(weight, factor.T @ factor, scale, zero, max_code)
+
+
+def _loop_column_left(weight, factor, scale, zero, max_code):
+    w, errors = weight.clone(), torch.empty_like(weight)
+    for j in range(w.shape[1]):
+        value = on_grid(w[:, j], scale[:, j], zero[:, j], max_code)
+        errors[:, j] = (w[:, j] - value) / factor[j, j]
+        w[:, j + 1:] -= torch.outer(errors[:, j], factor[j, j + 1:])
+    return w, errors
+
+
+def _loop_in_place(weight, factor, scale, zero, max_code):
+    q, errors = gptq_columns(weight, factor, scale, zero, max_code)
+    return weight.copy_(q), errors
+
+
+def _loop_first_grid(weight, factor, scale, zero, max_code):
+    first = (t[:, :1].expand_as(t) for t in (scale, zero))
+    return gptq_columns(weight, factor, *first, max_code)
+
+
+def _loop_next_only(weight, factor, scale, zero, max_code):
+    return gptq_columns(weight, factor.tril(1), scale, zero, max_code)
+
+
+def _with_factor(layer):
+    def make(g):
+        weight, h, *grid = layer(g)
+        return weight, upper_factor(h, 0.01), *grid
+    return make
+
+
+register(Exercise(
+    name="gptq_columns",
+    reference=gptq_columns,
+    cases=[(_with_factor(layer), label) for layer, label in _LAYERS],
+    mistakes=[
+        (_loop(spread=False), "every column is rounded, but its error never moves: this is round "
+                              "to nearest. What column j passes on stands in ROW j, U[j, j:]"),
+        (_loop(original=True), "round the column as it is NOW, w[:, j], not the original weight"),
+        (_loop(sign=1), "the sign: outer(e_j, U[j, j:]) is subtracted, so that column j lands on "
+                        "its value"),
+        (_loop(divisor=lambda u, j: 1), "the error is not divided by U[j, j]: without it column j "
+                                        "misses its value"),
+        (_loop(divisor=lambda u, j: u[j, j] ** 2), "divide by U[j, j] once: its square belongs to "
+                                                   "H^-1, not to its factor"),
+        (_loop(row=lambda u, j: u[0, :u.shape[1] - j]), "always the first row: column j's is "
+                                                        "U[j, j:]"),
+        (_loop_with_inverse, "this uses H^-1 where its factor U belongs"),
+        (lambda w, u, *grid: gptq_columns(w, torch.linalg.inv(u.T @ u), *grid),
+         "this uses H where U belongs"),
+        (_loop_next_only, "only the next column moves: take the whole rest of the row, U[j, j:]"),
+        (_loop_column_left, "column j itself is not on its grid: let the update include it, or "
+                            "write the value into it"),
+        (_loop(grid=_without_clamp), "codes must stay within 0 and max_code: on_grid clamps them"),
+        (_loop(grid=_without_zero), "the zero-point is missing: on_grid adds it, and takes it off "
+                                    "again"),
+        (_loop(grid=_zero_kept), "the zero-point is added, but not taken off again before the "
+                                 "value is scaled"),
+        (_loop_first_grid, "every column has its own grid: scale[:, j] and zero[:, j]"),
+        (_loop_errors_of_the_original, "right weights, but E holds what the column had become "
+                                       "when it was rounded, w - q, not the original weight - q"),
+        (_loop_then(lambda q, e, w, u, *grid: (q, e * u.diagonal())),
+         "right weights, but E holds the errors DIVIDED by U[j, j]"),
+        (_loop_then(lambda q, e, w, u, *grid: (q, -e)),
+         "right weights, but the sign of E: the weight minus its rounded value"),
+        (_loop_then(lambda q, e, w, u, *grid: (q, w - q)),
+         "right weights, but E is not W - Q: it is the errors at the moment of rounding, divided "
+         "by U[j, j]"),
+        (_loop_then(lambda q, e, *given: (e, q)), "the weights first, then the errors"),
+        (_loop_then(lambda q, e, w, u, scale, zero, top: ((q / scale + zero).round(), e)),
+         "these are the codes; return the values on the grid"),
+        (_loop_in_place, "right values, but `weight` itself was changed: clone it first"),
+    ],
+    rtol=1e-4, atol=1e-5,
+))
+
+
+# --- 3. The Hessian of a padded batch ----------------------------------------------------
 
 def masked_hessian(x: Tensor, mask: Tensor) -> Tensor:
     real = x[mask.bool()].float()  # (batch, seq, in) -> (tokens, in)
@@ -153,10 +490,25 @@ def _tokens_by_tokens(x, mask):
     return real @ real.T / len(real)
 
 
-def _batch(lengths, dtype=torch.float32, mask_dtype=torch.bool, features=3):
+def _first_places(x, mask):
+    return torch.cat([row[:int(m.sum())].float() for row, m in zip(x, mask)])
+
+
+def _last_places(x, mask):
+    return torch.cat([row[len(m) - int(m.sum()):].float() for row, m in zip(x, mask)])
+
+
+def _first_to_last(x, mask):
+    places = [m.bool().nonzero()[:, 0] for m in mask]
+    return torch.cat([row[p[0]:p[-1] + 1].float() for row, p in zip(x, places)])
+
+
+def _batch(lengths, dtype=torch.float32, mask_dtype=torch.bool, features=3,
+           arrange=lambda mask: mask):
     def make(g):
         x = torch.randn(len(lengths), max(lengths), features, generator=g) + 0.5
         mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)  # (batch, seq)
+        mask = arrange(mask)
         x = torch.where(mask.unsqueeze(-1), x, 5.0)  # padding is loud
         return x.to(dtype), mask.to(mask_dtype)
     return make
@@ -170,6 +522,8 @@ register(Exercise(
         (_batch([4, 4]), "no padding at all"),
         (_batch([6, 1, 3], mask_dtype=torch.int64), "a mask of 0 and 1 in int64"),
         (_batch([300, 40], dtype=torch.bfloat16), "inputs in bf16"),
+        (_batch([5, 2, 1], arrange=lambda mask: mask.flip(1)), "padded on the left"),
+        (_batch([7, 6], arrange=lambda mask: mask & (torch.arange(7) != 2)), "a gap in the middle"),
     ],
     mistakes=[
         (_padding_counted, "the padding is counted: keep x[mask] only"),
@@ -186,13 +540,23 @@ register(Exercise(
         (_indexed_by_int, "a mask of whole numbers picks rows by number: x[mask.bool()]"),
         (_mean_of_sequences, "each sequence counts the same here, however short; each token "
                              "should"),
+        (_moment(take=_first_places), "the first tokens of each row are taken; padding may also "
+                                      "stand on the left, or in between: go by the mask"),
+        (_moment(take=_last_places), "the last tokens of each row are taken; padding may stand on "
+                                     "the right, or in between: go by the mask"),
+        (_moment(take=_first_to_last), "all from the first real token to the last is taken: a mask "
+                                       "may have gaps"),
+        (_moment(count=lambda taken, mask: len(taken) - 1), "the mean divides by the number of "
+                                                            "tokens, not by one less"),
+        (_moment(count=lambda taken, mask: len(mask)), "divide by the number of real tokens, "
+                                                       "not by the number of rows"),
         (_tokens_by_tokens, "this is x x^T, tokens by tokens; H is x^T x, features by features"),
     ],
     rtol=1e-4, atol=1e-5,
 ))
 
 
-# --- 3. The lazy update ------------------------------------------------------------------
+# --- 4. The lazy update ------------------------------------------------------------------
 
 def lazy_update(weight: Tensor, errors: Tensor, factor: Tensor, start: int, end: int) -> Tensor:
     moved = weight.clone()
@@ -281,7 +645,7 @@ register(Exercise(
 ))
 
 
-# --- 4. The order undone -----------------------------------------------------------------
+# --- 5. The order undone -----------------------------------------------------------------
 
 def undo_order(codes: Tensor, order: Tensor) -> Tensor:
     return codes[:, order.argsort()]
@@ -338,42 +702,4 @@ register(Exercise(
         (_columns_sorted, "this sorts the codes of each row by value; columns must move as a "
                           "whole, by the order"),
     ],
-))
-
-
-# --- 5. The loss that inputs nobody has seen will have -------------------------------------
-
-def foretold_loss(factor: Tensor, other: Tensor) -> Tensor:
-    v = factor / factor.diagonal().unsqueeze(1)  # each row with 1 on the diagonal
-    return ((v @ other) * v).sum()  # tr(V H' V^T)
-
-
-def _foretold(rows):
-    """The trace with something else in the place of V."""
-    return lambda factor, other: (rows(factor) @ other @ rows(factor).T).trace()
-
-
-register(Exercise(
-    name="foretold_loss",
-    reference=foretold_loss,
-    cases=[
-        (lambda g: (torch.tensor([[2.0, -1.0], [0.0, 0.5]]), torch.eye(2)), "two inputs"),
-        (lambda g: (torch.linalg.cholesky(_hessian(g, 5).inverse(), upper=True),
-                    _hessian(g, 5)), "five inputs, another H"),
-        (lambda g: (3 * torch.eye(4), _hessian(g, 4)), "no repairs: round to nearest"),
-    ],
-    mistakes=[
-        (_foretold(lambda u: u), "U as it is gives the scaled errors; divide each row by its "
-                                 "diagonal element first"),
-        (_foretold(lambda u: u / u.diagonal()), "this divides the columns: row j of U belongs to "
-                                                "column j's error, so divide the rows"),
-        (lambda u, h: foretold_loss(u, h.diagonal().diag()),
-         "inputs are correlated: take all of H', not its diagonal alone"),
-        (lambda u, h: u.diagonal().pow(-2).sum(), "this is section 7's sum, in which H judges "
-                                                  "itself; here another H' judges"),
-        (lambda u, h: (u / u.diagonal().unsqueeze(1)) @ h @ (u / u.diagonal().unsqueeze(1)).T,
-         "this is the matrix V H' V^T; the loss is its trace"),
-        (lambda u, h: foretold_loss(u, h) / len(h), "the sum over the columns, not the mean"),
-    ],
-    rtol=1e-4, atol=1e-5,
 ))

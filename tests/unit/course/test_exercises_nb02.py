@@ -9,10 +9,12 @@ import torch
 from course.kit import check, example
 from course.kit.exercise import registered
 from course.nb02 import exercises as nb02
-from qlora_lib.quant.damping import expected_loss
+from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
+from qlora_lib.quant.grid import QuantSpec, fit_grid
 from qlora_lib.quant.hessian import Hessian
 
-NAMES = ("obs_step", "masked_hessian", "lazy_update", "undo_order", "foretold_loss")
+NAMES = ("obs_step", "slow_gptq", "upper_factor", "gptq_columns", "masked_hessian", "lazy_update",
+         "undo_order")
 
 
 def own(name):
@@ -43,7 +45,29 @@ def test_obs_step_is_the_least_squares_answer(case):
     assert torch.allclose(nb02.obs_step(weight, h, column, target), want, atol=1e-10)
 
 
-@pytest.mark.parametrize("case", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", range(1, 6))
+def test_the_loop_is_the_slow_method_and_its_errors_tell_the_loss(case):
+    weight, h, *grid = (t.double() if isinstance(t, torch.Tensor) else t
+                        for t in example("slow_gptq", case))
+    u = nb02.upper_factor(h, 0.0)
+    q, errors = nb02.gptq_columns(weight, u, *grid)
+    assert torch.allclose(q, nb02.slow_gptq(weight, h, *grid), atol=1e-8)
+    assert torch.allclose(weight - q, errors @ u, atol=1e-8)
+    loss = (((weight - q) @ h) * (weight - q)).sum()
+    assert torch.isclose(loss, errors.square().sum(), rtol=1e-4)
+
+
+def test_the_loop_is_the_library_s():
+    g = torch.Generator().manual_seed(0)
+    weight, spec = torch.randn(6, 32, generator=g).double(), QuantSpec(3, 8)
+    h = nb02._hessian(g, 32).double()
+    grid = (t.repeat_interleave(8, 1) for t in fit_grid(weight.unflatten(1, (-1, 8)), spec))
+    q, _ = nb02.gptq_columns(weight, nb02.upper_factor(h, 0.01), *grid, spec.max_code)
+    theirs = gptq_quantize(weight, h, spec, GPTQOptions(desc_act=False))
+    assert torch.allclose(q, theirs.dequantize(torch.float64), atol=1e-8)
+
+
+@pytest.mark.parametrize("case", range(1, 7))
 def test_masked_hessian_is_the_library_s(case):
     x, mask = example("masked_hessian", case)
     hessian = Hessian(x.shape[-1])
@@ -63,16 +87,3 @@ def test_undo_order_brings_every_column_home():
     order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
     codes = torch.randint(0, 16, (3, 17), generator=torch.Generator().manual_seed(1))
     assert torch.equal(nb02.undo_order(codes[:, order], order), codes)
-
-
-@pytest.mark.parametrize("case", [1, 2, 3])
-def test_foretold_loss_is_the_library_s_and_what_random_rounding_errors_lose(case):
-    factor, other = example("foretold_loss", case)
-    h = torch.linalg.inv((factor.T @ factor).double())
-    want = nb02.foretold_loss(factor, other).item()
-    assert expected_loss(h, other.double(), 0.0) == pytest.approx(want, rel=1e-5)
-    g = torch.Generator().manual_seed(0)
-    z = torch.rand(100_000, len(other), generator=g) - 0.5  # rounding errors, the step is 1
-    d = z @ (factor / factor.diagonal().unsqueeze(1))  # W - Q
-    lost = ((d @ other) * d).sum(1).mean().item()
-    assert 12 * lost == pytest.approx(want, rel=0.03)  # a mean of 100,000

@@ -12,6 +12,7 @@ import torch
 
 from course.kit import check
 from course.nb01 import exercises as nb01
+from course.nb02 import exercises as nb02
 from course.nb07.exercises import update_of
 from qlora_lib.data.gsm8k import to_number
 from qlora_lib.quant.packing import pack, unpack
@@ -195,6 +196,46 @@ WRONG = {
         (lambda p, n: torch.stack([p & 15, p >> 4], -1).reshape(p.shape[0], -1)[:, :n],
          "any number of dimensions"),
         (lambda p, n: torch.stack([p & 15, p >> 4], -1).flatten(-2)[..., -n:], "at the front"),
+    ],
+    "masked_hessian": [
+        (lambda x, mask: (real := torch.cat([row[:int(m.sum())] for row, m in zip(x, mask)])
+                          .float()).T @ real / len(real), "go by the mask"),
+        (lambda x, mask: sum(row[:int(m.sum())].float().T @ row[:int(m.sum())].float()
+                             for row, m in zip(x, mask)) / mask.sum(), "go by the mask"),
+        (lambda x, mask: torch.einsum("bsi,bsj->ij", x.float() * mask.unsqueeze(-1), x.float())
+         / mask.numel(), "not by batch * seq"),
+    ],
+    "slow_gptq": [
+        (lambda w, h, scale, zero, top: nb02.slow_gptq(w, h.diagonal().diag(), scale, zero, top),
+         "this is round to nearest"),
+        (lambda w, h, scale, zero, top: nb02.on_grid(w, scale, zero, top),
+         "this is round to nearest"),
+    ],
+    "upper_factor": [
+        (lambda h, d: torch.linalg.cholesky(torch.linalg.inv(
+            h + d * h.diagonal().mean() * torch.eye(len(h)))), "lower factor"),
+        (lambda h, d: torch.linalg.cholesky(h + d * h.diagonal().mean() * torch.eye(len(h)),
+                                            upper=True), "U is a factor of its inverse"),
+        (lambda h, d: torch.linalg.cholesky(torch.linalg.inv(h + d * h.diagonal().mean()),
+                                            upper=True), "the diagonal alone"),
+    ],
+    "gptq_columns": [
+        (lambda w, u, *grid: nb02.gptq_columns(w, u.diagonal().diag(), *grid),
+         "its error never moves"),
+        (lambda w, u, *grid: nb02.gptq_columns(w, torch.linalg.inv(u.T @ u), *grid),
+         "H where U belongs"),
+        (lambda w, u, *grid: ((pair := nb02.gptq_columns(w, u, *grid))[0], w - pair[0]),
+         "E is not W - Q"),
+    ],
+    "nearest_plane": [
+        (lambda b, y: torch.linalg.solve(b.T @ b, b.T @ y).round(), "each alone"),
+        (lambda b, y: (torch.linalg.qr(b)[0].T @ y / torch.linalg.qr(b)[1].diagonal()).round(),
+         "begin with the LAST"),
+    ],
+    "refit_rows": [
+        (lambda h, w, n, size: torch.stack([torch.linalg.solve(
+            (m := torch.block_diag(*row.split(size))) @ m.T, m @ own)
+            for own, row in zip(w, n)]), "H is missing"),
     ],
     "pack_bits": [
         (lambda codes, bits: (codes[:, 0::2] | codes[:, 1::2] << 4) if codes.shape[1] % 2 == 0
