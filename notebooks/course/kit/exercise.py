@@ -226,6 +226,8 @@ def _tensor_mismatch(got: torch.Tensor, want: torch.Tensor, exercise: Exercise) 
     same = _close(got, want, exercise)
     if not same.all():
         return f"correct shape, but wrong values at {int((~same).sum())} of {same.numel()} places"
+    if want.requires_grad > got.requires_grad:
+        return "right values, but cut off from autograd, so that nothing can be trained by them"
     if exercise.exact_dtype and got.dtype != want.dtype:
         return f"right values, but dtype {got.dtype}, expected {want.dtype}"
     if got.is_floating_point() > want.is_floating_point():

@@ -55,8 +55,9 @@ def _plain(value: Any) -> Any:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype in DTYPES and tensor.nbytes <= LARGEST:
             numbers = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            return ["Tensor" if isinstance(value, torch.Tensor) else "ndarray", dtype,
-                    list(tensor.shape), base64.b64encode(numbers.tobytes()).decode()]
+            kind = "ndarray" if not isinstance(value, torch.Tensor) else \
+                "trained Tensor" if value.requires_grad else "Tensor"
+            return [kind, dtype, list(tensor.shape), base64.b64encode(numbers.tobytes()).decode()]
     return ["..."] if value is ... else _other(value)
 
 
@@ -85,14 +86,16 @@ def _read(plain: Any) -> Any:
         return tuple(map(_read, parts)) if kind == "tuple" else list(map(_read, parts))
     if kind == "dict":
         return {_read(key): _read(value) for key, value in parts}
-    if kind in ("Tensor", "ndarray"):
+    if kind in ("Tensor", "trained Tensor", "ndarray"):
         dtype, shape, numbers = parts
         numbers = bytearray(base64.b64decode(numbers, validate=True))
         if dtype == "bool":  # of bytes that are neither 0 nor 1 PyTorch makes what it likes
             numbers = bytearray(map(bool, numbers))
         tensor = torch.frombuffer(numbers, dtype=DTYPES[dtype]) if numbers else \
             torch.empty(0, dtype=DTYPES[dtype])
-        return tensor.reshape(shape) if kind == "Tensor" else tensor.reshape(shape).numpy()
+        if kind == "ndarray":
+            return tensor.reshape(shape).numpy()
+        return tensor.reshape(shape).requires_grad_(kind != "Tensor")
     if kind == "Fraction":
         return Fraction(*parts)
     if kind == "...":

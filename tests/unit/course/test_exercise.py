@@ -141,6 +141,12 @@ def test_whole_numbers_are_equal_whatever_the_dtype(dtype):
     assert "wrong values at 1 of 1" in checks._mismatch(want.to(dtype), want, by_value)
 
 
+def test_what_is_to_be_trained_keeps_its_graph():
+    plain, trained = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert "cut off from autograd" in checks._mismatch(plain, trained, TOY)
+    assert checks._mismatch(trained, plain, TOY) == checks._mismatch(trained, trained, TOY) == ""
+
+
 def test_a_row_of_a_nested_list_stands_in_one_line():
     shown = checks.side_by_side([[1, 2], [3, 4]], [[1, 2], [3, 5]]).splitlines()
     assert [line.split("  ")[2].strip() for line in shown] == ["yours", "[1, 2]", "[3, 4]"]

@@ -33,6 +33,12 @@ def test_tensors_stay_as_they_are(shape, dtype):
         assert got.dtype == dtype and got.shape == value.shape and torch.equal(got, value)
 
 
+def test_a_tensor_that_can_be_trained_by_stays_so():
+    for needed in (True, False):
+        got = through(torch.ones(2, requires_grad=needed) * 3)
+        assert got.requires_grad == needed and got.tolist() == [3, 3]
+
+
 def test_arrays_and_their_numbers_stay():
     for value in (np.arange(6.0).reshape(2, 3), np.float64(0.5), np.int32(3), np.bool_(True)):
         got = through(value)
