@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from tests.support.small_models import small_model, small_tokenizer
-from tests.support.trained_adapter import make_adapter
-
 
 @pytest.fixture
 def argv(tmp_path, monkeypatch, short_answers):
+    from tests.support.small_models import small_model, small_tokenizer  # they import Triton:
+    from tests.support.trained_adapter import make_adapter  # see the root's conftest
+
     monkeypatch.chdir(tmp_path)
     small_model().save_pretrained("model")
     small_tokenizer().save_pretrained("model")
