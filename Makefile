@@ -230,6 +230,7 @@ experiments: $(READY) ## make the recorded results in data/results again ## pyth
 	$(PYTHON) -m experiments.accuracy
 	$(PYTHON) -m experiments.sampling
 	$(PYTHON) -m experiments.step
+	$(PYTHON) -m experiments.learning_rates
 	$(PYTHON) -m experiments.adapters
 	$(PYTHON) -m experiments.serving
 	$(PYTHON) -m experiments.cache

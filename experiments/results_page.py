@@ -422,6 +422,8 @@ script, not this page. Accuracies come with n and a 95% interval.
 A 3.5-million parameter model shows that a method works and by how much; it says nothing about how
 well LLaMA-2-7B will do."""
 ELSEWHERE = [
+    ("`tiny-learning-rates.json`: full fine-tuning and LoRA over learning rates, dev loss",
+     "03_lora"),
     ("`tiny-cache.json`, `smollm2-cache.json`: keys and values in 8, 4 and 2 bits",
      "06_int4_kernels"),
     ("`tiny-adapters-*.json`: tasks, ranks, learning rates, sums, averages",
