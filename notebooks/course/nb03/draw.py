@@ -1,7 +1,7 @@
-"""What notebook 03 draws: memory, factors, spectra, scales, budgets, losses."""
+"""What notebook 03 draws: memory, factors, spectra, scales, budgets, learning rates."""
 import numpy as np
 
-from ..kit.picture import COLORS, PARTS, PLAIN, matrix, plain_ticks, smoothed
+from ..kit.picture import COLORS, PARTS, PLAIN, matrix, plain_ticks
 
 SPECTRA = {"update": COLORS["lora"], "weight": COLORS["fp"], "random": COLORS["muted"]}
 SCALES = {"alpha / r": COLORS["lora"], "alpha / sqrt(r)": PLAIN[0]}
@@ -22,13 +22,12 @@ def draw_memory(ax, rows: dict[str, dict[str, float]], cards: tuple[int, ...] = 
                     label=None if part in named else part)
             named.add(part)
             left += size
-        ax.text(left + 1, y, f"{left:.1f} GB", va="center", fontsize=11,
-                bbox={"color": "white", "pad": 1})
-    for size in cards:
-        ax.axvline(size, color="black", linestyle=":", linewidth=1.3)
-        ax.text(size, -0.62, f"{size} GB GPU", fontsize=9, ha="center")
+        ax.text(left, y - 0.33, f"{left:.1f} GB", va="bottom", ha="center", fontsize=11)
+    for size in cards:  # a line ends below its name
+        ax.plot([size, size], [-0.62, len(rows)], color="black", linestyle=":", linewidth=1.3)
+        ax.text(size, -0.66, f"{size} GB GPU", fontsize=10, ha="center", va="bottom")
     ax.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(0, 130),
-           ylim=(len(rows) - 0.4, -0.75), xlabel="GB before the first activation")
+           ylim=(len(rows) - 0.4, -0.95), xlabel="GB before the first activation")
     ax.grid(axis="y", visible=False)
     _handles(ax, loc="lower right")
 
@@ -104,43 +103,47 @@ def draw_update(axes, layer: str, rank: int, spectra: dict[str, dict]) -> None:
         ax.title.set_fontsize(11)
 
 
-def draw_regained(ax, ranks, losses: dict[str, list[float]], start: float, whole: float) -> None:
-    """Dev loss after keeping only some directions of every update: up to three ways, of which the
+def draw_regained(ax, kept: dict[str, list[float]], losses: dict[str, list[float]], start: float,
+                  whole: float) -> None:
+    """Dev loss over the directions that were kept of every update: up to three ways, of which the
     last is the control. whole: with all directions of the first way."""
     styles = ((COLORS["lora"], "o-"), (PLAIN[0], "s-"), (COLORS["muted"], "o:"))
     for (name, values), (color, style) in zip(losses.items(), styles):
-        ax.plot(range(len(ranks)), values, style, color=color, label=name)
+        ax.plot(kept[name], values, style, color=color, label=name)
     ax.axhline(start, color=PLAIN[2], linestyle="--", label="before fine-tuning")
     ax.axhline(whole, color=COLORS["fp"], linestyle="--", label="all linears, whole")
-    ax.set(xticks=range(len(ranks)), xticklabels=list(map(str, ranks)), xlabel="rank kept",
-           ylabel="dev loss", ylim=(0, None))
-    _handles(ax, loc="upper right", bbox_to_anchor=(1, 0.94))
+    ax.set_xscale("symlog", linthresh=1)
+    plain_ticks(ax, [0, 1, 2, 4, 8, 16, 32, 64, 128, 256])
+    ax.set(xlim=(0, 256), xlabel="directions kept, in the mean over the layers",
+           ylabel="dev loss", ylim=(0, 1.7 * start))
+    _handles(ax, loc="upper right", ncols=2)
 
 
 def draw_scaling(axes, alpha: int, rank: int, use_rslora: bool, runs: dict) -> None:
-    """Top: the first step's update over ranks; below: loss, the setting over all others.
+    """After the first step: the update's norm, and its progress against the gradient; then the
+    loss, the setting over all others.
 
-    runs: {(alpha, rank, use_rslora): (norm after one step, losses)}.
+    runs: {(alpha, rank, use_rslora): (norm, progress, losses)}.
     """
     ranks = sorted({r for _, r, _ in runs})
-    every = [n for n, _ in runs.values()]
-    for rs, name in ((False, "alpha / r"), (True, "alpha / sqrt(r)")):
-        chosen = rs == use_rslora
-        axes[0].plot(ranks, [runs[alpha, r, rs][0] for r in ranks], "o-", color=SCALES[name],
-                     alpha=1 if chosen else 0.35, label=name)
-    axes[0].plot(rank, runs[alpha, rank, use_rslora][0], "o", markersize=14, fillstyle="none",
-                 color="black", markeredgewidth=2)
-    axes[0].set(xscale="log", yscale="log", xlabel="rank", ylabel="first update",
-                ylim=(min(every) / 1.5, max(every) * 1.5))
-    plain_ticks(axes[0], ranks)
-    _handles(axes[0], loc="lower left")
-    for _, losses in runs.values():
-        axes[1].plot(losses, color="#DDDDDD", linewidth=1)
+    for i, (ax, what) in enumerate(zip(axes, ("norm of the update", "progress"))):
+        every = [run[i] for run in runs.values()]
+        for rs, name in ((False, "alpha / r"), (True, "alpha / sqrt(r)")):
+            ax.plot(ranks, [runs[alpha, r, rs][i] for r in ranks], "o-", color=SCALES[name],
+                    alpha=1 if rs == use_rslora else 0.35, label=name)
+        ax.plot(rank, runs[alpha, rank, use_rslora][i], "o", markersize=14, fillstyle="none",
+                color="black", markeredgewidth=2)
+        ax.set(xscale="log", yscale="log", xlabel="rank", title=f"first step: {what}",
+               ylim=(min(every) / 1.5, max(every) * (1.5 if i else 8)))
+        plain_ticks(ax, ranks)
+    _handles(axes[0], loc="upper left")
+    for _, _, losses in runs.values():
+        axes[2].plot(losses, color="#DDDDDD", linewidth=1)
     name = "alpha / sqrt(r)" if use_rslora else "alpha / r"
-    axes[1].plot(runs[alpha, rank, use_rslora][1], color=SCALES[name], linewidth=3)
+    axes[2].plot(runs[alpha, rank, use_rslora][2], color=SCALES[name], linewidth=3)
     scale = alpha / (rank**0.5 if use_rslora else rank)
-    top = 1.3 * runs[alpha, rank, use_rslora][1][0]
-    axes[1].set(xlabel="step", ylabel="loss", ylim=(0, top), title=f"scale {scale:.3g}")
+    top = 1.3 * runs[alpha, rank, use_rslora][2][0]
+    axes[2].set(xlabel="step", ylim=(0, top), title=f"loss at scale {scale:.3g}")
 
 
 def draw_budget(axes, rank: int, targets: str, per_rank: dict[str, int], total: int) -> None:
@@ -155,7 +158,7 @@ def draw_budget(axes, rank: int, targets: str, per_rank: dict[str, int], total: 
         if name == targets:
             axes[0].plot(rank, each * rank, "o", markersize=12, color=color)
     axes[0].axhline(total / 1000, color="black", linestyle=":", linewidth=1.5)
-    axes[0].text(256, total / 1000, "1000x fewer", ha="right", va="bottom", fontsize=10)
+    axes[0].text(256, total / 1000, "1000x fewer", ha="right", va="top", fontsize=10)
     axes[0].set(xscale="log", yscale="log", xlabel="rank", ylabel="parameters",
                 ylim=(3e5, 3e10))
     plain_ticks(axes[0], ranks[::2])
@@ -164,19 +167,37 @@ def draw_budget(axes, rank: int, targets: str, per_rank: dict[str, int], total: 
     names = ("file, fp32", "gradients", "Adam's moments")
     sizes = np.array([4, 4, 8]) * count / 1e6
     colors = (PARTS["adapters"], PARTS["gradients"], PARTS["optimizer"])
-    axes[1].barh(names, sizes, color=colors, height=0.6)
-    for y, size in enumerate(sizes):
-        axes[1].text(size * 1.15, y, f"{size:,.1f} MB", va="center", fontsize=11)
+    for y, (size, color) in enumerate(zip(sizes, colors)):  # no bars: a log axis has no zero
+        axes[1].plot(size, y, "o", markersize=11, color=color)
+        axes[1].text(size * 2, y, f"{size:,.1f} MB", va="center", fontsize=11)
     axes[1].set(xscale="log", xlim=(0.5, 2e5), ylim=(2.6, -0.6), xlabel="MB",
+                yticks=range(len(names)), yticklabels=names,
                 title=f"{count:,}: {total / count:,.0f}x fewer ({count / total:.2%})")
     axes[1].title.set_fontsize(11)
-    axes[1].grid(axis="y", visible=False)
 
 
-def draw_losses(ax, runs: dict[str, list[float]], window: int = 5) -> None:
-    """Training losses, each the mean of the last `window` steps."""
-    colors = (COLORS["fp"], *PLAIN)  # all weights first, then adapters
-    for (name, losses), color in zip(runs.items(), colors):
-        ax.plot(range(1, len(losses) + 1), smoothed(losses, window), color=color, label=name)
-    ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    _handles(ax, loc="upper right")
+def draw_rates(ax, sweep: dict[str, dict[float, list[float]]], top: float = 2.2) -> None:
+    """Dev loss over the learning rate for each way to train: a small point a seed, a line through
+    the means, a ring around the lowest mean. What lies above `top` is drawn at the upper edge.
+
+    sweep: {way: {rate: [a loss a seed]}}.
+    """
+    colors = (COLORS["fp"], COLORS["lora"], PLAIN[2], PLAIN[0], PLAIN[1])
+    for (way, rates), color in zip(sweep.items(), colors):
+        means = [min(top, sum(losses) / len(losses)) for losses in rates.values()]
+        for rate, losses in rates.items():
+            for loss in losses:
+                ax.plot(rate, min(loss, top), "o" if loss < top else "^", color=color,
+                        markersize=4, alpha=0.6)
+        line = "--" if way.startswith("q") else "-"
+        ax.plot(list(rates), means, line, color=color, label=way)
+        low = min(means)
+        ax.plot(list(rates)[means.index(low)], low, "o", markersize=13, fillstyle="none",
+                color=color, markeredgewidth=2)
+    every = sorted({rate for rates in sweep.values() for rate in rates})
+    lowest = min(loss for rates in sweep.values() for losses in rates.values() for loss in losses)
+    ax.set(xscale="log", xlabel="learning rate", ylabel=f"dev loss (triangles: above {top:g})",
+           ylim=(lowest - 0.1, top + 0.02))
+    ax.set_xticks(every, labels=[f"{rate:g}" for rate in every])
+    ax.minorticks_off()
+    ax.legend(fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
