@@ -91,8 +91,8 @@ register(Exercise(
         (_step_not_divided, "divide by the inverse's own diagonal element: without it the column "
                             "does not land on the target"),
         (_step_with_hessian, "this uses H where the formula has H^-1: invert first"),
-        (_step_divided_by_hessian, "the divisor is [H^-1]_qq, an element of the inverse, not "
-                                   "H_qq"),
+        (_step_divided_by_hessian, "the divisor is [H^-1]_jj, an element of the inverse, not "
+                                   "H_jj"),
         (_step_of_the_column_only, "this is plain rounding: the other columns must move too"),
         (_step_later_columns_only, "one OBS step moves every other column, those on the left as "
                                    "well; only a loop that has fixed them leaves them out"),
@@ -205,6 +205,12 @@ def _uncorrelated(g: torch.Generator, features: int) -> Tensor:
     return torch.rand(features, generator=g).add(0.5).diag()
 
 
+def _alike(g: torch.Generator, features: int) -> Tensor:
+    """A Hessian that even a little damping changes: each input is nearly the one before it."""
+    place = torch.arange(features)
+    return 0.98 ** (place - place.unsqueeze(1)).abs()
+
+
 def _two(g):
     one = torch.ones(1, 2)
     return torch.tensor([[1.4, 1.3]]), torch.tensor([[6.0, 5.0], [5.0, 6.0]]), one, 0 * one, 15
@@ -221,7 +227,7 @@ _LAYERS = [
 register(Exercise(
     name="slow_gptq",
     reference=slow_gptq,
-    cases=_LAYERS,
+    cases=_LAYERS + [(_layer(8, 16, 4, 16, hessian=_alike), "inputs that are much alike")],
     mistakes=[
         (_slow(lambda h, j: torch.linalg.inv(h)[j:, j:]),
          "this cuts the inverse of the whole H, as if the columns before j could still move: cut H "
@@ -244,6 +250,8 @@ register(Exercise(
         (_slow_backwards, "this goes from the last column to the first; begin at column 0"),
         (_slow_codes, "these are the codes; return the values on the grid"),
         (_slow_wrong_place, "an index is off: after cutting, column j is column 0 of H[j:, j:]"),
+        (lambda w, h, *grid: slow_gptq(w, _damped(h, 0.01), *grid),
+         "H is taken as it is here, no damping: that comes in step 2"),
         (_slow_in_place, "right values, but `weight` itself was changed: clone it first"),
     ],
     rtol=1e-4, atol=1e-5,
