@@ -179,7 +179,7 @@ def _problem(exercise: Exercise, got: Result, want: Result) -> str:
     if got.error is not None:
         first_line = next(iter(str(got.error).splitlines()), "")
         return f"it raises {type(got.error).__name__}: {first_line}"
-    if got.unsolved:
+    if got.unsolved and want.value is not None:
         return f"{got.unsolved} here"
     if problem := _mismatch(got.value, want.value, exercise):
         return problem

@@ -1,8 +1,9 @@
-"""What notebook 05 draws: padding, intervals, how many questions a claim needs, results.
+"""What notebook 05 draws: padding, coverage, the power of a paired test, results.
 
 Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
 settings of a slider compare. A result is a (correct, n) pair; intervals are Wilson's, 95%.
 """
+import functools
 import math
 from collections.abc import Sequence
 
@@ -37,7 +38,8 @@ def draw_padding(ax, side: str, new_tokens: int, rows: dict[str, Sequence[Sequen
             if x != HEAD:
                 ax.add_patch(Rectangle((x, -y - 0.8), 0.94, 0.8, facecolor=color,
                                        edgecolor=MUTED, linewidth=1))
-            ax.text(x + 0.47, -y - 0.42, text, ha="center", va="center", fontsize=11,
+            ax.text(x + 0.47, -y - 0.42, text, ha="center", va="center",
+                    fontsize=11 if len(text) < 6 else 9 if len(text) < 8 else 7.5,
                     color=MUTED if text == "pad" else "black")
         last = row[-1]
         ax.add_patch(Rectangle((width - 1, -y - 0.8), 0.94, 0.8, fill=False, linewidth=3,
@@ -50,40 +52,6 @@ def draw_padding(ax, side: str, new_tokens: int, rows: dict[str, Sequence[Sequen
     ax.axis("off")
 
 
-def half_width(p: float, n: float) -> float:
-    """Half of Wilson's interval at accuracy p, for any positive n."""
-    return Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-
-
-def draw_interval(axes, n: int, accuracy: float) -> None:
-    """Left: the interval of round(n * accuracy) right answers, Wilson's and the normal one.
-    Right: its half-width in points over n, with the n from which it is at most 2 points."""
-    correct = round(n * accuracy)
-    p = correct / n
-    spread = Z * math.sqrt(p * (1 - p) / n)
-    intervals = {"normal": (p - spread, p + spread), "Wilson": wilson(correct, n)}
-    left, right = axes
-    for y, (name, (low, high)) in enumerate(intervals.items()):
-        color = MUTED if name == "normal" else GPTQ
-        left.plot([100 * low, 100 * high], [y, y], color=color, linewidth=7,
-                  solid_capstyle="butt")
-        left.plot(100 * p, y, "o", color=FP, markersize=7)
-        left.text(50, y + 0.2, f"{name}: {100 * low:.1f} to {100 * high:.1f}", ha="center",
-                  fontsize=11)
-    left.axvspan(-30, 0, color="#F3F3F3")
-    left.axvspan(100, 130, color="#F3F3F3")
-    left.set(xlim=(-16, 116), ylim=(-0.5, 1.7), yticks=[], xlabel="accuracy in %",
-             xticks=range(0, 101, 25), title=f"{correct} of {n} right")
-    sizes = [round(10 * 10 ** (i / 20)) for i in range(61)]  # 10 to 10,000
-    right.plot(sizes, [100 * half_width(p, s) for s in sizes], color=GPTQ)
-    right.plot(n, 100 * half_width(p, n), "o", color=FP, markersize=8)
-    enough = next(s for s in range(1, 10_001) if half_width(p, s) <= 0.02)
-    right.axhline(2, color=BAD, linestyle=":")
-    right.set(xscale="log", xlim=(10, 10_000), ylim=(0, 22), xlabel="questions n",
-              ylabel="± points", title=f"±{100 * half_width(p, n):.1f} points; "
-                                       f"±2 from n = {enough:,}")
-
-
 def questions_unpaired(p: float, difference: float) -> float:
     """Questions for each of two models, each with its own, to tell p from p + difference at
     95% with a power of 80%: (z + z')^2 (p q + p' q') / d^2, the usual approximation."""
@@ -91,38 +59,69 @@ def questions_unpaired(p: float, difference: float) -> float:
     return (Z + POWER) ** 2 * (p * (1 - p) + other * (1 - other)) / difference**2
 
 
-def questions_paired(discordant: float, difference: float) -> float:
-    """The same on shared questions, of which a share `discordant` is answered rightly by one
-    model only (Connor 1987): (z sqrt(s) + z' sqrt(s - d^2))^2 / d^2."""
-    root = math.sqrt(discordant - difference**2)
-    return (Z * math.sqrt(discordant) + POWER * root) ** 2 / difference**2
+def power_unpaired(n: int, p: float, difference: float) -> float:
+    """The power of that test with n questions for each model, by the same approximation."""
+    other = p + difference
+    error = math.sqrt((p * (1 - p) + other * (1 - other)) / n)
+    return 0.5 * math.erfc((Z - difference / error) / math.sqrt(2))
 
 
-def most_discordant(p: float, difference: float) -> float:
-    """The largest share of questions that one model only can have right, at accuracies p and
-    p + difference: the worse one's own are at most p, and at most what the other has wrong."""
-    return 2 * min(p, 1 - p - difference) + difference
+@functools.cache
+def _critical(most: int) -> list[int]:
+    """For 0 to `most` tosses: up to how many on the smaller side give an exact two-sided p of at
+    most 5%; -1 where none does."""
+    found, count, chance = [], -1, 0.0  # chance: of at most `count` heads in `tosses` tosses
+    for tosses in range(most + 1):
+        while chance + _binomial(tosses, count + 1, 0.5) <= 0.025:
+            count += 1
+            chance += _binomial(tosses, count, 0.5)
+        found.append(count)
+        if count >= 0:  # one more toss
+            chance -= 0.5 * _binomial(tosses, count, 0.5)
+    return found
 
 
-def draw_claim(ax, points_better: int, accuracy: float) -> None:
-    """Questions that a claim of so many points needs, over how much the two models differ: as
-    far as they can, up to 50%. The square: models that have nothing in common."""
-    p, d = accuracy, points_better / 100
-    apart, last = questions_unpaired(p, d), min(0.5, most_discordant(p, d))
-    shares = [d + (last - d) * i / 60 for i in range(61)]
-    unrelated = p * (1 - p - d) + (p + d) * (1 - p)
-    ax.axhline(apart, color=RTN, label=f"each its own questions: {apart:,.0f}")
-    ax.plot([100 * s for s in shares], [questions_paired(s, d) for s in shares], color=GPTQ,
-            label=f"the same questions: from {questions_paired(d, d):,.0f}")
-    ax.plot(100 * unrelated, questions_paired(unrelated, d), "s", color=GPTQ, markersize=8,
-            label=f"unrelated models: {unrelated:.0%} differ")
-    ax.axhline(GSM8K_TEST, color=MUTED, linestyle=":", label="GSM8K's test: 1,319")
-    ax.set(yscale="log", xlim=(0, 50), ylim=(30, 1_000_000_000), ylabel="questions needed",
-           xlabel="right in one of the two only, %")
-    ax.set_yticks([100, 1000, 10_000, 100_000], ["100", "1,000", "10,000", "100,000"])
-    ax.legend(loc="upper left", fontsize=10.5,
-              title=f"{100 * accuracy:.0f}% against {100 * accuracy + points_better:.0f}%",
-              alignment="left")
+def _binomial(n: int, k: int, p: float) -> float:
+    if p <= 0:
+        return float(k == 0)
+    return math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+                    + k * math.log(p) + (n - k) * math.log1p(-p))
+
+
+def power_paired(n: int, discordant: float, difference: float) -> float:
+    """How often McNemar's exact test at 5% finds the better of two models on n shared questions.
+
+    discordant: the share of questions that one model only gets right; difference: the better one's
+    share of them minus the other's. Summed over all counts of discordant questions."""
+    worse = (discordant - difference) / (2 * discordant)  # of a discordant one
+    most = min(n, round(n * discordant + 8 * math.sqrt(n * discordant)) + 8)
+    power, count, chance = 0.0, -1, 0.0  # chance: the worse has at most `count` of `tosses`
+    for tosses, critical in enumerate(_critical(most)):
+        while count < critical:
+            count += 1
+            chance += _binomial(tosses, count, worse)
+        power += _binomial(n, tosses, discordant) * chance
+        if count >= 0:
+            chance -= worse * _binomial(tosses, count, worse)
+    return power
+
+
+def draw_power(ax, questions: int, points_better: int, accuracy: float) -> None:
+    """The power over the share of discordant questions: how often so many questions show that a
+    model is so many points better. Dashed: the models are asked questions of their own, at
+    `accuracy` and so many points more."""
+    d = points_better / 100
+    shares = [d + (0.5 - d) * (i / 50) ** 2 for i in range(51)]  # denser where the curve is steep
+    apart = power_unpaired(questions, accuracy, d)
+    ax.plot([100 * s for s in shares], [100 * power_paired(questions, s, d) for s in shares],
+            color=GPTQ, label="the same questions, McNemar's exact test")
+    ax.axhline(100 * apart, color=RTN, linestyle="--",
+               label=f"each its own questions: {apart:.0%}")
+    ax.axhline(80, color=MUTED, linestyle=":")
+    ax.set(xlim=(0, 50), ylim=(0, 103), xlabel="right in one of the two only, %",
+           ylabel="power, %")
+    ax.set_title(f"{questions:,} questions, {points_better} points better", pad=48)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.01), fontsize=10.5)
 
 
 def draw_rows(ax, rows: dict[str, dict[str, tuple[int, int]]]) -> None:
@@ -141,33 +140,39 @@ def draw_rows(ax, rows: dict[str, dict[str, tuple[int, int]]]) -> None:
 def draw_widths(axes, bits: int, one_scale_for: str,
                 rows: dict[tuple[int, str], dict[str, tuple[int, int]]],
                 pairs: dict[tuple[int, str], dict[str, float]], full: tuple[int, int]) -> None:
-    """Left: accuracy over bits, with intervals. Right: the two methods on the same questions.
+    """Accuracy with intervals at 8, 4 and 3 bits, at 2 bits on an axis of its own; then the two
+    methods on the same questions.
 
     rows: {(bits, "a row" | "64 weights"): {"gptq" | "rtn": (correct, n)}}; pairs: for the same
-    keys the counts "gptq" and "rtn" (right there only) and "p" (McNemar); full: the fp32 model.
+    keys the counts "gptq" and "rtn" (right there only) and "p", adjusted; full: the fp32 model.
     """
-    left, right = axes
-    low, high = wilson(*full)
-    left.axhspan(100 * low, 100 * high, color="#D9D9D9", label="fp32")
-    widths = sorted({b for b, _ in rows})
-    for shift, (method, (label, color)) in zip((0.1, -0.1), METHODS.items()):
-        for x, b in enumerate(widths):
-            interval(left, x + shift, *rows[b, one_scale_for][method], color, upright=True,
-                     label=None if x else label)
-    left.axvspan(widths.index(bits) - 0.4, widths.index(bits) + 0.4, color=OTHER, alpha=0.15)
-    left.set(xticks=range(len(widths)), xticklabels=widths, xlabel="bits", ylim=(-3, 103),
-             xlim=(-0.5, len(widths) - 0.5), ylabel="right answers in %",
-             title=f"one scale for {one_scale_for}")
-    left.legend(loc="lower right", fontsize=10)
+    high, low, both = axes
+    widths = sorted({b for b, _ in rows}, reverse=True)
+    for ax, shown in ((high, [b for b in widths if b > 2]), (low, [b for b in widths if b == 2])):
+        ends = wilson(*full)
+        ax.axhspan(100 * ends[0], 100 * ends[1], color="#D9D9D9")
+        for shift, (method, (label, color)) in zip((-0.15, 0.15), METHODS.items()):
+            for x, b in enumerate(shown):
+                interval(ax, x + shift, *rows[b, one_scale_for][method], color, upright=True,
+                         label=None if x else label)
+        if bits in shown:
+            at = shown.index(bits)
+            ax.axvspan(at - 0.45, at + 0.45, color=OTHER, alpha=0.15)
+        ax.set(xticks=range(len(shown)), xticklabels=shown, xlabel="bits",
+               xlim=(-0.5, len(shown) - 0.5))
+    high.set(ylim=(86, 98), ylabel="right answers in %, gray: fp32")
+    high.set_title(f"one scale for {one_scale_for}", pad=30)
+    high.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), fontsize=10, ncols=2)
+    low.set(ylim=(40, 100))
     pair = pairs[bits, one_scale_for]
+    most = max(max(p["gptq"], p["rtn"]) for p in pairs.values())
     for y, method in enumerate(METHODS):
-        label, color = METHODS[method]
-        right.barh(y, pair[method], color=color, height=0.55)
-        right.text(pair[method] + 8, y, f"{pair[method]:.0f}", va="center")
+        both.barh(y, pair[method], color=METHODS[method][1], height=0.55)
+        both.text(pair[method] + 0.03 * most, y, f"{pair[method]:.0f}", va="center")
     p = pair["p"]
-    right.set(yticks=[0, 1], yticklabels=["GPTQ\nonly", "RTN\nonly"], ylim=(1.6, -0.6),
-              xlim=(0, full[1]), xlabel=f"of {full[1]} questions",
-              title=f"{bits} bits: p {'< 0.0001' if p < 1e-4 else f'= {p:.4f}'}")
+    both.set(yticks=[0, 1], yticklabels=["GPTQ\nonly", "RTN\nonly"], ylim=(1.6, -0.6),
+             xlim=(0, 1.2 * most), xlabel=f"right, of {full[1]} questions")
+    both.set_title(f"{bits} bits: adjusted p {'< 0.0001' if p < 1e-4 else f'= {p:.2g}'}", pad=30)
 
 
 def draw_coverage(ax, n: int, rates: Sequence[float],
@@ -176,17 +181,16 @@ def draw_coverage(ax, n: int, rates: Sequence[float],
     for (name, values), color in zip(coverage.items(), (MUTED, GPTQ)):
         ax.plot([100 * r for r in rates], [100 * v for v in values], color=color, label=name)
     ax.axhline(95, color=BAD, linestyle=":")
-    ax.set(xlim=(0, 50), ylim=(35, 101), xlabel="true accuracy in %",
+    ax.set(xscale="log", xlim=(0.05, 50), ylim=(0, 101), xlabel="true accuracy in %",
+           xticks=[0.1, 1, 10, 50], xticklabels=["0.1", "1", "10", "50"],
            ylabel="intervals that hold it, %", title=f"n = {n}")
     ax.legend(loc="lower right")
 
 
-def draw_published(ax, rows: dict[str, float], leak: tuple[str, float]) -> None:
-    """Published accuracies (label: %) on GSM8K's test with intervals, and one that leaked."""
-    for y, (label, percent) in enumerate([*rows.items(), leak]):
-        interval(ax, y, round(percent / 100 * GSM8K_TEST), GSM8K_TEST,
-                 BAD if label == leak[0] else GPTQ)
+def draw_published(ax, rows: dict[str, float]) -> None:
+    """Published accuracies (label: %) on GSM8K's test, with intervals."""
+    for y, (label, percent) in enumerate(rows.items()):
+        interval(ax, y, round(percent / 100 * GSM8K_TEST), GSM8K_TEST, GPTQ)
         ax.text(percent + 4.5, y, f"{percent:.1f}", va="center", fontsize=11)
-    labels = [*rows, leak[0]]
-    ax.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, 85),
-           ylim=(len(labels) - 0.5, -0.5), xlabel="right answers in %, n = 1,319")
+    ax.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(0, 85),
+           ylim=(len(rows) - 0.5, -0.5), xlabel="right answers in %, n = 1,319")

@@ -1,13 +1,15 @@
-"""Exercises of notebook 05: new tokens, strict answers, a careful grader's reading, Wilson's
-interval, a grader."""
+"""Exercises of notebook 05: new tokens; a strict reader in three steps, of which the first is a
+careful grader's reading by eye; Wilson's interval, McNemar's test, a grader."""
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from qlora_lib.base.paths import DATA
+from qlora_lib.base.statistics import mcnemar as exact_p
 from qlora_lib.base.statistics import wilson
 from qlora_lib.data.gsm8k import NUMBER, to_number
 from qlora_lib.data.rows import read_jsonl
@@ -77,7 +79,7 @@ register(Exercise(
     name="cut_new_tokens",
     reference=cut_new_tokens,
     cases=[
-        (lambda g: (torch.tensor([[1, 5, 6, 7, 8, 2, 0, 0], [1, 9, 4, 3, 3, 7, 3, 3]]), 3, [2]),
+        (lambda g: (torch.tensor([[1, 5, 6, 7, 8, 2, 0, 0], [1, 9, 4, 3, 0, 7, 3, 3]]), 3, [2]),
          "one row ends early, one is cut by the limit"),
         (lambda g: (torch.tensor([[2, 2, 1, 5, 7, 8, 2, 2], [1, 5, 6, 9, 4, 2, 2, 2]]), 4, [2]),
          "the padding has the id of the end token, as for LLaMA-2"),
@@ -107,119 +109,7 @@ register(Exercise(
 ))
 
 
-# --- 2. Strict answers -------------------------------------------------------------------
-
-def strict_answers(completions: list[str]) -> list[Fraction | None]:
-    answers = []
-    for text in completions:
-        span = text.partition("####")[2].partition("\n")[0]
-        match = NUMBER.search(span)
-        answers.append(to_number(match.group()) if match else None)
-    return answers
-
-
-def _read(text: str) -> Fraction | None:
-    match = NUMBER.search(text)
-    return to_number(match.group()) if match else None
-
-
-def _last_mark(completions):
-    return [_read(t.rpartition("####")[2].partition("\n")[0]) if "####" in t else None
-            for t in completions]
-
-
-def _beyond_the_line(completions):
-    return [_read(t.partition("####")[2]) for t in completions]
-
-
-def _signed_digits(completions):
-    found = [re.search(r"-?\d+", t.partition("####")[2].partition("\n")[0])
-             for t in completions]
-    return [Fraction(m.group()) if m else None for m in found]
-
-
-def _cut_at_dot(completions):
-    return [_read(t.partition("####")[2].partition("\n")[0].partition(".")[0])
-            for t in completions]
-
-
-def _without_sign(completions):
-    return [None if a is None else abs(a) for a in strict_answers(completions)]
-
-
-def _zero_for_nothing(completions):
-    return [Fraction(0) if a is None else a for a in strict_answers(completions)]
-
-
-def _last_number_else(completions):
-    answers = []
-    for text, answer in zip(completions, strict_answers(completions)):
-        numbers = NUMBER.findall(text)
-        answers.append(to_number(numbers[-1]) if answer is None and numbers else answer)
-    return answers
-
-
-def _last_in_line(completions):
-    spans = [t.partition("####")[2].partition("\n")[0] for t in completions]
-    found = [NUMBER.findall(span) for span in spans]
-    return [to_number(numbers[-1]) if numbers else None for numbers in found]
-
-
-def _mark_not_asked_for(completions):
-    return [_read(t.split("####")[-1].partition("\n")[0]) for t in completions]
-
-
-def _stripped_first(completions):
-    return [_read(t.partition("####")[2].strip().partition("\n")[0]) for t in completions]
-
-
-def _as_text(completions):
-    found = [NUMBER.search(t.partition("####")[2].partition("\n")[0]) for t in completions]
-    return [m.group() if m else None for m in found]
-
-
-def _float_of_line(completions):
-    return [Fraction(t.partition("####")[2].partition("\n")[0]) if "####" in t else None
-            for t in completions]
-
-
-register(Exercise(
-    name="strict_answers",
-    reference=strict_answers,
-    cases=[
-        (lambda g: (["4*3=12 eggs.\n#### 12", "#### 1,234", "#### 5.25.", "#### -7",
-                     "#### $18.00"],), "five ways to write a number"),
-        (lambda g: (["There are 18 eggs.", "", "#### none\n3 are left", "####\n18"],),
-         "no strict answer"),
-        (lambda g: (["#### 7\nQuestion: 5 and 4?\nAnswer:\n5+4=9\n#### 9"],),
-         "the model goes on with a question of its own"),
-        (lambda g: (["#### 12 of the 30 eggs", "so #### 2,880,000 dollars"],),
-         "words and numbers after the answer"),
-    ],
-    mistakes=[
-        (_last_mark, "take the first `####`: after its answer this model asked itself a new "
-                     "question, and you graded that one"),
-        (_beyond_the_line, "the answer ends with its line: nothing from the next line counts"),
-        (_signed_digits, "`-?\\d+` stops at the comma and the dot: 1,234 became 1. Search with "
-                         "NUMBER"),
-        (_cut_at_dot, "a dot does not end an answer: 5.25 became 5"),
-        (_without_sign, "the sign is gone: -7 is not 7"),
-        (_zero_for_nothing, "no answer is None, not 0: somewhere the right answer is 0"),
-        (_last_number_else, "strict means strict: without `####` there is no answer, even if "
-                            "the text holds a number (that is the flexible mode)"),
-        (_last_in_line, "the first number after `####` counts; later ones are comment"),
-        (_mark_not_asked_for, "without `####` split gives the whole text, which is no strict "
-                              "answer"),
-        (_stripped_first, "the number stands on the line of `####`; do not strip line breaks "
-                          "first"),
-        (_as_text, "return numbers, not text: as text \"18\" and \"18.0\" differ"),
-        (_float_of_line, "the whole line is not a number: search in it with NUMBER, which knows "
-                         "commas and $"),
-    ],
-))
-
-
-# --- 3. The reading of a careful grader --------------------------------------------------
+# --- 2. A strict reader: step 1, the reading of a careful grader --------------------------
 
 _TWENTY = [row for row in read_jsonl(DATA / "completions.jsonl") if row.get("show")]
 
@@ -306,7 +196,234 @@ register(Exercise(
 ))
 
 
-# --- 4. Wilson's interval ----------------------------------------------------------------
+# --- 2. A strict reader: step 2, the value that a span states -----------------------------
+
+LETTER = re.compile("[A-Za-z]")
+SECOND = re.compile(r"\s*(?:[-+*/x]|or\b|to\b|and\b)\s*\$?\d")  # one more value
+
+
+def stated_value(span: str) -> Fraction | None:
+    part = span.rpartition("=")[2]
+    match = NUMBER.search(part)
+    if match is None or LETTER.search(part[: match.start()]):
+        return None
+    if SECOND.match(part[match.end():]):
+        return None
+    return to_number(match.group())
+
+
+def _valued(before=LETTER, after=SECOND, part=lambda span: span.rpartition("=")[2],
+            pick=NUMBER.search, number=to_number):
+    """`stated_value` with parts changed: what may not stand before the number, what not after it,
+    where it is looked for and how, and what becomes of its text."""
+    def wrong(span):
+        text = part(span)
+        match = pick(text)
+        if match is None or before and before.search(text[: match.start()]):
+            return None
+        return None if after and after.match(text[match.end():]) else number(match.group())
+    return wrong
+
+
+def _last_of(text: str):
+    return max(NUMBER.finditer(text), key=lambda m: m.start(), default=None)
+
+
+register(Exercise(
+    name="stated_value",
+    reference=stated_value,
+    cases=[(lambda g, span=span: (span,), label) for span, label in (
+        ("18", "a number alone"), (" 1,234 dollars", "words after it"),
+        (" $18.50", "a currency before it"), (" -7", "a sign"), (" **0**", "markup"),
+        (" 9*2=18", "an equation"), (" 9-12=-3", "an equation with a negative result"),
+        (" 3*3+4=9+4=13", "an equation in steps"),
+        (" 12 of the 30 eggs", "a number in what follows"),
+        (" 5.25.", "a decimal at a sentence's end"), (" 10-12", "a sum or a range"),
+        (" 5 or 6", "two values"), (" 2 x 9", "a product that is not worked out"),
+        (" Step 2: eggs", "words before the number"), (" none", "no number"), ("", "nothing"),
+        (" 7 orders", "a word that begins with or"))],
+    mistakes=[
+        (_valued(part=lambda span: span), "of an equation the result counts, right of the last "
+                                          "`=`: span.rpartition(\"=\")[2]"),
+        (_valued(part=lambda span: span.partition("=")[2] or span),
+         "right of the LAST `=`: partition finds the first, rpartition the last"),
+        (_valued(before=None), "words before the number make it a label, as in Step 2: no value"),
+        (_valued(after=None), "10-12 and 5 or 6 are two values, so none is stated: look at what "
+                              "follows the number"),
+        (_valued(pick=_last_of), "the first number is the value; in 12 of the 30 eggs the 30 is "
+                                 "comment"),
+        (_valued(pick=NUMBER.match), "NUMBER.match finds a number only at the very first "
+                                     "character: search, then look at what stands before it"),
+        (_valued(pick=lambda text: re.search(r"\d+", text), number=Fraction),
+         "`\\d+` loses the sign, the comma and the decimals: search with NUMBER"),
+        (_valued(pick=lambda text: re.search(r"-?\d+", text), number=Fraction),
+         "`-?\\d+` stops at the comma and the dot: 1,234 became 1. Search with NUMBER"),
+        (_valued(after=re.compile(r"\s*(?:[-+*/x]|or|to|and)")),
+         "only a second NUMBER after the operator or word spoils the first: orders begins with or, "
+         "and ** is markup"),
+        (_valued(after=re.compile(r".*\d")),
+         "a number somewhere later is comment: 12 of the 30 eggs states 12. Only one that is "
+         "joined by an operator or by or, to, and makes two values"),
+        (_valued(after=re.compile(r"\s*[-+*/x]\s*\$?\d")), "5 or 6 are two values as well"),
+        (_valued(after=re.compile(r"\s*(?:or|to|and)\b\s*\$?\d")),
+         "10-12 and 2 x 9 are no values as they stand: nothing is evaluated"),
+        (_valued(number=lambda text: text), "return a number, to_number(...): as text \"18\" and "
+                                            "\"18.0\" differ"),
+        (_valued(number=lambda text: float(text.replace(",", "").replace("$", ""))),
+         "return to_number's exact Fraction, not a float"),
+        (_valued(number=lambda text: abs(to_number(text))), "the sign is gone: -7 is not 7"),
+        (lambda span: stated_value(span) or None, "0 is a value, but false in Python: ask "
+                                                  "`is not None`"),
+        (lambda span: stated_value(span) or Fraction(0), "no value is None, not 0"),
+        (lambda span: stated_value(span.partition(".")[0]), "a dot does not end a number: 5.25 "
+                                                            "became 5"),
+        (lambda span: to_number(NUMBER.search(span.rpartition("=")[2]).group()),
+         "search gives None where there is no number: then the value is None"),
+        (lambda span: to_number(span.strip()), "the span is not a number as it stands: search in "
+                                               "it with NUMBER, which knows commas and $"),
+    ],
+))
+
+
+# --- 2. A strict reader: step 3, whole completions ---------------------------------------
+
+THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
+TURN = re.compile(r"^(?:Question|Problem)\b", re.M)
+SAID = re.compile(r"[Tt]he answer is(.+?)(?:\.\s|$)", re.M)
+
+
+def strict_answers(completions: list[str], value: Callable) -> list[Fraction | None]:
+    return [_strictly(text, value=value) for text in completions]
+
+
+def _spoken(text: str) -> str:
+    return TURN.split(THOUGHT.sub("", text))[0]
+
+
+def _strictly(text: str, spoken=_spoken, marks=lambda text: re.findall("####(.*)", text),
+              value=stated_value, said=lambda found: found[-1:]) -> Fraction | None:
+    """One strict answer; the rest is what mistakes change."""
+    text = spoken(text)
+    spans = list(marks(text))
+    values = [v for v in map(value, spans) if v is not None]
+    if values:
+        return values[0]
+    for span in said(SAID.findall(text)):
+        return value(span)
+    return None
+
+
+def _reads(**changed):
+    return lambda completions, value: [_strictly(text, **changed) for text in completions]
+
+
+def _changed(change):
+    return lambda completions, value: change(strict_answers(completions, value))
+
+
+def _first_mark_only(text):
+    return re.findall("####(.*)", text)[:1]
+
+
+def _last_number_else(completions, value):
+    answers = []
+    for text, answer in zip(completions, strict_answers(completions, value)):
+        numbers = NUMBER.findall(text)
+        answers.append(to_number(numbers[-1]) if answer is None and numbers else answer)
+    return answers
+
+
+def _marks_alone(completions, value):
+    return [_strictly(text, said=lambda found: []) for text in completions]
+
+
+def _said_first(completions, value):
+    return [_strictly(text, marks=lambda t: []) if SAID.search(_spoken(text)) else _strictly(text)
+            for text in completions]
+
+
+register(Exercise(
+    name="strict_answers",
+    reference=strict_answers,
+    cases=[
+        (lambda g: (["4*3=12 eggs.\n#### 12", "12 eggs #### 18", "#### 1,234 dollars", "#### 0",
+                     "#### $18.00", "9 are left.\n\n#### 9*2=18"], stated_value),
+         "the marked line"),
+        (lambda g: (["There are 18 eggs.", "", "#### none\n3 are left", "#### 10-12", "#### 5 or 6",
+                     "####\n18"], stated_value), "no strict answer"),
+        (lambda g: (["####\n#### 18", "#### 7\nor rather\n#### 9", "#### 7\n5+4=9"], stated_value),
+         "the first marked line that states a value"),
+        (lambda g: (["#### 7\nQuestion: 5 and 4?\n#### 9",
+                     "It depends.\nProblem 2: 5 hats?\n#### 5",
+                     "The answer is 4.\nQuestion: How many?\nThe answer is 5.",
+                     "The Problem is easy.\n#### 6", "Question: 5 eggs?\n#### 5"], stated_value),
+         "the model goes on with a question of its own"),
+        (lambda g: (["<think>\n#### 17?\n</think>\n#### 18", "<think>\n16-3=13\n#### 17",
+                     "<think>#### 2</think>\nThe answer is 4.\n<think>\n#### 3\n</think>",
+                     "#### 8\n<think>or #### 9</think>\nDone."],
+                    stated_value),
+         "thinking is not read"),
+        (lambda g: (["The answer is 18.", "So the answer is 5.25.", "The answer is 9-12=-3.",
+                     "The answer is 17. No. The answer is 18.", "3 hens. The answer is eighteen.",
+                     "The answer is 3 or 4.", "The answer is 6. That is 7-1=6."], stated_value),
+         "the answer in a sentence"),
+        (lambda g: (["The answer is 17.\n#### 18", "#### 18\nThe answer is 17."], stated_value),
+         "both formats"),
+    ],
+    mistakes=[
+        (_reads(marks=_first_mark_only), "the first marked line that STATES a value: the line of "
+                                         "`####` alone does not, so the next one counts"),
+        (_reads(marks=lambda t: re.findall("####(.*)", t)[::-1]),
+         "the first marked line with a value counts, not the last: what follows it may be another "
+         "question"),
+        (_reads(marks=lambda t: re.findall(r"####\s*(.*)", t)),
+         "the number stands on the line of `####`: `\\s` also matches a line break, `.` does not"),
+        (_reads(marks=lambda t: re.findall("(?s)####(.*)", t)),
+         "the answer ends with its line: nothing from the next line counts"),
+        (_reads(marks=lambda t: re.findall("(.*)####", t)),
+         "the answer stands right of the mark: the number left of it is a step"),
+        (_reads(marks=lambda t: [line for line in t.split("\n") if "####" in line]),
+         "take what stands right of the mark, not the whole line: in 12 eggs #### 18 the 12 is a "
+         "step"),
+        (_reads(value=lambda span: (m := NUMBER.search(span)) and to_number(m.group())),
+         "hand each span to `value`, your step 2: searching it with NUMBER alone reads 10 from "
+         "10-12"),
+        (_reads(marks=lambda t: t.split("####")), "without `####` split gives the whole text, "
+                                                  "which is no strict answer"),
+        (_marks_alone, "strict also reads \"The answer is N\" where no marked line states a value"),
+        (_said_first, "the marked line comes first: \"The answer is\" counts only without one"),
+        (_reads(said=lambda found: found[:1]),
+         "of several \"The answer is N\" the last one counts: it corrects the others"),
+        (_reads(spoken=lambda t: THOUGHT.sub("", t)),
+         "the completion ends where a line begins with Question or Problem: the model asks itself "
+         "something new there"),
+        (_reads(spoken=lambda t: TURN.split(t)[0]),
+         "what stands between <think> and </think> is not read"),
+        (_reads(spoken=lambda t: TURN.split(re.sub("<think>.*?</think>", "", t))[0]),
+         "`.` does not match a line break: thinking has several lines, so pass flags=re.S"),
+        (_reads(spoken=lambda t: TURN.split(re.sub("(?s)<think>.*?</think>", "", t))[0]),
+         "thinking that never ends is not read either: `(</think>|\\Z)`"),
+        (_reads(spoken=lambda t: TURN.split(re.sub(r"(?s)<think>.*(</think>|\Z)", "", t))[0]),
+         "`.*` runs to the LAST </think> and swallows what was said between two thoughts: `.*?`"),
+        (_reads(spoken=lambda t: re.split("Question|Problem", THOUGHT.sub("", t))[0]),
+         "only a LINE that begins so is a new question: flags=re.M, and `^` before it"),
+        (_reads(spoken=lambda t: re.split("^(?:Question|Problem)", THOUGHT.sub("", t))[0]),
+         "without flags=re.M the `^` matches at the text's very beginning only"),
+        (_last_number_else, "strict means strict: without one of the two formats there is no "
+                            "answer, even if the text holds a number (that is the flexible mode)"),
+        (_changed(lambda answers: [a or None for a in answers]),
+         "0 is an answer, but false in Python: ask `is not None`"),
+        (_changed(lambda answers: [Fraction(0) if a is None else a for a in answers]),
+         "no answer is None, not 0: somewhere the right answer is 0"),
+        (_changed(lambda answers: [a for a in answers if a is not None]),
+         "one answer a completion: where there is none, None keeps its place"),
+        (_changed(lambda answers: answers[0]),
+         "a list comes in and a list goes out, one answer a completion"),
+    ],
+))
+
+
+# --- 3. Wilson's interval ----------------------------------------------------------------
 
 Z = 1.959963984540054
 
@@ -377,6 +494,97 @@ register(Exercise(
 ))
 
 
+# --- 4. McNemar's exact test -------------------------------------------------------------
+
+def mcnemar(a: str, b: str) -> tuple[int, int, float]:
+    only_a = sum(x > y for x, y in zip(a, b))
+    only_b = sum(x < y for x, y in zip(a, b))
+    return only_a, only_b, exact_p(only_a, only_b)
+
+
+def _tail(count: int, tosses: int) -> float:
+    """The chance of at most `count` heads in `tosses` tosses."""
+    return sum(math.comb(tosses, k) for k in range(count + 1)) / 2**tosses
+
+
+def _with_p(p):
+    """McNemar's counts with another p, a function of (only_a, only_b, questions)."""
+    def wrong(a, b):
+        only_a, only_b, _ = mcnemar(a, b)
+        return only_a, only_b, p(only_a, only_b, len(a))
+    return wrong
+
+
+def _chi_squared(shift):
+    def p(b, c, n):
+        return math.erfc(max(abs(b - c) - shift, 0) / math.sqrt(2 * (b + c))) if b + c else 1.0
+    return _with_p(p)
+
+
+def _unpaired(b, c, n):
+    return 1.0 if b == c else math.erfc(abs(b - c) / n / math.sqrt(4 * 0.25 / n))
+
+
+def _agreeing(a, b):
+    both = sum(x == y == "1" for x, y in zip(a, b))
+    neither = sum(x == y == "0" for x, y in zip(a, b))
+    return both, neither, exact_p(both, neither)
+
+
+register(Exercise(
+    name="mcnemar",
+    reference=mcnemar,
+    cases=[
+        (lambda g: ("1111101110", "1000111000"), "six to one"),
+        (lambda g: ("0001110001", "1111111011"), "the second is better"),
+        (lambda g: ("11001", "00111"), "nearly as many on both sides"),
+        (lambda g: ("1100", "0011"), "as many on both sides"),
+        (lambda g: ("10110", "10110"), "no question is discordant"),
+        (lambda g: ("1" * 209 + "0" * 152 + "1" * 300, "0" * 209 + "1" * 152 + "1" * 300),
+         "209 to 152, of 661"),
+    ],
+    mistakes=[
+        (_with_p(lambda b, c, n: _tail(min(b, c), b + c)),
+         "this is one-sided: a split as uneven the other way would have surprised you as much, so "
+         "double it"),
+        (_with_p(lambda b, c, n: 2 * _tail(min(b, c), b + c)),
+         "a probability above 1: where both counts are alike, the two tails overlap. min(1, ...)"),
+        (_with_p(lambda b, c, n: min(1.0, 2 * math.comb(b + c, min(b, c)) / 2 ** (b + c))),
+         "that is the chance of exactly this split: add all that are more uneven"),
+        (_with_p(lambda b, c, n: min(1.0, 2 * _tail(max(b, c), b + c))),
+         "the tail runs up to the SMALLER count"),
+        (_with_p(lambda b, c, n: min(1.0, 2 * _tail(b, b + c))),
+         "the tail runs up to the smaller count, whichever model that is"),
+        (_with_p(lambda b, c, n: min(1.0, 2 * _tail(c, b + c))),
+         "the tail runs up to the smaller count, whichever model that is; this is the second's"),
+        (_with_p(lambda b, c, n: min(1.0, 2 * _tail(min(b, c) - 1, b + c))),
+         "the observed split belongs to the tail: range(min(...) + 1)"),
+        (_with_p(lambda b, c, n: min(1.0, 2 * _tail(min(b, c), n))),
+         "only discordant questions are tosses, b + c of them: where the models agree, nothing is "
+         "decided"),
+        (_with_p(lambda b, c, n: min(1.0, 2 * _tail(min(b, c), b + c)
+                                     - math.comb(b + c, min(b, c)) / 2 ** (b + c))),
+         "this is the mid-p, which counts the observed split half; asked is the exact test"),
+        (_chi_squared(0), "this is the chi-squared approximation; count the outcomes of the tosses "
+                          "instead"),
+        (_chi_squared(1), "this is the chi-squared approximation with its correction; count the "
+                          "outcomes of the tosses instead"),
+        (_with_p(_unpaired), "this compares two accuracies as if on different questions: take the "
+                             "discordant ones"),
+        (lambda a, b: (mcnemar(a, b)[1], mcnemar(a, b)[0], mcnemar(a, b)[2]),
+         "right in a only comes first, then right in b only"),
+        (_agreeing, "these are the questions on which both agree: count those that one model "
+                    "alone gets right"),
+        (lambda a, b: (a.count("1"), b.count("1"), exact_p(a.count("1"), b.count("1"))),
+         "these are all right answers of each: count only the questions on which they differ"),
+        (_with_p(lambda b, c, n: 1 - min(1.0, 2 * _tail(min(b, c), b + c))),
+         "this is 1 - p: a small p speaks against a toss of coins"),
+        (lambda a, b: mcnemar(a, b)[2], "return both counts as well: (only a, only b, p)"),
+        (lambda a, b: mcnemar(a, b)[:2], "the p is missing: (only a, only b, p)"),
+    ],
+))
+
+
 # --- 5. A grader -------------------------------------------------------------------------
 
 def grade(answers: list[str | None], golds: list[str]) -> tuple[int, int]:
@@ -417,6 +625,21 @@ def _right_if(equal):
         len(golds))
 
 
+def _zero_is_nothing(answers, golds):
+    read = [a and to_number(a) for a in answers]
+    return sum(bool(a) and a == to_number(g) for a, g in zip(read, golds)), \
+        sum(bool(a) for a in read)
+
+
+def _unread_golds(answers, golds):
+    return sum(a is not None and to_number(a) == g for a, g in zip(answers, golds)), len(golds)
+
+
+def _wrong_count(answers, golds):
+    right, n = grade(answers, golds)
+    return right, n - right
+
+
 def _as_rate(answers, golds):
     right, n = grade(answers, golds)
     return right / n
@@ -435,6 +658,8 @@ register(Exercise(
         (lambda g: (["18.0005"], ["18"]), "very close is not right"),
         (lambda g: (["9007199254740993"], ["9007199254740992"]), "the next whole number"),
         (lambda g: ([None, None], ["3", "4"]), "a model that says nothing"),
+        (lambda g: (["0", None, "0.0", "-0"], ["0", "0", "0", "0"]), "0 is an answer too"),
+        (lambda g: (["-5", "5"], ["5", "-5"]), "the sign counts"),
     ],
     mistakes=[
         (_skipping, "unanswered questions left the denominator: a model that answers only what "
@@ -458,6 +683,14 @@ register(Exercise(
          "rounding accepts 18.4 for 18: compare exactly"),
         (_right_if(lambda a, g: a in (g, g / 100, g * 100)),
          "accepting gold/100 and gold*100 as well makes 0.25 right where the gold is 25"),
+        (_zero_is_nothing, "an answered 0 counts as no answer: Fraction(0) is false in Python. Ask "
+                           "`is not None`"),
+        (_right_if(lambda a, g: bool(a) and a == g),
+         "an answered 0 is never right here: Fraction(0) is false in Python. Compare only"),
+        (_right_if(lambda a, g: abs(a) == abs(g)), "the sign is lost: -5 is not 5"),
+        (_right_if(lambda a, g: int(a) == int(g)), "int() cuts 18.4 to 18: compare exactly"),
+        (_unread_golds, "only the answer went through to_number: a text never equals a number"),
+        (_wrong_count, "the second value is the number of questions, not of the wrong ones"),
         (_as_rate, "return the counts (right, n): a rate without its n says little"),
     ],
 ))

@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from course.nb05 import draw
-from qlora_lib.base.statistics import wilson
+from qlora_lib.base.statistics import mcnemar, wilson
 from tests.support.controls import axes_of, check_controls
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -26,20 +26,15 @@ def test_controls_of_padding():
                    rows=ROWS, generated=WRITTEN)
 
 
-def test_controls_of_interval():
-    check_controls(draw.draw_interval,
-                   {"n": [20, 200, 1319], "accuracy": [0.0, 0.35, 0.95]},
-                   axes=(1, 2))
-
-
-def test_controls_of_claim():
-    check_controls(draw.draw_claim, {"points_better": [1, 3, 10], "accuracy": [0.15, 0.85]})
+def test_controls_of_power():
+    check_controls(draw.draw_power, {"questions": [200, 1319], "points_better": [2, 10]},
+                   accuracy=0.35)
 
 
 def test_controls_of_widths():
     check_controls(draw.draw_widths, {"bits": [8, 2],
                                       "one_scale_for": ["a row", "64 weights"]},
-                   rows=WIDTHS, pairs=PAIRS, full=(950, 1000), axes=(1, 2))
+                   rows=WIDTHS, pairs=PAIRS, full=(950, 1000), axes=(1, 3))
 
 
 @pytest.mark.parametrize("side, frames", [("left", [False, False]), ("right", [True, False])])
@@ -50,57 +45,32 @@ def test_a_row_that_ends_in_padding_is_framed_as_bad(side, frames):
     assert [to_hex(p.get_edgecolor()) == draw.BAD.lower() for p in thick] == frames
 
 
-def test_the_interval_names_wilson_and_the_n_for_two_points():
-    axes = Figure().subplots(1, 2)
-    draw.draw_interval(axes, n=200, accuracy=0.35)
-    low, high = wilson(70, 200)
-    assert f"Wilson: {100 * low:.1f} to {100 * high:.1f}" in [t.get_text() for t in axes[0].texts]
-    enough = int(axes[1].get_title().rpartition(" ")[2].replace(",", ""))
-    ends = [wilson(round(0.35 * n), n) for n in (enough, enough - 40)]
-    assert ends[0][1] - ends[0][0] < 0.0401 and ends[1][1] - ends[1][0] > 0.04
-
-
-@pytest.mark.parametrize("p, n", [(0.0, 20), (0.35, 200), (0.73, 1319)])
-def test_half_width_is_half_of_wilsons_interval(p, n):
-    correct = round(p * n)
-    low, high = wilson(correct, n)
-    assert draw.half_width(correct / n, n) == pytest.approx((high - low) / 2)
-
-
 def test_as_many_questions_as_a_claim_needs_find_it_four_times_out_of_five():
     p, d = 0.35, 0.05
     n = draw.questions_unpaired(p, d)
     error = math.sqrt((p * (1 - p) + (p + d) * (1 - p - d)) / n)
     assert (d / error - draw.Z) == pytest.approx(draw.POWER)
-
-    share = 0.2
-    n = draw.questions_paired(share, d)
-    # discordant differences: mean d, variance share - d^2 under the claim, share without it
-    assert math.sqrt(n) * d == pytest.approx(
-        draw.Z * math.sqrt(share) + draw.POWER * math.sqrt(share - d * d))
+    assert draw.power_unpaired(round(n), p, d) == pytest.approx(0.8, abs=0.001)
 
 
-@pytest.mark.parametrize("p, points, most", [(0.85, 10, 20), (0.85, 1, 29), (0.35, 2, 50)])
-def test_the_curve_ends_where_two_models_differ_most(p, points, most):
-    ax = Figure().subplots()
-    draw.draw_claim(ax, points_better=points, accuracy=p)
-    curve, square = ax.lines[1:3]
-    assert curve.get_xdata()[[0, -1]] == pytest.approx([points, most])
-    worse, better = p * 1000, (p + points / 100) * 1000  # as many questions as each has right
-    both = max(0, worse + better - 1000)  # at least
-    share = (worse + better - 2 * both) / 10
-    assert min(50, share) == pytest.approx(most)
-    own, theirs = p * (1 - p - points / 100), (p + points / 100) * (1 - p)
-    assert square.get_xdata()[0] == pytest.approx(100 * (own + theirs))
-    assert square.get_ydata()[0] == pytest.approx(
-        draw.questions_unpaired(p, points / 100), rel=0.05)
+def test_up_to_how_many_on_the_smaller_side_a_split_is_significant():
+    for tosses, count in enumerate(draw._critical(120)):
+        assert count < 0 or mcnemar(count, tosses - count) <= 0.05
+        assert tosses < 2 * count + 2 or mcnemar(count + 1, tosses - count - 1) > 0.05
 
 
-def test_independent_models_gain_little_from_sharing_their_questions():
-    p, d = 0.35, 0.02
-    share = p * (1 - p - d) + (p + d) * (1 - p)
-    assert draw.questions_paired(share, d) == pytest.approx(
-        draw.questions_unpaired(p, d), rel=0.01)
+@pytest.mark.parametrize("n, share, d", [(30, 0.4, 0.2), (50, 0.15, 0.15), (40, 0.9, 0.1)])
+def test_the_power_is_the_sum_over_all_counts_that_are_significant(n, share, d):
+    better, worse = (share + d) / 2, (share - d) / 2
+    power = sum(
+        math.comb(n, b) * math.comb(n - b, c) * better**b * worse**c * (1 - share) ** (n - b - c)
+        for b in range(n + 1) for c in range(n - b + 1) if c < b and mcnemar(b, c) <= 0.05)
+    assert draw.power_paired(n, share, d) == pytest.approx(power, abs=1e-9)
+
+
+def test_the_exact_power_of_two_points_on_gsm8k():
+    assert draw.power_paired(1319, 0.067, 0.02) == pytest.approx(0.778, abs=0.0005)
+    assert draw.power_paired(1319, 0.02, 0.02) == pytest.approx(1)
 
 
 def test_accuracies_of_0_and_1_have_intervals():
