@@ -59,12 +59,12 @@ class Comparison(Drop):
 
     def __str__(self) -> str:
         (a, b), (right_a, right_b), n = self.names, self.right, self.n[0]
-        verdict = "chance explains the difference"
+        verdict = "no difference is shown"
         if self.only_a + self.only_b == 0:
             verdict = "they are right on the same questions"
         elif self.p < 0.05:
             better = a if self.only_a > self.only_b else b
-            verdict = f"{better} is better, beyond what chance explains at 5%"
+            verdict = f"{better} is better, at the 5% level of a single test"
         return (
             f"{n} questions ({self.mode}): {a} {right_a / n:.1%}, {b} {right_b / n:.1%}, "
             f"{_difference(self)}\n"
