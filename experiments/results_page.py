@@ -428,7 +428,8 @@ ELSEWHERE = [
      "06_int4_kernels"),
     ("`tiny-adapters-*.json`: tasks, ranks, learning rates, sums, averages",
      "07_adapters_at_work"),
-    ("`tiny-sampling.json`, `tiny-samples.jsonl`, `tiny-temperatures.jsonl`: votes, the verifier",
+    ("`tiny-sampling.json`, `tiny-samples.jsonl`, `tiny-temperatures.jsonl`, `tiny-shown.json`, "
+     "`tiny-lessons.json`: votes, the verifier",
      "08_sampling_and_verifiers"),
 ]  # fmt: skip
 

@@ -1,15 +1,20 @@
 """Samples, votes and a verifier at length: `python -m experiments.sampling`.
 
 The generator is the fine-tuned tiny model in 2-bit GPTQ with one scale a row: wrong often
-enough that choosing among its samples matters. Three stages, each kept when it is done:
+enough that choosing among its samples matters. Five stages, each kept when it is done:
 
 temperatures   dev problems, sampled at several temperatures; majority@8 chooses one
 verifier       solutions of train problems at that temperature, labelled by their answers; an
                adapter with a scalar head is trained on them (data/tiny-verifier)
 test           greedy and 16 samples a problem, each with its likelihood and verifier score
+shown          what notebook 08 reads aloud, whole: the logits of one token, texts of samples
+lessons        texts from which its reader trains a verifier's head: two solutions each of many
+               problems, since the samples of one are much alike
 
 tiny-sampling.json holds settings and stamps, tiny-samples.jsonl a line a problem: all that the
-curves of notebook 08 are computed from. An answer is a text, of an exact number, or null.
+curves of notebook 08 are computed from; tiny-shown.json and tiny-lessons.json the texts. An answer
+is a text, of an exact number, or null. At 2 bits the weights themselves differ between one thread
+and two: each stage's stamp says how many it had.
 """
 
 import sys
@@ -46,6 +51,14 @@ BATCH = 512  # samples at a time
 CHUNK = 250  # problems between two lines of progress
 TRAIN = TrainConfig(epochs=2, batch_size=64, lr=2e-3)
 RANK = 16
+PROMPT = (  # a question of dev, number 140, with the beginning of its solution
+    "Question: Finn has 19 cookies. Olga gives Finn 18 more cookies. Then Finn loses 17 cookies. "
+    "What number of cookies does he still have?\nAnswer:\n"
+    "At first Finn gets to 19+18=37 cookies.\nThen Finn has 37-17="
+)
+SHOWN = 24  # test problems whose samples are kept as texts
+# Problems whose samples teach a head; of train the last ones: the verifier's are the first.
+LESSONS = {"train": 400, "dev": 150, "test": 200}
 
 
 def load_generator(profile: Profile, adapter: Path = ADAPTER):
@@ -165,6 +178,32 @@ def test_records(
     return rows
 
 
+def shown(model, tokenizer, profile: Profile, temperature: float, samples: int) -> dict:
+    """The logits after PROMPT, and texts: greedy and samples of test problems."""
+    ids = torch.tensor([encode_prompt(tokenizer, PROMPT)])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, -1].float()
+    entries = profile.examples("test")[:SHOWN]
+    _, greedy = ask(model, tokenizer, profile, entries, 0.0, 1, SEED)
+    _, sampled = ask(model, tokenizer, profile, entries, temperature, samples, SEED)
+    return {
+        "prompt": PROMPT,
+        "logits": [round(x, 5) for x in logits.tolist()],
+        "greedy": [one for (one,) in greedy],
+        "samples": sampled,
+    }
+
+
+def lessons(model, tokenizer, profile: Profile, temperature: float) -> dict[str, list[list[str]]]:
+    """Two solutions each of the LESSONS of each split, as texts."""
+    texts = {}
+    for split, count in LESSONS.items():
+        entries = profile.examples(split)
+        entries = entries[-count:] if split == "train" else entries[:count]
+        texts[split] = ask(model, tokenizer, profile, entries, temperature, 2, SEED + 1)[1]
+    return texts
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__, RESULT, "--force", "--model", "--data")
     parser.add_argument("--verifier", type=given_path, default=VERIFIER, help="folder to write it to")
@@ -211,6 +250,14 @@ def main(argv: list[str] | None = None) -> None:
         )
         write_jsonl(samples, rows)
         store("test", {"problems": len(rows), "samples": args.samples, "temperature": temperature})
+    if "shown" not in table:
+        texts = shown(model, tokenizer, profile, temperature, few)
+        write_json_atomic(args.out.with_name("tiny-shown.json"), texts | {"stamp": stamp(SEED)})
+        store("shown", {"problems": SHOWN, "samples": few})
+    if "lessons" not in table:
+        texts = {"solutions": lessons(model, tokenizer, profile, temperature)}
+        write_json_atomic(args.out.with_name("tiny-lessons.json"), texts | {"stamp": stamp(SEED)})
+        store("lessons", {"problems": LESSONS, "samples": 2})
     rows = read_jsonl(samples)
     right = sum(map(majority_right, rows))
     print(f"majority of {args.samples}: {right} of {len(rows)} right; stored in "

@@ -18,7 +18,7 @@ def argv(argv, monkeypatch):
 
 
 @pytest.mark.long
-def test_three_stages_are_stored_and_kept(argv, tmp_path, capsys):
+def test_five_stages_are_stored_and_kept(argv, tmp_path, capsys):
     long.main(argv)
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["temperatures"]["chosen"] in (0.5, 2.0)
@@ -30,6 +30,13 @@ def test_three_stages_are_stored_and_kept(argv, tmp_path, capsys):
     assert all(x < 0 for row in rows for x in row["likelihood"])
     temperatures = read_samples(tmp_path / "tiny-temperatures.jsonl")
     assert [row["temperature"] for row in temperatures] == [0.0, 0.5, 2.0]
+    shown = json.loads((tmp_path / "tiny-shown.json").read_text())
+    assert all(len(group) == 3 for group in shown["samples"])
+    assert len(shown["greedy"]) == len(shown["samples"]) and shown["prompt"].endswith("37-17=")
+    assert len(shown["logits"]) > 100 and all(isinstance(s, str) for s in shown["greedy"])
+    lessons = json.loads((tmp_path / "tiny-lessons.json").read_text())["solutions"]
+    assert list(lessons) == ["train", "dev", "test"]
+    assert all(len(pair) == 2 for groups in lessons.values() for pair in groups)
     capsys.readouterr()
     long.main(argv)  # nothing is sampled again
     assert " at " not in capsys.readouterr().out
