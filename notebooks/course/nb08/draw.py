@@ -1,14 +1,12 @@
-"""What notebook 08 draws: next tokens, votes, what k samples give and what they cost.
+"""What notebook 08 draws: next tokens, what k samples give and cost, what a verifier says.
 
 Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
-settings of a slider compare. Intervals are Wilson's, 95%.
+settings of a slider compare. Intervals are 95%: Wilson's for a share, paired for a difference.
 """
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from qlora_lib.base.statistics import wilson
 from ..kit.picture import COLORS, interval, plain_ticks
 from .next_token import token_probabilities
 
@@ -34,7 +32,8 @@ def draw_next_token(ax, temperature: float, top_p: float, logits: Tensor,
     cut = [x == 0 and top_p < 1 for x in shown]
     ax.bar(range(len(tokens)), shown, color=[MUTED if c else MAJORITY for c in cut], width=0.7)
     for x, (value, gone) in enumerate(zip(shown, cut)):
-        ax.text(x, value + 0.015, "cut" if gone else f"{value:.2f}", ha="center", fontsize=10,
+        text = "cut" if gone else f"{value:.2f}" if value >= 0.005 else "<0.01"
+        ax.text(x, value + 0.015, text, ha="center", fontsize=10,
                 color=MUTED if gone else "black")
     rest = max(0.0, 1 - sum(shown))
     possible = int((p > 0).sum()) if top_p < 1 else len(p)
@@ -44,86 +43,94 @@ def draw_next_token(ax, temperature: float, top_p: float, logits: Tensor,
     ax.grid(axis="x", visible=False)
 
 
-def draw_votes(ax, temperature: float, samples: dict[float, Sequence[str | None]], gold: str,
-               greedy: str | None) -> None:
-    """How many samples of one question give each answer, most first; the right one in green.
-
-    samples: {temperature: the answers}, equally many each.
-    """
-    answers = samples[temperature]
-    counts: dict[str, int] = {}
-    for answer in answers:
-        counts[answer or "none"] = counts.get(answer or "none", 0) + 1
-    rows = sorted(counts.items(), key=lambda item: -item[1])
-    ax.barh(range(len(rows)), [n for _, n in rows], height=0.6,
-            color=[BEST if a == gold else MUTED for a, _ in rows])
-    labels = [f"{a} (greedy)" if a == (greedy or "none") else a for a, _ in rows]
-    ax.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(answers) - 0.4, -0.6),
-           xlim=(0, len(answers) + 0.3), xticks=range(0, len(answers) + 1, 2),
-           xlabel=f"of {len(answers)} samples", title=f"right: {gold}")
-    ax.grid(axis="y", visible=False)
-
-
-def draw_temperature(ax, temperature: float,
-                     curves: dict[float, dict[str, Sequence[float]]], greedy: tuple[float, float],
-                     ks: Sequence[int]) -> None:
-    """Accuracy over the number of samples at one temperature, and what they cost.
+def draw_temperature(axes, temperature: float, curves: dict[float, dict[str, Sequence[float]]],
+                     greedy: tuple[float, float], ks: Sequence[int],
+                     gaps: dict[float, tuple[float, float, float]]) -> None:
+    """Left: accuracy over the number of samples at one temperature, and what they cost. Right: how
+    far the vote is from greedy at every temperature.
 
     curves: {temperature: {"best" | "majority": accuracies at `ks`, "tokens": tokens through the
-    model a question}}; greedy: (accuracy, tokens).
-    """
-    curve, (accuracy, tokens) = curves[temperature], greedy
-    at = range(len(ks))  # doublings, evenly spaced
-    ax.axhline(100 * accuracy, color=FP, linestyle="--", label=f"greedy, {tokens:.0f} tokens")
-    for name, label, color in (("best", "best of k", BEST), ("majority", "majority", MAJORITY)):
-        ax.plot(at, [100 * a for a in curve[name]], "o-", color=color, label=label)
-    ax.set(xlim=(-0.2, len(ks) - 0.8), ylim=(0, 102), xticks=at,
-           xticklabels=[f"{k}\n{t:.0f}" for k, t in zip(ks, curve["tokens"])],
-           xlabel="samples k, and tokens a question", ylabel="right, %")
-    ax.legend(loc="lower right", fontsize=10)
-
-
-def draw_compute(axes, k: int, curves: dict[str, dict[int, tuple[float, float]]],
-                 counts: dict[int, dict[str, tuple[int, int]]]) -> None:
-    """Left: accuracy over compute, a curve a method. Right: all of them at k samples.
-
-    curves: {method: {k: (thousand tokens through the model a question, accuracy)}};
-    counts: {k: {method: (right, n)}}, whole samples, for the intervals.
+    model a question}}; greedy: (accuracy, tokens); gaps: {temperature: (difference, low, high)},
+    shares.
     """
     left, right = axes
-    for name, points in curves.items():
-        color = METHODS[name][1]
-        xs, ys = zip(*points.values())
-        left.plot(xs, [100 * y for y in ys], ":" if name == "best" else "-", color=color)
-        x, y = points.get(k, (xs[0], ys[0]))  # greedy has one point, whatever k
-        left.plot(x, 100 * y, "s" if name == "greedy" else "o", color=color, markersize=8)
-    left.set(xscale="log", xlabel="thousand tokens through the model, a question",
-             ylabel="right answers in %", ylim=(65, 100), title="colours as on the right")
+    curve, (accuracy, tokens) = curves[temperature], greedy
+    at = range(len(ks))  # doublings, evenly spaced
+    left.axhline(100 * accuracy, color=FP, linestyle="--", label=f"greedy, {tokens:.0f} tokens")
+    for name, label, color in (("best", "best of k", BEST), ("majority", "majority", MAJORITY)):
+        left.plot(at, [100 * a for a in curve[name]], "o-", color=color, label=label)
+    left.set(xlim=(-0.2, len(ks) - 0.8), ylim=(30, 108), xticks=at,
+             xticklabels=[f"{k}\n{t:.0f}" for k, t in zip(ks, curve["tokens"])],
+             xlabel="samples k, and tokens a question", ylabel="right, %")
+    left.legend(loc="upper left", fontsize=10)
+    right.axhline(0, color=FP, linestyle="--")
+    for x, (t, (gap, low, high)) in enumerate(gaps.items()):
+        own = t == temperature
+        _difference(right, x, gap, low, high, MAJORITY if own else MUTED, upright=True,
+                    markersize=9 if own else 6)
+    gap = gaps[temperature][0]
+    right.set(xticks=range(len(gaps)), xticklabels=[f"{t:g}" for t in gaps], ylim=(-24, 12),
+              xlabel="temperature", ylabel="points above greedy",
+              title=f"majority of {ks[-1]} less greedy: {100 * gap:+.1f}")
+
+
+def _difference(ax, at: float, gap: float, low: float, high: float, color: str,
+                upright: bool = False, **style) -> None:
+    """A difference of two shares with its interval, in points, at `at` of the other axis."""
+    error = [[100 * max(0.0, gap - low)], [100 * max(0.0, high - gap)]]
+    place = (at, 100 * gap) if upright else (100 * gap, at)
+    style = {"markersize": 7, "capsize": 4, "linewidth": 2} | style
+    ax.errorbar(*place, **{"yerr" if upright else "xerr": error}, fmt="o", color=color, **style)
+
+
+def draw_reliability(ax, groups: dict[str, Sequence[dict[str, float]]]) -> None:
+    """What a score says and how many are right, in bins: on the diagonal it is honest.
+
+    groups: {label: rows with "says", "right", "low", "high", shares}, two at most.
+    """
+    ax.plot([0, 100], [0, 100], "--", color=MUTED, linewidth=1.5)
+    for (label, rows), color, mark, shift in zip(groups.items(), (MAJORITY, COLORS["qlora"]),
+                                                 ("o", "s"), (-0.7, 0.7)):
+        ax.errorbar([100 * r["says"] + shift for r in rows], [100 * r["right"] for r in rows],
+                    yerr=[[100 * max(0.0, r["right"] - r["low"]) for r in rows],
+                          [100 * max(0.0, r["high"] - r["right"]) for r in rows]],
+                    fmt=mark, color=color, label=label, markersize=6, capsize=3, linewidth=1.6)
+    ax.text(62, 56, "honest", rotation=38, color=MUTED, fontsize=11, ha="center", va="center")
+    ax.set(xlim=(0, 102), ylim=(0, 102), xlabel="the verifier says, % (mean of a bin)",
+           ylabel="right, %")
+    ax.legend(loc="upper left", fontsize=10)
+
+
+def draw_compute(axes, k: int, costs: dict[str, dict[int, float]],
+                 counts: dict[str, dict[int, tuple[int, int]]],
+                 gaps: dict[int, dict[str, tuple[float, float, float]]]) -> None:
+    """Left: accuracy over compute, a curve a method. Right: how far each is from greedy with k
+    samples. Both with the first k samples.
+
+    costs: {method: {k: thousand tokens through the model a question}}; counts: {method: {k:
+    (right, n)}}; greedy has k = 1 alone; gaps: {k: {method: (difference, low, high)}}, shares.
+    """
+    left, right = axes
+    for name, points in costs.items():
+        label, color = METHODS[name]
+        shares = [100 * right_ / n for right_, n in counts[name].values()]
+        left.plot(list(points.values()), shares, ":" if name == "best" else "-", color=color)
+        here = k if k in points else 1  # greedy has one point, whatever k
+        correct, n = counts[name][here]
+        interval(left, points[here], correct, n, color, upright=True, label=label)
+    left.set(xscale="log", xlim=(0.075, 4.5), ylim=(62, 100),
+             xlabel="thousand tokens through the model, a question", ylabel="right answers, %")
+    left.legend(loc="upper left", fontsize=9)
     plain_ticks(left, [0.1, 0.3, 1, 3])
-    (unit, _), = curves["greedy"].values()
-    names = list(counts[k])
+    unit = costs["greedy"][1]
+    right.axvline(0, color=FP, linestyle="--")
     labels = []
-    for y, name in enumerate(names):
-        (label, color), (correct, n) = METHODS[name], counts[k][name]
-        interval(right, y, correct, n, color)
-        right.text(100 * wilson(correct, n)[1] + 0.8, y, f"{100 * correct / n:.1f}", va="center",
-                   fontsize=11)
-        spent = curves[name][k][0] if name != "greedy" else unit
-        labels.append(f"{label}, {spent / unit:.0f}×")
-    right.set(yticks=range(len(names)), yticklabels=labels, ylim=(len(names) - 0.5, -0.5),
-              xlim=(65, 102), xlabel="right answers in %",
-              title=f"k = {k}; × greedy's compute; 95% intervals")
-
-
-def draw_scores(ax, scores: Sequence[float], right: Sequence[bool]) -> None:
-    """Histograms of a score for right and wrong solutions, each scaled to its own number."""
-    values = torch.tensor(scores)
-    edges = torch.linspace(0, 1, 21)
-    for wanted, color, label in ((True, BEST, "right"), (False, COLORS["qlora"], "wrong")):
-        own = values[torch.tensor([r == wanted for r in right])]
-        shares = torch.histogram(own, edges).hist / max(len(own), 1)
-        ax.stairs((100 * shares).tolist(), edges.tolist(), color=color, linewidth=2.2,
-                  label=f"{label}, {len(own):,}", fill=False)
-    ax.set(xlim=(0, 1), ylim=(0, None), xlabel="verifier: probability of being right",
-           ylabel="% of these solutions")
-    ax.legend(loc="upper center")
+    for y, (name, (gap, low, high)) in enumerate(gaps[k].items()):
+        label, color = METHODS[name]
+        _difference(right, y, gap, low, high, color)
+        end, side = (high + 0.008, "left") if gap > 0 else (low - 0.008, "right")
+        right.text(100 * end, y, f"{100 * gap:+.1f}", va="center", ha=side, fontsize=11)
+        labels.append(f"{label}, {costs[name][k] / unit:.0f}×")
+    right.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5),
+              xlim=(-16, 23), xlabel="points above greedy, same questions",
+              title=f"k = {k}; × greedy's compute")
