@@ -73,6 +73,17 @@ def _epsilon(row, bits):
     return scale, (-low / scale).round()
 
 
+def _threshold(row, bits):
+    scale, zero = fit_row(row, bits)
+    return (scale, zero) if scale > 1e-6 else (torch.tensor(1.0), torch.tensor(0.0))
+
+
+def _scale_in_fp16(row, bits):
+    scale = fit_row(row, bits)[0].half().float()
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, (-row.min().clamp(max=0) / scale).round()
+
+
 def _symmetric(row, bits):
     scale = 2 * row.abs().max() / (2**bits - 1)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -90,6 +101,11 @@ def _zero_row_at(code):
 def _floored_zero_point(row, bits):
     scale = fit_row(row, bits)[0]
     return scale, (-row.min().clamp(max=0) / scale).floor()
+
+
+def _raised_zero_point(row, bits):
+    scale = fit_row(row, bits)[0]
+    return scale, (-row.min().clamp(max=0) / scale).ceil()
 
 
 def _fifteen_steps(row, bits):
@@ -118,6 +134,7 @@ register(Exercise(
         (lambda g: (torch.full((8,), 0.3), 4), "a constant row"),
         (lambda g: (0.002 * torch.randn(64, generator=g), 4), "tiny weights, std 0.002"),
         (lambda g: (torch.zeros(8), 4), "a row of zeros"),
+        (lambda g: (1e-12 * torch.randn(16, generator=g), 4), "weights of about 1e-12"),
     ],
     mistakes=[
         (_no_zero_in_range, NO_ZERO),
@@ -132,6 +149,9 @@ register(Exercise(
          "for there is 1"),
         (_absolute_floor, "an absolute floor on the scale coarsens small weights; only an exact "
                           "0 needs care"),
+        (_threshold, "this takes small weights for zeros: only a row that is exactly 0 gets "
+                     "scale 1"),
+        (_scale_in_fp16, "the scale stays fp32 here; rounding it to fp16 comes later"),
         (_symmetric, "this is the symmetric grid; the asymmetric one spans [min, max] and 0"),
         (_zero_row_at(lambda bits: 2 ** (bits - 1)),
          "a row of zeros has the symmetric grid's zero-point here: " + ANY_ZERO),
@@ -139,12 +159,15 @@ register(Exercise(
          "a row of zeros has the last code as zero-point here, max = s (2^b - 1 - z): " + ANY_ZERO),
         (_floored_zero_point, "floor moves the zero-point down by up to a whole step: round to "
                               "the nearest code"),
+        (_raised_zero_point, "ceil moves the zero-point up by up to a whole step: round to the "
+                             "nearest code"),
         (_fifteen_steps, "15 steps are those of 4 bits: with `bits` bits there are 2**bits - 1"),
         (_from_the_mean, "the middle code does not go to the row's mean: code 0 goes to low, so "
                          "z = -low / s"),
         (_low_as_zero_point, "this is the lowest weight itself; the zero-point is a code: how many "
                              "steps is low below 0?"),
     ],
+    atol=0,  # a scale may be as small as the weights
     exact_dtype=False))
 
 
@@ -309,6 +332,10 @@ register(Exercise(
          "the fourth term is missing: + n za zw"),
         (lambda a, *t: _terms(a, *t, constant=1 / a.shape[1]).long(),
          "za zw is added once for each of the n features: + n za zw"),
+        (lambda a, *t: _terms(a, *t, constant=len(a) / a.shape[1]).long(),
+         "n is the number of features, a.shape[1], not that of tokens"),
+        (lambda a, za, q, zw: _terms(a, za, q, zw, constant=0) + a.shape[1] * za * zw.T,
+         "the last term alone is still uint8 and wraps around at 256: cast za and zw too"),
         (lambda *t: _terms(*t, constant=-1),
          "minus times minus: the fourth term is added, + n za zw"),
         (lambda *t: _terms(*t, zw_a=1, za_q=1),
@@ -392,6 +419,12 @@ def _eight_codes_wide(codes, bits):
     return pack_bits(pad(codes, (0, -codes.shape[1] % 8)), bits)
 
 
+def _known_widths(codes, bits):
+    if bits not in (2, 3, 4, 8):
+        raise ValueError
+    return pack_bits(codes, bits)
+
+
 def _code_cells(rows, n, bits):
     return lambda g: (_codes(g, rows, n, high=2**bits), bits)
 
@@ -406,6 +439,7 @@ register(Exercise(
         (_code_cells(4, 7, 2), "7 codes of 2 bits"),
         (_code_cells(2, 5, 8), "8 bits: nothing to pack"),
         (_code_cells(3, 77, 4), "77 codes of 4 bits"),
+        (_code_cells(2, 6, 5), "6 codes of 5 bits"),
     ],
     mistakes=[
         (lambda codes, bits: _stream(codes, bits, "high"),
@@ -424,6 +458,10 @@ register(Exercise(
         (_one_bit_a_byte, "this is the stream of bits, one in each byte; eight of them make one"),
         (_columns, "pack along a row, not along a column"),
         (_eight_codes_wide, "pad the stream to whole bytes, not the codes to a multiple of 8"),
+        (_known_widths, "any width from 1 to 8 bits: in the stream of bits no width needs a rule of "
+                        "its own"),
+        (lambda codes, bits: pack_bits(codes, bits).flip(1),
+         "the bytes stand in the other order: code 0 begins in the first byte of its row"),
         (lambda codes, bits: codes,
          "nothing is packed here: n codes take ceil(n * bits / 8) bytes"),
     ],
@@ -434,8 +472,9 @@ def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor,
     return _groups(weight, bits, group_size)
 
 
-def _groups(weight, bits, size, half=True, codes_from_exact=False, with_zero=True, steps=None,
-            clamp=True, rounded=torch.round):
+def _groups(weight, bits, size, half=True, codes_from_exact=False, zero_from_exact=False,
+            with_zero=True, steps=None, clamp=True, rounded=torch.round, ones_first=False,
+            clamp_zero=True):
     """The solution, or it with one thing left out."""
     top = 2**bits - 1
     w = weight.unflatten(1, (-1, size))  # (out, groups, group_size)
@@ -443,11 +482,12 @@ def _groups(weight, bits, size, half=True, codes_from_exact=False, with_zero=Tru
     if with_zero:
         low, high = low.clamp(max=0), high.clamp(min=0)
     exact = (high - low) / (steps or top)
-    exact = torch.where(exact > 0, exact, 1.0)
     stored = exact.half() if half else exact
+    stored = torch.where(exact > 0 if ones_first else stored > 0, stored, 1.0)
+    exact = torch.where(exact > 0, exact, 1.0)
     scale = exact if codes_from_exact else stored.float()
-    zero = (-low / scale).round()
-    zero = zero.clamp(0, top) if clamp else zero
+    zero = (-low / (exact if zero_from_exact else scale)).round()
+    zero = zero.clamp(0, top) if clamp and clamp_zero else zero
     codes = rounded(w / scale.unsqueeze(-1) + zero.unsqueeze(-1))
     codes = codes.clamp(0, top) if clamp else codes
     return codes.flatten(1).byte(), stored, zero.byte()
@@ -461,6 +501,20 @@ def _a_zero_group(g):
     weight = 0.02 * torch.randn(3, 64, generator=g)
     weight[1, 32:] = 0
     return weight, 4, 32
+
+
+def _small_groups(g):
+    weight = 0.02 * torch.randn(3, 64, generator=g)
+    weight[0, :32] = -2.2e-5 * torch.linspace(0, 1, 32)  # fp16 makes the step a third smaller
+    weight[2, 32:] *= 1e-6  # and this one 0
+    return weight, 8, 32
+
+
+def _codes_from_low(weight, bits, size):
+    codes, scale, zero = _groups(weight, bits, size)
+    w = weight.unflatten(1, (-1, size))
+    codes = (w - w.amin(-1, True).clamp(max=0)) / scale.float().unsqueeze(-1)
+    return codes.round().clamp(0, 2**bits - 1).flatten(1).byte(), scale, zero
 
 
 def _grid_a_row(weight, bits, size):
@@ -493,11 +547,22 @@ register(Exercise(
         (_weights(8, 256, 8, 64), "8 bits, where a scale rounded too late moves codes"),
         (_weights(4, 64, 2, 16, add=0.05), "2 bits, all weights positive"),
         (_a_zero_group, "a group of zeros"),
+        (_small_groups, "groups so small that fp16 rounds one scale by a third and one to 0"),
     ],
     mistakes=[
         (lambda *t: _groups(*t, codes_from_exact=True),
          "the codes belong to the exact scale; the reader of the file has the fp16 one: round the "
          "scale first, then compute zero-point and codes with it"),
+        (lambda *t: _groups(*t, zero_from_exact=True),
+         "the zero-point belongs to the exact scale, the codes to the fp16 one: compute both with "
+         "what is stored"),
+        (lambda *t: _groups(*t, ones_first=True),
+         "fp16 rounds a very small scale to 0: round first, then put 1 where the scale is 0"),
+        (lambda *t: _groups(*t, clamp_zero=False),
+         "where fp16 rounds a small scale down, -low / s exceeds the last code, and uint8 wraps "
+         "around: clamp the zero-point too"),
+        (_codes_from_low, "code 0 decodes to s (0 - z), not to low, because z is rounded: the codes "
+                          "are round(w / s + z)"),
         (lambda *t: _groups(*t, half=False), "the scale is stored in fp16: .half()"),
         (lambda *t: _groups(*t, with_zero=False),
          "0 is not in the range of every group: widen [low, high] to 0"),
@@ -554,6 +619,11 @@ def _row_0_s_grids(x, packed, scale, zero, bits):
     return _layer(x, packed, scale[:1].expand_as(scale), zero[:1].expand_as(zero), bits)
 
 
+def _grids_in_turns(x, packed, scale, zero, bits):
+    times = x.shape[1] // scale.shape[1]
+    return _layer(x, packed, scale.repeat(1, times), zero.repeat(1, times), bits)
+
+
 def _group_0_s_grids(x, packed, scale, zero, bits):
     return _layer(x, packed, scale[:, :1].expand_as(scale), zero[:, :1].expand_as(zero), bits)
 
@@ -584,6 +654,11 @@ register(Exercise(
         (_as_nibbles, "these are nibbles; `bits` may be 2, 3 or 8: read the stream bit by bit"),
         (_row_0_s_grids, "each row has its own scales and zero-points"),
         (_group_0_s_grids, "each group has its own scale and zero-point"),
+        (_grids_in_turns, "a group is a stretch of neighbors: repeat_interleave its scale, not "
+                          "repeat"),
+        (lambda x, packed, scale, zero, bits: _layer(
+            x, packed, scale, zero, bits, lambda q, s, z: (s.half() * (q - z).half()).float()),
+         "the weights were rounded to fp16: cast the scale with .float() before you multiply"),
         (lambda *t: _layer(*t, decode=lambda q, s, z: s * q), "the zero-point is missing: "
                                                               "s (q - z)"),
         (lambda *t: _layer(*t, decode=lambda q, s, z: s * q - z),

@@ -130,8 +130,7 @@ def draw_pointers(ax, program: int, start: int, out: int = 10, row_bytes: int = 
     ax.set(xlim=(-0.1, row_bytes + 0.1), ylim=(12.2, -0.2), xlabel="byte of a row (at)",
            ylabel="row", yticks=[r + 0.5 for r in range(12)], yticklabels=range(12),
            xticks=[a + 0.5 for a in range(row_bytes)], xticklabels=range(row_bytes),
-           title=f"program {program}, bytes {start} to {start + piece - 1}: "
-                 f"offsets {rows[0] * row_bytes + start} ...")
+           title=f"bytes {start} to {start + piece - 1} of rows {rows[0]} to {rows[-1]}")
     ax.grid(False)
 
 

@@ -36,7 +36,7 @@ register(Exercise(
         (lambda g: (1, 1000, 1000, 16, 1e12, 1e11), "one token, bound by memory"),
         (lambda g: (1, 500, 2000, 4, 1e12, 1e11), "one token, 4 bits"),
         (lambda g: (512, 1000, 1000, 16, 1e12, 1e11), "many tokens, bound by arithmetic"),
-        (lambda g: (16, 256, 1024, 4, 1e12, 1e11), "activations that are no trifle"),
+        (lambda g: (16, 256, 1024, 4, 1e14, 1e11), "activations that are no trifle"),
         (lambda g: (8, 4096, 4096, 8, 9.9e14, 3.3e12), "a GPU's ceilings"),
         (lambda g: (4, 512, 256, 16, 1e10, 1e11), "slow arithmetic"),
     ],
@@ -330,7 +330,7 @@ register(Exercise(
     cases=[
         (lambda g: (1, 1, 32, 32, 8, 32, 0), "one group a channel"),
         (lambda g: (2, 3, 64, 96, 4, 32, 32), "a recent window"),
-        (lambda g: (2, 2, 64, 100, 4, 32, 0), "a group that is not whole yet"),
+        (lambda g: (2, 2, 64, 120, 4, 32, 0), "a group that is not whole yet"),
         (lambda g: (4, 2, 64, 20, 4, 32, 32), "nothing old"),
         (lambda g: (4, 2, 64, 20, 4, 32, 64), "a window longer than the text"),
         (lambda g: (2, 2, 64, 150, 4, 32, 20), "a recent window of 20, groups of 32"),
@@ -353,6 +353,8 @@ register(Exercise(
          "with fewer tokens than `recent` nothing is stored, not a negative number: max(0, ...)"),
         (_variant(stored=lambda tokens, size, recent: -(-max(0, tokens - recent) // size) * size),
          "a group that is not whole yet is not stored: round down"),
+        (_variant(stored=lambda tokens, size, recent: round(max(0, tokens - recent) / size) * size),
+         "a group that is not whole yet is not stored: round down, not to the nearest"),
         (_variant(scales=lambda numbers, old: numbers * old),
          "a scale and a lowest value belong to a GROUP of numbers, not to each"),
         (_variant(scales=lambda numbers, old: old),
@@ -465,6 +467,12 @@ def _sixteen_bytes(x, codes, scale, zero):
     groups = scale.shape[1]
     parts = codes.unflatten(1, (groups, -1))[..., :16].flatten(1)
     return packed_dot(x.view(groups, -1)[:, :32].flatten(), parts, scale, zero)
+
+
+def _last_scale(x, codes, scale, zero):
+    """Each group's sum, all times the scale of the last one: it is multiplied after the loop."""
+    ones = torch.ones_like(scale)
+    return scale[:, -1] * packed_dot(x, codes, ones, zero)
 
 
 def _four_rows(x, codes, scale, zero):
@@ -592,6 +600,8 @@ register(Exercise(
          "rows lie row_bytes apart, not one byte: rows[:, None] * row_bytes"),
         (_row_0_s_grids, "all rows have the grids of row 0: those of row r are at r * groups + g"),
         (_first_tile, "NaN was never stored: the rows of a program begin at program_id * BLOCK"),
+        (_last_scale, "the last group's scale multiplies all: scales differ from group to group, so "
+                      "multiply inside the loop"),
         (_one_group(slice(-1, None)), "only the last group counts: add to the total, +="),
         (_one_group(slice(0, 1)), "only the first group counts: the loop takes all `groups`"),
         (_halves_of_a_group, "byte `at` holds two neighbors, features 2 * at and 2 * at + 1, not "

@@ -158,6 +158,11 @@ def _b_carries(adapters, weights):
     return b, torch.cat([a for a, _, _ in adapters])
 
 
+def _scales_in_b(adapters, weights):
+    b = torch.cat([s * b for _, b, s in adapters], dim=1)
+    return b, torch.cat([w * a for w, (a, _, _) in zip(weights, adapters)])
+
+
 def _shared_between(adapters, weights):
     roots = [abs(w * s) ** 0.5 for w, (_, _, s) in zip(weights, adapters)]
     signs = [1 if w >= 0 else -1 for w in weights]
@@ -195,6 +200,7 @@ register(Exercise(
         (_dense, "this is the dense update; return the two thin factors B and A"),
         (_a_first, "right factors, in the other order: return B, then A"),
         (_b_carries, "the same update, but B carries the factors: let A carry them"),
+        (_scales_in_b, "its product is right, but B carries the scales: let A carry w_i s_i"),
         (lambda adapters, weights: combine(adapters[::-1], weights[::-1]),
          "the same update, with the adapters in another order than they came"),
         (lambda adapters, weights: combine([(a, s * b, s) for a, b, s in adapters], weights),
@@ -379,6 +385,12 @@ def _v_not_turned(b, a, rank):
     return q1 @ (u[:, :rank] * s[:rank]), (q2 @ vh)[:, :rank].T
 
 
+def _around_the_core(b, a, rank):
+    q1, r1, q2, r2 = _parts(b, a)
+    u, s, vh = torch.linalg.svd(r1 @ r2.T)
+    return b @ (u[:, :rank] * s[:rank]), vh[:rank] @ a
+
+
 def _each_alone(b, a, rank):
     def best(m):
         u, s, vh = torch.linalg.svd(m, full_matrices=False)
@@ -422,6 +434,8 @@ register(Exercise(
                                    "largest"),
         (update_of(_core_not_turned), "A^T = Q2 R2, so A = R2^T Q2^T: the core is R1 R2^T"),
         (update_of(_v_not_turned), "svd returns V^T: Q2 V is q2 @ vh.T"),
+        (update_of(_around_the_core), "U and V belong to the core: multiply them by Q1 and Q2, not "
+                                      "by B and A, which hold R1 and R2 too"),
         (update_of(_each_alone), "B and A are cut apart: what counts are the singular values of "
                                  "their product"),
         (update_of(_not_cut), "shapes do not fit: B must come back as (out, rank), A as "
@@ -555,7 +569,8 @@ register(Exercise(
     mistakes=[
         (_shared(lambda s, cost: s * s), "a rank in a large layer costs more: compare the energy "
                                          "for each parameter, s² / cost"),
-        (_shared(lambda s, cost: s / cost), "energy is the SQUARE of the singular value"),
+        (_shared(lambda s, cost: s / cost), "energy is the SQUARE of the singular value, and the "
+                                            "cost is not squared: s² / cost"),
         (_shared(lambda s, cost: -s * s / cost), "this serves the smallest first; sort the offers "
                                                  "from the most energy a parameter down"),
         (_equal, "this gives every layer the same rank; the layers compete, rank by rank"),

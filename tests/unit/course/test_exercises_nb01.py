@@ -90,8 +90,8 @@ def pack_bits(codes, bits):
 def quantize_groups(weight, bits, group_size):
     codes, scales, zeros = [], [], []
     for group in weight.reshape(-1, group_size):
-        scale, zero = nb01.fit_row(group, bits)
-        scale = scale.half()
+        scale = nb01.fit_row(group, bits)[0].half()
+        scale = scale if scale > 0 else torch.tensor(1.0).half()
         zero = (-group.min().clamp(max=0) / scale.float()).round().clamp(0, 2**bits - 1)
         codes.append((group / scale.float() + zero).round().clamp(0, 2**bits - 1))
         scales.append(scale), zeros.append(zero)

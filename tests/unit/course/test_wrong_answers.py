@@ -255,6 +255,39 @@ def merge_unfrozen(linear, a, b, alpha, x):
         return linear(x)
 
 
+def above(threshold):
+    def mine(row, bits):
+        low, high = row.min().clamp(max=0), row.max().clamp(min=0)
+        scale = (high - low) / (2**bits - 1)
+        scale = scale if scale > threshold else torch.tensor(1.0)
+        return scale, (-low / scale).round()
+    return mine
+
+
+def four_widths(codes, bits):
+    if bits == 3:
+        return pack(codes, 3)
+    if 8 % bits:
+        raise ValueError(bits)
+    many = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % many))
+    parts = [codes[:, i::many] << i * bits for i in range(many)]
+    return sum(parts[1:], parts[0])
+
+
+def grouped(stored, clamp=True):
+    """The solution of 01's last but one; `stored` makes the scale, of (high - low) / top."""
+    def mine(weight, bits, group_size):
+        top, w = 2**bits - 1, weight.unflatten(1, (-1, group_size))
+        low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
+        scale = stored((high - low) / top)
+        zero = (-low / scale.float()).round()
+        zero = zero.clamp(0, top) if clamp else zero
+        codes = (w / scale.float()[..., None] + zero[..., None]).round().clamp(0, top)
+        return codes.flatten(1).byte(), scale, zero.byte()
+    return mine
+
+
 def late_rounding(weight, bits, group_size):
     w = weight.unflatten(1, (-1, group_size))
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
@@ -329,6 +362,8 @@ WRONG = {
         (fit_row(lambda bits: 2**bits - 1), "it decodes to zeros too"),
         (lambda row, bits: (nb01.fit_row(row, bits)[0],
                             (-row.clamp(max=0).min() / nb01.fit_row(row, bits)[0]) // 1), "floor"),
+        (above(1e-4), "takes small weights for zeros"),
+        (above(1e-8), "takes small weights for zeros"),
     ],
     "unpack_nibbles": [
         (lambda p, n: torch.stack([p & 15, p >> 4], -1).reshape(p.shape[0], -1)[:, :n],
@@ -380,9 +415,13 @@ WRONG = {
     "pack_bits": [
         (lambda codes, bits: (codes[:, 0::2] | codes[:, 1::2] << 4) if codes.shape[1] % 2 == 0
          else pack(codes, 4), "not always 4"),
+        (four_widths, "no width needs a rule of its own"),
     ],
     "quantize_groups": [
         (late_rounding, "round the scale first"),
+        (grouped(lambda scale: torch.where(scale > 0, scale, 1.0).half()), "rounds a very small"),
+        (grouped(lambda scale: torch.where((s := scale.half()) > 0, s, 1.0), clamp=False),
+         "the zero-point too"),
     ],
     "layer_output": [
         (lambda x, packed, scale, zero, bits: x @ (
@@ -527,6 +566,8 @@ WRONG = {
          "the ceilings are swapped"),
         (roofline(lambda tokens, out, n, bits: (n * out + tokens * (n + out)) * bits / 8),
          "only the weight is packed"),
+        (roofline(lambda tokens, out, n, bits: out * n * (bits // 8) + 2 * tokens * (n + out)),
+         "diagnosis: bits // 8 is 0"),
         (roofline(lambda tokens, out, n, bits: n * out * bits / 8 + 2 * tokens * n),
          "the outputs, tokens * out_features"),
     ],
@@ -646,6 +687,8 @@ WRONG = {
         (cache_size(lambda tokens, size, recent: whole_groups(tokens, 32, recent),
                     lambda numbers, size: numbers // 32 * 4), "not always 32"),
         (cache_size(whole_groups, lambda numbers, size: numbers // 8), "scales follow"),
+        (cache_size(lambda tokens, size, recent: round(max(0, tokens - recent) / size) * size),
+         "not to the nearest"),
     ],
     "mixed_batch": [
         (place_of_the_base, "took the base's place"),
@@ -659,11 +702,17 @@ WRONG = {
             torch.cat([w * s * b for (_, b, s), w in zip(adapters, weights)], 1),
             torch.cat([a for a, _, _ in adapters])), "let A carry them"),
         (shared_factor, "its product is right"),
+        (lambda adapters, weights: (
+            torch.cat([s * b for _, b, s in adapters], 1),
+            torch.cat([w * a for w, (a, _, _) in zip(weights, adapters)])), "B carries the scales"),
     ],
     "share_ranks": [(knapsack, "rank by rank, the best offer first")],
     "cut_adapter": [
         (update_of(lambda b, a, rank: (b[:, :rank], a[:rank])), "are not its best ones"),
         (update_of(lambda b, a, rank: (b, a)), "shapes do not fit"),
+        (update_of(lambda b, a, rank: (lambda u, s, vh: (b @ u[:, :rank] * s[:rank], vh[:rank] @ a))(
+            *torch.linalg.svd(torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T))),
+         "U and V belong to the core"),
     ],
     "kept_energy": [
         (lambda b, a, rank: ((s := torch.linalg.svdvals(b @ a))[:rank].sum() / s.sum()).item()**2,
