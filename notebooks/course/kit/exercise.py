@@ -200,8 +200,10 @@ def _difference(got: Any, want: Any, exercise: Exercise) -> str:
     if isinstance(want, (tuple, list)):
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
             return f"it returns {_kind(got)}, expected {_kind(want)}"
-        problems = ((i, _mismatch(g, w, exercise)) for i, (g, w) in enumerate(zip(got, want)))
-        return next((f"value {i + 1} of {len(want)}: {p}" for i, p in problems if p), "")
+        names = [f"value {i} of {len(want)}" for i in range(1, len(want) + 1)]
+        names = getattr(want, "_fields", names)  # of a NamedTuple
+        problems = ((name, _mismatch(g, w, exercise)) for name, g, w in zip(names, got, want))
+        return next((f"{name}: {p}" for name, p in problems if p), "")
     if isinstance(want, (torch.Tensor, np.ndarray)):
         if not isinstance(got, (torch.Tensor, np.ndarray)):
             return f"it returns {_kind(got)}, expected {_kind(want)}"
@@ -303,6 +305,9 @@ def side_by_side(yours: Any, expected: Any, width: int = 34) -> str:
 
 
 def _lines(value: Any, width: int) -> list[str]:
+    if hasattr(value, "_fields"):
+        return [line for name, part in zip(value._fields, value)
+                for line in [f"{name}:"[:width], *_lines(part, width)]]
     if isinstance(value, (tuple, list)):
         return [line for part in value for line in
                 ([str(part)[:width]] if _is_a_row(part) else _lines(part, width))]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from ..kit.picture import COLORS, PARTS, PLAIN, plain_ticks, smoothed
+from ..kit.picture import COLORS, PARTS, plain_ticks, smoothed
 
 CARDS = (8, 24, 80)  # GiB of common GPUs
 GIB = 2**30 / 1e9  # in GB
@@ -14,7 +14,8 @@ MASKS = ("right", "padding counts", "every eos masked", "prompt counts")
 
 def draw_ledger(ax, method: str, batch: int, tokens: int, checkpointing: bool,
                 ledgers: dict[tuple, dict[str, int]]) -> None:
-    """GB by part on a log scale, and their total beside the memory of common GPUs.
+    """GB by part on a log scale, and their total beside the memory of common GPUs; the numbers
+    stand in a column at the right.
 
     Dots: on a log scale the length of a bar says nothing.
     ledgers: {(method, batch, tokens, checkpointing): {part: bytes}}.
@@ -22,46 +23,32 @@ def draw_ledger(ax, method: str, batch: int, tokens: int, checkpointing: bool,
     parts = ledgers[method, batch, tokens, checkpointing]
     sizes = {part: n / 1e9 for part, n in parts.items()} | {"total": sum(parts.values()) / 1e9}
     for y, (part, size) in enumerate(sizes.items()):
-        if size == 0:
-            ax.text(0.0125, y, "none", va="center", fontsize=10, color=COLORS["muted"])
-            continue
-        ax.plot(size, y, "o", markersize=9, color=PARTS.get(part, COLORS["fp"]))
-        ax.annotate(f"{size:,.2f} GB" if size < 100 else f"{size:,.0f} GB", (size, y), (8, 0),
-                    textcoords="offset points", va="center", fontsize=10,
-                    fontweight="bold" if part == "total" else None,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+        said = f"{size:,.2f}" if size < 100 else f"{size:,.0f}"
+        if size > 0:
+            ax.plot(size, y, "o", markersize=9, color=PARTS.get(part, COLORS["fp"]))
+        ax.text(0.99, y, said if size > 0 else "none", va="center", ha="right", fontsize=10,
+                transform=ax.get_yaxis_transform(),
+                color=COLORS["fp"] if size > 0 else COLORS["muted"],
+                fontweight="bold" if part == "total" else None)
     for size in CARDS:
         ax.axvline(size * GIB, color=COLORS["muted"], linestyle=":", linewidth=1.5, zorder=0)
-        ax.text(size * GIB, -0.7, f"{size}", ha="center", fontsize=10)
-    ax.text(170, -0.7, "GiB GPU", fontsize=10)
-    ax.set(xscale="log", xlim=(0.01, 4000), ylim=(len(sizes) - 0.4, -1.1), xlabel="GB",
+        ax.text(size * GIB, -0.8, f"{size}", ha="center", fontsize=10,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+    ax.text(5, -0.8, "GPUs of GiB", ha="right", fontsize=10)
+    ax.text(0.99, -0.8, "GB", ha="right", fontsize=10, transform=ax.get_yaxis_transform())
+    ax.set(xscale="log", xlim=(0.05, 60_000), ylim=(len(sizes) - 0.4, -1.2), xlabel="GB",
            yticks=range(len(sizes)), yticklabels=list(sizes))
-    plain_ticks(ax, [0.01, 0.1, 1, 10, 100, 1000])
-
-
-def draw_saved(ax, depths: Sequence[int], saved: dict[str, list[int]], packed: list[int]) -> None:
-    """Bytes that autograd keeps for backward over the number of layers, by implementation."""
-    styles = [(PLAIN[3], "o-"), (COLORS["qlora"], "s-")]
-    for (name, values), (color, style) in zip(saved.items(), styles):
-        ax.plot(depths, np.asarray(values) / 1e6, style, color=color, label=name)
-    ax.plot(depths, np.asarray(packed) / 1e6, "--", color=PARTS["packed weights"],
-            label="the packed weights themselves")
-    ax.set(xlabel="quantized layers in a chain", ylabel="MB", xticks=depths, ylim=(-0.1, None))
-    ax.legend(fontsize=10)
+    plain_ticks(ax, [0.1, 1, 10, 100, 1000])
 
 
 def draw_step(ax, weights: str, checkpointing: bool, batch: int,
               traces: dict[tuple, tuple[Sequence[int], int]]) -> None:
-    """MB alive during a training step, operation by operation; the other settings in gray.
+    """MB alive during a training step, operation by operation, on the scale of the highest.
 
     traces: {(weights, checkpointing, batch): (bytes alive after each operation, of which the
     first `forward` belong to the forward pass)}.
     """
     top = max(max(trace) for trace, _ in traces.values()) / 1e6
-    for key, (trace, _) in traces.items():
-        if key != (weights, checkpointing, batch):
-            ax.plot(np.linspace(0, 1, len(trace)), np.asarray(trace) / 1e6, color="#DDDDDD",
-                    linewidth=0.8)
     trace, forward = traces[weights, checkpointing, batch]
     alive = np.asarray(trace) / 1e6
     x = np.linspace(0, 1, len(alive))
@@ -72,7 +59,8 @@ def draw_step(ax, weights: str, checkpointing: bool, batch: int,
     peak = int(alive.argmax())
     ax.plot(x[peak], alive[peak], "o", color=COLORS["qlora"])
     ax.text(x[peak], alive[peak] + top * 0.03, f"{alive[peak]:.1f} MB", ha="center",
-            fontsize=11, fontweight="bold")
+            fontsize=11, fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     ax.set(xlim=(0, 1), ylim=(0, top * 1.25), xlabel="operations of one training step",
            ylabel="MB alive", xticks=[])
 
@@ -125,29 +113,10 @@ def _token_color(kind: str, mask: str) -> str:
     return {"prompt": "prompt", "pad": "pad"}.get(kind, "learned")
 
 
-def draw_bases(axes, bits: dict[str, float], losses: dict[str, float], dense: float) -> None:
-    """Left: bits a weight of each base. Right: its held-out loss above the dense model's.
-
-    A name begins with its method: "gptq 4", "nf4", "rtn 2".
-    """
-    names = list(bits)
-    colors = [COLORS[name.split()[0]] for name in names]
-    for ax, values, fmt in ((axes[0], [bits[n] for n in names], "{:.3f}"),
-                            (axes[1], [losses[n] - dense for n in names], "{:+.4f}")):
-        top = max(map(abs, values))
-        ax.barh(names, values, color=colors, height=0.6)
-        for y, value in enumerate(values):
-            ax.text(max(value, 0) + 0.02 * top, y, fmt.format(value), va="center", fontsize=11)
-        ax.set(xlim=(min(0, 1.3 * min(values)), 1.3 * top), ylim=(len(names) - 0.5, -0.5))
-        ax.locator_params(axis="x", nbins=5)
-        ax.grid(axis="y", visible=False)
-    axes[0].set_xlabel("bits a weight, everything counted")
-    axes[1].set_xlabel("held-out loss above the dense model's")
-
-
 def draw_history(ax, losses: Sequence[float], dev: Sequence[tuple[int, float]],
-                 window: int = 5) -> None:
-    """Training loss, each the mean of the last `window` steps, and dev loss where measured."""
+                 window: int = 5, bottom: float = 0) -> None:
+    """Training loss, each the mean of the last `window` steps, and dev loss where measured; the
+    axis of losses begins at `bottom`."""
     ax.plot(range(1, len(losses) + 1), smoothed(losses, window), color=COLORS["qlora"],
             label=f"train, mean of {window} steps")
     if dev:
@@ -155,6 +124,6 @@ def draw_history(ax, losses: Sequence[float], dev: Sequence[tuple[int, float]],
         ax.plot(steps, values, "o--", color=COLORS["fp"], label="dev")
         ax.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), (0, 10),
                     textcoords="offset points", ha="right", fontsize=11)
-    ax.set(xlabel="step", ylabel="loss a supervised token", ylim=(0, None),
+    ax.set(xlabel="step", ylabel="loss a learned token", ylim=(bottom, None),
            xlim=(0, len(losses) + 1))
     ax.legend(fontsize=11)

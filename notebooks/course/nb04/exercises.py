@@ -1,67 +1,124 @@
-"""Exercises of notebook 04: bytes of training, a frozen layer's backward, labels, two bugs."""
+"""Exercises of notebook 04: bytes of training, a frozen layer's backward, labels, QLoRA by hand."""
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
 
 from experiments.measured_step import AllocationMeter
-from qlora_lib import QuantizedTensor, QuantSpec, quantize_rtn
+from qlora_lib import QuantizedLinear, QuantizedTensor, QuantSpec, quantize_rtn
 from qlora_lib.data.tokens import IGNORE
 
 from ..kit.exercise import Exercise, register
 
-# --- 1. What training keeps --------------------------------------------------------------
+# --- 1. What QLoRA keeps -----------------------------------------------------------------
 
-def training_bytes(base: int, adapter: int) -> tuple[int, int, int]:
-    return 2 * base + 4 * adapter, 4 * adapter, 8 * adapter
+def training_bytes(packed: int, rest: int, adapter: int) -> tuple[float, float, float]:
+    return _stored(packed) + 2 * rest + 4 * adapter, 4 * adapter, 8 * adapter
+
+
+def _stored(packed: int, absmax: float = 1 + 4 / 256, code: float = 1 / 2) -> float:
+    """Bytes of so many NF4 weights, with `absmax` bytes for each block of 64."""
+    return packed * code + packed / 64 * absmax
+
+
+def _otherwise(weights: Callable, gradients: int = 4, moments: int = 8) -> Callable:
+    """Bytes with other weights, or other bytes of gradients and moments a parameter."""
+    return lambda packed, rest, adapter: (
+        weights(packed, rest, adapter), gradients * adapter, moments * adapter)
+
+
+def _right_weights(packed: int, rest: int, adapter: int) -> float:
+    return training_bytes(packed, rest, adapter)[0]
 
 
 register(Exercise(
     name="training_bytes",
     reference=training_bytes,
     cases=[
-        (lambda g: (1_000_000, 10_000), "a base of a million"),
-        (lambda g: (6_738_415_616, 39_976_960), "LLaMA-2-7B, rank 16 on all linears"),
-        (lambda g: (500, 0), "no adapter: nothing is trained"),
+        (lambda g: (1_048_576, 10_000, 4_000), "a million packed weights"),
+        (lambda g: (6_476_005_376, 262_410_240, 39_976_960),
+         "LLaMA-2-7B, rank 16 on all linears"),
+        (lambda g: (16_384, 0, 0), "one packed layer, no adapter: nothing is trained"),
+        (lambda g: (0, 500, 20), "nothing is packed"),
     ],
     mistakes=[
-        (lambda base, adapter: (2 * base + 4 * adapter, 2 * base + 4 * adapter, 8 * adapter),
-         "the base is frozen: it gets no gradient"),
-        (lambda base, adapter: (2 * base + 4 * adapter, 2 * base + 4 * adapter,
-                                8 * (base + adapter)),
-         "that trains the base as well; gradients and moments belong to the adapter alone"),
-        (lambda base, adapter: (2 * base + 4 * adapter, 4 * adapter, 4 * adapter),
-         "Adam keeps two moments a parameter, 4 bytes each; you have one"),
-        (lambda base, adapter: (2 * base + 4 * adapter, 4 * adapter, 12 * adapter),
-         "an fp32 copy is for 16-bit parameters; the adapter is fp32 already"),
-        (lambda base, adapter: (2 * base + 2 * adapter, 2 * adapter, 8 * adapter),
+        (_otherwise(lambda p, r, a: p / 2 + 2 * r + 4 * a),
+         "the absmax values are missing: one for each block of 64 weights"),
+        (_otherwise(lambda p, r, a: _stored(p, 4) + 2 * r + 4 * a),
+         "these absmax values are in fp32; double quantization stores them in 8 bits, with one "
+         "fp32 scale for 256 of them"),
+        (_otherwise(lambda p, r, a: _stored(p, 1) + 2 * r + 4 * a),
+         "the second level is missing: one fp32 scale for each 256 absmax values"),
+        (_otherwise(lambda p, r, a: _stored(p, 1 + 4) + 2 * r + 4 * a),
+         "each absmax has 8 bits and a fp32 scale of its own here; 256 of them share one"),
+        (_otherwise(lambda p, r, a: _stored(p, 1 + 4 / 64) + 2 * r + 4 * a),
+         "256 absmax values share a scale, not 64"),
+        (_otherwise(lambda p, r, a: _stored(p, 1 + 1 / 256) + 2 * r + 4 * a),
+         "the second level is fp32, 4 bytes for each 256 absmax values"),
+        (_otherwise(lambda p, r, a: _stored(p, code=1) + 2 * r + 4 * a),
+         "two codes share a byte: half a byte a packed weight"),
+        (_otherwise(lambda p, r, a: _stored(p) + 4 * r + 4 * a),
+         "what is not packed is bf16, 2 bytes a parameter"),
+        (_otherwise(lambda p, r, a: _stored(p + r) + 4 * a),
+         "embeddings, norms and head are not packed: they stay in bf16"),
+        (_otherwise(lambda p, r, a: 2 * (p + r) + 4 * a),
+         "this is LoRA over a base in bf16; here the linears are packed"),
+        (_otherwise(lambda p, r, a: _stored(p) + 2 * r + 2 * a, 2),
          "the adapter is fp32: 4 bytes for a parameter and for its gradient"),
-        (lambda base, adapter: (4 * base + 4 * adapter, 4 * adapter, 8 * adapter),
-         "the frozen base is stored in bf16, 2 bytes a parameter"),
-        (lambda base, adapter: (2 * base, 4 * adapter, 8 * adapter),
+        (_otherwise(lambda p, r, a: _stored(p) + 2 * r),
          "the adapter's own weights are missing from the first number"),
-        (lambda base, adapter: (16 * base + 32 * adapter, 32 * adapter, 64 * adapter),
+        (_otherwise(lambda p, r, a: _stored(p) + 4 * a),
+         "embeddings, norms and head are missing from the first number: 2 bytes each"),
+        (_otherwise(_right_weights, moments=4),
+         "Adam keeps two moments a parameter, 4 bytes each; you have one"),
+        (_otherwise(_right_weights, moments=12),
+         "an fp32 copy is for 16-bit parameters; the adapter is fp32 already"),
+        (_otherwise(_right_weights, gradients=2), "the adapter's gradient is fp32, as the adapter"),
+        (lambda p, r, a: (_right_weights(p, r, a), 2 * (p + r) + 4 * a, 8 * a),
+         "the base is frozen: it gets no gradient"),
+        (lambda p, r, a: (_right_weights(p, r, a), 4 * a, 8 * (p + r + a)),
+         "moments belong to what is trained, the adapter alone"),
+        (lambda p, r, a: tuple(8 * n for n in training_bytes(p, r, a)),
          "those are bits; a byte has 8 of them"),
-    ]))
+        (lambda p, r, a: (_right_weights(p, r, a) / 1e9, 4 * a / 1e9, 8 * a / 1e9),
+         "those are gigabytes; asked are bytes"),
+    ],
+    rtol=1e-6))
 
 
 # --- 2. A frozen layer's forward and backward --------------------------------------------
 
+class LayerRun(NamedTuple):
+    """What came out of a layer, and the bytes it kept between forward and backward."""
+
+    y: Tensor
+    grad_x: Tensor
+    bytes_kept: int
+
+
+class BackwardFailed(RuntimeError):
+    """What autograd said of a backward pass."""
+
+
 def trial(function: type[torch.autograd.Function]) -> Callable:
     """Turn an autograd Function of (x, weight) into a function that `check` can run.
 
-    The result takes x (tokens, in), a QuantizedTensor (out, in) and the gradient of y, and
-    returns y (tokens, out), the gradient of x, and the bytes kept between forward and backward.
+    The result takes x (tokens, in), a QuantizedTensor (out, in) and the gradient of y.
     """
-    def run(x: Tensor, weight: QuantizedTensor, grad: Tensor) -> tuple[Tensor, Tensor, int]:
+    def run(x: Tensor, weight: QuantizedTensor, grad: Tensor) -> LayerRun:
         leaf = x.detach().requires_grad_()
         with AllocationMeter() as meter:
             h = leaf + 0  # the layer's input, which only the layer could keep alive
             y = function.apply(h, weight)
             del h
             kept = meter.alive - y.nbytes
-        (grad_x,) = torch.autograd.grad(y, leaf, grad)
-        return y.detach(), grad_x, kept
+        try:
+            (grad_x,) = torch.autograd.grad(y, leaf, grad)
+        except RuntimeError as error:
+            raise BackwardFailed(str(error)) from error
+        return LayerRun(y.detach(), grad_x, kept)
     return run
 
 
@@ -212,6 +269,13 @@ def _every_eos_masked(ids, labels, pairs, eos):
     return labels.masked_fill(ids == eos, IGNORE)
 
 
+def _behind_the_targets_first_eos_masked(ids, labels, pairs, eos):
+    for row, (prompt, _) in enumerate(pairs):
+        end = ids[row, len(prompt):].tolist().index(eos)
+        labels[row, len(prompt) + end + 1:] = IGNORE
+    return labels
+
+
 def _behind_the_first_eos_masked(ids, labels, pairs, eos):
     return labels.masked_fill((ids == eos).cumsum(1) > (ids == eos), IGNORE)
 
@@ -258,6 +322,7 @@ register(Exercise(
         (lambda g: ([([1, 9, 9, 9], [8]), ([1], [7, 6, 5, 4, 3]), ([1, 3], [3])], 11),
          "three rows, eos = 11"),
         (lambda g: ([([1, 5, 2, 6], [7]), ([1, 5], [9, 8, 7, 6])], 2), "eos inside a prompt"),
+        (lambda g: ([([1, 5], [7, 2, 8]), ([1], [9, 8, 7, 6, 5, 4])], 2), "eos inside a target"),
     ],
     mistakes=[
         (_relabelled(_padding_counts), "the padding is supervised: behind its one real eos a row's "
@@ -266,6 +331,9 @@ register(Exercise(
                                          "padding: the model would never learn to stop"),
         (_relabelled(_behind_the_first_eos_masked), "you mask behind the first eos, but a prompt "
                                                     "may hold one too: go by the lengths"),
+        (_relabelled(_behind_the_targets_first_eos_masked),
+         "you mask behind the first eos after the prompt, but a target may hold one too: go by "
+         "the lengths"),
         (_relabelled(_prompt_counts), "the prompt is supervised; its labels are -100: the model "
                                       "must answer questions, not write them"),
         (_relabelled(_shifted), "the labels are shifted by one. Label and id stand at the same "
@@ -279,99 +347,337 @@ register(Exercise(
     ]))
 
 
-# --- 4. Find the bugs --------------------------------------------------------------------
+# --- 4. QLoRA by hand: the layer ---------------------------------------------------------
 
-class ToyLoRA(nn.Module):
-    """Embedding, a linear layer `base`, and an adapter beside it. Nothing is frozen yet."""
+class LayerTrial(NamedTuple):
+    """What a layer with an adapter did. `extra_bytes`: kept when it is made, beyond
+    the adapter, and alive until backward, beyond its input x, A x and the adapter."""
 
-    def __init__(self, vocabulary: int = 7, features: int = 4, rank: int = 2,
+    base_at_start: bool  # whether it computes what its base does
+    random_A: bool
+    y: Tensor
+    grad_x: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
+    extra_bytes: int
+
+
+class NotTrained(ValueError):
+    """Other parameters are trained than lora_A and lora_B."""
+
+
+class WrongShape(ValueError):
+    """lora_A or lora_B has another shape."""
+
+
+def layer_trial(kind: type[nn.Module]) -> Callable:
+    """Turn a class of layers, made of (base, rank, alpha), into a function that `check` can run.
+    The class is the function's attribute `layer`.
+
+    It takes x (..., in), a QuantizedTensor (out, in), rank, alpha, values for A and B, and the
+    gradient of y.
+    """
+    def run(x: Tensor, weight: QuantizedTensor, rank: int, alpha: float, a: Tensor, b: Tensor,
+            grad: Tensor) -> LayerTrial:
+        base = QuantizedLinear(weight)
+        with AllocationMeter() as made:
+            layer = kind(base, rank, alpha)
+            held = max(0, made.alive - a.nbytes - b.nbytes)  # such as the decoded weight
+        at_start = torch.allclose(layer(x), base(x), rtol=1e-4, atol=1e-5)
+        trained = dict(layer.named_parameters())
+        if set(trained) != {"lora_A", "lora_B"} or not all(p.requires_grad
+                                                           for p in trained.values()):
+            raise NotTrained(f"its parameters are {', '.join(trained) or 'none'}; expected lora_A "
+                             "and lora_B, each an nn.Parameter that is trained")
+        shapes = layer.lora_A.shape, layer.lora_B.shape
+        if shapes != (a.shape, b.shape):
+            raise WrongShape(f"A {tuple(shapes[0])} and B {tuple(shapes[1])}; expected "
+                             f"{tuple(a.shape)} and {tuple(b.shape)}")
+        is_random = layer.lora_A.detach().std().item() > 0
+        layer.lora_A.data.copy_(a)
+        layer.lora_B.data.copy_(b)
+        leaf = x.detach().requires_grad_()
+        with AllocationMeter() as meter:
+            h = leaf + 0
+            y = layer(h)
+            del h
+            kept = meter.alive - y.nbytes
+        needed = x.nbytes + a.nbytes + b.nbytes + 4 * rank * (x.numel() // x.shape[-1])
+        grads = torch.autograd.grad(y, (leaf, layer.lora_A, layer.lora_B), grad.to(y.dtype),
+                                    allow_unused=True)
+        return LayerTrial(at_start, is_random, y.detach(), *grads,
+                          held + max(0, kept - needed))
+
+    run.layer = kind
+    return run
+
+
+def _qlora_layer(out: Callable | None = None, start: Callable | None = None) -> type[nn.Module]:
+    """The layer, with another output `out(layer, x)`, or changed by `start(layer)` when made."""
+    class QLoRALinear(nn.Module):
+        def __init__(self, base, rank, alpha):
+            super().__init__()
+            self.base, self.rank, self.alpha, self.scale = base, rank, alpha, alpha / rank
+            bound = base.in_features**-0.5
+            self.lora_A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
+            self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
+            if start is not None:
+                start(self)
+
+        def forward(self, x):
+            if out is not None:
+                return out(self, x)
+            return self.base(x) + self.scale * (x @ self.lora_A.T) @ self.lora_B.T
+    return QLoRALinear
+
+
+def _update(layer: nn.Module, x: Tensor) -> Tensor:
+    return (x @ layer.lora_A.T) @ layer.lora_B.T
+
+
+def _with(out: Callable) -> Callable:
+    return layer_trial(_qlora_layer(out))
+
+
+def _made(start: Callable) -> Callable:
+    return layer_trial(_qlora_layer(start=start))
+
+
+def _random_b(layer: nn.Module) -> None:
+    layer.lora_B.data.normal_()
+
+
+def _zero_a(layer: nn.Module) -> None:
+    layer.lora_A.data.zero_()
+
+
+def _not_parameters(layer: nn.Module) -> None:
+    a, b = layer.lora_A.data, layer.lora_B.data
+    del layer.lora_A, layer.lora_B
+    layer.lora_A, layer.lora_B = a.requires_grad_(), b.requires_grad_()
+
+
+def _turned(layer: nn.Module) -> None:
+    layer.lora_A = nn.Parameter(layer.lora_A.data.T.contiguous())
+    layer.lora_B = nn.Parameter(layer.lora_B.data.T.contiguous())
+
+
+def _layer_case(out: int, features: int, rank: int, alpha: float, *shape: int):
+    def make(g):
+        weight = quantize_rtn(torch.randn(out, features, generator=g), QuantSpec(4, 8))
+        return (torch.randn(*shape, features, generator=g), weight, rank, alpha,
+                torch.randn(rank, features, generator=g), torch.randn(out, rank, generator=g),
+                torch.randn(*shape, out, generator=g))
+    return make
+
+
+register(Exercise(
+    name="qlora_linear",
+    reference=layer_trial(_qlora_layer()),
+    cases=[
+        (_layer_case(24, 32, 2, 4, 5), "a 24 x 32 weight, rank 2, alpha 4"),
+        (_layer_case(32, 16, 4, 2, 3), "a 32 x 16 weight, rank 4, alpha 2"),
+        (_layer_case(16, 16, 1, 3, 6), "a square weight, rank 1, alpha 3"),
+        (_layer_case(40, 24, 3, 12, 2, 4), "x (batch, tokens, in)"),
+    ],
+    mistakes=[
+        (_with(lambda m, x: m.base(x) + _update(m, x)), "the scale alpha / rank is missing"),
+        (_with(lambda m, x: m.base(x) + m.alpha * _update(m, x)),
+         "the scale is alpha / rank; this is alpha alone"),
+        (_with(lambda m, x: m.base(x) + m.rank / m.alpha * _update(m, x)),
+         "this scale is rank / alpha, upside down"),
+        (_with(lambda m, x: m.base(x) + m.alpha / m.rank**0.5 * _update(m, x)),
+         "this scale is alpha / sqrt(rank), rsLoRA's; asked is alpha / rank"),
+        (_with(lambda m, x: m.base(x) + m.scale**2 * _update(m, x)), "the scale counts twice"),
+        (_with(lambda m, x: m.scale * (m.base(x) + _update(m, x))),
+         "the scale belongs to the adapter alone, not to the base's output"),
+        (_with(lambda m, x: m.scale * _update(m, x)), "the base's output is missing"),
+        (_with(lambda m, x: m.base(x)), "the adapter's part is missing from the output"),
+        (_with(lambda m, x: m.base(x) - m.scale * _update(m, x)),
+         "the adapter's part is subtracted; add it"),
+        (_made(_random_b), "B starts at zero: with B random the layer is damaged before the first "
+                           "step"),
+        (_made(_zero_a), "A is not random. B's gradient passes through A: A starts random, B at "
+                         "zero"),
+        (_made(lambda m: setattr(m, "dense", m.base.dequantize())),
+         "the layer keeps the decoded weight from the start: it is no smaller than a dense one. "
+         "Keep the base, which decodes when it is called"),
+        (_with(lambda m, x: m.base(x) + m.scale * x @ (m.lora_B @ m.lora_A).T),
+         "right values, but the product B A, as large as the dense weight, stays alive until "
+         "backward: (x A^T) B^T, two thin products"),
+        (_with(lambda m, x: linear(x, m.base.dequantize()) + m.scale * _update(m, x)),
+         "right values, but the decoded weight stays alive until backward: call the base, which "
+         "decodes it again"),
+        (_with(lambda m, x: linear(x, m.base.dequantize() + m.scale * m.lora_B @ m.lora_A)),
+         "right values, but this keeps the sum of weight and update dense until backward"),
+        (_with(lambda m, x: m.base(x) + m.scale * _update(m, x.detach())),
+         "no gradient passes through the adapter to x: detach() cuts it off"),
+        (_with(lambda m, x: m.base(x.detach()) + m.scale * _update(m, x)),
+         "no gradient passes through the base to x: it is frozen, but the layers below need it"),
+        (_made(_not_parameters), "trained are lora_A and lora_B and nothing else, each as an "
+                                 "nn.Parameter: no optimizer finds a plain tensor"),
+        (layer_trial(_qlora_layer(
+            lambda m, x: m.base(x) + m.scale * (x @ m.lora_A) @ m.lora_B, _turned)),
+         "A is (rank, in), B is (out, rank), as nn.Linear stores its weight"),
+        (_with(lambda m, x: m.base(x) + m.scale * (x @ m.lora_A) @ m.lora_B),
+         "shapes do not fit: x (..., in) @ A^T (in, rank) @ B^T (rank, out)"),
+    ],
+    rtol=1e-3, atol=1e-4))
+
+
+# --- QLoRA by hand: the training loop ----------------------------------------------------
+
+class ToyLM(nn.Module):
+    """A language model of one layer with an adapter, in which nothing is frozen yet. `computed`
+    notes for which of the other parameters a gradient was computed."""
+
+    def __init__(self, vocabulary: int, features: int = 4, rank: int = 2,
                  generator: torch.Generator | None = None):
         super().__init__()
         def random(*shape):
-            return nn.Parameter(0.5 * torch.randn(*shape, generator=generator))
+            return nn.Parameter(torch.randn(*shape, generator=generator))
         self.embedding = random(vocabulary, features)
         self.base = random(features, features)  # (out, in)
         self.lora_A = random(rank, features)
         self.lora_B = nn.Parameter(torch.zeros(features, rank))
+        self.head = random(vocabulary, features)
+        self.computed: list[str] = []
+        for name in ("embedding", "base", "head"):
+            getattr(self, name).register_hook(lambda _, name=name: self.computed.append(name))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (tokens,) -> (tokens, features)"""
+        """ids (batch, tokens) -> logits (batch, tokens, vocabulary)"""
         x = self.embedding[ids]
-        return x @ self.base.T + (x @ self.lora_A.T) @ self.lora_B.T
+        x = x @ self.base.T + (x @ self.lora_A.T) @ self.lora_B.T
+        return torch.tanh(x) @ self.head.T
 
 
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def _train(names: tuple[str, ...], zeroed: tuple[str, ...] | None = None, when: str = "before"):
-    """Training of the parameters whose names begin with one of `names`, all of which the
-    optimizer holds; `zeroed`: whose gradients are cleared, and `when`."""
-    def run(model: ToyLoRA, batches: Batches, lr: float) -> list[Tensor]:
-        named = dict(model.named_parameters())
-        for name, p in named.items():
-            p.requires_grad_(name.startswith(names))
-        optimizer = torch.optim.SGD([p for p in named.values() if p.requires_grad], lr=lr)
-        clear = [p for n, p in named.items() if n.startswith(names if zeroed is None else zeroed)]
+def supervised_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean of -log p over the labels that are learned; position t predicts token t + 1."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-        def zero():
-            for p in clear:
-                p.grad = None
 
-        for ids, y in batches:
-            if when == "before":
-                zero()
-            (model(ids) - y).square().mean().backward()
-            if when == "too late":
-                zero()
-            optimizer.step()
-        return [p.detach() for p in named.values()]
+def _train(names: tuple[str, ...] = ("lora_",), given: tuple[str, ...] | None = None,
+           loss: Callable = supervised_loss, clear: str = "before",
+           optimizer: Callable = torch.optim.AdamW, fresh: bool = False,
+           later: bool = False) -> Callable:
+    """Training in which gradients are computed for the parameters whose names hold one of
+    `names`, and those of `given` move; the gradients are cleared `before` backward, `after` it or
+    never; with another loss or optimizer, a `fresh` one in each step; the losses taken `later`,
+    after the step."""
+    given = names if given is None else given
+
+    def run(model: ToyLM, batches: Batches, lr: float) -> list[float]:
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(part in name for part in names))
+        trained = [p for name, p in model.named_parameters()
+                   if any(part in name for part in given)]
+
+        def made():
+            return optimizer(trained, lr=lr, **({} if optimizer is torch.optim.SGD
+                                                else {"weight_decay": 0.0}))
+
+        moved, losses = made(), []
+        for ids, labels in batches:
+            moved = made() if fresh else moved
+            if clear == "before":
+                moved.zero_grad()
+            now = loss(model(ids), labels)
+            now.backward()
+            if clear == "after":
+                moved.zero_grad()
+            moved.step()
+            losses.append((loss(model(ids), labels) if later else now).item())
+        return losses
     return run
 
 
-EVERYTHING = ("embedding", "base", "lora")
-train_adapter = _train(("lora",))
+def _decayed(params, lr: float, weight_decay: float):
+    return torch.optim.AdamW(params, lr=lr)
 
 
-def _nothing_frozen(model: ToyLoRA, batches: Batches, lr: float) -> list[Tensor]:
-    optimizer = torch.optim.SGD([model.lora_A, model.lora_B], lr=lr)
-    for ids, y in batches:
-        optimizer.zero_grad()
-        (model(ids) - y).square().mean().backward()
-        optimizer.step()
-    return [p.detach() for p in model.parameters()]
+def _at_another_rate(params, lr: float, weight_decay: float):
+    return torch.optim.AdamW(params, weight_decay=0.0)
 
 
-def _toy(steps: int, lr: float, vocabulary: int = 7):
+def _flat(logits: Tensor, labels: Tensor, **how) -> Tensor:
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), **how)
+
+
+def _over_all_positions(logits: Tensor, labels: Tensor) -> Tensor:
+    total = _flat(logits[:, :-1], labels[:, 1:], reduction="sum")
+    return total / labels[:, 1:].numel()
+
+
+def _rows_first(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([supervised_loss(logits[i:i + 1], labels[i:i + 1])
+                        for i in range(len(labels))]).mean()
+
+
+ALL = ("embedding", "base", "lora_", "head")
+
+
+def _toy(steps: int, lr: float, vocabulary: int = 7, rows: int = 2, tokens: int = 6):
     def make(g):
-        model = ToyLoRA(vocabulary, generator=g)
-        batches = [(torch.randint(vocabulary, (6,), generator=g), torch.randn(6, 4, generator=g))
-                   for _ in range(steps)]
+        model, batches = ToyLM(vocabulary, generator=g), []
+        for _ in range(steps):
+            ids = torch.randint(vocabulary, (rows, tokens), generator=g)
+            labels = ids.clone()
+            for row in range(rows):  # a prompt of two tokens, padding behind
+                labels[row, :2] = IGNORE
+                labels[row, tokens - row % 3:] = IGNORE
+            batches.append((ids, labels))
         return model, batches, lr
     return make
 
 
+def _state(given: tuple) -> tuple:
+    """All parameters, and for which frozen ones a gradient was computed."""
+    return [p.detach() for p in given[0].parameters()], sorted(set(given[0].computed))
+
+
 register(Exercise(
     name="train_adapter",
-    reference=train_adapter,
+    reference=_train(),
     cases=[
-        (_toy(1, 0.5), "one step"),
-        (_toy(5, 0.5), "five steps"),
-        (_toy(4, 0.2, vocabulary=20), "four steps, 20 tokens"),
+        (_toy(1, 0.05), "one step"),
+        (_toy(5, 0.05), "five steps"),
+        (_toy(4, 0.02, vocabulary=20, rows=3, tokens=9), "four steps, 20 tokens, three rows"),
     ],
     mistakes=[
-        (_train(EVERYTHING, zeroed=("lora",)), "both bugs are still there: embedding and base are "
-                                               "trained, and their gradients pile up"),
-        (_train(EVERYTHING), "gradients are cleared now, but embedding and base still move: freeze "
-                             "whatever is not the adapter"),
-        (_train(("embedding", "lora")), "the base is frozen, the embedding is not: it moves"),
-        (_train(("base", "lora")), "the embedding is frozen, the base is not: it moves"),
-        (_train(("lora",), zeroed=()), "gradients of all steps pile up: clear them in every step"),
-        (_train(("lora",), when="too late"), "nothing moves. Are gradients cleared between "
-                                             "backward and step, or is B frozen?"),
+        (_train(ALL), "embedding, base and head are trained too: freeze whatever is not the "
+                      "adapter"),
+        (_train(ALL, ("lora_",)), "right numbers, but embedding, base and head still get "
+                                  "gradients: freeze them with requires_grad_(False) before the "
+                                  "first backward, so that none is computed"),
+        (_train(("embedding", "lora_")), "the embedding is not frozen: it moves"),
+        (_train(("lora_", "head")), "the head is not frozen: it moves"),
+        (_train(("base", "lora_")), "the base is not frozen: it moves"),
         (_train(("lora_B",)), "B alone is trained; A belongs to the adapter too"),
-        (_train(()), "everything is frozen, the adapter as well"),
-        (_nothing_frozen, "right numbers, but embedding and base still get gradients: freeze them "
-                          "with requires_grad_(False), so that none is computed"),
+        (_train(clear="never"), "gradients of all steps pile up: clear them in every step"),
+        (_train(clear="after"), "nothing moves. Are gradients cleared between backward and step, "
+                               "or is B frozen?"),
+        (_train(loss=_flat), "position t predicts token t + 1: logits[:, :-1] with labels[:, 1:]"),
+        (_train(loss=lambda logits, labels: _flat(logits[:, 1:], labels[:, :-1])),
+         "the shift goes the other way: logits[:, :-1] with labels[:, 1:]"),
+        (_train(loss=lambda logits, labels: _flat(logits[:, :-1], labels[:, 1:].clamp(min=0))),
+         "-100 is no token: leave these positions out (cross_entropy does it by itself)"),
+        (_train(loss=_over_all_positions), "this is the mean over all positions; over those alone "
+                                           "that are learned"),
+        (_train(loss=_rows_first), "this is a mean of the rows' means; all learned tokens of a "
+                                   "batch count the same"),
+        (_train(loss=lambda logits, labels: _flat(logits[:, :-1], labels[:, 1:],
+                                                  reduction="sum")),
+         "this is the sum; the loss is the mean over the learned tokens"),
+        (_train(optimizer=torch.optim.SGD), "this is SGD; take torch.optim.AdamW"),
+        (_train(optimizer=_decayed), "AdamW decays weights by 0.01 unless you say weight_decay=0"),
+        (_train(optimizer=_at_another_rate), "lr is not used"),
+        (_train(fresh=True), "a new optimizer in each step forgets its moments: make it once"),
+        (_train(later=True), "these losses are taken after the step; return those that backward "
+                             "ran on"),
     ],
-    rtol=1e-4, atol=1e-6,
-    changes=lambda given: [p.requires_grad for p in (given[0].embedding, given[0].base)]))
+    rtol=1e-4, atol=1e-5,
+    changes=_state))

@@ -48,13 +48,19 @@ def test_wrong_labels_are_counted(mask, wrong):
     assert said == (f"{mask}: {wrong} wrong labels" if wrong else "all labels right")
 
 
-def test_bases_are_drawn_above_and_below_the_dense_loss():
-    losses = {"gptq": 1.01, "nf4": 1.02, "rtn": 0.99}
-    axes = axes_of(draw.draw_bases, (1, 2), bits=dict.fromkeys(losses, 4.4), losses=losses,
-                   dense=1.0)
-    assert [t.get_text() for t in axes[1].texts] == ["+0.0100", "+0.0200", "-0.0100"]
-
-
 def test_a_history_without_dev_losses_is_drawn():
     ax = axes_of(draw.draw_history, losses=[3.0, 1.0], dev=[])
     assert [line.get_ydata().tolist() for line in ax.lines] == [[3.0, 2.0]]
+
+
+def test_the_axis_of_a_history_begins_where_it_is_told_to():
+    ax = axes_of(draw.draw_history, losses=[1.5, 1.1], dev=[(2, 1.2)], bottom=0.8)
+    assert ax.get_ylim()[0] == 0.8
+
+
+def test_the_ledger_s_column_says_each_part_and_the_total():
+    parts = {"weights": 2 * 10**9, "scales": 0, "activations": 150 * 10**9}
+    ax = axes_of(draw.draw_ledger, method="lora", batch=1, tokens=512, checkpointing=False,
+                 ledgers={("lora", 1, 512, False): parts})
+    said = [t.get_text() for t in ax.texts]
+    assert said[:4] == ["2.00", "none", "150", "152"]

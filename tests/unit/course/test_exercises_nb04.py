@@ -1,9 +1,24 @@
 """Other right answers to the exercises of notebook 04 pass as the folded solutions do."""
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+from torch.nn.utils.rnn import pad_sequence
 
 from course.kit import check
-from course.nb04.exercises import trial
+from course.nb04.exercises import layer_trial, trial
+
+
+def in_whole_bytes(packed, rest, adapter):
+    """Codes, absmax values and their scales counted one by one."""
+    blocks = -(-packed // 64)
+    stored = -(-packed // 2) + blocks + 4 * -(-blocks // 256)
+    return stored + 2 * rest + 4 * adapter, adapter * 4, adapter * 2 * 4
+
+
+def in_bits(packed, rest, adapter):
+    return (packed * (4 + 8 / 64 + 32 / 64 / 256) / 8 + rest * 16 / 8 + adapter * 32 / 8,
+            4.0 * adapter, 8.0 * adapter)
 
 
 class InFp32(torch.autograd.Function):
@@ -19,27 +34,156 @@ class InFp32(torch.autograd.Function):
         return (grad.float() @ ctx.weight.dequantize()).to(grad.dtype), None
 
 
+class WithDecoder(torch.autograd.Function):
+    """Keeps the function that decodes, not the weight itself."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.decode = weight.dequantize
+        return nn.functional.linear(x, ctx.decode(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.einsum("to,oi->ti", grad, ctx.decode(grad.dtype)), None
+
+
+def padded_lists(pairs, eos):
+    """Rows as lists, filled up one by one."""
+    ids = [[*prompt, *target, eos] for prompt, target in pairs]
+    labels = [[-100] * len(prompt) + [*target, eos] for prompt, target in pairs]
+    width = max(map(len, ids))
+    return (torch.tensor([row + [eos] * (width - len(row)) for row in ids]),
+            torch.tensor([row + [-100] * (width - len(row)) for row in labels]))
+
+
+def by_pad_sequence(pairs, eos):
+    ids = [torch.tensor([*prompt, *target, eos]) for prompt, target in pairs]
+    labels = [torch.tensor([-100] * len(p) + [*t, eos]) for p, t in pairs]
+    return (pad_sequence(ids, batch_first=True, padding_value=eos),
+            pad_sequence(labels, batch_first=True, padding_value=-100))
+
+
+def by_masks(pairs, eos):
+    """Ids first, labels from two comparisons with the lengths."""
+    ids, _ = by_pad_sequence(pairs, eos)
+    starts = torch.tensor([len(p) for p, _ in pairs])[:, None]
+    ends = torch.tensor([len(p) + len(t) for p, t in pairs])[:, None]
+    at = torch.arange(ids.shape[1])
+    return ids, ids.where((at >= starts) & (at <= ends), -100)
+
+
+class Sequential(nn.Module):
+    """Two calls of linear, the scale first, another range of A."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.frozen, self.alpha, self.rank = base, alpha, rank
+        self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) / rank)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x):
+        thin = nn.functional.linear(x * (self.alpha / self.rank), self.lora_A)
+        return nn.functional.linear(thin, self.lora_B) + self.frozen(x)
+
+
+class ScaledA(Sequential):
+    """The scale goes into A, which is small."""
+
+    def forward(self, x):
+        a = self.alpha / self.rank * self.lora_A
+        return self.frozen(x) + (x @ a.T) @ self.lora_B.T
+
+
+class Einsum(Sequential):
+    def forward(self, x):
+        thin = torch.einsum("...i,ri->...r", x, self.lora_A)
+        return self.frozen(x).add(torch.einsum("...r,or->...o", thin, self.lora_B),
+                                  alpha=self.alpha / self.rank)
+
+
 def cleared(first):
-    """Embedding and base frozen, the model's gradients cleared first or last in a step."""
+    """Everything frozen but A and B, the model's gradients cleared first or last in a step."""
     def mine(model, batches, lr):
-        model.embedding.requires_grad_(False)
-        model.base.requires_grad_(False)
-        optimizer = torch.optim.SGD([model.lora_A, model.lora_B], lr=lr)
-        for ids, y in batches:
+        model.requires_grad_(False)
+        trained = [model.lora_A.requires_grad_(), model.lora_B.requires_grad_()]
+        optimizer = torch.optim.Adam(trained, lr=lr)
+        losses = []
+        for ids, labels in batches:
             if first:
                 model.zero_grad()
-            (model(ids) - y).square().mean().backward()
+            logits, labels = model(ids)[:, :-1], labels[:, 1:]
+            learned = labels != -100
+            log_p = log_softmax(logits[learned], -1)
+            loss = -log_p[torch.arange(len(log_p)), labels[learned]].mean()
+            loss.backward()
             optimizer.step()
             if not first:
                 model.zero_grad()
-        return [p.detach() for p in model.parameters()]
+            losses.append(loss)
+        return losses
     return mine
 
 
+def asked_of_autograd(model, batches, lr):
+    """Nothing is frozen, but gradients are asked for A and B alone; the shift made in labels."""
+    trained, losses = [model.lora_A, model.lora_B], []
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0)
+    for ids, labels in batches:
+        following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+        loss = nn.functional.cross_entropy(model(ids).transpose(1, 2), following)
+        for p, p.grad in zip(trained, torch.autograd.grad(loss, trained)):
+            pass
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def by_hand(model, batches, lr):
+    """Adam itself, written out."""
+    model.requires_grad_(False)
+    state = [(p.requires_grad_(), torch.zeros_like(p), torch.zeros_like(p))
+             for p in (model.lora_A, model.lora_B)]
+    losses = []
+    for t, (ids, labels) in enumerate(batches, 1):
+        logits = model(ids)[:, :-1].reshape(-1, model.head.shape[0])
+        loss = nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
+        for p, m, v in state:
+            (g,) = torch.autograd.grad(loss, p, retain_graph=True)
+            m += 0.1 * (g - m)
+            v += 0.001 * (g * g - v)
+            p.data -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.parametrize("name, mine", [
+    ("training_bytes", in_whole_bytes),
+    ("training_bytes", in_bits),
     ("frozen_linear", trial(InFp32)),
+    ("frozen_linear", trial(WithDecoder)),
+    ("padded_batch", padded_lists),
+    ("padded_batch", by_pad_sequence),
+    ("padded_batch", by_masks),
+    ("qlora_linear", layer_trial(Sequential)),
+    ("qlora_linear", layer_trial(ScaledA)),
+    ("qlora_linear", layer_trial(Einsum)),
     ("train_adapter", cleared(first=True)),
     ("train_adapter", cleared(first=False)),
+    ("train_adapter", asked_of_autograd),
+    ("train_adapter", by_hand),
 ])
 def test_another_right_way_passes(name, mine, capsys):
     assert check(name, mine) is mine, capsys.readouterr().out
+
+
+class KeepsInput(WithDecoder):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.decode, ctx.x = weight.dequantize, x
+        return nn.functional.linear(x, ctx.decode(x.dtype))
+
+
+def test_a_verdict_names_the_value_that_is_wrong(capsys):
+    check("frozen_linear", trial(KeepsInput))
+    said = capsys.readouterr().out
+    assert "bytes_kept: wrong value" in said and "    bytes_kept:" in said

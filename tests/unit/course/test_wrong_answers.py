@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.nn.functional import cross_entropy
 
 from course.kit import check
 from course.nb01 import exercises as nb01
 from course.nb02 import exercises as nb02
 from course.nb03.exercises import LoRALayer, by_hand, injected, stepped
+from course.nb04.exercises import layer_trial
 from course.nb07.exercises import update_of
 from course.nb08 import exercises as nb08
 from qlora_lib.data.gsm8k import to_number
@@ -307,13 +309,65 @@ def until_the_first_eos(pairs, eos):
     return ids, labels
 
 
-def training_with_gradients_for_all(model, batches, lr):
-    optimizer = torch.optim.SGD([model.lora_A, model.lora_B], lr=lr)
-    for ids, y in batches:
-        (model(ids) - y).square().mean().backward()
-        optimizer.step()
-        model.zero_grad()
-    return [p.detach() for p in model.parameters()]
+def until_the_targets_first_eos(pairs, eos):
+    """In the ids the search begins behind the prompt."""
+    rows = [[*prompt, *target, eos] for prompt, target in pairs]
+    ids = torch.tensor([row + [eos] * (max(map(len, rows)) - len(row)) for row in rows])
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, _) in enumerate(pairs):
+        end = ids[row].tolist().index(eos, len(prompt)) + 1
+        labels[row, len(prompt):end] = ids[row, len(prompt):end]
+    return ids, labels
+
+
+def qlora_layer(forward, **attributes):
+    """04's layer with another forward pass of (layer, x), or other attributes, made of a layer."""
+    class Mine(nn.Module):
+        def __init__(self, base, rank, alpha):
+            super().__init__()
+            self.base, self.rank, self.alpha = base, rank, alpha
+            self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) / 4)
+            self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
+            for name, made in attributes.items():
+                setattr(self, name, made(self))
+
+        def forward(self, x):
+            return forward(self, x)
+    return layer_trial(Mine)
+
+
+def beside(m, x):
+    return m.base(x) + m.alpha / m.rank * (x @ m.lora_A.T) @ m.lora_B.T
+
+
+def trained(prepare, end=lambda model: None, loss=lambda logits, labels: cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), steps=1):
+    """04's loop; `prepare` freezes and returns what the optimizer moves, `end` comes last."""
+    def mine(model, batches, lr):
+        optimizer = torch.optim.AdamW(prepare(model), lr=lr, weight_decay=0.0)
+        losses = []
+        for ids, labels in batches:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                now = loss(model(ids), labels)
+                now.backward()
+                optimizer.step()
+            losses.append(now.item())
+        end(model)
+        return losses
+    return mine
+
+
+def adapter_alone(model):
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    return [model.lora_A, model.lora_B]
+
+
+def freeze_and_clear(model):
+    for p in (model.embedding, model.base, model.head):
+        p.requires_grad_(False)
+        p.grad = None
 
 
 def place_of_the_base(x, weight, adapters, names):
@@ -668,8 +722,50 @@ WRONG = {
         (sizes(lambda shapes, rank: len(shapes) * rank * (shapes[0][0] + shapes[0][1])),
          "diagnosis: you take the first layer's shape for all of them"),
     ],
-    "padded_batch": [(until_the_first_eos, "diagnosis: you mask behind the first eos")],
-    "train_adapter": [(training_with_gradients_for_all, "diagnosis: right numbers, but embedding")],
+    "padded_batch": [
+        (until_the_first_eos, "diagnosis: you mask behind the first eos"),
+        (until_the_targets_first_eos, "diagnosis: you mask behind the first eos after the prompt"),
+    ],
+    "training_bytes": [
+        (lambda packed, rest, adapter: (packed / 2 + packed / 64 * 4 + 2 * rest + 4 * adapter,
+                                        4 * adapter, 8 * adapter), "absmax values are in fp32"),
+        (lambda packed, rest, adapter: (packed / 2 + packed / 64 + 2 * rest + 4 * adapter,
+                                        4 * adapter, 8 * adapter), "the second level is missing"),
+        (lambda packed, rest, adapter: (packed // 2 + packed // 64 * 65 // 64 + 2 * rest
+                                        + 4 * adapter, 4 * adapter, 4 * adapter),
+         "Adam keeps two moments"),
+    ],
+    "qlora_linear": [
+        (qlora_layer(lambda m, x: m.base(x) + m.alpha * (x @ m.lora_A.T) @ m.lora_B.T),
+         "this is alpha alone"),
+        (qlora_layer(lambda m, x: m.base(x) + m.alpha / m.rank * x @ (m.lora_B @ m.lora_A).T),
+         "two thin products"),
+        (qlora_layer(lambda m, x: x @ m.base.dequantize().T
+                     + m.alpha / m.rank * (x @ m.lora_A.T) @ m.lora_B.T), "call the base"),
+        (qlora_layer(beside, weight=lambda m: nn.Parameter(m.base.dequantize())),
+         "lora_A and lora_B and nothing else"),
+        (qlora_layer(beside, lora_B=lambda m: nn.Parameter(torch.randn(m.base.out_features,
+                                                                       m.rank))),
+         "B starts at zero"),
+        (qlora_layer(beside, lora_A=lambda m: nn.Parameter(torch.zeros(m.rank,
+                                                                       m.base.in_features))),
+         "A is not random"),
+        (qlora_layer(lambda m, x: x @ m.dense.T + m.alpha / m.rank * (x @ m.lora_A.T) @ m.lora_B.T,
+                     dense=lambda m: m.base.dequantize()), "the decoded weight"),
+        (qlora_layer(lambda m, x: m.base(x) + m.alpha / m.rank * m.lora_B @ m.lora_A @ x),
+         "shapes do not fit"),
+    ],
+    "train_adapter": [
+        (trained(lambda model: [model.lora_A, model.lora_B]), "diagnosis: right numbers, but"),
+        (trained(lambda model: [model.lora_A, model.lora_B], freeze_and_clear),
+         "diagnosis: right numbers, but"),
+        (trained(lambda model: model.parameters()), "embedding, base and head are trained too"),
+        (trained(adapter_alone, loss=lambda logits, labels: cross_entropy(
+            logits.flatten(0, 1), labels.flatten())), "predicts token t + 1"),
+        (trained(adapter_alone, loss=lambda logits, labels: cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none").mean()),
+         "over all positions"),
+    ],
     "tile_offsets": [
         (lambda program, block, size: (at := program * block + torch.arange(block), at >= size),
          "the mask is upside down"),
