@@ -115,12 +115,6 @@ def _share_of_the_best(logits, temperature, top_p):
     return p / p.sum()
 
 
-def _temperature_after_the_cut(logits, temperature, top_p):
-    kept = token_probabilities(logits, 1.0, top_p)
-    p = kept ** (1 / temperature)
-    return p / p.sum()
-
-
 register(Exercise(
     name="next_token",
     reference=next_token,
@@ -150,8 +144,6 @@ register(Exercise(
                            "the logits to -inf"),
         (_share_of_the_best, "this compares each token with the best one, which is min-p; top-p "
                              "adds up what the more likely ones have"),
-        (_temperature_after_the_cut, "the cut comes before the temperature here: divide the logits "
-                                     "first, then cut"),
         (_left_sorted, "right numbers, in sorted order: put each back at its token's place"),
         (_keeping(lambda p, top_p: p >= 1 - top_p),
          "top-p keeps as many tokens as it takes to reach top_p together; it does not compare each "
