@@ -80,6 +80,12 @@ register(Exercise(
          "the base is frozen: it gets no gradient"),
         (lambda p, r, a: (_right_weights(p, r, a), 4 * a, 8 * (p + r + a)),
          "moments belong to what is trained, the adapter alone"),
+        (lambda p, r, a: (_right_weights(p, r, a), 8 * a, 4 * a),
+         "the gradients come second, the optimizer's moments last"),
+        (_otherwise(_right_weights, gradients=0),
+         "the adapter is trained: it gets a gradient, 4 bytes a parameter"),
+        (_otherwise(lambda p, r, a: p / 2 + p / 256 * (1 + 4 / 64) + 2 * r + 4 * a),
+         "64 weights share an absmax and 256 of these a scale, not the other way round"),
         (lambda p, r, a: tuple(8 * n for n in training_bytes(p, r, a)),
          "those are bits; a byte has 8 of them"),
         (lambda p, r, a: (_right_weights(p, r, a) / 1e9, 4 * a / 1e9, 8 * a / 1e9),
@@ -112,13 +118,14 @@ def trial(function: type[torch.autograd.Function]) -> Callable:
         with AllocationMeter() as meter:
             h = leaf + 0  # the layer's input, which only the layer could keep alive
             y = function.apply(h, weight)
-            del h
-            kept = meter.alive - y.nbytes
+            values, behind = y.detach().clone(), (y * grad.to(y.dtype)).sum()
+            del h, y  # its output, too
+            kept = meter.alive - values.nbytes - behind.nbytes
         try:
-            (grad_x,) = torch.autograd.grad(y, leaf, grad)
+            (grad_x,) = torch.autograd.grad(behind, leaf)
         except RuntimeError as error:
             raise BackwardFailed(str(error)) from error
-        return LayerRun(y.detach(), grad_x, kept)
+        return LayerRun(values, grad_x, kept)
     return run
 
 
@@ -159,6 +166,22 @@ class _KeepsBoth(_KeepsDense):
         dense = weight.dequantize(x.dtype)
         ctx.save_for_backward(dense, x)
         return x @ dense.T
+
+
+class _KeepsOutput(_FrozenLinear):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        y = x @ weight.dequantize(x.dtype).T
+        ctx.save_for_backward(y)
+        return y
+
+
+class _SavesPacked(_FrozenLinear):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.dequantize(x.dtype).T
 
 
 class _TransposedBack(_FrozenLinear):
@@ -219,12 +242,16 @@ register(Exercise(
                              "x, and this weight is frozen"),
         (trial(_KeepsBoth), "right values, but the dense weight and x are both kept; backward "
                             "needs neither, only the packed weight"),
+        (trial(_KeepsOutput), "right values, but the output is kept; backward needs the packed "
+                              "weight alone"),
+        (trial(_SavesPacked), "save_for_backward and products take tensors, and the packed weight "
+                              "is none: ctx.weight = weight keeps it, dequantize decodes it"),
         (trial(_TransposedBack), "backward multiplies by W, not by W^T: grad (tokens, out) @ "
                                  "W (out, in) gives (tokens, in)"),
         (trial(_multiplied(lambda x, weight: x @ weight.dequantize(x.dtype))),
          "forward needs the transpose: x (tokens, in) @ W^T (in, out)"),
-        (trial(_OneGradient), "backward returns one value for each argument of forward: the "
-                              "gradient of x, and None for the frozen weight"),
+        (trial(_OneGradient), "backward returns a tuple, one value for each argument of forward: "
+                              "the gradient of x, and None for the frozen weight"),
         (trial(_AlwaysFp32), "decode in the dtype of x and of grad, "
                              "weight.dequantize(x.dtype); bf16 and fp32 don't multiply"),
         (trial(_multiplied(lambda x, weight: x.float() @ weight.dequantize().T)),
@@ -296,6 +323,19 @@ def _last_prompt_token_counts(ids, labels, pairs, eos):
     return labels
 
 
+def _first_target_token_masked(ids, labels, pairs, eos):
+    for row, (prompt, _) in enumerate(pairs):
+        labels[row, len(prompt)] = IGNORE
+    return labels
+
+
+def _padded_with_zero(pairs, eos):
+    ids, labels = padded_batch(pairs, eos)
+    for row, (prompt, target) in enumerate(pairs):
+        ids[row, len(prompt) + len(target) + 1:] = 0
+    return ids, labels
+
+
 def _zero_ignored(ids, labels, pairs, eos):
     return labels.masked_fill(labels == IGNORE, 0)
 
@@ -340,6 +380,10 @@ register(Exercise(
                                 "place here; the loss shifts them, as every Hugging Face model"),
         (_relabelled(_last_prompt_token_counts), "the mask is short by one: the prompt's last "
                                                  "token has label -100 too"),
+        (_relabelled(_first_target_token_masked), "the mask is long by one: the target's first "
+                                                  "token is learned"),
+        (_padded_with_zero, "the ids are padded with 0; Llama-2 has no pad token, and eos fills "
+                            "its rows"),
         (_relabelled(_zero_ignored), "what is ignored has label -100; 0 is a token like others"),
         (_without_eos, "no row ends in eos: ids are prompt + target + eos, then the padding"),
         (_left_padded, "padded on the left; that is for generation, training pads on the right"),
@@ -355,6 +399,7 @@ class LayerTrial(NamedTuple):
 
     base_at_start: bool  # whether it computes what its base does
     random_A: bool
+    A_in_range: bool  # reaches to about 1 / sqrt(in) on both sides, not beyond
     y: Tensor
     grad_x: Tensor
     grad_A: Tensor
@@ -393,7 +438,8 @@ def layer_trial(kind: type[nn.Module]) -> Callable:
         if shapes != (a.shape, b.shape):
             raise WrongShape(f"A {tuple(shapes[0])} and B {tuple(shapes[1])}; expected "
                              f"{tuple(a.shape)} and {tuple(b.shape)}")
-        is_random = layer.lora_A.detach().std().item() > 0
+        first, bound = layer.lora_A.detach().clone(), base.in_features**-0.5
+        is_random = bool(first.min() < first.max())
         layer.lora_A.data.copy_(a)
         layer.lora_B.data.copy_(b)
         leaf = x.detach().requires_grad_()
@@ -405,11 +451,18 @@ def layer_trial(kind: type[nn.Module]) -> Callable:
         needed = x.nbytes + a.nbytes + b.nbytes + 4 * rank * (x.numel() // x.shape[-1])
         grads = torch.autograd.grad(y, (leaf, layer.lora_A, layer.lora_B), grad.to(y.dtype),
                                     allow_unused=True)
-        return LayerTrial(at_start, is_random, y.detach(), *grads,
+        return LayerTrial(at_start, is_random, not is_random or _spans(first, bound),
+                          y.detach(), *grads,
                           held + max(0, kept - needed))
 
     run.layer = kind
     return run
+
+
+def _spans(values: Tensor, bound: float) -> bool:
+    """Whether the numbers reach beyond a third of +-bound, but not beyond the bound (rounded)."""
+    low, high = values.min().item() / bound, values.max().item() / bound
+    return -1.001 < low < -1 / 3 and 1 / 3 < high < 1.001
 
 
 def _qlora_layer(out: Callable | None = None, start: Callable | None = None) -> type[nn.Module]:
@@ -451,6 +504,16 @@ def _zero_a(layer: nn.Module) -> None:
     layer.lora_A.data.zero_()
 
 
+def _positive_a(layer: nn.Module) -> None:
+    layer.lora_A.data.uniform_()
+
+
+def _without_graph(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        update = layer.scale * _update(layer, x)
+    return layer.base(x) + update
+
+
 def _not_parameters(layer: nn.Module) -> None:
     a, b = layer.lora_A.data, layer.lora_B.data
     del layer.lora_A, layer.lora_B
@@ -489,6 +552,10 @@ register(Exercise(
         (_with(lambda m, x: m.base(x) + m.alpha / m.rank**0.5 * _update(m, x)),
          "this scale is alpha / sqrt(rank), rsLoRA's; asked is alpha / rank"),
         (_with(lambda m, x: m.base(x) + m.scale**2 * _update(m, x)), "the scale counts twice"),
+        (_with(lambda m, x: m.base(x) + m.alpha // m.rank * _update(m, x)),
+         "alpha // rank rounds down, to 0 where alpha is smaller: divide with /"),
+        (_with(_without_graph), "no gradient reaches A and B: the adapter's part is computed "
+                                "outside of autograd"),
         (_with(lambda m, x: m.scale * (m.base(x) + _update(m, x))),
          "the scale belongs to the adapter alone, not to the base's output"),
         (_with(lambda m, x: m.scale * _update(m, x)), "the base's output is missing"),
@@ -499,6 +566,8 @@ register(Exercise(
                            "step"),
         (_made(_zero_a), "A is not random. B's gradient passes through A: A starts random, B at "
                          "zero"),
+        (_made(_positive_a), "A comes from another range; asked is U(-1/sqrt(in), 1/sqrt(in)), of "
+                             "both signs: torch.empty(...).uniform_(-bound, bound)"),
         (_made(lambda m: setattr(m, "dense", m.base.dequantize())),
          "the layer keeps the decoded weight from the start: it is no smaller than a dense one. "
          "Keep the base, which decodes when it is called"),
@@ -552,6 +621,21 @@ class ToyLM(nn.Module):
         return torch.tanh(x) @ self.head.T
 
 
+class InsideLM(nn.Module):
+    """The toy inside another model, so that its parameters' names are paths: base_model.lora_A."""
+
+    def __init__(self, toy: ToyLM):
+        super().__init__()
+        self.base_model = toy
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.base_model(ids)
+
+    @property
+    def computed(self) -> list[str]:
+        return self.base_model.computed
+
+
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -563,18 +647,22 @@ def supervised_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def _train(names: tuple[str, ...] = ("lora_",), given: tuple[str, ...] | None = None,
            loss: Callable = supervised_loss, clear: str = "before",
            optimizer: Callable = torch.optim.AdamW, fresh: bool = False,
-           later: bool = False) -> Callable:
+           later: bool = False, at_start: bool = False) -> Callable:
     """Training in which gradients are computed for the parameters whose names hold one of
     `names`, and those of `given` move; the gradients are cleared `before` backward, `after` it or
     never; with another loss or optimizer, a `fresh` one in each step; the losses taken `later`,
-    after the step."""
+    after the step. A name is the last part of a path; or, `at_start`, the path's start counts."""
     given = names if given is None else given
+
+    def holds(path: str, parts: tuple[str, ...]) -> bool:
+        if at_start:
+            return path.startswith(parts)
+        return any(part in path.rpartition(".")[2] for part in parts)
 
     def run(model: ToyLM, batches: Batches, lr: float) -> list[float]:
         for name, p in model.named_parameters():
-            p.requires_grad_(any(part in name for part in names))
-        trained = [p for name, p in model.named_parameters()
-                   if any(part in name for part in given)]
+            p.requires_grad_(holds(name, names))
+        trained = [p for name, p in model.named_parameters() if holds(name, given)]
 
         def made():
             return optimizer(trained, lr=lr, **({} if optimizer is torch.optim.SGD
@@ -593,6 +681,11 @@ def _train(names: tuple[str, ...] = ("lora_",), given: tuple[str, ...] | None = 
             losses.append((loss(model(ids), labels) if later else now).item())
         return losses
     return run
+
+
+def _by_attributes(model: ToyLM, batches: Batches, lr: float) -> list[float]:
+    model.lora_A, model.lora_B  # where the toy has them, and no other model
+    return _train()(model, batches, lr)
 
 
 def _decayed(params, lr: float, weight_decay: float):
@@ -620,9 +713,11 @@ def _rows_first(logits: Tensor, labels: Tensor) -> Tensor:
 ALL = ("embedding", "base", "lora_", "head")
 
 
-def _toy(steps: int, lr: float, vocabulary: int = 7, rows: int = 2, tokens: int = 6):
+def _toy(steps: int, lr: float, vocabulary: int = 7, rows: int = 2, tokens: int = 6,
+         inside: bool = False):
     def make(g):
         model, batches = ToyLM(vocabulary, generator=g), []
+        model = InsideLM(model) if inside else model
         for _ in range(steps):
             ids = torch.randint(vocabulary, (rows, tokens), generator=g)
             labels = ids.clone()
@@ -646,6 +741,7 @@ register(Exercise(
         (_toy(1, 0.05), "one step"),
         (_toy(5, 0.05), "five steps"),
         (_toy(4, 0.02, vocabulary=20, rows=3, tokens=9), "four steps, 20 tokens, three rows"),
+        (_toy(2, 0.05, inside=True), "the toy inside another model: base_model.lora_A"),
     ],
     mistakes=[
         (_train(ALL), "embedding, base and head are trained too: freeze whatever is not the "
@@ -657,6 +753,10 @@ register(Exercise(
         (_train(("lora_", "head")), "the head is not frozen: it moves"),
         (_train(("base", "lora_")), "the base is not frozen: it moves"),
         (_train(("lora_B",)), "B alone is trained; A belongs to the adapter too"),
+        (_train(at_start=True), "nothing is found to train: a parameter's name is its whole path, "
+                                "such as base_model.lora_A. Look for lora_ anywhere in it"),
+        (_by_attributes, "a model need not have these attributes: its adapters stand deep inside. "
+                         "named_parameters() finds them all"),
         (_train(clear="never"), "gradients of all steps pile up: clear them in every step"),
         (_train(clear="after"), "nothing moves. Are gradients cleared between backward and step, "
                                "or is B frozen?"),

@@ -47,6 +47,22 @@ class WithDecoder(torch.autograd.Function):
         return torch.einsum("to,oi->ti", grad, ctx.decode(grad.dtype)), None
 
 
+class ByRows(torch.autograd.Function):
+    """The newer form, whose forward has no ctx; one feature after another."""
+
+    @staticmethod
+    def forward(x, weight):
+        return torch.stack([x @ row for row in weight.dequantize(x.dtype)], 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.weight = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (ctx.weight.dequantize(grad.dtype).T @ grad.T).T, None
+
+
 def padded_lists(pairs, eos):
     """Rows as lists, filled up one by one."""
     ids = [[*prompt, *target, eos] for prompt, target in pairs]
@@ -73,12 +89,12 @@ def by_masks(pairs, eos):
 
 
 class Sequential(nn.Module):
-    """Two calls of linear, the scale first, another range of A."""
+    """Two calls of linear, the scale first; A as nn.Linear starts."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.frozen, self.alpha, self.rank = base, alpha, rank
-        self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) / rank)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False).weight
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x):
@@ -101,11 +117,15 @@ class Einsum(Sequential):
                                   alpha=self.alpha / self.rank)
 
 
+def adapter_of(model):
+    return [p for name, p in model.named_parameters() if "lora_" in name]
+
+
 def cleared(first):
     """Everything frozen but A and B, the model's gradients cleared first or last in a step."""
     def mine(model, batches, lr):
         model.requires_grad_(False)
-        trained = [model.lora_A.requires_grad_(), model.lora_B.requires_grad_()]
+        trained = [p.requires_grad_() for p in adapter_of(model)]
         optimizer = torch.optim.Adam(trained, lr=lr)
         losses = []
         for ids, labels in batches:
@@ -126,7 +146,7 @@ def cleared(first):
 
 def asked_of_autograd(model, batches, lr):
     """Nothing is frozen, but gradients are asked for A and B alone; the shift made in labels."""
-    trained, losses = [model.lora_A, model.lora_B], []
+    trained, losses = adapter_of(model), []
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0)
     for ids, labels in batches:
         following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
@@ -142,11 +162,11 @@ def by_hand(model, batches, lr):
     """Adam itself, written out."""
     model.requires_grad_(False)
     state = [(p.requires_grad_(), torch.zeros_like(p), torch.zeros_like(p))
-             for p in (model.lora_A, model.lora_B)]
+             for p in adapter_of(model)]
     losses = []
     for t, (ids, labels) in enumerate(batches, 1):
-        logits = model(ids)[:, :-1].reshape(-1, model.head.shape[0])
-        loss = nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
+        logits = model(ids)[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].reshape(-1))
         for p, m, v in state:
             (g,) = torch.autograd.grad(loss, p, retain_graph=True)
             m += 0.1 * (g - m)
@@ -156,11 +176,30 @@ def by_hand(model, batches, lr):
     return losses
 
 
+def row_by_row(model, batches, lr):
+    """Each row's gradient added to that of the others, by a closure."""
+    model.requires_grad_(False)
+    optimizer = torch.optim.Adam([{"params": [p.requires_grad_()]} for p in adapter_of(model)], lr)
+
+    def loss_of(ids, labels):
+        optimizer.zero_grad(set_to_none=False)
+        learned, total = (labels[:, 1:] != -100).sum(), 0.0
+        for row, label in zip(ids, labels):
+            loss = nn.functional.cross_entropy(model(row[None])[0, :-1], label[1:],
+                                               reduction="sum") / learned
+            loss.backward()
+            total += loss.item()
+        return total
+
+    return [optimizer.step(lambda: loss_of(ids, labels)) for ids, labels in batches]
+
+
 @pytest.mark.parametrize("name, mine", [
     ("training_bytes", in_whole_bytes),
     ("training_bytes", in_bits),
     ("frozen_linear", trial(InFp32)),
     ("frozen_linear", trial(WithDecoder)),
+    ("frozen_linear", trial(ByRows)),
     ("padded_batch", padded_lists),
     ("padded_batch", by_pad_sequence),
     ("padded_batch", by_masks),
@@ -171,6 +210,7 @@ def by_hand(model, batches, lr):
     ("train_adapter", cleared(first=False)),
     ("train_adapter", asked_of_autograd),
     ("train_adapter", by_hand),
+    ("train_adapter", row_by_row),
 ])
 def test_another_right_way_passes(name, mine, capsys):
     assert check(name, mine) is mine, capsys.readouterr().out
