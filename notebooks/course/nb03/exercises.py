@@ -18,10 +18,10 @@ def _factors(generator, rank, tokens=(5,), inputs=6, outputs=4) -> tuple[Tensor,
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
-def _trained(generator, rank, alpha, **sizes) -> tuple:
-    """The arguments of a forward pass whose A and B are to be trained."""
+def _trained(generator, rank, alpha, train="AB", **sizes) -> tuple:
+    """The arguments of a forward pass whose factors in `train` are to be trained."""
     x, weight, a, b = _factors(generator, rank, **sizes)
-    return x, weight, a.requires_grad_(), b.requires_grad_(), alpha
+    return x, weight, a.requires_grad_("A" in train), b.requires_grad_("B" in train), alpha
 
 
 # --- 1. The forward pass -----------------------------------------------------------------
@@ -45,8 +45,14 @@ register(Exercise(
         (lambda g: _trained(g, 3, 16, tokens=(2, 5)), "rank 3, x (batch, seq, in)"),
         (lambda g: _trained(g, 1, 0.5), "rank 1, alpha 0.5"),
         (lambda g: _trained(g, 2, 8, inputs=4), "a square weight"),
+        (lambda g: _trained(g, 2, 8, train="A"), "A alone is trained"),
+        (lambda g: _trained(g, 2, 8, train="B"), "B alone is trained"),
     ],
     mistakes=[
+        (lambda x, weight, a, b, alpha: lora_forward(x, weight, a.detach(), b, alpha),
+         "right values, but A is cut off from autograd and gets no gradient"),
+        (lambda x, weight, a, b, alpha: lora_forward(x, weight, a, b.detach(), alpha),
+         "right values, but B is cut off from autograd and gets no gradient"),
         (torch.no_grad()(lora_forward),
          "right values, but without a graph A and B get no gradient: leave out no_grad and detach"),
         (_scaled(lambda alpha, a, b: (alpha / a.shape[0])**2),
@@ -232,12 +238,17 @@ register(Exercise(
         (lambda g: (_NAMES, ("gate_proj",)), "a target that the model lacks"),
         (lambda g: (["a.proj", "b.up_proj", "c._proj q"], ("up_proj", "q_proj")),
          "proj is a part of up_proj"),
+        (lambda g: (["a.up_proj_gate", "b.up_proj", "b.up_gate", "up_proj.1"], ("up_proj",)),
+         "up_proj_gate begins with up_proj"),
     ],
     mistakes=[
         (lambda names, targets: [n for n in names if any(t in n for t in targets)],
          "`in` looks for a substring, and block_proj holds k_proj; compare whole components"),
         (lambda names, targets: [n for n in names if n.endswith(tuple(targets))],
          "block_proj ends with k_proj as well; split at the dots first"),
+        (lambda names, targets: [n for n in names
+                                 if n.split(".")[-1].startswith(tuple(targets))],
+         "up_proj_gate begins with up_proj and is another layer; compare whole components"),
         (lambda names, targets: [n for n in names if set(n.split(".")) & set(targets)],
          "only the last component names the layer; the others are what it lies in"),
         (lambda names, targets: [n for n in names if n.split(".")[-1] == targets[0]],
@@ -377,6 +388,7 @@ def injected(inject: Callable) -> Callable:
             torch.equal(now[n], w) for n, w in weights.items())
         with torch.no_grad():
             same = torch.equal(model(ids).logits, before)
+            drawn = all(layer.lora_A.any() for layer in layers.values())
             for i, layer in enumerate(layers.values() if kept else ()):
                 draws = torch.Generator().manual_seed(i)
                 for p in (layer.lora_A, layer.lora_B):
@@ -386,7 +398,8 @@ def injected(inject: Callable) -> Callable:
             "no paths" if paths is None else [f"{p}" for p in paths],
             f"adapters in {len(layers)} layers", f"base weights {'kept' if kept else 'lost'}",
             f"trained: {len(trained)} tensors", f"they are {', '.join(kinds)[:24] or 'none'}",
-            f"at the start {'as before' if same else 'other logits'}", filled]
+            f"at the start {'as before' if same else 'other logits'}",
+            f"A {'drawn at random' if drawn else 'all zeros'}", filled]
 
     facts.inject = inject
     return facts
@@ -438,6 +451,20 @@ def _both_random(base, rank, alpha):
     return layer
 
 
+def _zero_a(base, rank, alpha):
+    layer = LoRALayer(base, rank, alpha)
+    nn.init.zeros_(layer.lora_A)
+    return layer
+
+
+def _whatever_matches(model, targets, rank, alpha):
+    model.requires_grad_(False)
+    paths = match_targets([n for n, _ in model.named_modules()], targets)
+    for path in paths:
+        _put(model, path, LoRALayer(model.get_submodule(path), rank, alpha))
+    return paths
+
+
 def _frozen_a(base, rank, alpha):
     layer = LoRALayer(base, rank, alpha)
     layer.lora_A.requires_grad_(False)
@@ -462,6 +489,7 @@ register(Exercise(
         (lambda g: (_model(g), ("up_proj",), 3, 6), "a layer that is not square"),
         (lambda g: (_model(g), ("k_proj",), 1, 8), "block_proj ends with k_proj"),
         (lambda g: (_model(g), ("head", "block_proj"), 2, 2), "a layer at the top of the model"),
+        (lambda g: (_model(g), ("norm", "q_proj"), 2, 6), "a target that names norms as well"),
     ],
     mistakes=[(injected(wrong), message) for wrong, message in [
         (_without(freeze=False),
@@ -500,6 +528,10 @@ register(Exercise(
          "alpha is an argument: do not take 2 r for it"),
         (_without(layer=_both_random),
          "the model starts out changed: B begins as zeros"),
+        (_without(layer=_zero_a),
+         "A is 0 at the start, and with B = 0 neither ever gets a gradient: A is drawn at random"),
+        (_whatever_matches,
+         "a norm has no in_features: adapt those modules that are an nn.Linear, ask isinstance"),
         (_without(said=lambda path: path.rpartition(".")[2]),
          "return whole paths, so that each layer can be found again"),
         (_one_for_all, "one layer stands in all places: make a new one for each path"),

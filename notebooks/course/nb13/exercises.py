@@ -174,6 +174,7 @@ register(Exercise(
         (lambda g: _layer(g, 3, 12, 0.5, 4), "three blocks"),
         (lambda g: _layer(g, 4, 10, 0.4, 4), "the last block is short"),
         (lambda g: _layer(g, 5, 9, 0.4, 3), "three blocks of three"),
+        (lambda g: _layer(g, 3, 8, 0.05, 4), "a fine step, far from zero"),
     ],
     mistakes=[
         (_FAULTY_BLOCKS, "two indices are mixed up: errors go to place j - start of the block, "
@@ -201,6 +202,9 @@ register(Exercise(
                                              "which then get the errors once more"),
         (_blocks(last=lambda n, block: n - n % block), "a short last block is left as it was: min"
                                                       "(start + block, n)"),
+        (lambda weight, factor, step, block: gptq_blocks(weight, factor, step, block).clamp(
+            -8 * step, 7 * step), "nothing says how far from zero a multiple of step may lie: "
+                                  "round, and do not clamp"),
         (_gptq_in_place, "right values, but it writes into the weight it was given: clone it"),
     ],
     rtol=1e-3, atol=1e-4))
@@ -334,13 +338,19 @@ def _named(wanted):
 def _states(g: torch.Generator, **changed) -> tuple[dict, dict]:
     """A small model's tensors with an adapter, some of them changed, and those of its base."""
     base = {"embed.weight": torch.randn(5, 3, generator=g), "q.weight": torch.ones(3, 3),
-            "norm.weight": torch.ones(3), "head.weight": torch.randn(5, 3, generator=g)}
+            "norm.weight": torch.ones(3),
+            "head.weight": torch.randn(5, 3, generator=g).mul(8).round()}  # exact in any order
     trained = {"q.lora_B": torch.randn(3, 2, generator=g), "q.lora_A": torch.ones(2, 3)}
     trained |= {name: value.clone() for name, value in base.items()}
     for name, change in changed.items():
         name = name.replace("__", ".")
         trained[name] = change(trained[name])
     return trained, base
+
+
+def _swapped(table):
+    """The first two rows have changed places, so sum and norm are the same."""
+    return torch.cat([table[:2].flip(0), table[2:]])
 
 
 def _longer(table):
@@ -359,6 +369,7 @@ register(Exercise(
         (lambda g: _states(g, q__weight=lambda w: w + 2e-7), "a weight has moved by one last bit"),
         (lambda g: _states(g, embed__weight=lambda w: torch.cat([w[:4], w[4:] + 1])),
          "one row of a table was trained"),
+        (lambda g: _states(g, head__weight=_swapped), "two rows of a table have changed places"),
     ],
     mistakes=[
         (_named(lambda n, new, old: "lora_" in n),
@@ -373,6 +384,10 @@ register(Exercise(
                                                   "change is a change: torch.equal"),
         (_named(lambda n, new, old: old is None or new.shape != old.shape or (new != old).all()),
          "one changed value is enough: any, not all"),
+        (_named(lambda n, new, old: old is None or new.sum() != old.sum()),
+         "two tensors may have the same sum and be two: compare them value by value"),
+        (_named(lambda n, new, old: old is None or not torch.isclose(new.norm(), old.norm(), 0, 0)),
+         "two tensors may have the same norm and be two: compare them value by value"),
         (_named(lambda n, new, old: True), "this saves the whole base with each adapter"),
         (_named(lambda n, new, old: old is None or (new != old).any()),
          "tensors of different shapes cannot be compared by !=; torch.equal is False for them"),
@@ -648,6 +663,11 @@ def _one_of_two(tokenizer, text):
     return ids[1:] if ids[:1] == ids[1:2] else ids
 
 
+def _unless_bos_is_false(tokenizer, text):
+    ids, bos = _plain(tokenizer, text), tokenizer.bos_token_id
+    return ids if not bos or ids[:1] == [bos] else [bos, *ids]
+
+
 def _if_anywhere(tokenizer, text):
     return _plain(tokenizer, text) if BOS in text else tokenizer.encode(text)
 
@@ -670,6 +690,8 @@ register(Exercise(
         (lambda g: (Words(), ""), "an empty text"),
         (lambda g: (Words(), "<s>seven eggs"), "a bos, then a word that begins with s"),
         (lambda g: (Words(7, "<|begin|>"), "<|begin|>[user] Two."), "a bos of another name"),
+        (lambda g: (Words(0), "Two eggs?"), "the bos has the id 0"),
+        (lambda g: (Words(), "Why <s><s>?"), "a text about two bos"),
     ],
     mistakes=[
         (lambda tokenizer, text: tokenizer.encode(text),
@@ -701,6 +723,8 @@ register(Exercise(
          "each tokenizer writes its bos in a way of its own: compare ids, not texts"),
         (lambda tokenizer, text: tokenizer.encode(text.removeprefix(BOS)),
          "this takes one spelling of bos off, and a tokenizer may have another: compare ids"),
+        (_unless_bos_is_false,
+         "0 may be the id of bos, and 0 counts as False: ask `is None`"),
         (_one_of_two, "two like words at the beginning are no fault; only two bos are"),
     ]))
 
@@ -787,6 +811,7 @@ def _first_turn(prompt, sequence):
 _NUMBER = re.compile(r"-?\d[\d,]*")
 _SHOT = "Question: 2 and 2?\nAnswer: 2+2=4\n#### 4\n\n"
 _ASKED = _SHOT + "Question: 3 boxes of 6?\nAnswer:"
+_ALONE = "Question: 3 boxes of 6?\nAnswer:"
 
 register(Exercise(
     name="answer_of",
@@ -810,6 +835,12 @@ register(Exercise(
         (lambda g: (_ASKED, _ASKED + "\n\n" + _ASKED + " 3*6=18\n#### 18"),
          "it repeats its prompt before it answers"),
         (lambda g: (_ASKED, _ASKED), "it says nothing"),
+        (lambda g: (_ASKED, _ASKED + " I can't say.\nQuestion: 1 and 1?\nAnswer: 2\n#### 2"),
+         "no answer, and the next question in the next line"),
+        (lambda g: (_ASKED, _ASKED + " Question 1 is 3*6, box #1 first.\n#### 18"),
+         "a question without a colon, a # before another number"),
+        (lambda g: (_ALONE, _ALONE + " 3*6=18\n#### 18\n\nQuestion: 1 and 1?\nAnswer: 2\n#### 2"),
+         "a prompt without an example"),
     ],
     mistakes=[
         (_pick(lambda prompt, sequence: sequence, _NUMBER, -1),
@@ -845,6 +876,14 @@ register(Exercise(
         (_pick(_first_turn, re.compile(r"#### *(-?\d{1,3}(?:,\d{3})*)")),
          "not every long number has commas: 1440 is cut behind its third digit"),
         (_pick(_first_turn, re.compile(r"#### *-?(\d[\d,]*)")), "the sign is lost"),
+        (_pick(_first_turn, re.compile(r"#+ *(-?\d[\d,]*)")),
+         "the mark is four #, and one of them may stand before any number"),
+        (_pick(lambda prompt, sequence: _new(prompt, sequence).split("\n\nQuestion:")[0]),
+         "the next question may come without an empty line before it: cut at 'Question:'"),
+        (_pick(lambda prompt, sequence: _new(prompt, sequence).split("Question")[0]),
+         "an answer may hold the word Question; a new one begins with 'Question:', and a colon"),
+        (_pick(lambda prompt, sequence: sequence.split("Answer:", 2)[-1].split("Question:")[0]),
+         "not every prompt has one example: cut it off by its length"),
         (_pick(_first_turn, re.compile(r"#### *(-?\d+)")), "a number is cut at its first comma"),
         (_pick(_first_turn, _NUMBER), "the first number belongs to the working; look for the mark"),
         (_pick(_first_turn, _NUMBER, -1), "without a mark there is no answer, whatever number "

@@ -397,6 +397,8 @@ WRONG = {
         lambda weight, factor, step, block: nb13.gptq_blocks(weight, factor, 2 * step, block),
         lambda weight, factor, step, block: nb13.gptq_blocks(weight, factor, step, block) / step,
         lambda weight, factor, step, block: nb13.gptq_blocks(weight.flip(1), factor, step, block),
+        lambda weight, factor, step, block: nb13.gptq_blocks(weight, factor, step, block).clamp(
+            -8 * step, 8 * step),
     ],
     "set_merged": [
         lambda weight, merged, delta, on: (weight, on),
@@ -444,6 +446,13 @@ WRONG = {
                                or not torch.equal(trained[n], base[n])},
         lambda trained, base: {n: trained[n] for n in nb13.names_to_save(trained, base)},
         lambda trained, base: sorted(n for n in trained if n.endswith("weight")),
+        lambda trained, base: sorted(n for n in trained if n not in base
+                                     or trained[n].sum() != base[n].sum()),
+        lambda trained, base: sorted(n for n in trained if n not in base
+                                     or trained[n].norm() != base[n].norm()),
+        lambda trained, base: sorted(n for n in trained if n not in base
+                                     or sorted(trained[n].flatten().tolist())
+                                     != sorted(base[n].flatten().tolist())),
         lambda trained, base: sorted(n for n in trained if n not in base or trained[n].mean()
                                      != base[n].mean())[:2],
     ],
@@ -505,6 +514,11 @@ WRONG = {
         lambda tokenizer, text: ids[1:] if (ids := tokenizer.encode(text)).count(1) > 1 else ids,
         lambda tokenizer, text: tokenizer.encode("<s>" + text, add_special_tokens=False),
         lambda tokenizer, text: nb13.prompt_ids(tokenizer, text) + [2],
+        lambda tokenizer, text: nb13.prompt_ids(tokenizer, text) if tokenizer.bos_token_id
+        else tokenizer.encode(text, add_special_tokens=False),
+        lambda tokenizer, text: [i for at, i in enumerate(ids)
+                                 if not at or (i, ids[at - 1]) != (tokenizer.bos_token_id,) * 2]
+        if (ids := tokenizer.encode(text)) else [],
         lambda tokenizer, text: torch.tensor(nb13.prompt_ids(tokenizer, text)),
     ],
     "positions": [
@@ -536,6 +550,11 @@ WRONG = {
         lambda prompt, sequence: nb13.answer_of(prompt, sequence.replace("Question:", "")),
         lambda prompt, sequence: nb13.answer_of(prompt, prompt + sequence.split("Answer:")[1]),
         lambda prompt, sequence: float(nb13.answer_of(prompt, sequence) or "nan"),
+        lambda prompt, sequence: (nb13._MARKED.search(sequence[len(prompt):].split(
+            "\n\nQuestion:")[0]) or ("", ""))[1].replace(",", ""),
+        lambda prompt, sequence: nb13.answer_of("", sequence[len(prompt):].split("Question")[0]),
+        lambda prompt, sequence: nb13.answer_of("", sequence.split("Answer:")[2]),
+        lambda prompt, sequence: nb13.answer_of("", re.sub("#+", "####", sequence[len(prompt):])),
     ],
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ That each registered mistake gets its own message is tested in test_exercise.py.
 mistakes are made another way, in the words of the notebooks' solutions.
 """
 import math
+import re
 from collections import Counter
 from fractions import Fraction
 from itertools import product
@@ -197,6 +198,23 @@ def inject(freeze="first", matches=lambda path, targets: path.split(".")[-1] in 
 def new_layer(base, rank, alpha):
     new = LoRALayer(nn.Linear(base.in_features, base.out_features), rank, alpha)
     return new
+
+
+def without_an_a(base, rank, alpha):
+    layer = LoRALayer(base, rank, alpha)
+    layer.lora_A.data.zero_()
+    return layer
+
+
+def whatever_matches(model, targets, rank, alpha):
+    """Nobody asks whether a module is linear."""
+    model.requires_grad_(False)
+    paths = [n for n, _ in model.named_modules() if n.split(".")[-1] in targets]
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        layer = LoRALayer(model.get_submodule(path), rank, alpha)
+        setattr(model.get_submodule(parent), name, layer)
+    return paths
 
 
 def first_and_back(model, targets, rank, alpha):
@@ -673,6 +691,10 @@ WRONG = {
         (forward(lambda x, a, b, alpha, r: (x @ a.T) @ b.T), "not scaled"),
         (forward(lambda x, a, b, alpha, r: r / alpha * (x @ a.T) @ b.T), "upside down"),
         (forward(lambda x, a, b, alpha, r: alpha / r * (x @ a) @ b), "shapes do not fit"),
+        (forward(lambda x, a, b, alpha, r: alpha / r * (x @ a.data.T) @ b.T), "A is cut off"),
+        (forward(lambda x, a, b, alpha, r: alpha / r * (x @ a.T) @ b.detach().T), "B is cut off"),
+        (forward(lambda x, a, b, alpha, r: alpha / r * (x @ torch.tensor(a.tolist()).T) @ b.T),
+         "A is cut off"),
     ],
     "lora_gradients": [
         (by_hand(gradients_by_autograd), "write the two products yourself"),
@@ -697,6 +719,10 @@ WRONG = {
         (lambda names, targets: [x for x in names if x.endswith(tuple("." + t for t in targets))],
          "at the top of the model"),
         (lambda names, targets: [x for x in names for t in targets if t in x], "substring"),
+        (lambda names, targets: [x for x in names for t in targets
+                                 if x.split(".")[-1].startswith(t)], "begins with up_proj"),
+        (lambda names, targets: [x for x in names for t in targets
+                                 if re.match(t, x.split(".")[-1])], "begins with up_proj"),
         (lambda names, targets: [x for x in names if x.split(".")[0] in targets], "first compo"),
         (lambda names, targets: sorted(
             (x for x in names if x.split(".")[-1] in targets), key=lambda x: targets.index(
@@ -717,6 +743,8 @@ WRONG = {
         (inject(wrap=lambda base, rank, alpha: LoRALayer(base, rank, alpha / rank)), "itself"),
         (inject(wrap=lambda base, rank, alpha: LoRALayer(base, alpha, rank)), "changed places"),
         (inject(said=lambda path: path.split(".")[-1]), "return whole paths"),
+        (inject(wrap=without_an_a), "A is drawn at random"),
+        (injected(whatever_matches), "ask isinstance"),
         (injected(first_and_back), "only the first layer"),
     ],
     "train_step": [
