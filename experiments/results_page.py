@@ -227,8 +227,8 @@ def real_model() -> str:
         made(before["stamp"], after["stamp"]),
         prose("Its perplexity on the first 32,768 tokens of WikiText-2's test text, in windows of "
               f"{sizes['fp32']['window']} ([record](../data/results/smollm2-perplexity.json)); in "
-              f"fp32 {value['fp32']:.2f}. The weights come from a file of 4-bit codes, so 8 and 4 "
-              "bits measure plumbing, 3 and 2 bits quality."),
+              f"fp32 {value['fp32']:.2f}. The weights come from a file of 4-bit codes, so 8 bits "
+              "measure plumbing, 4 bits a second rounding, 3 and 2 bits quality."),
         table(WIDTHS_HEAD, [
             (str(bits), *(f"{value[column.format(bits)]:,.2f}" for column in COLUMNS))
             for bits in WIDTHS

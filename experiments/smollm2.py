@@ -8,8 +8,8 @@ gsm8k       a QLoRA run on GSM8K's train problems, and exact match before and af
             fixed sample of its test problems: data/results/smollm2-gsm8k.json
 
 A row is stored as soon as it is measured, and not measured again unless with --force. Weights
-read from a Q4_1 file lie on a 4-bit grid already (blocks of 32): at 4 and 8 bits they measure
-plumbing, at 3 and 2 bits quality.
+read from a Q4_1 file lie on a 4-bit grid already (blocks of 32): at 8 bits they measure
+plumbing, at 4 bits a second rounding, at 3 and 2 bits quality.
 """
 
 import copy

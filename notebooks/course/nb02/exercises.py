@@ -66,6 +66,12 @@ def _step_not_outer(weight, hessian, column, target):
     return weight - (weight[:, column] - target) / inverse[column, column] * inverse[column]
 
 
+def _step_others_wrong_way(weight, hessian, column, target):
+    moved = 2 * weight - obs_step(weight, hessian, column, target)
+    moved[:, column] = target
+    return moved
+
+
 def _step_column_left(weight, hessian, column, target):
     moved = obs_step(weight, hessian, column, target)
     moved[:, column] = weight[:, column]
@@ -102,6 +108,10 @@ register(Exercise(
         (_step_not_outer, "errors (out,) times a row of the inverse (in,): every pair of them is "
                           "needed, an outer product (out, in)"),
         (lambda w, h, c, t: obs_step(w, h, c, t) - w, "this is the change; add it to the weights"),
+        (_step_others_wrong_way, "the column is on its target, but the others go the wrong way: "
+                                 "subtract from the whole row"),
+        (lambda w, h, c, t: obs_step(w, h, c, 0 * t), "this brings the column to 0: the numerator "
+                                                      "is weight - target"),
     ],
 ))
 
@@ -150,6 +160,34 @@ def _slow_whole_row(weight, hessian, scale, zero, max_code):
 def _slow_backwards(weight, hessian, scale, zero, max_code):
     flipped = (t.flip(1) for t in (scale, zero))
     return slow_gptq(weight.flip(1), hessian.flip(0, 1), *flipped, max_code).flip(1)
+
+
+def _slow_put(sign=-1, divisor=lambda inverse: inverse[0, 0]):
+    """Column j is put on its value, the columns after it move with another sign or divisor."""
+    def wrong(weight, hessian, scale, zero, max_code):
+        w = weight.clone()
+        for j in range(w.shape[1]):
+            inverse = torch.linalg.inv(hessian[j:, j:])
+            value = on_grid(w[:, j], scale[:, j], zero[:, j], max_code)
+            error = (w[:, j] - value) / divisor(inverse)
+            w[:, j + 1:] += sign * torch.outer(error, inverse[0, 1:])
+            w[:, j] = value
+        return w
+    return wrong
+
+
+def _slow_cheapest_first(weight, hessian, scale, zero, max_code):
+    w = weight.clone()
+    for row in range(len(w)):
+        left = list(range(w.shape[1]))
+        while left:
+            inverse = torch.linalg.inv(hessian[left][:, left])
+            error = w[row, left] - on_grid(w[row, left], scale[row, left], zero[row, left],
+                                           max_code)
+            k = (error.square() / inverse.diagonal()).argmin().item()
+            w[row, left] -= error[k] / inverse[k, k] * inverse[k]
+            del left[k]
+    return w
 
 
 def _slow_codes(weight, hessian, scale, zero, max_code):
@@ -252,6 +290,12 @@ register(Exercise(
         (_slow_wrong_place, "an index is off: after cutting, column j is column 0 of H[j:, j:]"),
         (lambda w, h, *grid: slow_gptq(w, _damped(h, 0.01), *grid),
          "H is taken as it is here, no damping: that comes in step 2"),
+        (_slow_put(divisor=lambda inverse: 1), "the columns after j move by the error as it is: "
+                                               "divide it by the inverse's first diagonal element"),
+        (_slow_put(sign=1), "column j is on its value, but those after it go the wrong way: "
+                            "subtract"),
+        (_slow_cheapest_first, "this takes each row's cheapest column next, as OBQ does; here the "
+                               "columns come from left to right"),
         (_slow_in_place, "right values, but `weight` itself was changed: clone it first"),
     ],
     rtol=1e-4, atol=1e-5,
@@ -274,6 +318,11 @@ def _factor(damped=_damped, of=torch.linalg.inv, upper=True):
 
 def _factor_of_other_product(h, damp_percent):
     return torch.linalg.inv(torch.linalg.cholesky(_damped(h, damp_percent), upper=True))
+
+
+def _factor_by_qr(h, damp_percent):
+    root = torch.linalg.inv(torch.linalg.cholesky(_damped(h, damp_percent)))
+    return torch.linalg.qr(root)[1]
 
 
 def _factor_rows_over_diagonal(h, damp_percent):
@@ -324,6 +373,12 @@ register(Exercise(
          "take the mean of the diagonal, not of the whole matrix"),
         (_factor(damped=lambda h, d: _damped(h, d / 100)),
          "damp_percent is a fraction, whatever its name says: 0.01 is one percent"),
+        (lambda h, d: torch.linalg.inv(torch.linalg.cholesky(_damped(h, d))),
+         "its U^T U is right, but it is lower triangular: each error would go to the columns on "
+         "the left. Invert H first, then factor with upper=True"),
+        (_factor_by_qr, "its U^T U is right and so is its shape, but the diagonal of U is "
+                        "positive: turn the signs of the rows where it is not"),
+        (lambda h, d: -upper_factor(h, d), "this is -U: its diagonal is positive"),
         (_factor_of_damped_inverse, "damp H, before it is inverted, not its inverse"),
         (_factor_rows_over_diagonal, "the rows are divided by their diagonal elements; leave "
                                      "Cholesky's factor as it is"),
@@ -380,6 +435,19 @@ def _loop_column_left(weight, factor, scale, zero, max_code):
         errors[:, j] = (w[:, j] - value) / factor[j, j]
         w[:, j + 1:] -= torch.outer(errors[:, j], factor[j, j + 1:])
     return w, errors
+
+
+def _loop_put(change):
+    """Column j is put on its value; change(e, u, j): how much the columns after it move."""
+    def wrong(weight, factor, scale, zero, max_code):
+        w, errors = weight.clone(), torch.empty_like(weight)
+        for j in range(w.shape[1]):
+            value = on_grid(w[:, j], scale[:, j], zero[:, j], max_code)
+            errors[:, j] = (w[:, j] - value) / factor[j, j]
+            w[:, j + 1:] += change(errors[:, j], factor, j)
+            w[:, j] = value
+        return w, errors
+    return wrong
 
 
 def _loop_in_place(weight, factor, scale, zero, max_code):
@@ -443,6 +511,13 @@ register(Exercise(
         (_loop_then(lambda q, e, *given: (e, q)), "the weights first, then the errors"),
         (_loop_then(lambda q, e, w, u, scale, zero, top: ((q / scale + zero).round(), e)),
          "these are the codes; return the values on the grid"),
+        (_loop_put(lambda e, u, j: torch.outer(e, u[j, j + 1:])),
+         "column j is on its value, but those after it go the wrong way: subtract"),
+        (_loop_put(lambda e, u, j: -torch.outer(e * u[j, j], u[j, j + 1:])),
+         "the columns after j move by the error as it is: it is e_j, divided by U[j, j], that "
+         "spreads"),
+        (_loop_put(lambda e, u, j: -torch.outer(e / u[j, j], u[j, j + 1:])),
+         "the columns after j move by an error that is divided twice: e_j has its U[j, j] already"),
         (_loop_in_place, "right values, but `weight` itself was changed: clone it first"),
     ],
     rtol=1e-4, atol=1e-5,
@@ -558,6 +633,10 @@ register(Exercise(
                                                             "tokens, not by one less"),
         (_moment(count=lambda taken, mask: len(mask)), "divide by the number of real tokens, "
                                                        "not by the number of rows"),
+        (lambda x, mask: torch.cov(_real(x, mask).T), "torch.cov subtracts the mean and divides by "
+                                                      "one less; H is the plain mean of x^T x"),
+        (_moment(take=lambda x, mask: x[~mask.bool()].float()),
+         "the mask is 1 where a token is real; this takes the padding"),
         (_tokens_by_tokens, "this is x x^T, tokens by tokens; H is x^T x, features by features"),
     ],
     rtol=1e-4, atol=1e-5,
@@ -646,6 +725,10 @@ register(Exercise(
                           "start:end and columns end:"),
         (_update_in_place, "right values, but the argument was changed: clone it first"),
         (_update_next_block, "the whole rest must move, not just the next block"),
+        (lambda w, e, f, start, end: lazy_update(w, e, f.T @ f, start, end),
+         "this uses H^-1 = U^T U; the errors spread by the rows of U itself"),
+        (lambda w, e, f, start, end: lazy_update(w, e * f.diagonal()[start:end], f, start, end),
+         "E as it is spreads, D = E U: do not multiply the diagonal back"),
         (lambda w, e, f, start, end: lazy_update(w, e, f, start, end)[:, end:],
          "this is the rest alone; return the whole weight, the finished block as it was"),
     ],

@@ -56,6 +56,9 @@ register(Exercise(
         (lambda u, h: foretold_loss(u, h) ** 0.5, "the loss is the trace itself, not its root"),
         (_foretold(lambda u: u * u.diagonal().unsqueeze(1)),
          "divide the rows by the diagonal; this multiplies them"),
+        (lambda u, h: foretold_loss(u, h) / 12, "the trace alone is asked, without s^2 / 12"),
+        (_foretold(lambda u: _scaled(u) / u.diagonal().unsqueeze(1)),
+         "divide each row by its diagonal element once, not by its square"),
         (_foretold(lambda u: torch.linalg.inv(_scaled(u))), "V is U with its rows divided; no "
                                                             "inverse is needed"),
     ],
@@ -102,6 +105,15 @@ def _plane_best(vectors, y):
     return around[(around @ vectors.T - y).square().sum(1).argmin()]
 
 
+def _plane_from_y(vectors, y):
+    q, r = torch.linalg.qr(vectors)
+    numbers = torch.zeros_like(r[0])
+    for j in reversed(range(len(numbers))):
+        last = vectors[:, j + 1:j + 2] @ numbers[j + 1:j + 2]
+        numbers[j] = (q[:, j] @ (y - last) / r[j, j]).round()
+    return numbers
+
+
 def _vectors(tokens, features, rho, reach):
     def make(g):
         x = torch.randn(tokens, features, generator=g)
@@ -140,6 +152,13 @@ register(Exercise(
                                              "order of the loop"),
         (_plane_best, "this searches all points nearby for the very nearest; asked is the cheap "
                       "guess, plane by plane"),
+        (lambda b, y: nearest_plane(b.flip(1), y).flip(0),
+         "this begins with the first vector; begin with the last one"),
+        (_plane_from_y, "n_j b_j is subtracted from y anew each time: keep the rest, which has "
+                        "lost those before it too"),
+        (_plane(whole=torch.trunc), "this rounds towards 0; take the NEAREST plane"),
+        (lambda b, y: b @ nearest_plane(b, y), "this is the lattice point; return its whole "
+                                               "numbers"),
         (_plane(whole=lambda t: t), "the numbers of a lattice point are whole: round"),
     ],
     exact_dtype=False,
@@ -179,6 +198,10 @@ def _rows(h, weight, numbers, group_size, left=lambda a, h: a @ h @ a.T,
                         for a, w in zip(apart, weight)])
 
 
+def _damped(h):
+    return h + 0.01 * h.diagonal().mean() * torch.eye(len(h))
+
+
 def _scales(**changed):
     return lambda *given: _rows(*given, **changed)
 
@@ -203,18 +226,25 @@ def _outputs_case(tokens, features, group_size):
     return make
 
 
-def _row_case(tokens, features, group_size):
+def _row_case(tokens, features, group_size, first=1):
     def make(g):
         x, weight, numbers = _numbers(g, tokens, 1, features, group_size)
+        numbers[:, :group_size] *= first
         return x, weight[0], numbers[0], group_size
     return make
 
 
-def _rows_case(out, features, group_size):
+def _rows_case(out, features, group_size, first=1):
     def make(g):
         x, weight, numbers = _numbers(g, 6 * features, out, features, group_size)
+        numbers[:, :group_size] *= first
         return x.T @ x / len(x), weight, numbers, group_size
     return make
+
+
+def _one_scale(x, weight, numbers, group_size):
+    whole = refit_row(x, weight, numbers, len(numbers))
+    return whole.expand(len(numbers) // group_size).clone()
 
 
 register(Exercise(
@@ -238,6 +268,8 @@ register(Exercise(
         (lambda x, n, size: (x * n).unflatten(1, (-1, size)), "sum over the columns of a group"),
         (lambda x, n, size: group_outputs(x, n.abs(), size), "the numbers keep their signs"),
         (lambda x, n, size: group_outputs(x.abs(), n, size), "the inputs keep their signs"),
+        (lambda x, n, size: (x * n).unflatten(1, (-1, size)).sum(1),
+         "this sums over the groups; sum inside each of them, the last dimension"),
         (lambda x, n, size: (x * n)[:, ::size], "this takes one column of each group; sum them"),
     ],
 ))
@@ -248,6 +280,7 @@ register(Exercise(
         (_row_case(40, 8, 4), "two groups"),
         (_row_case(60, 12, 3), "four groups"),
         (_row_case(30, 6, 6), "one group"),
+        (_row_case(40, 8, 4, first=-1), "numbers of the wrong sign: a scale below 0"),
     ],
     mistakes=[
         (lambda x, w, n, size: (w * n).unflatten(0, (-1, size)).sum(1)
@@ -266,6 +299,11 @@ register(Exercise(
          "lstsq takes and gives columns: take [:, 0] of its solution"),
         (lambda x, w, n, size: refit_row(x, w, n, size).repeat_interleave(size),
          "a scale a group, not a column"),
+        (_one_scale, "this is one scale for the whole row; each group has its own"),
+        (lambda x, w, n, size: refit_row(x, w, n, size).clamp(min=0),
+         "least squares may give a scale below 0: leave it as it is"),
+        (lambda x, w, n, size: refit_row(x, w, n, size).abs(),
+         "a scale below 0 stays below 0: no abs()"),
         (lambda x, w, n, size: torch.linalg.lstsq(x, (x @ w).unsqueeze(1)).solution[:, 0],
          "this solves for weights; the unknowns are the scales, one a group"),
     ],
@@ -279,6 +317,7 @@ register(Exercise(
         (_rows_case(3, 8, 2), "three rows, four groups"),
         (_rows_case(2, 12, 4), "two rows, three groups"),
         (_rows_case(2, 5, 5), "one grid a row"),
+        (_rows_case(2, 8, 4, first=-1), "numbers of the wrong sign: scales below 0"),
     ],
     mistakes=[
         (_scales(left=lambda a, h: (a @ h @ a.T).diagonal().diag()),
@@ -296,6 +335,14 @@ register(Exercise(
          "every row has its own whole numbers"),
         (lambda h, w, n, size: _rows(h, w, n, size).repeat_interleave(size, 1),
          "a scale a group, not a column"),
+        (lambda h, w, n, size: _rows(h, w, n, len(h)).repeat(1, len(h) // size),
+         "this is one scale for a whole row; each group has its own"),
+        (lambda h, w, n, size: _rows(_damped(h), w, n, size),
+         "H is taken as it is here, no damping: that is the library's"),
+        (lambda h, w, n, size: _rows(h, w, n, size).clamp(min=0),
+         "least squares may give a scale below 0: leave it as it is"),
+        (lambda h, w, n, size: _rows(h, w, n, size).abs(),
+         "a scale below 0 stays below 0: no abs()"),
         (lambda h, w, n, size: _rows(h, w, n, size).T, "rows are outputs: (out, groups)"),
         (lambda h, w, n, size: _rows(h, w - n, n, size), "this is the change of scales that were "
                                                          "1: the right side has w, not w - n"),
@@ -341,6 +388,8 @@ register(Exercise(
         (lambda w, h, c: w @ torch.linalg.inv(h), "C is missing"),
         (lambda w, h, c: w.clone(), "this is W itself, which aims at the layer's own outputs"),
         (lambda w, h, c: dense_weight(w, h, c) - w, "this is the change; W' is asked for"),
+        (lambda w, h, c: dense_weight(w, _damped(h), c),
+         "H is taken as it is here, no damping: that comes with the call"),
         (lambda w, h, c: w @ c @ h, "multiply by the INVERSE of H"),
         (lambda w, h, c: torch.linalg.solve(h, (w @ c).T), "transpose back: W' is (out, in)"),
         (lambda w, h, c: w @ c / h.diagonal(), "dividing by H's diagonal inverts it only where "

@@ -22,6 +22,7 @@ from course.nb03.exercises import LoRALayer, by_hand, injected, stepped
 from course.nb04.exercises import layer_trial, trial
 from course.nb07.exercises import update_of
 from course.nb08 import exercises as nb08
+from course.nb09 import exercises as nb09
 from qlora_lib.data.gsm8k import to_number
 from qlora_lib.quant.packing import pack, unpack
 
@@ -501,6 +502,9 @@ WRONG = {
                                             upper=True), "U is a factor of its inverse"),
         (lambda h, d: torch.linalg.cholesky(torch.linalg.inv(h + d * h.diagonal().mean()),
                                             upper=True), "the diagonal alone"),
+        (lambda h, d: torch.linalg.solve_triangular(torch.linalg.cholesky(
+            h + d * h.diagonal().mean() * torch.eye(len(h))), torch.eye(len(h), dtype=h.dtype),
+            upper=False), "it is lower triangular"),
     ],
     "gptq_columns": [
         (lambda w, u, *grid: nb02.gptq_columns(w, u.diagonal().diag(), *grid),
@@ -515,7 +519,17 @@ WRONG = {
         (lambda b, y: (torch.linalg.qr(b)[0].T @ y / torch.linalg.qr(b)[1].diagonal()).round(),
          "begin with the LAST"),
     ],
+    "refit_row": [
+        (lambda x, w, n, size: nb09.refit_row(x, w, n, size).abs(), "below 0 stays below 0"),
+        (lambda x, w, n, size: nb09.refit_row(x, w, n, size).relu(), "may give a scale below 0"),
+    ],
     "refit_rows": [
+        (lambda h, w, n, size: torch.stack([torch.linalg.solve(
+            (m := torch.block_diag(*row.split(size))) @ h @ m.T, m @ h @ own).abs()
+            for own, row in zip(w, n)]), "below 0 stays below 0"),
+        (lambda h, w, n, size: nb09.refit_rows(h, w, n, size).relu(), "may give a scale below 0"),
+        (lambda h, w, n, size: torch.stack([(row @ h @ own / (row @ h @ row)).expand(
+            len(h) // size) for own, row in zip(w, n)]), "one scale for a whole row"),
         (lambda h, w, n, size: torch.stack([torch.linalg.solve(
             (m := torch.block_diag(*row.split(size))) @ m.T, m @ own)
             for own, row in zip(w, n)]), "H is missing"),
