@@ -13,7 +13,7 @@ from typing import Any
 
 import ipywidgets
 
-from . import GRID_VARIABLE
+from . import GRID_VARIABLE, grids
 from .picture import DPI, Draw, bundle, render
 
 _SLIDER = ipywidgets.SelectionSlider
@@ -51,7 +51,9 @@ class SliderPlot:
         first_picture = self.picture(**start)
         self.strip = self.film_strip()
         if os.environ.get(GRID_VARIABLE) == "1":
-            self.draw_grid()
+            pictures = self.draw_grid()
+            grids.keep(self.strip, [_described(name, values, start[name])
+                                    for name, values in self.values.items()], pictures)
 
         # No tooltip on the Image: in JupyterLab its view then fails with a JavaScript error.
         self.image = ipywidgets.Image(value=first_picture, format="png",
@@ -81,8 +83,9 @@ class SliderPlot:
         for combination in itertools.product(*self.values.values()):
             yield dict(zip(self.values, combination))
 
-    def draw_grid(self) -> None:
-        """Draw every combination; ValueError if a control never changes the picture."""
+    def draw_grid(self) -> list[bytes]:
+        """The PNG of every combination, in `grid`'s order; ValueError if a control never changes
+        the picture."""
         pictures = {tuple(map(repr, s.values())): self.picture(**s) for s in self.grid()}
         for i, name in enumerate(self.values):
             others = {}
@@ -90,6 +93,7 @@ class SliderPlot:
                 others.setdefault(setting[:i] + setting[i + 1:], set()).add(png)
             if all(len(pngs) == 1 for pngs in others.values()):
                 raise ValueError(f"the control '{name}' never changes the picture")
+        return list(pictures.values())
 
     @property
     def error(self) -> str:
@@ -185,6 +189,16 @@ def _values(name: str, spec: Sequence) -> list:
         raise ValueError(f"control '{name}': got {spec!r}; expected a list of two or more values "
                          "or a tuple (low, high[, step])")
     return spec
+
+
+def _described(name: str, values: list, start: Any) -> dict[str, Any]:
+    """A control as a web page makes it: its words, its kind, the words of its values, and the
+    place of the first."""
+    kind = next((kind for of, kind in ((bool, "box"), (str, "choice"))
+                 if all(isinstance(v, of) for v in values)), "slider")
+    place = next(i for i, v in enumerate(values) if v == start and type(v) is type(start))
+    return {"name": _words(name), "kind": kind, "labels": list(map(_label, values)),
+            "start": place}
 
 
 def _control(name: str, spec: Sequence, values: list, start: Any) -> ipywidgets.Widget:

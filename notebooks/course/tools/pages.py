@@ -1,11 +1,15 @@
 """The course as web pages that need no network: python -m course.tools html
 
-Each page is one file: its pictures and its style stand in it, and formulas become MathML here, at
-build time, so that no script and no font has to be fetched.
+Each page is one file: its pictures, its style and its script stand in it, and formulas become
+MathML here, at build time, so that nothing has to be fetched. A picture with controls holds what
+it shows at each setting (`kit/grids.py`), and a few lines of script (web/page.js) move it.
 """
 import argparse
+import base64
 import html
+import json
 import re
+import string
 import sys
 from pathlib import Path
 
@@ -19,47 +23,20 @@ from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_text
 from qlora_lib.base.folders import atomic_folder, check_place
 from qlora_lib.base.paths import ROOT, given_path
-from .execute import BUILD
-from .normal_form import notebooks, read
+from ..kit import grids
+from . import execute
+from .copies import fresh_copy_of
+from .normal_form import normal, notebooks, read
 
-DOCS = ROOT / "docs"
+DOCS, WEB = ROOT / "docs", Path(__file__).with_name("web")
 TITLE = "4-bit fine-tuning, built by hand"
-STYLE = """\
-body { max-width: 52rem; margin: 0 auto; padding: 1rem; color: #222; background: #fff;
-       font: 1rem/1.55 system-ui, sans-serif; }
-a { color: #0a58a8; }
-h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .6rem; }
-img { display: block; max-width: 100%; }
-pre { padding: .6rem .8rem; overflow-x: auto; font-size: .875rem; line-height: 1.4;
-      margin: .6rem 0; }
-.code pre, .highlight pre { background: #f5f6f8; border-left: 3px solid #0072b2; }
-.output pre { border-left: 3px solid #ccc; }
-code { font-family: ui-monospace, monospace; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left; vertical-align: top; }
-details { border: 1px solid #ccc; border-radius: 4px; padding: .4rem .8rem; margin: .6rem 0; }
-summary { cursor: pointer; }
-nav { display: flex; justify-content: space-between; gap: 1rem; }
-math[display="block"] { margin: .8rem 0; overflow-x: auto; }
-menclose { display: inline-block; border: 1px solid; padding: .3em; }
-"""  # browsers draw no menclose, which is \\boxed
-PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{nav}
-{body}
-{nav}
-</body>
-</html>
-"""
+SEARCH = """\
+<h1>Search</h1>
+<form role="search"><input type="search" name="q" aria-label="Search"></form>
+<noscript><p>The search needs scripts, which are off in this browser.</p></noscript>
+<p id="count" role="status"></p>
+<ol></ol>
+<script type="application/json" id="sections">{sections}</script>"""
 
 
 def formula(latex: str, display: str) -> str:
@@ -90,13 +67,17 @@ class _Renderer(IPythonRenderer):
         return f'<h{level} id="{name}">{text}</h{level}>\n'
 
     def block_math(self, body):
-        return formula(body, "block")
+        return _block(body)
 
     def inline_math(self, body):
         return formula(body, "inline")
 
     def latex_environment(self, name, body):
-        return formula(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
+        return _block(rf"\begin{{{name}}}{body}\end{{{name}}}")
+
+
+def _block(latex: str) -> str:
+    return f'<div class="formula">{formula(latex, "block")}</div>'
 
 
 def markdown(text: str) -> str:
@@ -107,13 +88,36 @@ def markdown(text: str) -> str:
 
 
 def output(made) -> str:
-    """A picture with its words, or text; of several forms the picture."""
+    """A picture with its words, or text; of several forms the picture. One with controls can be
+    moved where its grid was kept, and is a film strip where not."""
     if "text" in made:
         return f"<pre>{html.escape(made.text)}</pre>"
     if png := made.data.get("image/png"):
-        alt = html.escape(made.metadata.get("image/png", {}).get("alt", ""), quote=True)
-        return f'<img alt="{alt}" src="data:image/png;base64,{png.strip()}">'
+        alt = made.metadata.get("image/png", {}).get("alt", "")
+        strip = (f'<img alt="{html.escape(alt, quote=True)}" '
+                 f'src="data:image/png;base64,{png.strip()}">')
+        grid = grids.kept(base64.b64decode(png)) if has_controls(made) else None
+        return strip if grid is None else plot(grid, strip, alt)
     return f"<pre>{html.escape(made.data.get('text/plain', ''))}</pre>"
+
+
+def has_controls(made) -> bool:
+    """Whether an output of a notebook is that of a SliderPlot."""
+    data = made.get("data", {})
+    return "image/png" in data and data.get("text/plain", "").startswith("[controls: ")
+
+
+def plot(grid: dict, strip: str, alt: str) -> str:
+    """A picture that web/page.js moves; without scripts the film strip."""
+    pictures = [grids.address(base64.b64decode(png)) for png in grid["pictures"]]
+    data = {"controls": grid["controls"], "pictures": pictures, "shown": grid["shown"], "alt": alt}
+    return (f'<div class="plot"><noscript>{strip}</noscript>'
+            f'<script type="application/json">{as_script(data)}</script></div>')
+
+
+def as_script(data) -> str:
+    """Data as JSON that can stand in a page's script: without a tag that would end it."""
+    return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def cells(book) -> str:
@@ -136,16 +140,53 @@ def headings(body: str, level: int) -> list[tuple[str, str]]:
     return re.findall(rf'<h{level} id="([^"]*)">(.*?)</h{level}>', body, re.S)
 
 
-def page(title: str, body: str, nav: str = "") -> str:
-    style = STYLE + HtmlFormatter().get_style_defs([".code", ".highlight"])
-    return PAGE.format(title=html.escape(plain(title)), style=style, body=body,
-                       nav=nav and f"<nav>{nav}</nav>")
+def sections(body: str) -> list[tuple[str, str, str]]:
+    """(anchor, heading, text) of each part of a page between headings, for the search."""
+    body = re.sub(r'<script\b.*?</script>|<noscript>.*?</noscript>', "", body, flags=re.S)
+    parts = re.split(r'<h[1-3] id="([^"]*)">(.*?)</h[1-3]>', body, flags=re.S)[1:]
+    return [(html.unescape(anchor), plain(heading), " ".join(plain(text).split()))
+            for anchor, heading, text in zip(parts[::3], parts[1::3], parts[2::3])]
+
+
+def style() -> str:
+    light, dark = (HtmlFormatter(style=name).get_style_defs([".code", ".highlight"])
+                   for name in ("default", "github-dark"))
+    ours = read_text(WEB / "style.css")
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{ours}"
+
+
+def page(title: str, body: str, contents: str = "", neighbors: str = "", script: str = "") -> str:
+    """A whole page. contents: of the column beside it; neighbors: links at the end; script: what
+    the page runs beside web/page.js."""
+    return string.Template(read_text(WEB / "page.html")).substitute(
+        title=html.escape(plain(title)), style=style(), body=body, contents=contents,
+        neighbors=neighbors and f'<nav class="neighbors">{neighbors}</nav>',
+        script=read_text(WEB / "page.js") + script)
+
+
+def link(stem: str, text: str, current: bool = False) -> str:
+    return f'<a href="{stem}.html"{" aria-current=page" * current}>{text}</a>'
+
+
+def contents(titles: dict[str, str], stem: str, body: str) -> str:
+    """The column: all pages by their title, and under this one its sections."""
+    lines = ["<nav><ul>", f"<li>{link('index', 'The course', stem == 'index')}</li>"]
+    for other, title in titles.items():
+        lines.append(f"<li>{link(other, title, other == stem)}")
+        if other == stem:
+            lines += ["<ul>", *(f'<li><a href="#{anchor}">{text}</a></li>'
+                                for anchor, text in headings(body, 2)), "</ul>"]
+        lines.append("</li>")
+    return "\n".join([*lines, "</ul></nav>"])
 
 
 def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
-    """Write a page for each notebook and each Markdown document into `out`, and index.html.
+    """Write a page for each notebook and each Markdown document into `out`, and index.html and
+    search.html.
 
-    `out` is replaced as a whole, once every page is made. Returns the pages' paths.
+    Of a notebook that `run --grid` has executed as it is now, the page shows that run, where
+    pictures have all their settings; else what is stored in it. `out` is replaced as a whole, once
+    every page is made. Returns the pages' paths.
     Raises ValueError, naming the file, where there is no title, or a formula or an output that no
     page can show.
     """
@@ -153,49 +194,72 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
     bodies = {}
     for path in [*paths, *documents]:
         try:
-            bodies[path] = (cells(read(path)) if path.suffix == ".ipynb" else
-                            markdown(read_text(path)))
-            if not headings(bodies[path], 1):
+            bodies[path.stem] = (cells(shown(path)) if path.suffix == ".ipynb" else
+                                 markdown(read_text(path)))
+            if not headings(bodies[path.stem], 1):
                 raise ValueError("no title; expected a line '# ...'")
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
-    titles = {path: headings(body, 1)[0][1] for path, body in bodies.items()}
-
-    def link(path, text):
-        return f'<a href="{path.stem}.html">{text}</a>'
-
-    pages = {}
-    for number, path in enumerate(paths):
-        nav = ['<a href="index.html">Contents</a>']
-        nav += [link(p, f"← {titles[p]}") for p in paths[max(number - 1, 0):number]]
-        nav += [link(p, f"{titles[p]} →") for p in paths[number + 1:number + 2]]
-        pages[path.stem] = page(titles[path], bodies[path], "".join(nav))
-    for path in documents:
-        pages[path.stem] = page(titles[path], bodies[path], '<a href="index.html">Contents</a>')
-    lines = [f"<h1>{TITLE}</h1>", "<ul>", *(f"<li>{link(p, titles[p])}</li>" for p in documents),
-             "</ul>"]
-    for path in paths:
-        first = re.search(r"<p>(.*?)</p>", bodies[path], re.S)
-        lines += [f"<h2>{link(path, titles[path])}</h2>", first.group() if first else "", "<ul>"]
-        lines += [f'<li><a href="{path.stem}.html#{anchor}">{text}</a></li>'
-                  for anchor, text in headings(bodies[path], 2)]
-        lines.append("</ul>")
-    pages["index"] = page(TITLE, "\n".join(lines))
-
+    titles = {stem: headings(body, 1)[0][1] for stem, body in bodies.items()}
+    stems, pages = [path.stem for path in paths], {}
+    for number, stem in enumerate(stems):
+        before, after = stems[max(number - 1, 0):number], stems[number + 1:number + 2]
+        around = [link(s, f"← {titles[s]}") for s in before] + \
+            [link(s, f"{titles[s]} →") for s in after]
+        pages[stem] = bodies[stem], "".join(around), ""
+    pages |= {path.stem: (bodies[path.stem], "", "") for path in documents}
+    pages["index"] = index([path.stem for path in documents], stems, bodies, titles), "", ""
+    found = [(stem, anchor, plain(titles[stem]), heading, text) for stem, body in bodies.items()
+             for anchor, heading, text in sections(body)]
+    pages["search"] = SEARCH.format(sections=as_script(found)), "", read_text(WEB / "search.js")
+    titles_of = titles | {"index": TITLE, "search": "Search"}
     with atomic_folder(out, "index.html") as part:
-        for stem, text in pages.items():
+        for stem, (body, around, script) in pages.items():
+            text = page(titles_of[stem], body, contents(titles, stem, body), around, script)
             (part / f"{stem}.html").write_text(text, encoding="utf-8")
     return sorted(out.glob("*.html"))
+
+
+def shown(path: Path):
+    """The notebook that a page shows: as it was run just now, or as it is stored."""
+    copy = fresh_copy_of(path)
+    return normal(copy, path.stem) if copy else read(path)
+
+
+def index(documents: list[str], stems: list[str], bodies: dict, titles: dict) -> str:
+    """The first page: each notebook with its first paragraph and its sections."""
+    lines = [f"<h1>{TITLE}</h1>", "<ul>", *(f"<li>{link(s, titles[s])}</li>" for s in documents),
+             "</ul>"]
+    for stem in stems:
+        first = re.search(r"<p>(.*?)</p>", bodies[stem], re.S)
+        lines += [f"<h2>{link(stem, titles[stem])}</h2>", first.group() if first else "", "<ul>"]
+        lines += [f'<li><a href="{stem}.html#{anchor}">{text}</a></li>'
+                  for anchor, text in headings(bodies[stem], 2)]
+        lines.append("</ul>")
+    return "\n".join(lines)
+
+
+def not_run() -> list[str]:
+    """The notebooks that no run with --grid has executed as they are now."""
+    return [path.stem for path in notebooks() if fresh_copy_of(path) is None]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m course.tools html",
                                      description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=given_path, default=BUILD / "html", help="this folder is replaced")
-    out = parser.parse_args(arguments).out
-    made = build(out, notebooks(), sorted(DOCS.glob("*.md")))
+    parser.add_argument("--out", type=given_path, default=execute.BUILD / "html",
+                        help="this folder is replaced")
+    parser.add_argument("--stored", action="store_true", help="run nothing: show what is "
+                        "stored in notebooks that were not run just now, with film strips")
+    given = parser.parse_args(arguments)
+    if stale := [] if given.stored else not_run():
+        print("to be run first, so that every setting of their pictures is drawn:")
+        execute.run(stale, "tiny", {}, grid=True)
+        if not_run():
+            return 1
+    made = build(given.out, notebooks(), sorted(DOCS.glob("*.md")))
     size = sum(path.stat().st_size for path in made)
-    print(f"{len(made)} pages, {size / 1e6:.1f} MB: open {out / 'index.html'}")
+    print(f"{len(made)} pages, {size / 1e6:.1f} MB: open {given.out / 'index.html'}")
     return 0
 
 

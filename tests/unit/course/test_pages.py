@@ -1,10 +1,13 @@
 """Web pages and copies for students, made from small notebooks and from the course's own."""
 import base64
+import json
 import re
 
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from course.kit import OUTPUTS_VARIABLE, grids
+from course.kit.picture import bundle, render
 from course.tools import pages, student
 from course.tools.normal_form import (
     NOTEBOOKS,
@@ -17,6 +20,7 @@ from course.tools.normal_form import (
     write,
 )
 
+PNG = "data:image/png;base64,"
 FORMULAS = r"""# 01 Sums & norms
 
 The **first** paragraph, with $H^{-1}$.
@@ -70,7 +74,7 @@ def site(tmp_path):
     paths = [tmp_path / "01_a.ipynb", tmp_path / "02_b.ipynb"]
     out = tmp_path / "html"
     assert [p.name for p in pages.build(out, paths, [tmp_path / "WORDS.md"])] == [
-        "01_a.html", "02_b.html", "WORDS.html", "index.html"]
+        "01_a.html", "02_b.html", "WORDS.html", "index.html", "search.html"]
     return {path.stem: path.read_text(encoding="utf-8") for path in out.iterdir()}
 
 
@@ -88,12 +92,43 @@ def test_pages_lead_to_each_other_and_ask_nobody(site):
         for target, fragment in re.findall(r'href="(?!https:)([^"#]*)#?([^"]*)"', page):
             there = site[target.removesuffix(".html") if target else name]
             assert not fragment or f'id="{fragment}"' in there, (name, target, fragment)
-        fetched = r'<(?:script|link|iframe|object)\b|url\(|@import|src="(?!data:)'
+        fetched = r'<(?:script\b[^>]*src|link|iframe|object)\b|url\(|@import|src="(?!data:)'
         assert re.findall(fetched, page) == []
     assert 'href="02_b.html#What-you-built"' in site["01_a"] and "WORDS.html" in site["01_a"]
     assert 'href="https://arxiv.org/abs/1"' in site["01_a"]
     assert '<a href="02_b.html">02 B →</a>' in site["01_a"]
     assert "<p>The <strong>first</strong> paragraph" in site["index"]
+
+
+def test_a_picture_with_controls_holds_its_settings_where_they_were_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path / "outputs"))
+    picture = render(lambda ax: ax.plot([0, 1]), [{}], size=(1, 1))
+    other = render(lambda ax: ax.plot([1, 0]), [{}], size=(1, 1))
+    data, metadata = bundle(picture, "[controls: x: 1, 2] A </script> line", "A </script> line")
+    path, out = tmp_path / "01_a.ipynb", tmp_path / "html"
+    write(path, dumps(a_book("# A", new_code_cell("plot", outputs=[
+        new_output("display_data", data, metadata=metadata)]))))
+    strip = f'<img alt="A &lt;/script&gt; line" src="{PNG}{data["image/png"]}">'
+    pages.build(out, [path], [])
+    assert strip in (out / "01_a.html").read_text() and '"plot"' not in (out / "01_a.html").read_text()
+    controls = [{"name": "x", "kind": "slider", "labels": ["1", "2"], "start": 1}]
+    grids.keep(picture, controls, [picture, other])
+    pages.build(out, [path], [])
+    page = (out / "01_a.html").read_text()
+    found = re.search(r'<div class="plot"><noscript>(.*?)</noscript>'
+                      r'<script type="application/json">(.*?)</script></div>', page, re.S)
+    assert found[1] == strip and "</script>" not in found[2]
+    held = json.loads(found[2])
+    assert held["controls"] == controls and held["alt"] == "A </script> line"
+    assert held["shown"] == [0, 1] and held["pictures"] == list(map(grids.address, (picture, other)))
+
+
+def test_the_search_knows_every_section_by_its_words(site):
+    found = json.loads(re.search(r'id="sections">(.*?)</script>', site["search"], re.S)[1])
+    by_place = {(stem, anchor): (title, heading, text) for stem, anchor, title, heading, text in found}
+    assert by_place["02_b", "What-you-built"][:2] == ("02 B", "What you built")
+    assert "The first paragraph" in by_place["01_a", "01-Sums-&-norms"][2]
+    assert "a paper" in by_place["01_a", "1.-Why-2"][2] and ("WORDS", "Words") in by_place
 
 
 def test_what_no_page_can_show_is_named_and_the_old_pages_stay(tmp_path):

@@ -1,7 +1,11 @@
 """Sliders: what each control does, what is drawn of all settings, and bad ones."""
-import pytest
+import base64
+import io
 
-from course.kit import GRID_VARIABLE
+import pytest
+from PIL import Image
+
+from course.kit import GRID_VARIABLE, OUTPUTS_VARIABLE, grids
 from course.kit.slider import SliderPlot
 
 
@@ -50,7 +54,8 @@ def test_an_error_after_a_move_is_shown_and_goes_away():
     assert plot.error == ""
 
 
-def test_an_error_is_never_swallowed_where_it_can_be_raised(monkeypatch):
+def test_an_error_is_never_swallowed_where_it_can_be_raised(monkeypatch, tmp_path):
+    monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path))
     plot = SliderPlot(failing, {"bits": (2, 4)}, alt="x", size=(2, 1))
     with pytest.raises(ValueError, match="no such"):
         plot.draw_grid()
@@ -68,6 +73,35 @@ def test_a_control_without_effect_is_found(quick_pictures, line):
                       size=(2, 1))
     with pytest.raises(ValueError, match="the control 'b' never changes"):
         idle.draw_grid()
+
+
+def test_what_a_page_needs_is_kept_under_the_film_strip(tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTPUTS_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(GRID_VARIABLE, "1")
+
+    def draw(ax, bits, mirrored, name):
+        draw_line(ax, bits, mirrored and name == "b")
+
+    plot = SliderPlot(draw, {"bits": (2, 3), "mirrored": [False, True], "name": ["a", "b"]},
+                      start={"bits": 3, "name": "b"}, alt="x", size=(2, 1))
+    kept = grids.kept(plot.strip)
+    assert kept["controls"] == [
+        {"name": "bits", "kind": "slider", "labels": ["2", "3"], "start": 1},
+        {"name": "mirrored", "kind": "box", "labels": ["off", "on"], "start": 0},
+        {"name": "name", "kind": "choice", "labels": ["a", "b"], "start": 1}]
+    # Of eight settings, two look different from the other two of their bits.
+    assert kept["shown"] == [0, 0, 0, 1, 2, 2, 2, 3] and len(kept["pictures"]) == 4
+    for setting, at in zip(plot.grid(), kept["shown"]):
+        assert base64.b64decode(kept["pictures"][at]) == plot.picture(**setting)
+    assert grids.kept(b"another") is None
+
+
+def test_an_address_holds_the_picture_to_the_pixel(line):
+    png = line.picture(bits=2, symmetric=False)
+    kind, data = grids.address(png).removeprefix("data:image/").split(";base64,")
+    assert kind in ("png", "webp") and len(base64.b64decode(data)) <= len(png)
+    ours, before = (Image.open(io.BytesIO(x)).convert("RGB") for x in (base64.b64decode(data), png))
+    assert ours.tobytes() == before.tobytes()
 
 
 @pytest.mark.long
