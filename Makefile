@@ -121,8 +121,8 @@ $(VENV)/.browser: $(READY) tests/browser/requirements.txt
 # glibc gives large blocks of memory back to the system when they are freed, and gets them anew page
 # by page: up to a tenth of a training step on a CPU. Notebooks that are run keep it; what measures
 # memory or speed finds it as it is. Elsewhere the two names say nothing.
-run-all nbval store solved ui pictures: export MALLOC_MMAP_THRESHOLD_ := 1073741824
-run-all nbval store solved ui pictures: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+run-all nbval store solved ui pictures html: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+run-all nbval store solved ui pictures html: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 run-all: $(READY) ## run every notebook into outputs/ and compare its numbers ## python -m course.tools run [--profile tiny] [--parameters "bits=3"] [--jobs 2] [01 02]
 	$(TOOLS) run --profile $(PROFILE) --parameters "$(P)$(if $(filter-out tiny,$(PROFILE)),$(if $(MODEL), weights_from='$(MODEL)')$(if $(GSM8K_DIR), data_from='$(GSM8K_DIR)'))" \
