@@ -607,7 +607,7 @@ def _step_arguments(generator, sizes, max_norm=1e3, left=0.0, optimizer=torch.op
 
 def _step(clear=True, share=lambda batch, count, counts: count / sum(counts), clear_each=False,
           step_each=False, clear_last=False, clip=nn.utils.clip_grad_norm_, clip_each=False,
-          clip_late=False, say=lambda losses, shares: sum(a * b for a, b in zip(losses, shares)),
+          say=lambda losses, shares: sum(a * b for a, b in zip(losses, shares)),
           count=lambda batch: int((batch["labels"] != -100).sum())):
     """Another training step; each part is done otherwise."""
     def wrong(model, optimizer, batches, max_norm):
@@ -628,12 +628,10 @@ def _step(clear=True, share=lambda batch, count, counts: count / sum(counts), cl
                 optimizer.step()
         if clear_last:
             optimizer.zero_grad()
-        if not clip_late and not clip_each:
+        if not clip_each:
             clip(_parameters(model), max_norm)
         if not step_each:
             optimizer.step()
-        if clip_late:
-            clip(_parameters(model), max_norm)
         return say(losses, shares)
     return wrong
 
@@ -651,12 +649,6 @@ def _always_scaled(parameters, max_norm):
     norm = torch.stack([p.grad.norm() for p in parameters]).norm()
     for p in parameters:
         p.grad *= max_norm / norm
-
-
-def _no_backward(model, optimizer, batches, max_norm):
-    optimizer.zero_grad()
-    counts = [int((batch["labels"] != -100).sum()) for batch in batches]
-    return sum(model(**batch).loss.item() * n / sum(counts) for batch, n in zip(batches, counts))
 
 
 def _first_batch_only(model, optimizer, batches, max_norm):
@@ -704,9 +696,8 @@ register(Exercise(
         (_step(step_each=True),
          "the weights move after each batch; a step moves them once, after the last"),
         (_step(clear_last=True),
-         "the gradients are cleared between backward and step, so nothing moves"),
-        (_step(clip=_no_clip), "max_norm is not used: clip the gradient before the step"),
-        (_step(clip_late=True), "you clip after the step, when it is too late"),
+         "nothing moves: when step() is called there are no gradients, or it is not called"),
+        (_step(clip=_no_clip), "max_norm has no effect: clip the gradient, before the step"),
         (_step(clip_each=True),
          "you clip after each batch; clip once, when the whole gradient is there"),
         (_step(clip=_each_tensor_alone),
@@ -725,7 +716,6 @@ register(Exercise(
         (_step(say=lambda losses, shares: sum(losses) / len(losses)),
          "right step, but the loss you return lets each batch count the same: weigh it as the "
          "gradient"),
-        (_no_backward, "nothing moves: backward and optimizer.step() are missing"),
         (_first_batch_only, "only the first batch is used"),
         (_no_loss, "the step is right; return its loss as well"),
     ]]))

@@ -772,8 +772,8 @@ WRONG = {
         (step(weigh=lambda batch, batches: supervised(batch)), "the sum over tokens, not the mean"),
         (step(each=lambda optimizer: optimizer.zero_grad(), after=lambda optimizer: None),
          "nothing moves"),
-        (step(after=lambda optimizer: optimizer.zero_grad()), "between backward and step"),
-        (step(clip=lambda parameters, max_norm: None), "max_norm is not used"),
+        (step(after=lambda optimizer: optimizer.zero_grad()), "there are no gradients"),
+        (step(clip=lambda parameters, max_norm: None), "max_norm has no effect"),
         (step(clip=nn.utils.clip_grad_value_), "limits every entry"),
         (step(clip=lambda parameters, max_norm: [
             nn.utils.clip_grad_norm_(p, max_norm) for p in parameters]), "clipped by itself"),
