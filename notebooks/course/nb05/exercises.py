@@ -239,8 +239,11 @@ register(Exercise(
         (" 3*3+4=9+4=13", "an equation in steps"),
         (" 12 of the 30 eggs", "a number in what follows"),
         (" 5.25.", "a decimal at a sentence's end"), (" 10-12", "a sum or a range"),
-        (" 5 or 6", "two values"), (" 2 x 9", "a product that is not worked out"),
-        (" Step 2: eggs", "words before the number"), (" none", "no number"), ("", "nothing"),
+        (" 5 or 6", "two values"), (" 5 to 6", "a range in words"),
+        (" 5 and 6", "a list"), (" 5 or $6", "two values with a currency"), (" 3+4", "a sum"),
+        (" 3 * 4", "a product with spaces"), (" 2 x 9", "a product that is not worked out"),
+        (" Step 2: eggs", "words before the number"), (" step 2", "small letters"),
+        (" **Step 2**", "a label behind markup"), (" none", "no number"), ("", "nothing"),
         (" 7 orders", "a word that begins with or"))],
     mistakes=[
         (_valued(part=lambda span: span), "of an equation the result counts, right of the last "
@@ -265,12 +268,21 @@ register(Exercise(
          "a number somewhere later is comment: 12 of the 30 eggs states 12. Only one that is "
          "joined by an operator or by or, to, and makes two values"),
         (_valued(after=re.compile(r"\s*[-+*/x]\s*\$?\d")), "5 or 6 are two values as well"),
+        (_valued(after=re.compile(r"\s*(?:[-+*/x]|or\b)\s*\$?\d")),
+         "5 to 6 and 5 and 6 are two values as well as 5 or 6"),
+        (_valued(after=re.compile(r"\s*(?:[-x]|or\b|to\b|and\b)\s*\$?\d")),
+         "3+4 and 3 * 4 are no values either: nothing is evaluated"),
+        (_valued(after=re.compile(r"\s*(?:[-+*/x]|or\b|to\b|and\b)\s*\d")),
+         "the second number may have a currency before it: 5 or $6"),
+        (_valued(before=re.compile("[A-Z]")), "small letters make a label too: step 2"),
+        (_valued(before=re.compile(r"^\s*[A-Za-z]")),
+         "letters ANYWHERE before the number make a label, behind markup too, as in **Step 2**"),
         (_valued(after=re.compile(r"\s*(?:or|to|and)\b\s*\$?\d")),
          "10-12 and 2 x 9 are no values as they stand: nothing is evaluated"),
         (_valued(number=lambda text: text), "return a number, to_number(...): as text \"18\" and "
                                             "\"18.0\" differ"),
         (_valued(number=lambda text: float(text.replace(",", "").replace("$", ""))),
-         "return to_number's exact Fraction, not a float"),
+         "return to_number's exact Fraction, not a float or an int"),
         (_valued(number=lambda text: abs(to_number(text))), "the sign is gone: -7 is not 7"),
         (lambda span: stated_value(span) or None, "0 is a value, but false in Python: ask "
                                                   "`is not None`"),
@@ -301,14 +313,15 @@ def _spoken(text: str) -> str:
 
 
 def _strictly(text: str, spoken=_spoken, marks=lambda text: re.findall("####(.*)", text),
-              value=stated_value, said=lambda found: found[-1:]) -> Fraction | None:
+              value=stated_value, said=lambda found: found[-1:],
+              sentence=SAID) -> Fraction | None:
     """One strict answer; the rest is what mistakes change."""
     text = spoken(text)
     spans = list(marks(text))
     values = [v for v in map(value, spans) if v is not None]
     if values:
         return values[0]
-    for span in said(SAID.findall(text)):
+    for span in said(sentence.findall(text)):
         return value(span)
     return None
 
@@ -337,6 +350,11 @@ def _marks_alone(completions, value):
     return [_strictly(text, said=lambda found: []) for text in completions]
 
 
+def _said_unmarked(completions, value):
+    return [_strictly(text, said=(lambda found: []) if "####" in _spoken(text)
+                      else lambda found: found[-1:]) for text in completions]
+
+
 def _said_first(completions, value):
     return [_strictly(text, marks=lambda t: []) if SAID.search(_spoken(text)) else _strictly(text)
             for text in completions]
@@ -360,14 +378,17 @@ register(Exercise(
          "the model goes on with a question of its own"),
         (lambda g: (["<think>\n#### 17?\n</think>\n#### 18", "<think>\n16-3=13\n#### 17",
                      "<think>#### 2</think>\nThe answer is 4.\n<think>\n#### 3\n</think>",
-                     "#### 8\n<think>or #### 9</think>\nDone."],
+                     "#### 8\n<think>or #### 9</think>\nDone.",
+                     "<think>\nQuestion: 5 eggs?\n</think>\n#### 18"],
                     stated_value),
          "thinking is not read"),
         (lambda g: (["The answer is 18.", "So the answer is 5.25.", "The answer is 9-12=-3.",
                      "The answer is 17. No. The answer is 18.", "3 hens. The answer is eighteen.",
-                     "The answer is 3 or 4.", "The answer is 6. That is 7-1=6."], stated_value),
+                     "The answer is 3 or 4.", "The answer is 6. In all that is 7+2=9.",
+                     "The answer is 7\n9-5=4 eggs"], stated_value),
          "the answer in a sentence"),
-        (lambda g: (["The answer is 17.\n#### 18", "#### 18\nThe answer is 17."], stated_value),
+        (lambda g: (["The answer is 17.\n#### 18", "#### 18\nThe answer is 17.",
+                     "#### none\nThe answer is 5."], stated_value),
          "both formats"),
     ],
     mistakes=[
@@ -409,6 +430,14 @@ register(Exercise(
          "only a LINE that begins so is a new question: flags=re.M, and `^` before it"),
         (_reads(spoken=lambda t: re.split("^(?:Question|Problem)", THOUGHT.sub("", t))[0]),
          "without flags=re.M the `^` matches at the text's very beginning only"),
+        (_reads(spoken=lambda t: THOUGHT.sub("", TURN.split(t)[0])),
+         "thinking goes first: a line in it that begins with Question ends nothing"),
+        (_reads(sentence=re.compile(r"[Tt]he answer is((?:(?![Tt]he answer is).)+)")),
+         "a statement ends with its sentence: what follows, as In all that is 7+2=9, is another"),
+        (_reads(sentence=re.compile(r"(?s)[Tt]he answer is((?:(?![Tt]he answer is).)+)")),
+         "a statement ends with its sentence, and with its line: what follows is another"),
+        (_said_unmarked, "a marked line that states no value is none: then \"The answer is\" "
+                         "counts"),
         (_last_number_else, "strict means strict: without one of the two formats there is no "
                             "answer, even if the text holds a number (that is the flexible mode)"),
         (_changed(lambda answers: [a or None for a in answers]),
@@ -657,6 +686,7 @@ register(Exercise(
          "close is not right"),
         (lambda g: (["18.0005"], ["18"]), "very close is not right"),
         (lambda g: (["9007199254740993"], ["9007199254740992"]), "the next whole number"),
+        (lambda g: (["18.0000000001"], ["18"]), "closer still"),
         (lambda g: ([None, None], ["3", "4"]), "a model that says nothing"),
         (lambda g: (["0", None, "0.0", "-0"], ["0", "0", "0", "0"]), "0 is an answer too"),
         (lambda g: (["-5", "5"], ["5", "-5"]), "the sign counts"),
@@ -674,11 +704,16 @@ register(Exercise(
                         "0"),
         (_right_if(lambda a, g: abs(a - g) < 0.1),
          "a tolerance accepts 18.0005 for 18: compare exactly, with =="),
+        (_right_if(lambda a, g: abs(a - g) < 1e-6),
+         "however small a tolerance is, it accepts what is not the gold: compare with =="),
         (_right_if(lambda a, g: math.isclose(a, g, rel_tol=1e-4)),
          "a relative tolerance accepts 70003 for 70000: integers must be equal"),
         (_right_if(math.isclose),
+         "18.0000000001 is close to 18, but not right: no tolerance of your own or math.isclose's, "
+         "compare with =="),
+        (_right_if(lambda a, g: float(a) == float(g)),
          "as floats, 9007199254740993 and ...992 are one number: compare with == what to_number "
-         "gives, without float() or math.isclose"),
+         "gives, without float()"),
         (_right_if(lambda a, g: round(a) == round(g)),
          "rounding accepts 18.4 for 18: compare exactly"),
         (_right_if(lambda a, g: a in (g, g / 100, g * 100)),

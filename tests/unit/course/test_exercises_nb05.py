@@ -69,6 +69,30 @@ def stated(span):
     return match and to_number(match.group())
 
 
+def joined(by=r"[-+*/x]|or\b|to\b|and\b", currency=r"\$?", letters="[A-Za-z]"):
+    """`stated_value`, whose second number is joined `by` something; `letters` make a label."""
+    def mine(span):
+        part = span.split("=")[-1]
+        match = NUMBER.search(part)
+        if match is None or re.search(letters, part[:match.start()]):
+            return None
+        second = re.match(rf"\s*(?:{by})\s*{currency}\d", part[match.end():])
+        return None if second else to_number(match.group())
+    return mine
+
+
+def in_sentences(find, unless=lambda text: False):
+    """Step 3, whose statements "The answer is N" `find` gives, of a text."""
+    def mine(completions, value):
+        answers = []
+        for text in map(nb05._spoken, completions):
+            marked = [v for v in map(value, re.findall("####(.*)", text)) if v is not None]
+            said = [] if unless(text) else find(text)
+            answers.append(marked[0] if marked else value(said[-1]) if said else None)
+        return answers
+    return mine
+
+
 def reader(line, spoken=lambda text: text, keep=lambda v: v is not None):
     """Step 3 as a loop over lines; `line` is a function of (line, value)."""
     def mine(completions, value):
@@ -172,6 +196,11 @@ WRONG = {
         (lambda span: None if nb05.LETTER.search(span) else nb05.stated_value(span), None),
         (lambda span: nb05.stated_value(span.replace("$", "").replace(".", "")), None),
         (lambda span: nb05.stated_value(span) if nb05.stated_value(span) else None, "0 is a value"),
+        (joined(r"[-+*/x]|or\b"), "5 to 6 and 5 and 6"),
+        (joined(r"[-x]|or\b|to\b|and\b"), "3+4 and 3 * 4"),
+        (joined(currency=""), "may have a currency before it"),
+        (joined(letters="[A-Z]"), "small letters"),
+        (joined(letters=r"^\s*[A-Za-z]+"), "ANYWHERE before the number"),
     ],
     "strict_answers": [
         (reader(lambda line, value: value(line)), "right of the mark, not the whole line"),
@@ -186,6 +215,14 @@ WRONG = {
         (changed(str.lower), None),
         (changed(str, said=lambda found: found[:1]), "the last one counts"),
         (changed(lambda t: t if "####" in t else ""), "also reads"),
+        (changed(str, spoken=lambda t: nb05.THOUGHT.sub("", nb05.TURN.split(t)[0])),
+         "thinking goes first"),
+        (in_sentences(lambda t: re.split("[Tt]he answer is", t)[1:]), "and with its line"),
+        (in_sentences(lambda t: [span.split("\n")[0] for span in re.split(
+            "[Tt]he answer is", t)[1:]]), "ends with its sentence"),
+        (in_sentences(lambda t: re.findall(r"[Tt]he answer is(.+?)(?:\. |$)", t)), None),
+        (in_sentences(lambda t: re.findall(nb05.SAID, t), lambda t: "####" in t),
+         "that states no value is none"),
     ],
     "mcnemar": [
         (tosses(lambda b, c, n: mcnemar(b, c) / 2), None),
@@ -208,6 +245,11 @@ WRONG = {
         (grader(lambda a, g: a and both(a, g), lambda answers, golds: sum(map(bool, answers))),
          "denominator"),
         (grader(lambda a, g: a is not None and to_number(a) == g), "a text never equals"),
+        (grader(lambda a, g: a is not None and abs(to_number(a) - to_number(g)) < 1e-6),
+         "however small a tolerance"),
+        (grader(lambda a, g: a is not None and abs(to_number(a) - to_number(g)) < 1e-9), None),
+        (grader(lambda a, g: a is not None and round(to_number(a), 4) == round(to_number(g), 4)),
+         None),
         (grader(lambda a, g: a is not None and int(to_number(a)) == int(to_number(g))), "int()"),
         (grader(lambda a, g: a is not None and abs(to_number(a)) == abs(to_number(g))), "sign"),
         (grader(lambda a, g: a is not None and a.replace(",", "") == g), None),
@@ -249,6 +291,9 @@ RIGHT = {
         changed(lambda t: t + "\n"),
         changed(str.rstrip),
         changed(lambda t: nb05.TURN.split(nb05.THOUGHT.sub("", t))[0]),
+        in_sentences(lambda t: re.findall(r"the answer is(.*?)(?:\.\s|\n|\Z)", t, re.I | re.S)),
+        in_sentences(lambda t: [span.split("\n")[0].split(". ")[0] for span in re.split(
+            "[Tt]he answer is", t)[1:]]),
     ],
     "mcnemar": [
         tosses(lambda b, c, n: mcnemar(c, b)),
