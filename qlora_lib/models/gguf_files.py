@@ -1,14 +1,14 @@
-"""GGUF files, llama.cpp's format, read through transformers into an ordinary dense model.
+"""GGUF files of others, read through transformers into an ordinary dense model.
 
 The weights come out in full precision, but they lie on the file's own grid (Q4_1: 16 values in
 a block of 32), which can't be finer than what wrote it. Needs the packages gguf and accelerate.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from .gguf_folder import needs_gguf
 from .settings import check_config
 
 
@@ -35,11 +35,7 @@ def load_gguf(path: Path, dtype: torch.dtype):
     install, and ValueError for a damaged file and what transformers does not read."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
-        raise ImportError(
-            f"{path.name} is a GGUF file, and to read it takes {' and '.join(missing)}: "
-            f"python -m pip install {' '.join(missing)}"
-        )
+    needs_gguf(f"{path.name} is a GGUF file, and to read it", "accelerate")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name,
              "trust_remote_code": False}  # fmt: skip
     try:

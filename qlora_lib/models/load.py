@@ -1,6 +1,7 @@
 """Loading a model from the hub, a folder of safetensors or a GGUF file, never from pickle.
 
-It comes out dense, but for a 4-bit checkpoint of bitsandbytes, whose layers stay packed.
+It comes out dense, but for a 4-bit checkpoint of bitsandbytes and a folder of export_gguf, whose
+layers stay packed.
 """
 
 import shlex
@@ -15,6 +16,7 @@ from ..base.paths import short_path
 from .checkpoint import stored_shapes, weight_map
 from .conv1d import linear_from_conv1d
 from .gguf_files import gguf_file, load_gguf
+from .gguf_folder import is_gguf_folder, load_gguf_folder
 from .quantize import stored_tensors
 from .settings import plain_errors, read_config, read_tokenizer
 
@@ -33,7 +35,7 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
 
     path: a hub id, a folder with config.json, tokenizer and safetensors, a GGUF file or a
     folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear; a
-    4-bit checkpoint of bitsandbytes gives NF4 layers. Raises FileNotFoundError where no weights can
+    4-bit checkpoint of bitsandbytes gives NF4 layers, a folder of export_gguf grids. Raises FileNotFoundError where no weights can
     be had, ValueError for weights that are pickled, truncated, incomplete, NaN or Inf, or quantized
     otherwise, for a model that needs code of its own, and for a tokenizer without an end token.
     """
@@ -42,7 +44,10 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
     disable_progress_bar()  # in a notebook it would be a widget that stays
     device = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, device)
-    if gguf := gguf_file(path):
+    if is_gguf_folder(path):  # of export_gguf; its layers stay packed
+        model, tokenizer = load_gguf_folder(path, device, dtype_name(dtype))
+        model.config._name_or_path = str(path)
+    elif gguf := gguf_file(path):
         model, tokenizer = load_gguf(gguf, dtype)
     else:
         if _is_folder(str(path)):
@@ -118,7 +123,7 @@ def _explained(path: str, error: Exception) -> FileNotFoundError:
 
 def is_whole(name: str) -> bool:
     """Whether a model can't be streamed block by block: a GGUF file, or one of bitsandbytes."""
-    if gguf_file(name):
+    if is_gguf_folder(name) or gguf_file(name):
         return True
     try:
         return _quant_method(read_config(name)) == "bitsandbytes"
