@@ -9,18 +9,23 @@ from .common import Opened, add_command, open_options
 from .finetune import training_data
 
 NEEDS = {"data": ("with --merge gptq, which calibrates on it", lambda args: args.merge == "gptq")}
+LONGEST = 128  # new tokens of a golden completion
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
 
 def add_commands(commands) -> None:
-    text = "write a GPTQ checkpoint, for vLLM, transformers and GPTQModel"
+    text = "write a GPTQ checkpoint (vLLM, transformers, GPTQModel) or GGUF (llama.cpp, Ollama)"
     shared = "profile model data folder device compute-dtype"
     add = add_command(commands, "export", export, text, shared, needs=NEEDS)
     merge = "put the adapter into the weights and quantize them again; without, it stays beside"
     add("--merge", choices=("gptq", "rtn"), help=merge)
     form = "gptq is for readers that know only version 1 (default: gptq_v2)"
-    add("--format", choices=("gptq_v2", "gptq"), default="gptq_v2", help=form)
-    add("--out", type=given_path, help="(default: gptq or gptq-merged in the run's folder)")
+    add("--format", choices=("gptq_v2", "gptq", "gguf"), default="gptq_v2", help=form)
+    chat = "the tokenizer's own chat template, instead of that of the course's problems"
+    add("--chat", action="store_true", help=chat)
+    report = "of an evaluation of this very model, for the card (default: outputs/PROFILE/eval)"
+    add("--report", type=given_path, help=report)
+    add("--out", type=given_path, help="(default: gptq, gguf, or gptq-merged ... in the run's folder)")
 
 
 def export(args) -> None:
@@ -33,10 +38,24 @@ def export(args) -> None:
 
 def write_checkpoint(opened: Opened, args) -> None:
     from ..base.paths import short_path
+    from ..data.gsm8k import PROMPT
+    from ..data.tokens import encode_prompt
+    from ..formats.gguf_checkpoint import export_gguf
     from ..formats.gptq_checkpoint import export_gptq
-    from ..lora.files import find_adapter
+    from ..generation.generate import Decoding
+    from ..lora.files import find_adapter, load_adapter
+    from ..lora.inject import delete_adapter
     from ..models.checkpoint import load_quantized
     from ..runs.run_folder import check_base
+    from ..serving.card import write_card, write_modelfile
+    from ..serving.contract import (
+        GOLDEN,
+        adapter_faults,
+        ask_of,
+        make_contract,
+        serving_tokenizer,
+        write_contract,
+    )
 
     folder, base = opened.folder, opened.base("quantize")
     adapter = trained_adapter(folder)
@@ -49,16 +68,106 @@ def write_checkpoint(opened: Opened, args) -> None:
     model, tokenizer = load_quantized(base, opened.device, opened.compute_dtype)
     if adapter:
         find_adapter(model, adapter)  # it raises unless it was trained on this base
+    out = args.out or folder / (args.format[:4] + ("-merged" if args.merge else ""))
+    tokenizer = serving_tokenizer(tokenizer, None if args.chat else PROMPT)
+    if adapter:
+        load_adapter(model, adapter)
+    ask = {"questions": golden_questions(opened), "decoding": Decoding(
+        max_new_tokens=min(opened.profile.max_new_tokens, LONGEST), batch_size=GOLDEN)}  # fmt: skip
     if args.merge:
-        merge_adapter(model, tokenizer, adapter, args, opened)
+        encoded = [encode_prompt(tokenizer, ask_of(tokenizer, q)) for q in ask["questions"]]
+        ask["faults"] = adapter_faults(model, encoded)
+        merge_adapter(model, tokenizer, args, opened)
         adapter = None  # nothing is left to serve beside it
-    out = args.out or folder / ("gptq-merged" if args.merge else "gptq")
-    export_gptq(model, out, args.format, tokenizer)
+    contract = make_contract(model, tokenizer, **ask)
+    report = report_of(model, args.report, Path("outputs") / opened.profile.name / "eval")
+    about = described(opened, model, args)
+
+    def beside(scratch: Path) -> None:
+        if args.format == "gguf":
+            context = model.config.max_position_embeddings
+            write_modelfile(scratch, contract, None if args.chat else PROMPT, context)
+        write_contract(contract, scratch)
+        write_card(scratch, about, contract, report)
+
+    if args.format == "gguf":
+        rows = export_gguf(model, out, tokenizer, beside=beside)
+        for kind in sorted({row.kind for row in rows}):
+            lost = [row.lost for row in rows if row.kind == kind]
+            said = f"lost {max(lost):.1e} of a weight at most" if max(lost) else "nothing is lost"
+            print(f"{len(lost)} layers as {kind}: {said}")
+        size = sum(file.stat().st_size for file in out.glob("*.gguf"))
+        print(f"gguf of {size:,} bytes in {short_path(out)}")
+        print(f"ask llama.cpp whether it answers as measured:\n  python -m qlora_lib verify {out}")
+        print(f"serve with Ollama:\n  {shlex.join(['ollama', 'create', out.name, '-f'])} {out}/Modelfile")
+        return
+    if adapter:
+        delete_adapter(model, "default")
+    export_gptq(model, out, args.format, tokenizer, beside=beside)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"{args.format} checkpoint of {size:,} bytes in {short_path(out)}")
     if adapter:
         print(f"the adapter in {short_path(adapter)} stays beside it")
     print(f"serve with vLLM:\n  {serve_command(out, adapter)}")
+
+
+def golden_questions(opened: Opened) -> list[str]:
+    """The first of the profile's test problems; sums, where these can't be had."""
+    from ..serving.contract import GOLDEN
+
+    try:
+        return [entry["question"] for entry in opened.profile.examples("test")[:GOLDEN]]
+    except (OSError, ImportError) as error:
+        print(f"the contract asks sums, not the profile's problems ({str(error).splitlines()[0]})")
+        asked = "Ava has {} apples and buys {} more. How many apples does she have?"
+        return [asked.format(3 * i + 2, 7 * i + 5) for i in range(GOLDEN)]
+
+
+def report_of(model, given: Path | None, usual: Path) -> Path | None:
+    """The folder of an evaluation of these very weights: the one that is given, else the usual one
+    where it is one. Raises ValueError for a given one of other weights."""
+    from ..evaluation.evaluate import EvalReport
+    from ..models.fingerprint import fingerprint
+
+    try:
+        found = EvalReport.load(given or usual)
+    except FileNotFoundError:
+        if given:
+            raise
+        return None
+    if found.info.get("weights") == fingerprint(model):
+        return given or usual
+    if given:
+        raise ValueError(f"{given} is an evaluation of other weights than are exported; leave out "
+                         "--report, or evaluate these")  # fmt: skip
+    return None
+
+
+def described(opened: Opened, model, args) -> dict[str, str]:
+    """What the card says of where the model comes from."""
+    from ..base.paths import short_path
+    from ..models.quantize import quantized_layers
+    from ..runs.base import read_recipe
+    from ..runs.run_folder import read_run
+    from ..serving.card import licence_of
+
+    name, recipe = opened.profile.model, read_recipe(opened.folder) or {}
+    layers = quantized_layers(model).values()
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    about = {
+        "base model": short_path(Path(name)) if Path(name).exists() else name,
+        "licence": licence_of(name) or "",
+        "method": ", ".join(sorted({f"{recipe.get('method', '?')}, {m.spec}" for m in layers})),
+        "bits a weight": f"{8 * sum(m.held.nbytes for m in layers) / weights:.2f}",
+    }
+    try:
+        run = read_run(opened.folder)
+    except FileNotFoundError:
+        return about
+    data = run.get("data") or {}
+    merged = f", merged into the weights by {args.merge}" if args.merge else ""
+    about["adapter"] = f"{run.get('lora')}{merged}"
+    return about | {"trained on": str(data.get("source", "unknown"))}
 
 
 def trained_adapter(folder: Path) -> Path | None:
@@ -72,16 +181,14 @@ def trained_adapter(folder: Path) -> Path | None:
     return folder / about["path"] if about["trained"] == "qlora" else None
 
 
-def merge_adapter(model, tokenizer, adapter: Path, args, opened: Opened) -> None:
-    """Merge in place, by rounding or by GPTQ with the options that made the base."""
-    from ..lora.files import load_adapter
+def merge_adapter(model, tokenizer, args, opened: Opened) -> None:
+    """Merge the active adapter in place, by rounding or by GPTQ with the options that made the base."""
     from ..lora.merge import merge_lora
     from ..models.merge_hessians import merge_hessians
     from ..quant.gptq import GPTQOptions
     from ..quant.recipe import Recipe
     from ..runs.base import read_recipe
 
-    load_adapter(model, adapter)
     hessians, options = None, GPTQOptions()
     if args.merge == "gptq":
         said = read_recipe(opened.folder) or {}

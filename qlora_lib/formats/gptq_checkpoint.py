@@ -5,6 +5,7 @@ weights; safetensors with quantized layers in the layout of gptq_layout.py; toke
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -33,6 +34,7 @@ def export_gptq(
     checkpoint_format: str = "gptq_v2",
     tokenizer=None,
     max_shard_size: int | str = "5GB",
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model with QuantizedLinear layers as a GPTQ checkpoint, complete in its folder.
 
@@ -59,6 +61,8 @@ def export_gptq(
         save_torch_state_dict(state, scratch, max_shard_size=max_shard_size, metadata=metadata)
         save_settings(model, tokenizer, state, scratch, **config, quantization_config=described)
         write_json_atomic(scratch / MARKER, described)
+        if beside:
+            beside(scratch)
 
 
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
