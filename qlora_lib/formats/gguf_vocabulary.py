@@ -41,9 +41,12 @@ def add_vocabulary(writer, tokenizer, size: int) -> None:
         kinds[token["id"]] = kind
     merges = [m if isinstance(m, list) else m.split(" ") for m in said["model"]["merges"]]
     if said["model"].get("byte_fallback"):
-        for i, text in enumerate(texts):
-            if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-                kinds[i] = TokenType.BYTE
+        places = {text: i for i, text in enumerate(texts)}
+        for text in (f"<0x{byte:02X}>" for byte in range(256)):
+            if text not in places:
+                raise ValueError(f"the tokenizer has no piece {text}, by which llama.cpp spells "
+                                 "what it has no piece for")  # fmt: skip
+            kinds[places[text]] = TokenType.BYTE
         if tokenizer.unk_token_id is not None:
             kinds[tokenizer.unk_token_id] = TokenType.UNKNOWN
         writer.add_tokenizer_model("llama")

@@ -1,6 +1,7 @@
 """Tokenizers of SentencePiece's kind, with a space before the first word or without: LLaMA-2's and
 newer ones."""
 
+import json
 from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -34,4 +35,24 @@ def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([line for text in TEXT for line in text.split("\n")], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@cache
+def whole_sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+    """The same pieces merged as SentencePiece does, by score, which is by their ids: with every
+    pair that makes a piece, as transformers writes them of LLaMA-2's own, and a piece a byte."""
+    tokenizer = sentencepiece(kind)
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = said["model"]["vocab"]
+    vocab |= {f"<0x{i:02X}>": len(vocab) + i for i in range(256)}
+    said["model"]["merges"] = [
+        [text[:i], text[i:]]
+        for text in sorted(vocab, key=vocab.get)
+        for i in range(1, len(text))
+        if text[:i] in vocab and text[i:] in vocab and text not in ("<unk>", "<s>", "</s>")
+    ]
+    whole = Tokenizer.from_str(json.dumps(said))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )

@@ -1,0 +1,144 @@
+"""The same model here and through llama.cpp: `python -m experiments.gguf tiny|smollm2`.
+
+tiny      200 test problems: the base alone, with the bundled adapter beside it, and merged; quantized
+          by GPTQ in groups of 32, symmetric (Q4_0) and asymmetric (Q4_1), and for comparison by
+          llama.cpp's own rounding to nearest (Q4_0): data/results/tiny-gguf.json
+smollm2   50 of GSM8K's test problems, in the course's template: smollm2-gguf.json
+
+Each row: how many completions are the same text, exact match on both sides with McNemar's test, and
+tokens a second, one prompt at a time on one thread, in the same run. A row is stored as soon as it
+is measured, and not measured again unless with --force. Needs the packages gguf and xllamacpp.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.gflops import gflops
+from experiments.accuracy import ADAPTER
+from experiments.table import Table, asked_rows, command_line
+from qlora_lib.base.endings import ending
+from qlora_lib.base.paths import DATA, short_path
+from qlora_lib.base.statistics import mcnemar, newcombe, wilson
+from qlora_lib.data.gsm8k import PROMPT, format_gsm8k
+from qlora_lib.data.tokens import encode_prompt
+from qlora_lib.evaluation.extraction import is_correct
+from qlora_lib.formats.gguf_checkpoint import export_gguf
+from qlora_lib.generation.generate import Decoding, generator
+from qlora_lib.lora.files import load_adapter
+from qlora_lib.models.quantize import quantized_layers
+from qlora_lib.quant.grid import QuantSpec
+from qlora_lib.runs.profiles import Profile, load_profile
+from qlora_lib.serving.contract import serving_tokenizer
+from qlora_lib.serving.engines import llama_cpp
+
+RESULTS = DATA / "results"
+SEED = 0
+ASKED = {"tiny": 200, "smollm2": 50}
+TIMED = 20  # problems answered one at a time, for the tokens a second
+LONGEST = 128  # new tokens
+GPTQ_0 = ("gptq", QuantSpec(4, 32, symmetric=True))
+GPTQ_1 = ("gptq", QuantSpec(4, 32))
+NEAREST = ("llama.cpp", None)  # round to nearest, as its own quantizer does
+# How the base is quantized; "": alone, "adapter": beside it, "merged": in the weights
+ROWS = {
+    "tiny": {
+        f"{kind} {what}": (how, what)
+        for kind, how in (("gptq Q4_0", GPTQ_0), ("gptq Q4_1", GPTQ_1), ("nearest Q4_0", NEAREST))
+        for what in ("base", "adapter", "merged")
+    },
+    "smollm2": {"gptq Q4_0 base": (GPTQ_0, "base"), "gptq Q4_1 base": (GPTQ_1, "base")},
+}
+
+
+def made(profile: Profile, how, what: str, folder: Path):
+    """(model as it is served, tokenizer), written to `folder` as GGUF."""
+    method, spec = how
+    model, tokenizer = profile.load()
+    if spec:
+        profile.quantize(model, tokenizer, spec, method)
+    if what != "base":
+        load_adapter(model, ADAPTER)
+    merge = None if what != "merged" else "rtn" if spec else "dense"
+    linears = None if spec else "Q4_0"
+    rows = export_gguf(model, folder, serving_tokenizer(tokenizer, PROMPT), merge, linears)
+    if linears:  # this side computes with the rounded weights too
+        from qlora_lib.models.gguf_folder import ADAPTER as FILE
+        from qlora_lib.models.load import load_model
+
+        model, _ = load_model(folder, compute_dtype="fp32")
+        if (folder / FILE).is_file():
+            load_adapter(model, ADAPTER)
+    return model, tokenizer, rows
+
+
+def measured(profile: Profile, how, what: str, n: int) -> dict:
+    """One row of the table."""
+    problems = profile.examples("test")[:n]
+    prompts = [format_gsm8k(entry)[0] for entry in problems]
+    decoding = Decoding(max_new_tokens=LONGEST, batch_size=50)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        model, tokenizer, rows = made(profile, how, what, folder)
+        ours = [str(text) for text in generator(model, tokenizer, decoding)(prompts)]
+        single = generator(model, tokenizer, replace(decoding, batch_size=1))
+        began = time.perf_counter()
+        with single.layout():
+            said = [single([prompt])[0] for prompt in prompts[:TIMED]]
+        speed = sum(text.tokens for text in said) / (time.perf_counter() - began)
+        longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
+        contract = {"golden": [{"ids": longest}], "max_new_tokens": LONGEST,
+                    "stop": list(decoding.stop)}  # fmt: skip
+        with llama_cpp(folder, contract, threads=1) as engine:
+            began = time.perf_counter()
+            theirs = engine.complete(prompts[:TIMED])
+            their_speed = sum(a.tokens for a in theirs) / (time.perf_counter() - began)
+            theirs = [answer.text for answer in theirs + engine.complete(prompts[TIMED:])]
+            info = engine.info
+        size = sum(file.stat().st_size for file in folder.glob("*.gguf"))
+        stored = sum(layer.held.nbytes for layer in quantized_layers(model).values())
+    right = [[is_correct(text, entry["answer"]) for text, entry in zip(texts, problems)]
+             for texts in (ours, theirs)]  # fmt: skip
+    pairs = list(zip(*right))
+    only = [sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)]
+    both = sum(a and b for a, b in pairs)
+    return {
+        "n": n, "equal": sum(a == b for a, b in zip(ours, theirs)), "right": sum(right[0]),
+        "right_llama_cpp": sum(right[1]), "interval": wilson(sum(right[0]), n),
+        "interval_llama_cpp": wilson(sum(right[1]), n), "only_ours": only[0],
+        "only_llama_cpp": only[1], "p": mcnemar(*only),
+        "difference": newcombe(sum(right[1]), n, sum(right[0]), n, both),
+        "kinds": sorted({row.kind for row in rows}), "lost": max(row.lost for row in rows),
+        "file_bytes": size, "our_bytes": stored, "engine": info, "new_tokens": LONGEST,
+        "tokens_per_second": speed, "tokens_per_second_llama_cpp": their_speed,
+        "ratio": their_speed / speed, "gflops": round(gflops(), 1),
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line(__doc__, RESULTS, "--force", "--rows", "--model", "--data")
+    parser.add_argument("profile", choices=sorted(ROWS))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    profile = load_profile(args.profile, model=args.model, data=args.data)
+    profile = replace(profile, compute_dtype="fp32")
+    names = ROWS[args.profile]
+    path = args.out / f"{args.profile}-gguf.json"
+    table = Table(path, SEED, list(names))
+    for name in asked_rows(parser, args.rows, names):
+        if name in table.rows and not args.force:
+            print(f"{name}: is there")
+            continue
+        row = measured(profile, *names[name], ASKED[args.profile])
+        print(f"{name}: {row['equal']} of {row['n']} the same text, {row['right']} right here, "
+              f"{row['right_llama_cpp']} there, {row['ratio']:.1f} times as fast", flush=True)
+        table.keep(name, row)
+    print(f"stored in {short_path(path)}")
+
+
+if __name__ == "__main__":
+    sys.exit(ending(main))
