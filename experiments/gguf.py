@@ -5,15 +5,17 @@ tiny      200 test problems: the base alone, with the bundled adapter beside it,
           llama.cpp's own rounding to nearest (Q4_0): data/results/tiny-gguf.json
 smollm2   50 of GSM8K's test problems, in the course's template: smollm2-gguf.json
 
-Each row: how many completions are the same text, exact match on both sides with McNemar's test, and
-tokens a second, one prompt at a time on one thread, in the same run. A row is stored as soon as it
+Each row: how many completions are the same text, exact match on both sides with a verdict a problem
+and McNemar's test, and tokens a second, one prompt at a time on one thread, in the same run. A row is stored as soon as it
 is measured, and not measured again unless with --force. Needs the packages gguf and xllamacpp.
 """
 
+import copy
 import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from qlora_lib.evaluation.extraction import is_correct
 from qlora_lib.formats.gguf_checkpoint import export_gguf
 from qlora_lib.generation.generate import Decoding, generator
 from qlora_lib.lora.files import load_adapter
+from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantized_layers
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.runs.profiles import Profile, load_profile
@@ -44,35 +47,40 @@ LONGEST = 128  # new tokens
 GPTQ_0 = ("gptq", QuantSpec(4, 32, symmetric=True))
 GPTQ_1 = ("gptq", QuantSpec(4, 32))
 NEAREST = ("llama.cpp", None)  # round to nearest, as its own quantizer does
-# How the base is quantized; "": alone, "adapter": beside it, "merged": in the weights
+# How the base is quantized, and where the adapter is: nowhere, beside it, in the weights
 ROWS = {
     "tiny": {
-        f"{kind} {what}": (how, what)
-        for kind, how in (("gptq Q4_0", GPTQ_0), ("gptq Q4_1", GPTQ_1), ("nearest Q4_0", NEAREST))
-        for what in ("base", "adapter", "merged")
+        "gptq Q4_0 base": (GPTQ_0, "base"),
+        "gptq Q4_0 adapter": (GPTQ_0, "adapter"),
+        "gptq Q4_0 merged": (GPTQ_0, "merged"),
+        "gptq Q4_1 adapter": (GPTQ_1, "adapter"),
+        "gptq Q4_1 merged": (GPTQ_1, "merged"),
+        "nearest Q4_0 adapter": (NEAREST, "adapter"),
     },
     "smollm2": {"gptq Q4_0 base": (GPTQ_0, "base"), "gptq Q4_1 base": (GPTQ_1, "base")},
 }
 
 
-def made(profile: Profile, how, what: str, folder: Path):
-    """(model as it is served, tokenizer), written to `folder` as GGUF."""
+@cache
+def quantized(profile: Profile, how):
+    """(model, tokenizer) with the base quantized, once for all rows that share it."""
     method, spec = how
     model, tokenizer = profile.load()
     if spec:
         profile.quantize(model, tokenizer, spec, method)
+    return model, tokenizer
+
+
+def made(profile: Profile, how, what: str, folder: Path):
+    """(model as it is served, tokenizer, the report), written to `folder` as GGUF."""
+    model, tokenizer = copy.deepcopy(quantized(profile, how))
+    served, rounded = serving_tokenizer(tokenizer, PROMPT), how is NEAREST
+    if rounded:  # the adapter goes beside the rounded weights on both sides
+        export_gguf(model, folder, served, linears="Q4_0")
+        model, _ = load_model(folder, compute_dtype="fp32")
     if what != "base":
         load_adapter(model, ADAPTER)
-    merge = None if what != "merged" else "rtn" if spec else "dense"
-    linears = None if spec else "Q4_0"
-    rows = export_gguf(model, folder, serving_tokenizer(tokenizer, PROMPT), merge, linears)
-    if linears:  # this side computes with the rounded weights too
-        from qlora_lib.models.gguf_folder import ADAPTER as FILE
-        from qlora_lib.models.load import load_model
-
-        model, _ = load_model(folder, compute_dtype="fp32")
-        if (folder / FILE).is_file():
-            load_adapter(model, ADAPTER)
+    rows = export_gguf(model, folder, served, "rtn" if what == "merged" else None)
     return model, tokenizer, rows
 
 
@@ -107,16 +115,20 @@ def measured(profile: Profile, how, what: str, n: int) -> dict:
     only = [sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)]
     both = sum(a and b for a, b in pairs)
     return {
-        "n": n, "equal": sum(a == b for a, b in zip(ours, theirs)), "right": sum(right[0]),
-        "right_llama_cpp": sum(right[1]), "interval": wilson(sum(right[0]), n),
-        "interval_llama_cpp": wilson(sum(right[1]), n), "only_ours": only[0],
-        "only_llama_cpp": only[1], "p": mcnemar(*only),
-        "difference": newcombe(sum(right[1]), n, sum(right[0]), n, both),
+        "n": n, "equal": sum(a == b for a, b in zip(ours, theirs)), "ours": _score(right[0]),
+        "llama_cpp": _score(right[1]), "only_ours": only[0], "only_llama_cpp": only[1],
+        "p": mcnemar(*only), "difference": newcombe(sum(right[1]), n, sum(right[0]), n, both),
         "kinds": sorted({row.kind for row in rows}), "lost": max(row.lost for row in rows),
         "file_bytes": size, "our_bytes": stored, "engine": info, "new_tokens": LONGEST,
         "tokens_per_second": speed, "tokens_per_second_llama_cpp": their_speed,
         "ratio": their_speed / speed, "gflops": round(gflops(), 1),
     }  # fmt: skip
+
+
+def _score(right: list[bool]) -> dict:
+    n, correct = len(right), sum(right)
+    return {"n": n, "correct": correct, "accuracy": correct / n, "interval": wilson(correct, n),
+            "right": "".join(str(int(r)) for r in right)}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -134,8 +146,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: is there")
             continue
         row = measured(profile, *names[name], ASKED[args.profile])
-        print(f"{name}: {row['equal']} of {row['n']} the same text, {row['right']} right here, "
-              f"{row['right_llama_cpp']} there, {row['ratio']:.1f} times as fast", flush=True)
+        print(f"{name}: {row['equal']} of {row['n']} the same text, {row['ours']['correct']} right "
+              f"here, {row['llama_cpp']['correct']} there, {row['ratio']:.1f} times as fast", flush=True)
         table.keep(name, row)
     print(f"stored in {short_path(path)}")
 

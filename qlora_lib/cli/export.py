@@ -44,7 +44,6 @@ def write_checkpoint(opened: Opened, args) -> None:
     from ..formats.gptq_checkpoint import export_gptq
     from ..generation.generate import Decoding
     from ..lora.files import find_adapter, load_adapter
-    from ..lora.inject import delete_adapter
     from ..models.checkpoint import load_quantized
     from ..runs.run_folder import check_base
     from ..serving.card import write_card, write_modelfile
@@ -69,24 +68,31 @@ def write_checkpoint(opened: Opened, args) -> None:
     if adapter:
         find_adapter(model, adapter)  # it raises unless it was trained on this base
     out = args.out or folder / (args.format[:4] + ("-merged" if args.merge else ""))
-    tokenizer = serving_tokenizer(tokenizer, None if args.chat else PROMPT)
-    if adapter:
+    template = None if args.chat else PROMPT
+    tokenizer = serving_tokenizer(tokenizer, template)
+    context = model.config.max_position_embeddings
+    new, faults = min(opened.profile.max_new_tokens, LONGEST, context // 4), None
+    asked = {q: encode_prompt(tokenizer, ask_of(tokenizer, q)) for q in golden_questions(opened)}
+    asked = {q: ids for q, ids in asked.items() if len(ids) + new <= context}
+    if not asked:
+        raise ValueError(f"no golden question fits the context of {context} tokens")
+    if args.merge or adapter and args.format == "gguf":
         load_adapter(model, adapter)
-    ask = {"questions": golden_questions(opened), "decoding": Decoding(
-        max_new_tokens=min(opened.profile.max_new_tokens, LONGEST), batch_size=GOLDEN)}  # fmt: skip
     if args.merge:
-        encoded = [encode_prompt(tokenizer, ask_of(tokenizer, q)) for q in ask["questions"]]
-        ask["faults"] = adapter_faults(model, encoded)
+        faults = adapter_faults(model, list(asked.values()))
         merge_adapter(model, tokenizer, args, opened)
         adapter = None  # nothing is left to serve beside it
-    contract = make_contract(model, tokenizer, **ask)
-    report = report_of(model, args.report, Path("outputs") / opened.profile.name / "eval")
     about = described(opened, model, args)
 
     def beside(scratch: Path) -> None:
+        """Write what was measured, once it is clear that the weights can be written."""
+        if adapter and args.format != "gguf":  # which is served beside the checkpoint
+            load_adapter(model, adapter)
+        report = report_of(model, args.report, Path("outputs") / opened.profile.name / "eval")
+        decoding = Decoding(max_new_tokens=new, batch_size=GOLDEN)
+        contract = make_contract(model, tokenizer, list(asked), decoding, faults)
         if args.format == "gguf":
-            context = model.config.max_position_embeddings
-            write_modelfile(scratch, contract, None if args.chat else PROMPT, context)
+            write_modelfile(scratch, contract, template, context)
         write_contract(contract, scratch)
         write_card(scratch, about, contract, report)
 
@@ -101,8 +107,6 @@ def write_checkpoint(opened: Opened, args) -> None:
         print(f"ask llama.cpp whether it answers as measured:\n  python -m qlora_lib verify {out}")
         print(f"serve with Ollama:\n  {shlex.join(['ollama', 'create', out.name, '-f'])} {out}/Modelfile")
         return
-    if adapter:
-        delete_adapter(model, "default")
     export_gptq(model, out, args.format, tokenizer, beside=beside)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"{args.format} checkpoint of {size:,} bytes in {short_path(out)}")

@@ -91,8 +91,8 @@ class URL:
         return Answer(text, choice.get("finish_reason") == "stop", counts[0], first, counts[1])
 
     def _send(self, method: str, path: str, body: dict | None = None) -> dict:
-        where, until = f"http://{self.host}:{self.port}{self.path}{path}", (
-            time.monotonic() + self.seconds)  # fmt: skip
+        where = f"http://{self.host}:{self.port}{self.path}{path}"
+        until = time.monotonic() + self.seconds
         connection = HTTPConnection(self.host, self.port, timeout=self.seconds)
         try:
             connection.request(method, self.path + path, body and json.dumps(body).encode(),
@@ -122,7 +122,8 @@ def _first(logprobs: dict | None) -> dict | None:
     if not logprobs:
         return None
     if top := logprobs.get("top_logprobs"):
-        return {str(text).strip(): float(p) for text, p in top[0].items()}
+        least_first = sorted(top[0].items(), key=lambda pair: float(pair[1]))
+        return {str(text).strip(): float(p) for text, p in least_first}
     top = (logprobs.get("content") or [{}])[0].get("top_logprobs") or []
     return {t.get("id", str(t.get("token")).strip()): float(t["logprob"]) for t in top} or None
 

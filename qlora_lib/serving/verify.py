@@ -12,7 +12,7 @@ from .engines import Answer
 # Mean difference of the log probabilities of first tokens. llama.cpp rounds activations to 8 bits,
 # which moves them by 0.01 to 0.05; another model moves them by several.
 # NEAR: how well one of the adapter's faults must explain them.
-CLOSE, NEAR, FAR = 0.1, 0.6, 1.5
+CLOSE, NEAR, FAR = 0.1, 0.6, 1.2
 COMPARED = 5  # first tokens of a prompt
 LEAST = -12.0  # log probabilities below it count as this: their noise means nothing
 
@@ -91,8 +91,11 @@ def distances(golden: Sequence[dict], answers: Sequence[Answer]) -> dict[str, fl
         by_id = all(isinstance(key, int) for key in answer.first)
         least = max(LEAST, min(answer.first.values()))  # of what it shows
         for name, tokens in row["first"].items():
+            ours: dict = {}  # the likeliest of tokens that look alike
             for i, text, p in tokens[:COMPARED]:
-                theirs = answer.first.get(i if by_id else text.strip(), least)
+                ours.setdefault(i if by_id else text.strip(), p)
+            for token, p in ours.items():
+                theirs = answer.first.get(token, least)
                 found.setdefault(name, []).append(abs(max(theirs, least) - max(p, least)))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
@@ -103,8 +106,8 @@ def _shift(golden, answers) -> str | None:
             if a.prompt_tokens is not None}  # fmt: skip
     if more <= {0}:
         return None
-    return {1: "bos twice", -1: "bos missing"}.get(more.pop(), "wrong tokenizer") if (
-        len(more) == 1) else "wrong tokenizer"  # fmt: skip
+    only = more.pop() if len(more) == 1 else None
+    return {1: "bos twice", -1: "bos missing"}.get(only, "wrong tokenizer")
 
 
 def _counts(golden, answers) -> str:

@@ -80,7 +80,7 @@ def command_lines():
                  "--method x", "--targets x", "--optimizer sgd"):  # fmt: skip
         yield [*MEMORY, *argv.split()]
     for argv in ([], ["nothing"], ["--seed", "1"], ["generate"], ["generate", "a", "b"],
-                 ["quantize", "--what"], [*EXPORT, "--format", "gguf"], [*EXPORT, "--merge", "x"],
+                 ["quantize", "--what"], [*EXPORT, "--format", "awq"], [*EXPORT, "--merge", "x"],
                  EXPORT, [*SAY[:3], "1?"], ["verifier", *M, *D]):  # fmt: skip
         yield argv
     # Names and places
@@ -128,6 +128,16 @@ def command_lines():
         yield [*QUANTIZE, "--folder", f"recipe_{name}"]
     for name in ("no_weights", "cut_weights"):
         yield ["generate", "--model", name, *BARE, "1?"]
+    for value in (*NO_PLACE, "model", "data"):
+        yield ["verify", value]
+    for name in OBJECTS:
+        yield ["verify", f"contract_{name}"]
+    for value in ("", "x", "vllm", "http://", "http://example.com", "https://127.0.0.1", "ftp://x",
+                  "http://127.0.0.1:1", "http://127.0.0.1:99999", "http://[::1", "//127.0.0.1"):
+        yield ["verify", "contract", "--with", value]
+    for argv in ("", "--with transformers", "--adapter nowhere", "--with transformers --no-adapter",
+                 "--with llama.cpp --adapter x", "--device gpu"):  # fmt: skip
+        yield ["verify", "contract", *argv.split()]
     for name in RUNS:
         yield ["generate", *M, "--folder", f"run_{name}", "1?"]
         yield [*EXPORT, "--folder", f"run_{name}", "--merge", "rtn"]

@@ -18,12 +18,15 @@ from experiments.table import Table
 from qlora_lib.evaluation.evaluate import EvalReport, evaluate
 from qlora_lib.evaluation.tasks import Task
 from qlora_lib.evaluation.verifier import Verifier, train_verifier
+from qlora_lib.formats.gguf_checkpoint import export_gguf
 from qlora_lib.formats.gptq_checkpoint import export_gptq, import_gptq
 from qlora_lib.generation.generate import Completion, Generator
 from qlora_lib.lora.files import load_adapter
 from qlora_lib.lora.inject import inject_lora
 from qlora_lib.lora.layer import lora_layers
 from qlora_lib.models.checkpoint import load_quantized, save_quantized
+from qlora_lib.models.gguf_folder import ADAPTER, read_gguf_adapter
+from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
@@ -124,6 +127,22 @@ class Exported:
     @staticmethod
     def read(folder):
         return model_and_tokenizer(import_gptq(folder, "cpu", "fp32"))
+
+
+@format_of("gguf export")
+class ExportedGGUF:
+    @staticmethod
+    def write(folder):
+        model = small_model(layers=1)
+        quantize_model(model, None, GRID, "rtn")
+        inject_lora(model, ("q_proj", "down_proj"), rank=2)
+        export_gguf(model, folder, small_tokenizer())
+
+    @staticmethod
+    def read(folder):
+        model, tokenizer = load_model(folder, "cpu", "fp32")
+        read_gguf_adapter(model, folder / ADAPTER)
+        return model_and_tokenizer((model, tokenizer))
 
 
 @format_of("adapter")

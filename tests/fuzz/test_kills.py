@@ -44,6 +44,7 @@ CASES = {
     "evaluate --restart": Case(f"{ASK} --restart", (TRAIN, ASK)),
     "export": Case(EXPORT, (TRAIN,)),
     "export anew": Case(f"{EXPORT} --format gptq", (TRAIN, EXPORT)),
+    "export --format gguf": Case(f"{EXPORT} --format gguf", (TRAIN,)),
     "export --merge": Case(f"{EXPORT} --merge rtn", (TRAIN,)),
 }  # fmt: skip
 

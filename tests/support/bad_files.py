@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+from qlora_lib.serving.contract import write_contract
 from tests.support.small_models import small_model, small_tokenizer
 
 ROW = '{"question": "1 + 1?", "answer": "1+1=2\\n#### 2"}\n'
@@ -86,6 +87,8 @@ def make_place(folder: Path) -> None:
         (folder / f"report_{name}").mkdir()
         (folder / f"report_{name}" / "report.json").write_bytes(content)
         (folder / f"report_{name}" / "predictions.jsonl").touch()
+        (folder / f"contract_{name}").mkdir()
+        (folder / f"contract_{name}" / "contract.json").write_bytes(content)
         (folder / f"adapter_{name}").mkdir()
         (folder / f"adapter_{name}" / "adapter_config.json").write_bytes(content)
     for name, content in RUNS.items():
@@ -95,6 +98,9 @@ def make_place(folder: Path) -> None:
     (folder / "no_weights" / "model.safetensors").unlink()
     shutil.copytree(model, folder / "cut_weights")
     os.truncate(folder / "cut_weights" / "model.safetensors", 1000)
+    (folder / "contract").mkdir()  # of no model
+    asked = {"golden": [{"ids": [1]}], "stop": [], "max_new_tokens": 1, "template": None}
+    write_contract(asked, folder / "contract")
     (folder / "empty_folder").mkdir()
     (folder / "folder.jsonl").mkdir()
     (folder / "foreign").mkdir()

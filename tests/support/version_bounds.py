@@ -13,12 +13,14 @@ from packaging.requirements import Requirement
 from qlora_lib.base.paths import ROOT
 
 OF_THE_LIBRARY = ("data", "gguf")  # extras that qlora_lib imports
+APART = ("llama-cpp",)  # with the peers of tests/interop, in tests/requirements-interop.txt
 
 
 def asked() -> tuple[dict[str, Requirement], list[Requirement]]:
     """What pyproject.toml asks for: the library's requirements by name, and all of them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
+    extras = {name: asked for name, asked in extras.items() if name not in APART}
     own = project["dependencies"] + [r for name in OF_THE_LIBRARY for r in extras[name]]
     everything = project["dependencies"] + sum(extras.values(), [])
     return {r.name: r for r in map(Requirement, own)}, list(map(Requirement, everything))

@@ -141,3 +141,61 @@ def test_merging_by_gptq_takes_the_options_that_made_the_base(place, capsys, mon
     # match_dense is the quantization's own: a merge is to meet the trained model.
     assert seen[0] == GPTQOptions.best() and seen[1] == GPTQOptions()
     assert "weigh_columns=True" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_gguf_with_its_contract_and_card(place, capsys):
+    pytest.importorskip("gguf")
+    assert run("finetune", *FAST, "--group-size", "32", "--lr", "0.1") == 0
+    argv = ["export", *COMMON[:2], "--format", "gguf"]
+    assert run(*argv) == 0
+    out = capsys.readouterr().out
+    assert "7 layers as Q4_1: lost " in out and "verify checkpoints/tiny/gguf" in out
+    folder = place / "checkpoints" / "tiny" / "gguf"
+    names = {"base.gguf", "adapter.gguf", "Modelfile", "contract.json", "README.md", "hashes.json"}
+    assert names <= {path.name for path in folder.iterdir()}
+    golden = json.loads((folder / "contract.json").read_text())["golden"]
+    assert len(golden) >= 10 and golden[0]["prompt"].endswith("?\nAnswer:\n")
+    assert set(golden[0]["first"]) == {"as measured", "adapter missing", "adapter merged twice"}
+    assert "'rank': 2" in (folder / "README.md").read_text()
+
+    assert run("verify", str(folder), "--with", "transformers") == 0
+    assert capsys.readouterr().out.endswith("as measured\n")
+    (folder / "Modelfile").write_text("FROM ./other.gguf\n")
+    assert run("verify", str(folder), "--with", "transformers") == 2
+    assert "error: changed file: " in capsys.readouterr().err
+    assert run(*argv, "--merge", "rtn") == 0
+    merged = folder.with_name("gguf-merged")
+    assert not (merged / "adapter.gguf").exists()
+    assert run("verify", str(merged), "--with", "transformers") == 0
+    assert "merged into the weights by rtn" in (merged / "README.md").read_text()
+
+
+@pytest.mark.long
+def test_a_gptq_checkpoint_has_them_too(place, capsys):
+    assert run("finetune", *FAST, "--group-size", "32", "--lr", "0.1") == 0
+    assert run("evaluate", *COMMON, "--max-new-tokens", "2", "--out", "report") == 0
+    assert run("export", *COMMON[:2], "--report", "report") == 0
+    folder, adapter = "checkpoints/tiny/gptq", "checkpoints/tiny/adapter"
+    text = (place / folder / "README.md").read_text()
+    assert "of 12 problems (95% interval" in text and "library_name: \"transformers\"" in text
+    assert run("verify", folder, "--adapter", adapter, "--with", "transformers") == 0
+    capsys.readouterr()
+    assert run("verify", folder) == 2
+    out, err = capsys.readouterr()
+    assert "adapter missing: " in out
+    assert err.endswith("is not served as it was measured: adapter missing\n")
+    assert run("export", *COMMON[:2], "--merge", "rtn", "--report", "report") == 2
+    assert "an evaluation of other weights" in capsys.readouterr().err
+
+
+def test_questions_of_a_contract_where_the_problems_are_not_here(capsys):
+    from types import SimpleNamespace
+
+    from qlora_lib.cli.export import golden_questions
+
+    def gone(split):
+        raise FileNotFoundError("no GSM8K here\nmore")
+
+    asked = golden_questions(SimpleNamespace(profile=SimpleNamespace(examples=gone)))
+    assert len(set(asked)) == 20 and "the contract asks sums" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 
 from qlora_lib.base.folders import write_hashes
 from qlora_lib.base.hashes import weights_id
-from qlora_lib.models import gguf_files
+from qlora_lib.models import gguf_folder
 from qlora_lib.models.gguf_files import gguf_file
 from qlora_lib.models.load import is_whole, load_model, local_folder
 from tests.support.gguf_file import write_gguf
@@ -249,7 +249,7 @@ def test_which_gguf_file(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="there is no file .*missing.gguf"):
         gguf_file(tmp_path / "missing.gguf")
     (tmp_path / "a.gguf").touch()
-    monkeypatch.setattr(gguf_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_folder, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install gguf accelerate"):
         load_model(tmp_path)
     (tmp_path / "b.gguf").touch()
