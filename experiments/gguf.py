@@ -1,13 +1,14 @@
 """The same model here and through llama.cpp: `python -m experiments.gguf tiny|smollm2`.
 
-tiny      200 test problems: the base alone, with the bundled adapter beside it, and merged; quantized
-          by GPTQ in groups of 32, symmetric (Q4_0) and asymmetric (Q4_1), and for comparison by
+tiny      200 test problems: the base alone, with the bundled adapter beside it, and merged;
+          quantized by GPTQ in groups of 32, symmetric (Q4_0) or not (Q4_1), and for comparison by
           llama.cpp's own rounding to nearest (Q4_0): data/results/tiny-gguf.json
 smollm2   50 of GSM8K's test problems, in the course's template: smollm2-gguf.json
 
 Each row: how many completions are the same text, exact match on both sides with a verdict a problem
-and McNemar's test, and tokens a second, one prompt at a time on one thread, in the same run. A row is stored as soon as it
-is measured, and not measured again unless with --force. Needs the packages gguf and xllamacpp.
+and McNemar's test, and tokens a second, one prompt at a time on one thread, in the same run. A row
+is stored as soon as it is measured, and not measured again unless with --force. Needs the packages
+gguf and xllamacpp.
 """
 
 import copy
@@ -109,8 +110,8 @@ def measured(profile: Profile, how, what: str, n: int) -> dict:
             info = engine.info
         size = sum(file.stat().st_size for file in folder.glob("*.gguf"))
         stored = sum(layer.held.nbytes for layer in quantized_layers(model).values())
-    right = [[is_correct(text, entry["answer"]) for text, entry in zip(texts, problems)]
-             for texts in (ours, theirs)]  # fmt: skip
+    golds = [entry["answer"] for entry in problems]
+    right = [list(map(is_correct, texts, golds)) for texts in (ours, theirs)]
     pairs = list(zip(*right))
     only = [sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)]
     both = sum(a and b for a, b in pairs)
@@ -146,8 +147,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: is there")
             continue
         row = measured(profile, *names[name], ASKED[args.profile])
-        print(f"{name}: {row['equal']} of {row['n']} the same text, {row['ours']['correct']} right "
-              f"here, {row['llama_cpp']['correct']} there, {row['ratio']:.1f} times as fast", flush=True)
+        right = [row[side]["correct"] for side in ("ours", "llama_cpp")]
+        print(f"{name}: {row['equal']} of {row['n']} the same text, {right[0]} right here, "
+              f"{right[1]} there, {row['ratio']:.1f} times as fast", flush=True)
         table.keep(name, row)
     print(f"stored in {short_path(path)}")
 

@@ -25,7 +25,7 @@ def add_commands(commands) -> None:
     add("--chat", action="store_true", help=chat)
     report = "of an evaluation of this very model, for the card (default: outputs/PROFILE/eval)"
     add("--report", type=given_path, help=report)
-    add("--out", type=given_path, help="(default: gptq, gguf, or gptq-merged ... in the run's folder)")
+    add("--out", type=given_path, help="(default: gptq, gptq-merged, gguf ... in the run's folder)")
 
 
 def export(args) -> None:
@@ -104,8 +104,9 @@ def write_checkpoint(opened: Opened, args) -> None:
             print(f"{len(lost)} layers as {kind}: {said}")
         size = sum(file.stat().st_size for file in out.glob("*.gguf"))
         print(f"gguf of {size:,} bytes in {short_path(out)}")
-        print(f"ask llama.cpp whether it answers as measured:\n  python -m qlora_lib verify {out}")
-        print(f"serve with Ollama:\n  {shlex.join(['ollama', 'create', out.name, '-f'])} {out}/Modelfile")
+        print(f"ask llama.cpp whether it answers as measured:\n  {shlex.join(['python', '-m', 'qlora_lib', 'verify', str(out)])}")
+        words = ["ollama", "create", out.name, "-f", str(out / "Modelfile")]
+        print(f"serve with Ollama:\n  {shlex.join(words)}")
         return
     export_gptq(model, out, args.format, tokenizer, beside=beside)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -186,7 +187,7 @@ def trained_adapter(folder: Path) -> Path | None:
 
 
 def merge_adapter(model, tokenizer, args, opened: Opened) -> None:
-    """Merge the active adapter in place, by rounding or by GPTQ with the options that made the base."""
+    """Merge the active adapter, by rounding or by GPTQ with the options that made the base."""
     from ..lora.merge import merge_lora
     from ..models.merge_hessians import merge_hessians
     from ..quant.gptq import GPTQOptions

@@ -18,8 +18,8 @@ def add_commands(commands) -> None:
     add = add_command(commands, "verify", verify, text, "device", needs=NEEDS)
     add("exported", type=given_path, metavar="FOLDER", help="that export wrote")
     add("--with", dest="engine", metavar="ENGINE",
-        help="llama.cpp (default, for GGUF), transformers (default, for GPTQ), or the http:// address of "
-             "a server on this machine: vLLM, Ollama, llama-server")  # fmt: skip
+        help="llama.cpp (default, for GGUF), transformers (default, for GPTQ), or the http:// "
+             "address of a server on this machine: vLLM, Ollama, llama-server")  # fmt: skip
     add("--adapter", type=given_path, help="the adapter beside a GPTQ checkpoint")
     add("--no-adapter", action="store_true", help="llama.cpp takes base.gguf alone")
 

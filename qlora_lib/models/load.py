@@ -35,9 +35,10 @@ def load_model(path: str | Path, device=None, compute_dtype: str = "auto"):
 
     path: a hub id, a folder with config.json, tokenizer and safetensors, a GGUF file or a
     folder with one. Weights are loaded in the compute dtype; Conv1D layers become nn.Linear; a
-    4-bit checkpoint of bitsandbytes gives NF4 layers, a folder of export_gguf grids. Raises FileNotFoundError where no weights can
-    be had, ValueError for weights that are pickled, truncated, incomplete, NaN or Inf, or quantized
-    otherwise, for a model that needs code of its own, and for a tokenizer without an end token.
+    4-bit checkpoint of bitsandbytes gives NF4 layers, a folder of export_gguf grids. Raises
+    FileNotFoundError where no weights can be had, ValueError for weights that are pickled,
+    truncated, incomplete, NaN or Inf, or quantized otherwise, for a model that needs code of its
+    own, and for a tokenizer without an end token.
     """
     from transformers.utils.logging import disable_progress_bar
 

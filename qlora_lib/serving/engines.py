@@ -51,8 +51,9 @@ class URL:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port or 80
-            local = parts.scheme == "http" and host and not parts.username and all(
-                ip_address(found[4][0]).is_loopback for found in getaddrinfo(host, port))  # fmt: skip
+            local = parts.scheme == "http" and host and not parts.username
+            found = [ip_address(info[4][0]) for info in getaddrinfo(host, port)] if local else []
+            local = bool(found) and all(address.is_loopback for address in found)
         except (ValueError, OSError):
             local = False
         if not local:
@@ -129,7 +130,9 @@ def _first(logprobs: dict | None) -> dict | None:
 
 
 @contextmanager
-def llama_cpp(folder: Path, contract: dict, adapter: bool = True, threads: int = 0) -> Iterator[URL]:
+def llama_cpp(
+    folder: Path, contract: dict, adapter: bool = True, threads: int = 0
+) -> Iterator[URL]:
     """llama.cpp in this process, with the folder's base and, unless it shall not, its adapter.
     threads: 0 for as many as torch takes. Raises ImportError without the package xllamacpp."""
     import torch

@@ -46,14 +46,15 @@ class Verdict:
     def __str__(self) -> str:
         lines = [f"{self.equal} of {self.asked} completions are the same text"]
         if MEASURED in self.distance:
-            lines.append(f"log probabilities of first tokens differ by {self.distance[MEASURED]:.3f}"
-                         f" on average; up to {CLOSE} is the engine's own rounding")  # fmt: skip
+            far = self.distance[MEASURED]
+            lines.append(f"log probabilities of first tokens differ by {far:.3f} on average; up to "
+                         f"{CLOSE} is the engine's own rounding")  # fmt: skip
         causes = (f"{cause}: {seen}; {REMEDIES[cause]}" for cause, seen in self.found.items())
         return "\n".join([*lines, *(causes if self.found else ["as measured"])])
 
 
 def changed_file(folder: Path) -> str | None:
-    """What check_folder, or the contract's hashes, say of a file that was changed; None: nothing."""
+    """What check_folder, or the contract's hashes, say of a changed file; None: nothing."""
     try:
         check_folder(folder)
         for name, was in read_contract(folder)["files"].items():
@@ -141,8 +142,8 @@ def _texts(verdict: Verdict, golden, answers, engine) -> dict[str, str]:
     over = [a for g, a in ended if a.finished is False or (
         len(a.text) > len(g["completion"]) and a.text.startswith(g["completion"]))]  # fmt: skip
     if ended and len(over) >= len(ended) / 2:
-        return {"eos is not a stop token": f"{len(over)} of {len(ended)} completions go on where the"
-                                           " measured ones ended"}  # fmt: skip
+        seen = f"{len(over)} of {len(ended)} completions go on where the measured ones ended"
+        return {"eos is not a stop token": seen}
     if verdict.equal >= verdict.asked / 2:
         return {}
     seen = f"{verdict.asked - verdict.equal} of {verdict.asked} texts differ"
@@ -161,6 +162,6 @@ def _template(golden, answers, chats) -> dict[str, str]:
         return {"bos twice": "chats have " + _counts(golden, chats)}
     other = sum(a.text.strip() != c.text.strip() for a, c in zip(answers, chats))
     if _shift(golden, chats) or other > len(golden) / 2:
-        return {"template lost or changed": f"{other} of {len(golden)} chats are answered otherwise"
-                                            " than the prompts of the measured template"}  # fmt: skip
+        seen = f"{other} of {len(golden)} chats are answered otherwise than the measured prompts"
+        return {"template lost or changed": seen}
     return {}

@@ -76,8 +76,8 @@ def test_packed_models_and_their_adapters_too(name, spec, tmp_path, record_prope
     assert furthest(model, tmp_path / "m") > 2 * far  # and the adapter is seen
 
 
-TEXTS = ["Question: Tom has 1,234 hats.\nAnswer:\n", "  two  spaces\n\n\nand don't\t$4.50", "\u00e9\u4e2d7",
-         "<s>"]  # fmt: skip
+TEXTS = ["Question: Tom has 1,234 hats.\nAnswer:\n", "  two  spaces\n\n\nand don't\t$4.50",
+         "\u00e9\u4e2d7", "<s>"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["bytes", "llama2", "bare", "llama-bpe", "qwen2"])
