@@ -6,9 +6,9 @@ tiny      200 test problems: the base alone, with the bundled adapter beside it,
 smollm2   50 of GSM8K's test problems, in the course's template: smollm2-gguf.json
 
 Each row: how many completions are the same text, exact match on both sides with a verdict a problem
-and McNemar's test, and tokens a second, one prompt at a time on one thread, in the same run. A row
-is stored as soon as it is measured, and not measured again unless with --force. Needs the packages
-gguf and xllamacpp.
+and McNemar's test, and tokens a second, one prompt at a time on one thread, the two sides in turns.
+A row is stored as soon as it is measured, and not measured again unless with --force. Needs the
+packages gguf and xllamacpp.
 """
 
 import copy
@@ -95,18 +95,13 @@ def measured(profile: Profile, how, what: str, n: int) -> dict:
         model, tokenizer, rows = made(profile, how, what, folder)
         ours = [str(text) for text in generator(model, tokenizer, decoding)(prompts)]
         single = generator(model, tokenizer, replace(decoding, batch_size=1))
-        began = time.perf_counter()
-        with single.layout():
-            said = [single([prompt])[0] for prompt in prompts[:TIMED]]
-        speed = sum(text.tokens for text in said) / (time.perf_counter() - began)
         longest = max((encode_prompt(tokenizer, prompt) for prompt in prompts), key=len)
         contract = {"golden": [{"ids": longest}], "max_new_tokens": LONGEST,
                     "stop": list(decoding.stop)}  # fmt: skip
         with llama_cpp(folder, contract, threads=1) as engine:
-            began = time.perf_counter()
-            theirs = engine.complete(prompts[:TIMED])
-            their_speed = sum(a.tokens for a in theirs) / (time.perf_counter() - began)
-            theirs = [answer.text for answer in theirs + engine.complete(prompts[TIMED:])]
+            with single.layout():
+                speeds = _in_turns(prompts[:TIMED], (single, engine.complete))
+            theirs = [answer.text for answer in engine.complete(prompts)]
             info = engine.info
         size = sum(file.stat().st_size for file in folder.glob("*.gguf"))
         stored = sum(layer.held.nbytes for layer in quantized_layers(model).values())
@@ -121,9 +116,21 @@ def measured(profile: Profile, how, what: str, n: int) -> dict:
         "p": mcnemar(*only), "difference": newcombe(sum(right[1]), n, sum(right[0]), n, both),
         "kinds": sorted({row.kind for row in rows}), "lost": max(row.lost for row in rows),
         "file_bytes": size, "our_bytes": stored, "engine": info, "new_tokens": LONGEST,
-        "tokens_per_second": speed, "tokens_per_second_llama_cpp": their_speed,
-        "ratio": their_speed / speed, "gflops": round(gflops(), 1),
+        "tokens_per_second": speeds[0], "tokens_per_second_llama_cpp": speeds[1],
+        "ratio": speeds[1] / speeds[0], "gflops": round(gflops(), 1),
     }  # fmt: skip
+
+
+def _in_turns(prompts, sides) -> list[float]:
+    """Tokens a second of each side, a prompt at a time, in turns, so that both see the same load
+    of the machine."""
+    seconds, tokens = [0.0] * len(sides), [0] * len(sides)
+    for prompt in prompts:
+        for i, ask in enumerate(sides):
+            began = time.perf_counter()
+            tokens[i] += ask([prompt])[0].tokens
+            seconds[i] += time.perf_counter() - began
+    return [n / s for n, s in zip(tokens, seconds)]
 
 
 def _score(right: list[bool]) -> dict:

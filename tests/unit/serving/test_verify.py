@@ -100,6 +100,17 @@ def test_a_template_that_writes_bos(contract):
     assert list(compare_with(contract, Twice(contract)).found) == ["bos twice"]
 
 
+def test_a_server_that_puts_prompts_into_its_template_too(contract):
+    class Ollama(StandIn):
+        def complete(self, prompts):
+            return super().complete([PROMPT.format(question=prompt) for prompt in prompts])
+
+        def chat(self, questions):
+            return super().complete([ask_of(TOKENIZER, question) for question in questions])
+
+    assert compare_with(contract, Ollama(contract)).ok
+
+
 def test_an_end_token_that_does_not_stop(contract):
     ended = copy.deepcopy(contract)
     for golden in ended["golden"]:
