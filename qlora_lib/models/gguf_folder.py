@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base.folders import check_folder
+from ..base.folders import HASHES, check_folder
 from ..lora.inject import add_adapters
 from ..lora.layer import LoRAConfig
 from ..quant.gguf_blocks import BYTES, dense_blocks, from_blocks
@@ -24,8 +24,9 @@ def needs_gguf(what: str, *others: str) -> None:
 
 
 def is_gguf_folder(path: Path | str) -> bool:
-    """Whether export_gguf wrote this folder."""
-    return all((Path(path) / name).is_file() for name in (BASE, "config.json"))
+    """Whether export_gguf wrote this folder, be it damaged since."""
+    beside = (Path(path) / name for name in ("config.json", HASHES))
+    return (Path(path) / BASE).is_file() and any(file.is_file() for file in beside)
 
 
 def load_gguf_folder(folder: Path | str, device=None, compute_dtype: str = "auto"):
