@@ -413,6 +413,34 @@ def serving() -> str:
     ])  # fmt: skip
 
 
+def through_llama_cpp() -> str:
+    tables = {"tiny": recorded("tiny-gguf"), "SmolLM2-135M": recorded("smollm2-gguf")}
+    rows = [(model, name, row) for model, found in tables.items() for name, row in found.items()]
+    least = min(row["equal"] / row["n"] for row in tables["tiny"].values())
+    return "\n\n".join([
+        "## The same model through llama.cpp",
+        prose("Greedy completions here and by llama.cpp, of GGUF files that hold GPTQ's very codes "
+              "(nearest: llama.cpp's own rounding) ([tiny](../data/results/tiny-gguf.json), "
+              "[SmolLM2](../data/results/smollm2-gguf.json)). Speed: one prompt at a time on one "
+              "thread, in turns."),
+        table(("model", "weights", "the same text", "exact match here, %", "by llama.cpp, %",
+               "McNemar's p", "times as fast"), [
+            (model, name, f"{row['equal']} of {row['n']}", _exact(row["ours"]),
+             _exact(row["llama_cpp"]), f"{row['p']:.2f}", f"{row['ratio']:.1f}")
+            for model, name, row in rows
+        ]),
+        made(*(row["stamp"] for _, _, row in rows)),
+        prose(claim(least > 0.9, "Over nine in ten texts of the tiny model are the same; ")
+              + claim(all(row["p"] > 0.05 for _, _, row in rows), "no accuracy can be told from the "
+                      "other's. What differs is that llama.cpp rounds activations to 8 bits.")),
+    ])  # fmt: skip
+
+
+def _exact(score: dict) -> str:
+    low, high = score["interval"]
+    return f"{100 * score['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 OPENING = """\
 # Results
 
@@ -444,7 +472,7 @@ def page() -> str:
     for path in RESULTS.glob("*.json"):
         recorded(path.stem)
     parts = (fine_tuning, widths, merging, real_model, beside_gptqmodel, solver, layers, steps,
-             epochs, serving, elsewhere)  # fmt: skip
+             epochs, serving, through_llama_cpp, elsewhere)  # fmt: skip
     return "\n\n".join([OPENING, *(part() for part in parts)]) + "\n"
 
 

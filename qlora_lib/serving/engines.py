@@ -112,7 +112,10 @@ class URL:
         text = data.decode(errors="replace")
         if answer.status != 200:  # a redirect is not followed
             raise ValueError(f"{where} answered with status {answer.status}: {text:.200}")
-        found = parse_json(text)
+        try:
+            found = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{where} answered no JSON ({error}): {text:.60}") from None
         if not isinstance(found, dict):
             raise ValueError(f"{where} answered {text:.60}, expected an object")
         return found

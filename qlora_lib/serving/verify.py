@@ -155,7 +155,9 @@ def _texts(verdict: Verdict, golden, answers, engine) -> dict[str, str]:
         if other > len(golden) / 2:
             return {"wrong tokenizer": f"{seen}, and {other} of them from those of the measured "
                                        "token ids"}  # fmt: skip
-    return {"rounding": f"{seen}, though first tokens are as measured"}
+    if verdict.equal > verdict.asked / 10:  # near ties fall otherwise, and texts part for good
+        return {}
+    return {"rounding": f"{seen}, though first tokens are as measured; or the server samples"}
 
 
 def _template(golden, answers, chats) -> dict[str, str]:
