@@ -414,14 +414,14 @@ def serving() -> str:
 
 
 def through_llama_cpp() -> str:
-    tables = {"tiny": recorded("tiny-gguf"), "SmolLM2-135M": recorded("smollm2-gguf")}
+    tables = {"tiny": recorded("tiny-gguf")}
     rows = [(model, name, row) for model, found in tables.items() for name, row in found.items()]
     least = min(row["equal"] / row["n"] for row in tables["tiny"].values())
     return "\n\n".join([
         "## The same model through llama.cpp",
         prose("Greedy completions here and by llama.cpp, of GGUF files that hold GPTQ's very codes "
-              "(nearest: llama.cpp's own rounding) ([tiny](../data/results/tiny-gguf.json), "
-              "[SmolLM2](../data/results/smollm2-gguf.json)). Speed: one prompt at a time on one "
+              "(nearest: llama.cpp's own rounding) ([record](../data/results/tiny-gguf.json)). "
+              "Speed: one prompt at a time on one "
               "thread, in turns."),
         table(("model", "weights", "the same text", "exact match here, %", "by llama.cpp, %",
                "McNemar's p", "times as fast"), [
