@@ -47,6 +47,7 @@ TIMED = {"tiny": 20, "smollm2": 2}  # problems answered one at a time, for the t
 LONGEST = 128  # new tokens
 GPTQ_0 = ("gptq", QuantSpec(4, 32, symmetric=True))
 GPTQ_1 = ("gptq", QuantSpec(4, 32))
+RTN_0 = ("rtn", QuantSpec(4, 32, symmetric=True))
 NEAREST = ("llama.cpp", None)  # round to nearest, as its own quantizer does
 # How the base is quantized, and where the adapter is: nowhere, beside it, in the weights
 ROWS = {
@@ -58,7 +59,7 @@ ROWS = {
         "gptq Q4_1 merged": (GPTQ_1, "merged"),
         "nearest Q4_0 adapter": (NEAREST, "adapter"),
     },
-    "smollm2": {"gptq Q4_0 base": (GPTQ_0, "base"), "gptq Q4_1 base": (GPTQ_1, "base")},
+    "smollm2": {"rtn Q4_0 base": (RTN_0, "base"), "gptq Q4_1 base": (GPTQ_1, "base")},
 }
 
 
