@@ -104,7 +104,8 @@ def write_checkpoint(opened: Opened, args) -> None:
             print(f"{len(lost)} layers as {kind}: {said}")
         size = sum(file.stat().st_size for file in out.glob("*.gguf"))
         print(f"gguf of {size:,} bytes in {short_path(out)}")
-        print(f"ask llama.cpp whether it answers as measured:\n  {shlex.join(['python', '-m', 'qlora_lib', 'verify', str(out)])}")
+        verify = shlex.join(["python", "-m", "qlora_lib", "verify", str(out)])
+        print(f"ask llama.cpp whether it answers as measured:\n  {verify}")
         words = ["ollama", "create", out.name, "-f", str(out / "Modelfile")]
         print(f"serve with Ollama:\n  {shlex.join(words)}")
         return
