@@ -651,13 +651,15 @@ def _train(names: tuple[str, ...] = ("lora_",), given: tuple[str, ...] | None = 
     """Training in which gradients are computed for the parameters whose names hold one of
     `names`, and those of `given` move; the gradients are cleared `before` backward, `after` it or
     never; with another loss or optimizer, a `fresh` one in each step; the losses taken `later`,
-    after the step. A name is the last part of a path; or, `at_start`, the path's start counts."""
+    after the step. A name of the adapter may stand anywhere in a path (the library's end in
+    lora_A.default), the toy's others at its end; or, `at_start`, all at its start."""
     given = names if given is None else given
 
     def holds(path: str, parts: tuple[str, ...]) -> bool:
         if at_start:
             return path.startswith(parts)
-        return any(part in path.rpartition(".")[2] for part in parts)
+        return any(part in (path if part in "lora_A lora_B" else path.rpartition(".")[2])
+                   for part in parts)
 
     def run(model: ToyLM, batches: Batches, lr: float) -> list[float]:
         for name, p in model.named_parameters():

@@ -4,9 +4,13 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from course.kit import check
+from course.kit.exercise import registered
 from course.nb04.exercises import layer_trial, trial
+from course.nb04.step import Logits
+from qlora_lib import inject_lora
 
 
 def in_whole_bytes(packed, rest, adapter):
@@ -227,3 +231,15 @@ def test_a_verdict_names_the_value_that_is_wrong(capsys):
     check("frozen_linear", trial(KeepsInput))
     said = capsys.readouterr().out
     assert "bytes_kept: wrong value" in said and "    bytes_kept:" in said
+
+
+def test_the_reference_loop_finds_the_library_s_adapters():
+    """Their parameters are called ...lora_A.default, within a model of many parts."""
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, vocab_size=20,
+                                         num_hidden_layers=1, num_attention_heads=2))
+    inject_lora(model, "all", rank=2, alpha=4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.arange(12).view(2, 6)
+    registered()["train_adapter"].reference(Logits(model), [(ids, ids)], 0.01)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_B" in name}  # B is zero: A has no gradient yet
