@@ -30,6 +30,9 @@ from .normal_form import normal, notebooks, read
 
 DOCS, WEB = ROOT / "docs", Path(__file__).with_name("web")
 TITLE = "4-bit fine-tuning, built by hand"
+ASKED_IN = ("01_", "05_")  # notebooks whose pages lead to the model
+ASK = ('<p><a href="ask.html">Ask the model here, in this browser</a>: choose bits, groups and rank, '
+       "and see each token's probabilities.</p>")
 SEARCH = """\
 <h1>Search</h1>
 <form role="search"><input type="search" name="q" aria-label="Search"></form>
@@ -115,11 +118,6 @@ def plot(grid: dict, strip: str, alt: str) -> str:
             f'<script type="application/json">{as_script(data)}</script></div>')
 
 
-def as_script(data) -> str:
-    """Data as JSON that can stand in a page's script: without a tag that would end it."""
-    return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-
-
 def cells(book) -> str:
     """The body of a notebook's page; raises ValueError for an output that is an error."""
     parts = []
@@ -138,6 +136,11 @@ def cells(book) -> str:
 def headings(body: str, level: int) -> list[tuple[str, str]]:
     """(anchor, what stands there) of each heading of that level."""
     return re.findall(rf'<h{level} id="([^"]*)">(.*?)</h{level}>', body, re.S)
+
+
+def as_script(data) -> str:
+    """Data as JSON that can stand in a page's script: without a tag that would end it."""
+    return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def sections(body: str) -> list[tuple[str, str, str]]:
@@ -180,9 +183,9 @@ def contents(titles: dict[str, str], stem: str, body: str) -> str:
     return "\n".join([*lines, "</ul></nav>"])
 
 
-def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
+def build(out: Path, paths: list[Path], documents: list[Path], ask: bool = False) -> list[Path]:
     """Write a page for each notebook and each Markdown document into `out`, and index.html and
-    search.html.
+    search.html; ask: also ask.html, on which the bundled model answers.
 
     Of a notebook that `run --grid` has executed as it is now, the page shows that run, where
     pictures have all their settings; else what is stored in it. `out` is replaced as a whole, once
@@ -200,6 +203,16 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
                 raise ValueError("no title; expected a line '# ...'")
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
+    scripts = {}
+    if ask:
+        from .page_model import page_model, problems  # which wait for torch
+
+        data = as_script(page_model() | {"problems": problems()})
+        bodies["ask"] = (read_text(WEB / "ask.html")
+                         + f'<script type="application/json" id="model">{data}</script>')
+        scripts["ask"] = read_text(WEB / "ask.js")
+        for stem in bodies:
+            bodies[stem] += ASK if stem.startswith(ASKED_IN) else ""
     titles = {stem: headings(body, 1)[0][1] for stem, body in bodies.items()}
     stems, pages = [path.stem for path in paths], {}
     for number, stem in enumerate(stems):
@@ -207,8 +220,9 @@ def build(out: Path, paths: list[Path], documents: list[Path]) -> list[Path]:
         around = [link(s, f"← {titles[s]}") for s in before] + \
             [link(s, f"{titles[s]} →") for s in after]
         pages[stem] = bodies[stem], "".join(around), ""
-    pages |= {path.stem: (bodies[path.stem], "", "") for path in documents}
-    pages["index"] = index([path.stem for path in documents], stems, bodies, titles), "", ""
+    others = [stem for stem in bodies if stem not in stems]
+    pages |= {stem: (bodies[stem], "", scripts.get(stem, "")) for stem in others}
+    pages["index"] = index(others, stems, bodies, titles), "", ""
     found = [(stem, anchor, plain(titles[stem]), heading, text) for stem, body in bodies.items()
              for anchor, heading, text in sections(body)]
     pages["search"] = SEARCH.format(sections=as_script(found)), "", read_text(WEB / "search.js")
@@ -226,9 +240,9 @@ def shown(path: Path):
     return normal(copy, path.stem) if copy else read(path)
 
 
-def index(documents: list[str], stems: list[str], bodies: dict, titles: dict) -> str:
+def index(others: list[str], stems: list[str], bodies: dict, titles: dict) -> str:
     """The first page: each notebook with its first paragraph and its sections."""
-    lines = [f"<h1>{TITLE}</h1>", "<ul>", *(f"<li>{link(s, titles[s])}</li>" for s in documents),
+    lines = [f"<h1>{TITLE}</h1>", "<ul>", *(f"<li>{link(s, titles[s])}</li>" for s in others),
              "</ul>"]
     for stem in stems:
         first = re.search(r"<p>(.*?)</p>", bodies[stem], re.S)
@@ -257,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         execute.run(stale, "tiny", {}, grid=True)
         if not_run():
             return 1
-    made = build(given.out, notebooks(), sorted(DOCS.glob("*.md")))
+    made = build(given.out, notebooks(), sorted(DOCS.glob("*.md")), ask=True)
     size = sum(path.stat().st_size for path in made)
     print(f"{len(made)} pages, {size / 1e6:.1f} MB: open {given.out / 'index.html'}")
     return 0
