@@ -26,7 +26,7 @@ PEERS  := $(VENV)-interop
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run-all rehearsal test unit long fuzz families mutants lowest newest interop nbval ui pictures store normal solved html \
-        student grade lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
+        student grade badges lab kernel pretrain experiments bench benchmark-gpu finetune evaluate clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]; below each target, the same without make"
@@ -205,6 +205,10 @@ solved: $(READY) ## run the notebooks with their folded solutions in place ## py
 
 html: $(READY) ## the course as web pages, readable offline, in build/html ## python -m course.tools html
 	$(TOOLS) html
+
+badges: $(READY) ## the notebooks for Colab and Kaggle, REPO=owner/name on GitHub, in hosted ## python -m course.tools badges OWNER/NAME
+	@test -n "$(REPO)" || { echo "make badges REPO=owner/name, of your copy of this repository on GitHub" >&2; exit 2; }
+	$(TOOLS) badges "$(REPO)"
 
 student: $(READY) ## the notebooks without solutions and outputs, in build/student ## python -m course.tools student [01 02]
 	$(TOOLS) student $(NB)

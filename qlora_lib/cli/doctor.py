@@ -101,11 +101,32 @@ def check_python() -> Findings:
 def check_packages() -> Findings:
     """Whether what pyproject.toml asks for is installed, in versions within its bounds."""
     try:
-        from packaging.requirements import Requirement
+        fine, lacking = _packages()
     except ImportError:
         yield problem(f"the package `packaging` is missing, and probably all others: {INSTALL}")
         return
-    fine, needed, others = 0, [], []
+    needed, others = ([text for text, is_needed in lacking if is_needed == wanted]
+                      for wanted in (True, False))  # fmt: skip
+    yield ok(f"{fine} packages within the bounds of pyproject.toml")
+    if needed:
+        yield problem(f"packages that the course needs: {_with_versions(needed)}: {INSTALL}")
+    if others:
+        yield note(f"packages for GPU, hub, GGUF or tests: {_with_versions(others)}: {INSTALL}")
+    if not all(find_spec(name) for name in ("course", "experiments")):
+        yield problem("the course itself is not installed: in a clone, make setup, or "
+                      "python -m pip install --no-deps -e .")  # fmt: skip
+
+
+def missing_packages() -> list[str]:
+    """Return the requirements of the bundled course that are not met here, as pip takes them."""
+    return [text for text, is_needed in _packages()[1] if is_needed]
+
+
+def _packages() -> tuple[int, list[tuple[str, bool]]]:
+    """Return how many requirements are met, and the others, as `_asked` gives them."""
+    from packaging.requirements import Requirement
+
+    fine, lacking = 0, []
     for text, is_needed in _asked():
         wanted = Requirement(text)
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
@@ -114,16 +135,15 @@ def check_packages() -> Findings:
         if version and wanted.specifier.contains(version, prereleases=True):
             fine += 1
         else:
-            what = f"{wanted.name}{wanted.specifier} ({version or 'not installed'})"
-            (needed if is_needed else others).append(what)
-    yield ok(f"{fine} packages within the bounds of pyproject.toml")
-    if needed:
-        yield problem(f"packages that the course needs: {', '.join(needed)}: {INSTALL}")
-    if others:
-        yield note(f"packages for GPU, hub, GGUF or tests: {', '.join(others)}: {INSTALL}")
-    if not all(find_spec(name) for name in ("course", "experiments")):
-        yield problem("the course itself is not installed: in a clone, make setup, or "
-                      "python -m pip install --no-deps -e .")  # fmt: skip
+            lacking.append((f"{wanted.name}{wanted.specifier}", is_needed))
+    return fine, lacking
+
+
+def _with_versions(texts: list[str]) -> str:
+    from packaging.requirements import Requirement
+
+    found = ((text, installed(Requirement(text).name)) for text in texts)
+    return ", ".join(f"{text} ({version or 'not installed'})" for text, version in found)
 
 
 def _asked() -> list[tuple[str, bool]]:

@@ -17,8 +17,8 @@ from qlora_lib.models.checkpoint import load_quantized
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 
 TEXTS = [PROMPT.format(question=entry["question"]) for entry in page_model.problems(20)]
-STRANGE = ["", "  two  spaces\n\nlines ", "don't we'll I'M", "12,345.67 and ½ of ３", "naïve café – “x”",
-           "日本語 🙂", "a\tb\r\nc", "x" * 50, "<s> </s>"]
+STRANGE = ["", "  two  spaces\n\nlines ", "don't we'll I'M", "12,345.67 and ½ of ３",
+           "naïve café – “x”", "日本語 🙂", "a\tb\r\nc", "x" * 50, "<s> </s>"]
 
 
 @pytest.fixture(scope="module")

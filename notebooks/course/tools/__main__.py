@@ -7,6 +7,7 @@
     html     the course as web pages that need no network
     student  the notebooks without solutions and outputs
     grade    check the exercises of a folder of submissions
+    badges   the notebooks for Colab and Kaggle, of a repository of your own
 """
 import argparse
 import signal
@@ -16,7 +17,8 @@ from importlib import import_module
 from qlora_lib.base.endings import ending
 from qlora_lib.base.ranges import COUNT
 
-ELSEWHERE = {"html": "pages", "student": "student", "grade": "grade"}  # with options of their own
+ELSEWHERE = {"html": "pages", "student": "student", "grade": "grade",
+             "badges": "hosted"}  # with options of their own
 PROFILES = ("tiny", "smollm2", "llama2-7b")  # of qlora_lib, which takes long to import
 STOPPED = "stopped; nothing runs any more, and what was not finished is gone"
 KILLED = 143  # what a process says that SIGTERM has ended

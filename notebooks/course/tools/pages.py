@@ -31,8 +31,8 @@ from .normal_form import normal, notebooks, read
 DOCS, WEB = ROOT / "docs", Path(__file__).with_name("web")
 TITLE = "4-bit fine-tuning, built by hand"
 ASKED_IN = ("01_", "05_")  # notebooks whose pages lead to the model
-ASK = ('<p><a href="ask.html">Ask the model here, in this browser</a>: choose bits, groups and rank, '
-       "and see each token's probabilities.</p>")
+ASK = ('<p><a href="ask.html">Ask the model here, in this browser</a>: choose bits, groups and '
+       "rank, and see each token's probabilities.</p>")
 SEARCH = """\
 <h1>Search</h1>
 <form role="search"><input type="search" name="q" aria-label="Search"></form>
