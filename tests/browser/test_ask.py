@@ -109,7 +109,7 @@ def test_controls_and_questions_change_what_is_said(asking):
     assert asking.locator("#group").is_disabled()
     asking.locator("#bits").press("Home")
     assert answered(asking) != first and asking.locator("#group").is_enabled()
-    assert "2.28 bits a weight" in asking.locator("#setting").inner_text()  # 2 + (16 + 2) / 64
+    assert "2.38 bits a weight" in asking.locator("#setting").inner_text()  # 2 + (16 + 8) / 64
     asking.locator("#bits").press("End")
     answered(asking)
     asking.locator("#question").fill("Ben has 3 cups of 4 pens <b>each</b>. How many pens has he?")

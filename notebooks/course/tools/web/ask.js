@@ -181,7 +181,7 @@ function settings() {
     $(id).setAttribute('aria-valuetext', said)
   }
   $('group').disabled = bits === 4
-  const stored = bits + (bits === 4 ? 24 / sizes.group : (16 + bits) / group)
+  const stored = bits + 24 / (bits === 4 ? sizes.group : group)  // scale and zero-point
   $('setting').textContent = (bits === 4 ? 'GPTQ, as packed' : 'rounded to nearest')
     + `: ${stored.toFixed(2)} bits a weight with scale and zero-point`
   return { bits, group, rank }
