@@ -46,7 +46,15 @@ def test_codes_of_what_ran_stay(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_an_interrupt_that_a_library_turns_into_its_own_error(capsys):
+@pytest.fixture
+def heard():
+    """Ctrl-C raises, also where a shell has started the tests in the background, which ignores it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+def test_an_interrupt_that_a_library_turns_into_its_own_error(heard, capsys):
     def run():
         try:
             signal.raise_signal(signal.SIGINT)
@@ -58,15 +66,11 @@ def test_an_interrupt_that_a_library_turns_into_its_own_error(capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_interrupt_during_imports_is_one_line_and_the_end(monkeypatch, capsys):
+def test_an_interrupt_during_imports_is_one_line_and_the_end(heard, monkeypatch, capsys):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    usual = signal.getsignal(signal.SIGINT)
-    try:
-        quiet_interrupt()
-        signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    quiet_interrupt()
+    signal.raise_signal(signal.SIGINT)
     assert codes == [INTERRUPTED] and capsys.readouterr().err.count("\n") == 1
 
 
