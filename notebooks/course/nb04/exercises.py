@@ -451,7 +451,7 @@ def layer_trial(kind: type[nn.Module]) -> Callable:
         needed = x.nbytes + a.nbytes + b.nbytes + 4 * rank * (x.numel() // x.shape[-1])
         grads = torch.autograd.grad(y, (leaf, layer.lora_A, layer.lora_B), grad.to(y.dtype),
                                     allow_unused=True)
-        return LayerTrial(at_start, is_random, not is_random or _spans(first, bound),
+        return LayerTrial(at_start, is_random, not is_random or spans(first, bound),
                           y.detach(), *grads,
                           held + max(0, kept - needed))
 
@@ -459,7 +459,7 @@ def layer_trial(kind: type[nn.Module]) -> Callable:
     return run
 
 
-def _spans(values: Tensor, bound: float) -> bool:
+def spans(values: Tensor, bound: float) -> bool:  # public, as layer_trial calls it in gradings
     """Whether the numbers reach beyond a third of +-bound, but not beyond the bound (rounded)."""
     low, high = values.min().item() / bound, values.max().item() / bound
     return -1.001 < low < -1 / 3 and 1 / 3 < high < 1.001
