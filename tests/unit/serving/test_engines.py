@@ -1,10 +1,11 @@
 """Servers on this machine: what they may be, and what they may answer."""
 
+import itertools
 import json
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,6 +27,8 @@ def server(answers):
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
+        over = threading.Event()  # the test is done
+
         def log_message(self, *args):
             pass
 
@@ -48,6 +51,7 @@ def server(answers):
     try:
         yield f"http://127.0.0.1:{http.server_port}", asked
     finally:
+        Handler.over.set()
         http.shutdown()
         http.server_close()
 
@@ -105,22 +109,10 @@ def endless(handler):
         pass
 
 
-def dripping(handler):
-    handler.send_response(200)
-    handler.end_headers()
-    try:
-        for _ in range(100):
-            handler.wfile.write(b" ")
-            time.sleep(0.05)
-    except OSError:
-        pass
-
-
 @pytest.mark.parametrize("models, what", [
     (redirect, "answered with status 302"),
     (endless, "over 4,194,304 bytes, or took over 0.5 s"),
-    (dripping, "or took over 0.5 s"),
-    (lambda handler: time.sleep(1), "could not be asked .*is the server running"),
+    (lambda handler: handler.over.wait(), "could not be asked .*is the server running"),
     (b"[1]", "expected an object"),
     (b"{", "answered no JSON .Expecting"),
     (b"\xff\xfe", "answered no JSON"),
@@ -131,6 +123,16 @@ def dripping(handler):
 def test_what_a_server_may_not_answer(models, what):
     with server({"/v1/models": models}) as (address, _):
         with pytest.raises(ValueError, match=what):
+            URL(address, CONTRACT, seconds=0.5)
+
+
+def test_an_answer_that_comes_too_slowly(monkeypatch):
+    """By a clock that goes on a second at each look: no single read waits for long."""
+    clock = itertools.count()
+    monkeypatch.setattr(engines, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with server({"/v1/models": MODELS}) as (address, _):
+        assert URL(address, CONTRACT, seconds=5).model == "adapter"
+        with pytest.raises(ValueError, match="or took over 0.5 s"):
             URL(address, CONTRACT, seconds=0.5)
 
 
