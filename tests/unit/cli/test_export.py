@@ -58,7 +58,7 @@ def test_export_of_the_base_and_of_the_merged_model(place, capsys):
 
 @pytest.mark.long
 def test_the_merge_is_calibrated_on_what_the_base_was(place, capsys, monkeypatch):
-    from qlora_lib.models import merge_hessians as module
+    from qlora_lib.runs import export as module
 
     seen, real = [], module.merge_hessians
 
@@ -126,15 +126,15 @@ def test_the_serve_command_leaves_room_for_the_rank(rank, room, tmp_path):
 
 
 def test_merging_by_gptq_takes_the_options_that_made_the_base(place, capsys, monkeypatch):
-    from qlora_lib.lora import merge
+    from qlora_lib.runs import export as module
 
-    seen, real = [], merge.merge_lora
+    seen, real = [], module.merge_lora
 
     def remember(model, into, hessians, options, **how):
         seen.append(options)
         return real(model, into, hessians, options, **how)
 
-    monkeypatch.setattr(merge, "merge_lora", remember)
+    monkeypatch.setattr(module, "merge_lora", remember)
     assert run("finetune", *FAST, "--group-size", "32", "--best") == 0
     for into in ("gptq", "rtn"):
         assert run("export", "--model", "model", "--merge", into, "--out", into) == 0
@@ -187,15 +187,3 @@ def test_a_gptq_checkpoint_has_them_too(place, capsys):
     assert err.endswith("is not served as it was measured: adapter missing\n")
     assert run("export", *COMMON[:2], "--merge", "rtn", "--report", "report") == 2
     assert "an evaluation of other weights" in capsys.readouterr().err
-
-
-def test_questions_of_a_contract_where_the_problems_are_not_here(capsys):
-    from types import SimpleNamespace
-
-    from qlora_lib.cli.export import golden_questions
-
-    def gone(split):
-        raise FileNotFoundError("no GSM8K here\nmore")
-
-    asked = golden_questions(SimpleNamespace(profile=SimpleNamespace(examples=gone)))
-    assert len(set(asked)) == 20 and "the contract asks sums" in capsys.readouterr().out
