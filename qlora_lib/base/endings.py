@@ -38,16 +38,14 @@ def ending(run: Callable[[], int | None], stopped: str = KEPT) -> int:
 
 def _bad(error: Exception) -> int:
     """Say what a user can mend; other errors are bugs, and raised."""
-    try:
-        raise error
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         return _ended(NO_READER, BAD_INPUT)
-    except (ValueError, OSError, ImportError) as error:
+    if isinstance(error, (ValueError, OSError, ImportError)):
         return _ended(str(error) or type(error).__name__, BAD_INPUT)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in FULL):
-            raise
+    full = isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+    if full or isinstance(error, MemoryError):
         return _ended(f"too little memory: {error}", BAD_INPUT)
+    raise error
 
 
 @contextmanager

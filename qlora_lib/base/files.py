@@ -73,12 +73,12 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def read_entry(path: Path, name: str, kind: type = dict) -> Any:
-    """Return an entry of the object in a JSON file; raises what read_proved_json raises, and
-    ValueError where it is missing or of another kind."""
+def read_entry(path: Path, name: str) -> dict:
+    """Return an object in the object of a JSON file; raises what read_proved_json raises, and
+    ValueError where it is missing or something else."""
     found = read_proved_json(path).get(name)
-    if not isinstance(found, kind):
-        raise ValueError(f"{path}: {name!r} is {found!r:.60}, expected {kind.__name__}")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {name!r} is {found!r:.60}, expected dict")
     return found
 
 

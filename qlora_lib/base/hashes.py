@@ -41,10 +41,5 @@ def weights_id(model: str) -> str:
     path = Path(model)
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
     files = [path] if path.is_file() else files
-    if not files:
-        return model
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    hashes = b"".join(bytes.fromhex(file_hash(file)) for file in files)
+    return hashlib.sha256(hashes).hexdigest() if files else model

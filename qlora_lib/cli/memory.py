@@ -29,7 +29,6 @@ def add_commands(commands) -> None:
 
 def memory(args) -> None:
     from ..base.devices import default_device, dtype_name, resolve_dtype
-    from ..lora.targets import ALL_LINEAR, ATTENTION
     from ..quant.nf4 import NF4Spec
     from ..train.loss import CHUNK
     from ..train.memory import METHODS, memory_ledger
@@ -37,12 +36,11 @@ def memory(args) -> None:
     opened = open_options(args)
     config = model_config(opened.profile.model)
     spec = grid(args.bits, args.group_size) if args.bits is not None else NF4Spec()
-    targets = ALL_LINEAR if args.targets == "all" else ATTENTION
     dtype = dtype_name(resolve_dtype(opened.compute_dtype, opened.device or default_device()))
     size = args.batch_size, args.tokens, args.rank or opened.profile.rank
     how = args.gradient_checkpointing, dtype, args.optimizer, CHUNK
     for method in [args.method] if args.method else METHODS:
-        print(memory_ledger(config, method, *size, targets, spec, *how))
+        print(memory_ledger(config, method, *size, args.targets, spec, *how))
 
 
 def model_config(model: str):

@@ -269,8 +269,6 @@ def evaluate(
         began = time.perf_counter()
         completions = generate(asked)
         seconds = (time.perf_counter() - began) / len(asked)
-        if len(completions) != len(asked):
-            raise ValueError(f"{len(asked)} prompts gave {len(completions)} completions")
         return [
             _score(problems[i]["question"], prompts[i], said, golds[i], vote, seconds)
             for i, said in enumerate(completions, start)

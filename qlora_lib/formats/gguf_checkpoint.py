@@ -20,8 +20,9 @@ from ..lora.merge import merge_lora
 from ..lora.targets import find_linears
 from ..models.checkpoint import base_state, save_settings
 from ..models.gguf_folder import ADAPTER, BASE, needs_gguf
-from ..models.gguf_layout import Layout, head_dim, layout, rope_factors, ropes
+from ..models.gguf_layout import Layout, layout, rope_factors, ropes
 from ..models.quantize import quantized_layers
+from ..models.settings import head_dim
 from ..quant.gguf_blocks import BLOCK, FP16S, dense_blocks, to_blocks
 from ..quant.grid import QuantizedTensor
 from .gguf_vocabulary import add_vocabulary

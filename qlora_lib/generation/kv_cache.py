@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..base.ranges import COUNT, FROM_ZERO, check_fields
+from ..models.settings import head_dim
 from ..quant.packing import check_bits, pack, packed_width, unpack
 
 STORED = torch.float16  # scale and lowest value of a group
@@ -169,11 +170,6 @@ class PackedCache(Cache):
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
-
-
-def head_dim(config) -> int:
-    """Return how many numbers an attention head works on."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def cache_bytes(config, tokens: int, spec: CacheSpec | None = None, batch: int = 1, size: int = 2):

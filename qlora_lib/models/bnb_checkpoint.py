@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..base.files import parse_json, read_json
 from ..base.folders import check_folder
+from ..lora.layer import named
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec, NF4Tensor, dynamic_map, nf4_levels
 from .checkpoint import load_packed, read_weights
 
@@ -46,10 +47,8 @@ def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
     paths = _quantized_paths(folder, state)
 
     def make(path: str, tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
-        try:
+        with named(f"{folder}: {path}.weight"):
             return _nf4_tensor({n.removeprefix("weight"): t for n, t in tensors.items()}, shape)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {path}.weight{error}") from None
 
     return load_packed(folder, state, paths, make, device, compute_dtype)
 
@@ -96,7 +95,7 @@ def _quantized_paths(folder: Path, state: dict[str, Tensor]) -> list[str]:
 
 
 def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
-    """Return a weight from its tensors, by what follows ".weight"; errors go on from that name."""
+    """Return a weight from its tensors, by what follows ".weight"."""
     state = _quant_state(tensors.pop(STATE))
     nested = NESTED_KEYS <= state.keys()
     known = STATE_KEYS | NESTED_KEYS if nested else STATE_KEYS
@@ -105,55 +104,34 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
         raise ValueError(f"{STATE}: {wrong} missing or not known; {INSTEAD}")
     if state["quant_type"] != "nf4" or state["shape"] != list(shape):
         raise ValueError(
-            f" is {state['quant_type']!r:.80} of shape {state['shape']!r:.80}, the model has "
+            f"it is {state['quant_type']!r:.80} of shape {state['shape']!r:.80}, the model has "
             f"{tuple(shape)} there; do config.json and weights belong together?"
         )
     if nested and not isinstance(state["nested_offset"], (int, float)):
         raise ValueError(f"{STATE}: nested_offset={state['nested_offset']!r:.80} is no number")
-    n, block = shape.numel(), state["blocksize"]
-    if type(block) is not int or block < 1:
-        raise ValueError(f"{STATE}: blocksize={block!r} is no block size")
-    blocks, inner = -(-n // block), state.get("nested_blocksize", NESTED_BLOCK)
-    if inner != NESTED_BLOCK:
-        raise ValueError(f": nested_blocksize={inner} is not {NESTED_BLOCK}; {INSTEAD}")
-    fp32 = torch.float32
-    expected = {  # elements, dtype
-        "": (-(-n // 2), torch.uint8),
-        ".quant_map": (16, fp32),
-        ".absmax": (blocks, torch.uint8 if nested else fp32),
-    }
-    if nested:
-        expected[".nested_absmax"] = (-(-blocks // NESTED_BLOCK), fp32)
-        expected[".nested_quant_map"] = (256, fp32)
+    if (inner := state.get("nested_blocksize", NESTED_BLOCK)) != NESTED_BLOCK:
+        raise ValueError(f"nested_blocksize={inner} is not {NESTED_BLOCK}; {INSTEAD}")
+    tables = {".quant_map": nf4_levels(), ".nested_quant_map": dynamic_map()}
+    parts = {"", ".absmax", ".quant_map"}
+    parts |= {".nested_absmax", ".nested_quant_map"} if nested else set()
+    if tensors.keys() != parts:
+        wrong = [name or "weight" for name in sorted(tensors.keys() ^ parts)]
+        raise ValueError(f"{wrong} missing or not expected")
     tensors = {name: t.contiguous().flatten() for name, t in tensors.items()}
-    if "" in tensors:  # the packed bytes may be held in another dtype, bf16 under FSDP for one
-        tensors[""] = tensors[""].view(torch.uint8)
-    if tensors.keys() != expected.keys():
-        wrong = sorted(tensors.keys() ^ expected.keys())
-        raise ValueError(f": {[name or 'weight' for name in wrong]} missing or not expected")
-    for name, (size, dtype) in expected.items():
-        t = tensors[name]
-        if t.numel() != size or t.dtype != dtype:
-            raise ValueError(
-                f"{name} holds {t.numel()} of {t.dtype}, should hold {size} of {dtype}; the file "
-                "is incomplete: save the model again"
-            )
     # Tables of constants; devices differ in the last bit of fp32 at most.
-    for name, ours in ((".quant_map", nf4_levels()), (".nested_quant_map", dynamic_map())):
-        if name in tensors and not torch.allclose(tensors[name], ours, rtol=1e-6, atol=0):
+    for name in parts & tables.keys():
+        t, ours = tensors[name], tables[name]
+        if t.shape != ours.shape or not torch.allclose(t.float(), ours, rtol=1e-6, atol=0):
             raise ValueError(f"{name} holds other levels than NF4 has here; {INSTEAD}")
     quantized = NF4Tensor(
-        codes=tensors[""],
+        codes=tensors[""].view(torch.uint8),  # they may be held in another dtype, as under FSDP
         absmax=tensors[".absmax"],
         nested_absmax=tensors.get(".nested_absmax"),
         offset=torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None,
         shape=shape,
-        spec=NF4Spec(block, nested),
+        spec=NF4Spec(state["blocksize"], nested),
     )
-    try:
-        quantized.check()
-    except ValueError as error:
-        raise ValueError(f": {error}") from None
+    quantized.check()
     return quantized
 
 

@@ -11,7 +11,7 @@ from ..lora.inject import add_adapters
 from ..lora.layer import LoRAConfig
 from ..quant.gguf_blocks import BYTES, dense_blocks, from_blocks
 from .checkpoint import empty_model, load_packed
-from .gguf_layout import Layout, layout
+from .gguf_layout import layout
 
 BASE, ADAPTER = "base.gguf", "adapter.gguf"
 
@@ -68,7 +68,7 @@ def load_gguf_folder(folder: Path | str, device=None, compute_dtype: str = "auto
     return load_packed(folder, state, list(packed), make, device, compute_dtype)
 
 
-def read_gguf_adapter(model, path: Path | str, adapter: str = "default") -> list[str]:
+def read_gguf_adapter(model, path: Path | str) -> list[str]:
     """Put the adapter of a file that export_gguf wrote beside its base, on the base as load_model
     reads it; returns the paths of the layers. Raises ValueError for another file."""
     stored, fields = read_gguf(Path(path))
@@ -81,9 +81,9 @@ def read_gguf_adapter(model, path: Path | str, adapter: str = "default") -> list
         raise ValueError(f"{path} is no adapter of this model: it holds {sorted(stored)[:3]}")
     alpha = fields["adapter.lora.alpha"]
     configs = {name: LoRAConfig(rank=len(a), alpha=alpha) for name, (a, _) in factors.items()}
-    for name, layer in add_adapters(model, configs, adapter).items():
+    for name, layer in add_adapters(model, configs, "default").items():
         a, b = factors[name]
-        layer.put(adapter, configs[name], a.clone(), lay.rows(name, b, back=True).clone())
+        layer.put("default", configs[name], a.clone(), lay.rows(name, b, back=True).clone())
     return list(configs)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .settings import head_dim
+
 GELU, SILU = "gelu_pytorch_tanh", "silu"
 # By transformers' name: llama.cpp's, pairs of rope are neighbours, norms plus 1, activation
 KNOWN = {
@@ -79,12 +81,6 @@ def _check(config, arch: str, activation: str) -> None:
         if rope.get("rope_type", "default") not in (ROPE if kind == "" else ("default",)):
             raise ValueError(f"rope of type {rope['rope_type']!r} can't be written as GGUF here; "
                              f"expected {', '.join(ROPE)}")  # fmt: skip
-
-
-def head_dim(config) -> int:
-    """Features of an attention head."""
-    own = getattr(config, "head_dim", None)
-    return own or config.hidden_size // config.num_attention_heads
 
 
 def ropes(config) -> dict[str, dict]:

@@ -70,6 +70,11 @@ def read_tokenizer(name: Path | str):
         return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
 
 
+def head_dim(config) -> int:
+    """Return how many features an attention head of a decoder with this config works on."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def check_config(said: dict, what: str) -> None:
     """Raise ValueError for a size, a number of layers or a constant, at any depth of what a config
     says, that no model has, and for kernels that would be fetched from the hub."""

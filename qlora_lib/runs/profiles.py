@@ -13,7 +13,7 @@ from ..data.calibration import calibration_batches
 from ..data.examples import hold_out
 from ..data.rows import read_jsonl
 from ..data.sources import NGRAM, load_gsm8k, load_gsm_hard, load_minigsm
-from ..lora.targets import ALL_LINEAR, ATTENTION
+from ..lora.targets import ALL_LINEAR
 from ..models.load import load_model
 from ..models.quantize import LayerReport, apply_recipe
 from ..models.settings import read_config
@@ -104,7 +104,6 @@ class Profile:
 
         config, device = config or self.train, device or default_device()
         targets = target_modules or self.target_modules
-        targets = {"all": ALL_LINEAR, "attention": ATTENTION}.get(targets, targets)
         dtype = dtype_name(resolve_dtype(compute_dtype or self.compute_dtype, device))
         try:
             ledger = memory_ledger(read_config(self.model),

@@ -14,8 +14,9 @@ import torch
 
 from ..base.devices import DTYPES, dtype_name
 from ..base.ranges import COUNT
-from ..generation.kv_cache import CacheSpec, cache_bytes, head_dim
-from ..lora.targets import ALL_LINEAR, find_linears
+from ..generation.kv_cache import CacheSpec, cache_bytes
+from ..lora.targets import ALL_LINEAR, ATTENTION, find_linears
+from ..models.settings import head_dim
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
 from .config import OPTIMIZERS
@@ -77,10 +78,11 @@ def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, 
     """Predicted memory of training the model that `config` describes.
 
     config: a transformers config, of a decoder whose linears have Llama's names. method: "full"
-    trains every parameter, in fp32; "lora" adapters of `rank` on `targets` over a dense base;
-    "qlora" the same over linears stored as `spec` says. batch: sequences of seq tokens at a time.
-    compute_dtype: bf16, fp16 or fp32, of frozen dense weights and activations. logit_tokens:
-    whose logits exist at once; None: all. Raises ValueError for settings that are not known.
+    trains every parameter, in fp32; "lora" adapters of `rank` on `targets` (names, "all" or
+    "attention") over a dense base; "qlora" the same over linears stored as `spec` says. batch:
+    sequences of seq tokens at a time. compute_dtype: bf16, fp16 or fp32, of frozen dense weights
+    and activations. logit_tokens: whose logits exist at once; None: all. Raises ValueError for
+    settings that are not known.
     """
     _check("method", method, METHODS)
     _check("optimizer", optimizer, OPTIMIZERS)
@@ -103,7 +105,9 @@ def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, 
         parts["weights"] = 4 * sum(counts)
         copied = sum(map(math.prod, linears.values())) + config.vocab_size * config.hidden_size
     else:
-        targets = (targets,) if isinstance(targets, str) else tuple(targets)
+        if isinstance(targets, str):
+            targets = {"all": ALL_LINEAR, "attention": ATTENTION}.get(targets, (targets,))
+        targets = tuple(targets)
         names = {path: path.rpartition(".")[2] for path in linears}
         missing = set(targets) - set(names.values())
         if missing or not targets:

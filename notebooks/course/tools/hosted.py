@@ -33,7 +33,7 @@ if not os.path.isdir("{name}"):
 os.chdir("{name}/notebooks")
 sys.path[:0] = [os.getcwd(), os.path.dirname(os.getcwd())]
 
-from qlora_lib.cli.doctor import missing_packages
+from qlora_lib.cli.checks.packages import missing_packages
 
 if missing := missing_packages():
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet",

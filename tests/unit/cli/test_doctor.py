@@ -16,7 +16,8 @@ from qlora_lib.__main__ import main
 from qlora_lib.base.files import read_json
 from qlora_lib.base.folders import HASHES
 from qlora_lib.base.paths import DATA, ROOT
-from qlora_lib.cli import doctor, torch_facts
+from qlora_lib.cli import doctor
+from qlora_lib.cli.checks import bundled, finding, gpu, hub, jupyter, machine, packages, torch_facts
 
 FACTS = {"torch": "2.13.0", "built_for": "CUDA 12.8", "cpu": "AVX512", "cpu_bf16": True,
          "warning": "", "gpus": [], "triton": "3.7.1"}  # fmt: skip
@@ -28,13 +29,13 @@ def states(findings) -> list[str]:
     return [line.state for line in findings]
 
 
-def only(findings) -> doctor.Finding:
+def only(findings) -> finding.Finding:
     (line,) = findings
     return line
 
 
-def answers(monkeypatch, said):
-    """doctor.ask gives `said`, or raises it; returns what was asked."""
+def answers(monkeypatch, said, module):
+    """What a module's checks ask gives `said`, or raises it; returns what was asked."""
     asked = []
 
     def ask(command, seconds):
@@ -43,7 +44,7 @@ def answers(monkeypatch, said):
             raise said
         return said
 
-    monkeypatch.setattr(doctor, "ask", ask)
+    monkeypatch.setattr(module, "ask", ask)
     return asked
 
 
@@ -52,7 +53,7 @@ def answers(monkeypatch, said):
 
 @pytest.mark.parametrize("found, code", [("ok note", 0), ("ok problem note", 1)])
 def test_a_problem_alone_makes_it_fail(monkeypatch, capsys, found, code):
-    lines = [doctor.Finding(state, f"about {state}: do that") for state in found.split()]
+    lines = [finding.Finding(state, f"about {state}: do that") for state in found.split()]
     monkeypatch.setattr(doctor, "CHECKS", [lambda: iter(lines)])
     assert main(["doctor"]) == code
     said = capsys.readouterr().out
@@ -64,10 +65,10 @@ def test_a_problem_alone_makes_it_fail(monkeypatch, capsys, found, code):
 
 def test_a_check_that_fails_is_a_note_and_the_others_go_on(monkeypatch, capsys):
     def check_moon():
-        yield doctor.ok("still there")
+        yield finding.ok("still there")
         raise KeyError("phase")
 
-    monkeypatch.setattr(doctor, "CHECKS", [check_moon, lambda: [doctor.ok("sun")]])
+    monkeypatch.setattr(doctor, "CHECKS", [check_moon, lambda: [finding.ok("sun")]])
     assert doctor.doctor(Namespace(json=False)) == 0
     said = capsys.readouterr().out
     assert "moon could not be checked" in said and "sun" in said
@@ -111,12 +112,12 @@ def test_here_the_course_can_run(monkeypatch, capsys):
 ])  # fmt: skip
 def test_a_program_that_fails_dies_or_hangs_is_a_line(code, words):
     with pytest.raises(RuntimeError, match=words):
-        doctor.ask([sys.executable, "-I", "-S", "-c", code], 0.2 if "60" in code else 30)
+        finding.ask([sys.executable, "-I", "-S", "-c", code], 0.2 if "60" in code else 30)
 
 
 def test_a_program_that_is_missing_is_a_line():
     with pytest.raises(RuntimeError, match="No such file"):
-        doctor.ask(["/there/is/none"], 1)
+        finding.ask(["/there/is/none"], 1)
 
 
 # --- packages ------------------------------------------------------------------------------------
@@ -128,23 +129,23 @@ def test_a_program_that_is_missing_is_a_line():
     ("triton", None, "note"), ("datasets", None, "note"), ("nbval", "0.10.0", "note"),
 ])  # fmt: skip
 def test_packages_outside_the_bounds_are_named(monkeypatch, name, version, state):
-    own = doctor.installed
-    monkeypatch.setattr(doctor, "installed", lambda n: version if n == name else own(n))
+    own = packages.installed
+    monkeypatch.setattr(packages, "installed", lambda n: version if n == name else own(n))
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(doctor, "_asked", lambda asked=doctor._asked: [
+    monkeypatch.setattr(packages, "_asked", lambda asked=packages._asked: [
         (text.partition(";")[0], needed) for text, needed in asked()])  # on any machine
-    line = only(line for line in doctor.check_packages() if name in line.text)
+    line = only(line for line in packages.check_packages() if name in line.text)
     assert line.state == state and (version or "not installed") in line.text
     assert "requirements.txt" in line.text
 
 
 def test_packages_within_the_bounds_are_fine():
-    assert "problem" not in states(doctor.check_packages())
+    assert "problem" not in states(packages.check_packages())
 
 
 def test_without_the_course_installed_there_is_a_remedy(monkeypatch):
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    assert "-e ." in [line.text for line in doctor.check_packages() if line.state == "problem"][0]
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    assert "-e ." in [line.text for line in packages.check_packages() if line.state == "problem"][0]
 
 
 # --- torch, GPU, compiler ------------------------------------------------------------------------
@@ -154,14 +155,14 @@ def test_without_the_course_installed_there_is_a_remedy(monkeypatch):
     RuntimeError("the process was ended by signal 4"), "", "no JSON",
     json.dumps({"error": "OSError: libcudart.so.12: cannot open shared object file"})])  # fmt: skip
 def test_a_torch_that_is_missing_or_broken_is_a_problem(monkeypatch, said):
-    answers(monkeypatch, said)
-    line = only(doctor.check_torch())
+    answers(monkeypatch, said, gpu)
+    line = only(gpu.check_torch())
     assert line.state == "problem" and "pip install" in line.text
 
 
 def test_transformers_that_cannot_be_imported_is_a_problem_too(monkeypatch):
-    answers(monkeypatch, json.dumps(FACTS | {"transformers_error": "ImportError: tokenizers"}))
-    line = only(line for line in doctor.check_torch() if line.state == "problem")
+    answers(monkeypatch, json.dumps(FACTS | {"transformers_error": "ImportError: tokenizers"}), gpu)
+    line = only(line for line in gpu.check_torch() if line.state == "problem")
     assert "tokenizers" in line.text and "pip install" in line.text
 
 
@@ -188,36 +189,36 @@ def test_a_torch_that_cannot_be_imported_says_why(monkeypatch):
     ({}, SMI, "note", "CUDA_VISIBLE_DEVICES"),
 ])  # fmt: skip
 def test_what_stands_between_torch_and_a_gpu_is_said(facts, driver, state, words):
-    line = only(doctor.gpu_lines(FACTS | facts, driver))
+    line = only(gpu.gpu_lines(FACTS | facts, driver))
     assert line.state == state and re.search(words, line.text)
 
 
 @pytest.mark.parametrize("gpus, there, state", [
     ([], [], "ok"), ([GPU], [], "note"), ([GPU], ["gcc"], "ok"), ([], ["cc"], "ok")])  # fmt: skip
 def test_a_gpu_wants_a_compiler_and_headers(monkeypatch, tmp_path, gpus, there, state):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name in there else None)
-    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(gpu.sysconfig, "get_path", lambda name: str(tmp_path))
     if there:
         (tmp_path / "Python.h").touch()
     monkeypatch.setenv("CC", "my-cc -m64")
-    line = list(doctor.compiler_lines(FACTS | {"gpus": gpus}))[1]
+    line = list(gpu.compiler_lines(FACTS | {"gpus": gpus}))[1]
     assert line.state == state and ("python3-dev" in line.text) == (state == "note")
 
 
 @pytest.mark.parametrize("machine, state", [("x86_64", "note"), ("arm64", "ok")])
 def test_triton_is_missed_where_it_has_wheels(monkeypatch, machine, state):
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(doctor.platform, "machine", lambda: machine)
+    monkeypatch.setattr(gpu.platform, "machine", lambda: machine)
     facts = {n: value for n, value in FACTS.items() if n != "triton"} | {"triton_error": "none"}
-    line = next(doctor.compiler_lines(facts))
+    line = next(gpu.compiler_lines(facts))
     assert line.state == state and "Triton" in line.text
 
 
 def test_gpus_are_asked_of_the_driver_for_a_bounded_time(monkeypatch):
-    asked = answers(monkeypatch, "NVIDIA T4, 470.82\n")
-    assert doctor.nvidia_gpus() == SMI and asked[0][1] <= 10
-    answers(monkeypatch, RuntimeError("no nvidia-smi"))
-    assert doctor.nvidia_gpus() == []
+    asked = answers(monkeypatch, "NVIDIA T4, 470.82\n", gpu)
+    assert gpu.nvidia_gpus() == SMI and asked[0][1] <= 10
+    answers(monkeypatch, RuntimeError("no nvidia-smi"), gpu)
+    assert gpu.nvidia_gpus() == []
 
 
 # --- memory, cores, disk -------------------------------------------------------------------------
@@ -227,10 +228,10 @@ def test_gpus_are_asked_of_the_driver_for_a_bounded_time(monkeypatch):
     (1e9, 4e9, 4, ["problem", "ok"]), (20e9, float("inf"), 1, ["ok", "note"]),
     (float("inf"), float("inf"), 2, ["ok", "ok"])])  # fmt: skip
 def test_memory_and_cores(monkeypatch, free, limit, count, wanted):
-    monkeypatch.setattr(doctor, "free_memory", lambda: free)
-    monkeypatch.setattr(doctor, "container_memory", lambda: (free, limit))
-    monkeypatch.setattr(doctor, "cores", lambda: count)
-    lines = list(doctor.check_machine())
+    monkeypatch.setattr(machine, "free_memory", lambda: free)
+    monkeypatch.setattr(machine, "container_memory", lambda: (free, limit))
+    monkeypatch.setattr(machine, "cores", lambda: count)
+    lines = list(machine.check_machine())
     assert states(lines)[:2] == wanted
     assert ("limit is 4.0 GB" in lines[0].text) == (limit == 4e9)
 
@@ -238,11 +239,12 @@ def test_memory_and_cores(monkeypatch, free, limit, count, wanted):
 @pytest.mark.parametrize("free, writable, state", [
     (1e9, True, "ok"), (1e8, True, "problem"), (1e9, False, "problem")])  # fmt: skip
 def test_disk_is_that_of_the_folder_that_will_be_made(monkeypatch, tmp_path, free, writable, state):
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: writable)
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: writable)
     asked = []
-    monkeypatch.setattr(doctor.shutil, "disk_usage",
+    monkeypatch.setattr(machine.shutil, "disk_usage",
                         lambda path: asked.append(path) or Namespace(free=free))  # fmt: skip
-    line = only(doctor.disk_lines("it", tmp_path / "not" / "yet", 5e8, doctor.problem, "free some"))
+    folder = tmp_path / "not" / "yet"
+    line = only(machine.disk_lines("it", folder, 5e8, finding.problem, "free some"))
     assert line.state == state and str(tmp_path) in line.text
     assert not asked or asked == [tmp_path]
 
@@ -255,7 +257,7 @@ def test_the_cache_is_where_the_hubs_client_puts_it(monkeypatch, variables, fold
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert doctor.hub_cache() == Path(folder).absolute()
+    assert hub.hub_cache() == Path(folder).absolute()
 
 
 # --- Jupyter -------------------------------------------------------------------------------------
@@ -277,10 +279,11 @@ def environment(folder: Path) -> Path:
 def test_the_servers_environment_must_have_the_widgets(monkeypatch, tmp_path, lab, widgets, state,
                                                        words):
     python = environment(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(python.with_name("jupyter")))
-    monkeypatch.setattr(doctor, "kernel_python", lambda: None)
-    asked = answers(monkeypatch, json.dumps({"jupyterlab": lab, "jupyterlab_widgets": widgets}))
-    _, line, kernel = doctor.check_jupyter()
+    monkeypatch.setattr(jupyter.shutil, "which", lambda name: str(python.with_name("jupyter")))
+    monkeypatch.setattr(jupyter, "kernel_python", lambda: None)
+    said = json.dumps({"jupyterlab": lab, "jupyterlab_widgets": widgets})
+    asked = answers(monkeypatch, said, jupyter)
+    _, line, kernel = jupyter.check_jupyter()
     assert line.state == state and words in line.text
     assert asked[0][0][0] == str(python) and asked[0][1] <= 10
     assert kernel.state == "note" and "make kernel" in kernel.text
@@ -288,22 +291,22 @@ def test_the_servers_environment_must_have_the_widgets(monkeypatch, tmp_path, la
 
 def test_a_server_that_cannot_be_asked_is_a_note(monkeypatch, tmp_path):
     python = environment(tmp_path)
-    answers(monkeypatch, RuntimeError("no answer within 5 s"))
-    assert only(doctor.server_lines(python)).state == "note"
+    answers(monkeypatch, RuntimeError("no answer within 5 s"), jupyter)
+    assert only(jupyter.server_lines(python)).state == "note"
     shim = python.with_name("jupyter")
     shim.write_text("#!/usr/bin/env bash\nexec something\n")
-    assert doctor.python_of(shim) is None
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(shim))
-    monkeypatch.setattr(doctor, "kernel_python", lambda: None)
-    assert states(doctor.check_jupyter())[1:] == ["note", "note"]
+    assert jupyter.python_of(shim) is None
+    monkeypatch.setattr(jupyter.shutil, "which", lambda name: str(shim))
+    monkeypatch.setattr(jupyter, "kernel_python", lambda: None)
+    assert states(jupyter.check_jupyter())[1:] == ["note", "note"]
 
 
 def test_this_environments_own_jupyter_is_no_other(monkeypatch):
     own = Path(sys.executable).with_name("jupyter")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(own))
-    monkeypatch.setattr(doctor, "python_of", lambda script: Path(sys.executable))
-    monkeypatch.setattr(doctor, "kernel_python", lambda: None)
-    assert states(doctor.check_jupyter()) == ["ok"]
+    monkeypatch.setattr(jupyter.shutil, "which", lambda name: str(own))
+    monkeypatch.setattr(jupyter, "python_of", lambda script: Path(sys.executable))
+    monkeypatch.setattr(jupyter, "kernel_python", lambda: None)
+    assert states(jupyter.check_jupyter()) == ["ok"]
 
 
 def test_the_kernel_must_start_this_python(monkeypatch, tmp_path):
@@ -314,7 +317,7 @@ def test_the_kernel_must_start_this_python(monkeypatch, tmp_path):
     for python, state, words in ((sys.executable, "ok", "this Python"), (other, "note", "another"),
                                  (tmp_path / "gone", "note", "gone")):  # fmt: skip
         spec.write_text(json.dumps({"argv": [str(python), "-m", "ipykernel_launcher"]}))
-        line = only(doctor.kernel_lines(doctor.kernel_python(), False))
+        line = only(jupyter.kernel_lines(jupyter.kernel_python(), False))
         assert line.state == state and words in line.text
 
 
@@ -327,8 +330,8 @@ def test_the_kernel_must_start_this_python(monkeypatch, tmp_path):
 def test_the_hub_is_asked_once_and_briefly(monkeypatch, offline, said, state, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror")
-    asked = answers(monkeypatch, said)
-    line = only(doctor.check_hub())
+    asked = answers(monkeypatch, said, hub)
+    line = only(hub.check_hub())
     assert line.state == state and words in line.text
     assert len(asked) == (offline != "1") and all(seconds <= 10 for _, seconds in asked)
 
@@ -338,7 +341,7 @@ def test_a_hub_that_refuses_is_no_traceback(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert "refused" in only(doctor.check_hub()).text
+    assert "refused" in only(hub.check_hub()).text
 
 
 def test_the_listing_of_the_bundled_files_is_that_of_today():
@@ -358,8 +361,8 @@ def test_bundled_files_that_are_missing_or_changed_are_named(monkeypatch, tmp_pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / HASHES).write_text(json.dumps(data_hashes(tmp_path)))
-    monkeypatch.setattr(doctor, "DATA", tmp_path)
+    monkeypatch.setattr(bundled, "DATA", tmp_path)
     change(tmp_path)
-    lines = list(doctor.check_data())
+    lines = list(bundled.check_data())
     assert states(lines) == wanted
     assert wanted == ["ok"] or "clone" in lines[0].text
