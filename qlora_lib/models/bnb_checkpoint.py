@@ -44,7 +44,10 @@ def load_bnb_4bit(folder: Path | str, device=None, compute_dtype: str = "auto"):
     check_folder(folder)
     _check_config(folder / "config.json")
     state = read_weights(folder)
-    paths = _quantized_paths(folder, state)
+    paths = [n.removesuffix(f".weight{STATE}") for n in state if n.endswith(f".weight{STATE}")]
+    if not paths:
+        raise ValueError(f"{folder} holds no tensor .weight{STATE}; is it a 4-bit checkpoint of a "
+                         "bitsandbytes of 0.43 or later?")  # fmt: skip
 
     def make(path: str, tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
         with named(f"{folder}: {path}.weight"):
@@ -70,28 +73,6 @@ def _check_config(path: Path) -> None:
         raise ValueError(f"{path}: bnb_4bit_quant_type={kind!r} is not supported; {INSTEAD}")
     if unknown := {k: v for k, v in config.items() if k not in CONFIG_KEYS and v}:
         raise ValueError(f"{path}: settings {unknown} are not known here; {INSTEAD}")
-
-
-def _quantized_paths(folder: Path, state: dict[str, Tensor]) -> list[str]:
-    """Return the paths of the quantized layers; ValueError for those without a quant_state."""
-    paths, mark = [], ".weight.quant_state.bitsandbytes__"
-    for name in state:
-        path, found, kind = name.partition(mark)
-        if name.endswith((".SCB", ".weight_format")):
-            raise ValueError(f"{folder}: {name} belongs to LLM.int8, not to nf4; {INSTEAD}")
-        if kind not in ("", "nf4"):
-            raise ValueError(f"{folder}: {name} is {kind}, not nf4; {INSTEAD}")
-        paths += [path] if found else []
-    for name, tensor in state.items():
-        path, _, part = name.partition(".weight")
-        if (part == ".absmax" or tensor.dtype == torch.uint8) and path not in paths:
-            raise ValueError(
-                f"{folder}: {name} is packed, but {path}{mark}nf4 is missing; save the model "
-                "again with save_pretrained of a bitsandbytes of 0.43 or later"
-            )
-    if not paths:
-        raise ValueError(f"{folder} holds no tensor {mark}nf4; is it a 4-bit checkpoint?")
-    return paths
 
 
 def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:

@@ -12,6 +12,7 @@ from ..lora.layer import LoRAConfig
 from ..quant.gguf_blocks import BYTES, dense_blocks, from_blocks
 from .checkpoint import empty_model, load_packed
 from .gguf_layout import layout
+from .settings import plain_errors
 
 BASE, ADAPTER = "base.gguf", "adapter.gguf"
 
@@ -92,15 +93,10 @@ def read_gguf(path: Path) -> tuple[dict[str, tuple[str, Tensor]], dict]:
     ValueError for a damaged file, and for kinds that are not read here."""
     from gguf import GGUFReader
 
-    try:
+    with plain_errors(str(path)):  # the reader raises whatever a damaged file leads to
         reader = GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
         found = {t.name: (t.tensor_type.name, t.data) for t in reader.tensors}
-    except OSError:
-        raise
-    except Exception as error:  # its reader raises whatever a damaged file leads to
-        raise ValueError(f"{path} could not be read ({type(error).__name__}: {error}); is it "
-                         "damaged?") from error  # fmt: skip
     tensors = {}
     for name, (kind, data) in found.items():
         if kind not in ("F32", "F16", "BF16", *BYTES):

@@ -9,7 +9,7 @@ from ..data.calibration import calibration_hash
 from ..data.gsm8k import PROMPT
 from ..data.sources import TRAINING_SETS
 from ..data.tokens import encode_prompt
-from ..evaluation.evaluate import EvalReport
+from ..evaluation.evaluate import REPORT, EvalReport
 from ..formats.gguf_checkpoint import BlockRow, export_gguf
 from ..formats.gptq_checkpoint import export_gptq
 from ..generation.generate import Decoding
@@ -110,18 +110,13 @@ def golden_questions(profile: Profile) -> list[str]:
 def _report_of(model, given: Path | None, usual: Path) -> Path | None:
     """The folder of an evaluation of these very weights: the one that is given, else the usual one
     where it is one. Raises ValueError for a given one of other weights."""
-    try:
-        found = EvalReport.load(given or usual)
-    except FileNotFoundError:
-        if given:
-            raise
+    if given is None and not (usual / REPORT).is_file():
         return None
-    if found.info.get("weights") == fingerprint(model):
-        return given or usual
-    if given:
+    same = EvalReport.load(given or usual).info.get("weights") == fingerprint(model)
+    if given and not same:
         raise ValueError(f"{given} is an evaluation of other weights than are exported; leave out "
                          "--report, or evaluate these")  # fmt: skip
-    return None
+    return given or usual if same else None
 
 
 def _described(model, name: str, folder: Path, merge: str | None) -> dict[str, str]:

@@ -17,7 +17,6 @@ from ..lora.targets import ALL_LINEAR
 from ..models.load import load_model
 from ..models.quantize import LayerReport, apply_recipe
 from ..models.settings import read_config
-from ..quant.gptq import GPTQOptions
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import GRID, Recipe, Spec
 from ..train.config import TrainConfig
@@ -56,14 +55,12 @@ class Profile:
             self.quantize(model, tokenizer, quantize, method)
         return model, tokenizer
 
-    def quantize(self, model, tokenizer, spec: Spec, method: str | None = None,
-                 target_modules="all", examples=None,
-                 options: GPTQOptions = GPTQOptions()) -> list[LayerReport]:  # fmt: skip
-        """Quantize these linears of the decoder blocks in place; returns a row a layer. method:
-        "gptq" (a QuantSpec's default), "rtn", or "nf4" (for an NF4Spec). examples: what GPTQ is
-        calibrated on, as `finetune` takes them; None: train problems."""
-        recipe = Recipe.of(spec, method, options, target_modules)
-        batches = self.calibration(tokenizer, examples) if recipe.method == "gptq" else None
+    def quantize(self, model, tokenizer, spec: Spec, method=None) -> list[LayerReport]:
+        """Quantize the linears of the decoder blocks in place; returns a row a layer. method:
+        "gptq" (a QuantSpec's default), calibrated on train problems, "rtn", or "nf4" (for an
+        NF4Spec)."""
+        recipe = Recipe.of(spec, method)
+        batches = self.calibration(tokenizer) if recipe.method == "gptq" else None
         return apply_recipe(model, recipe, batches)
 
     def calibration(self, tokenizer, examples=None) -> list[dict[str, Tensor]]:

@@ -17,12 +17,13 @@ def check_jupyter() -> Findings:
     yield state(f"in this environment: {', '.join(here)}")
     other = shutil.which("jupyter")
     python = python_of(Path(other)) if other else None
-    if other and python is None:
+    elsewhere = bool(other) and not same_environment(python)
+    if elsewhere and python is None:
         yield note(f"another jupyter, {other}, whose Python can't be told: sliders need "
                    "jupyterlab_widgets in its environment (pip list there)")  # fmt: skip
-    elif other and not same_environment(python):
+    elif elsewhere:
         yield from server_lines(python)
-    yield from kernel_lines(kernel_python(), bool(other) and not same_environment(python))
+    yield from kernel_lines(kernel_python(), elsewhere)
 
 
 def python_of(script: Path) -> Path | None:

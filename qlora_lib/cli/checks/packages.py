@@ -21,13 +21,13 @@ def check_packages() -> Findings:
     except ImportError:
         yield problem(f"the package `packaging` is missing, and probably all others: {INSTALL}")
         return
-    needed, others = ([text for text, is_needed in lacking if is_needed == wanted]
-                      for wanted in (True, False))  # fmt: skip
     yield ok(f"{fine} packages within the bounds of pyproject.toml")
-    if needed:
-        yield problem(f"packages that the course needs: {_with_versions(needed)}: {INSTALL}")
-    if others:
-        yield note(f"packages for GPU, hub, GGUF or tests: {_with_versions(others)}: {INSTALL}")
+    for state, wanted, what in ((problem, True, "that the course needs"),
+                                (note, False, "for GPU, hub, GGUF or tests")):  # fmt: skip
+        named = [f"{text} ({version or 'not installed'})" for text, version, is_needed in lacking
+                 if is_needed == wanted]  # fmt: skip
+        if named:
+            yield state(f"packages {what}: {', '.join(named)}: {INSTALL}")
     if not all(find_spec(name) for name in ("course", "experiments")):
         yield problem("the course itself is not installed: in a clone, make setup, or "
                       "python -m pip install --no-deps -e .")  # fmt: skip
@@ -35,11 +35,12 @@ def check_packages() -> Findings:
 
 def missing_packages() -> list[str]:
     """Return the requirements of the bundled course that are not met here, as pip takes them."""
-    return [text for text, is_needed in _packages()[1] if is_needed]
+    return [text for text, _, is_needed in _packages()[1] if is_needed]
 
 
-def _packages() -> tuple[int, list[tuple[str, bool]]]:
-    """Return how many requirements are met, and the others, as `_asked` gives them."""
+def _packages() -> tuple[int, list[tuple[str, str | None, bool]]]:
+    """Return how many requirements are met, and of the others text, version here, and whether the
+    notebooks of the tiny profile need them."""
     from packaging.requirements import Requirement
 
     fine, lacking = 0, []
@@ -51,15 +52,8 @@ def _packages() -> tuple[int, list[tuple[str, bool]]]:
         if version and wanted.specifier.contains(version, prereleases=True):
             fine += 1
         else:
-            lacking.append((f"{wanted.name}{wanted.specifier}", is_needed))
+            lacking.append((f"{wanted.name}{wanted.specifier}", version, is_needed))
     return fine, lacking
-
-
-def _with_versions(texts: list[str]) -> str:
-    from packaging.requirements import Requirement
-
-    found = ((text, installed(Requirement(text).name)) for text in texts)
-    return ", ".join(f"{text} ({version or 'not installed'})" for text, version in found)
 
 
 def _asked() -> list[tuple[str, bool]]:

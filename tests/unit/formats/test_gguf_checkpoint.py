@@ -148,7 +148,7 @@ def test_damage_is_found(tmp_path):
     with pytest.raises(ValueError, match="base.gguf is not as it was written"):
         load_model(folder)
     write_hashes(folder)
-    with pytest.raises(ValueError, match="base.gguf could not be read .*damaged"):
+    with pytest.raises(ValueError, match="base.gguf can't be read: .*damaged"):
         load_model(folder)
     (folder / BASE).write_bytes(whole)
     config = json.loads((folder / "config.json").read_text())

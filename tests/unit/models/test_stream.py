@@ -12,6 +12,7 @@ from qlora_lib.base.files import read_json
 from qlora_lib.base.folders import check_folder
 from qlora_lib.lora.targets import ATTENTION
 from qlora_lib.models import stream as streaming
+from qlora_lib.models import stream_output
 from qlora_lib.models.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
@@ -289,7 +290,7 @@ def test_a_failed_write_leaves_no_shard(folder, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(streaming, "save_file", half)
+    monkeypatch.setattr(stream_output, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
         stream(folder, tmp_path / "out", calibration=None, method="rtn")
     assert not shards(tmp_path / "out.unfinished").keys() - {".model-00001-of-00003.safetensors"}
