@@ -32,7 +32,7 @@ from qlora_lib.base.stamp import stamp
 from qlora_lib.layers.linear import QuantizedLinear
 from qlora_lib.lora.inject import inject_lora, trainable_parameters
 from qlora_lib.lora.targets import ALL_LINEAR, find_linears, replace_module
-from qlora_lib.models.checkpoint import fill
+from qlora_lib.models.packed_model import fill
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
 from qlora_lib.quant.recipe import Recipe

@@ -25,8 +25,8 @@ from qlora_lib.base.paths import DATA, given_path
 from qlora_lib.base.ranges import COUNT
 from qlora_lib.base.stamp import stamp
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
-from qlora_lib.models.checkpoint import INDEX
 from qlora_lib.models.settings import read_config, read_tokenizer
+from qlora_lib.models.stored_weights import INDEX
 from qlora_lib.models.stream import REPORT, quantize_checkpoint
 from qlora_lib.quant.gptq import GPTQOptions
 from qlora_lib.quant.grid import QuantSpec

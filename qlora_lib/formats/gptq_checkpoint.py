@@ -17,8 +17,10 @@ from ..base.folders import atomic_folder, check_folder
 from ..layers.blocks import decoder_blocks
 from ..layers.linear import QuantizedLinear, check_scales_are_frozen
 from ..lora.layer import lora_layers, named
-from ..models.checkpoint import base_state, load_packed, read_weights, save_settings
+from ..models.checkpoint import base_state, save_settings
+from ..models.packed_model import load_packed
 from ..models.quantize import quantized_layers
+from ..models.stored_weights import read_weights
 from ..quant.grid import CLIP_NORM, QuantSpec
 from ..quant.packing import BITS
 from .gptq_layout import FORMATS, from_gptq, to_gptq

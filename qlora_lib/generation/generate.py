@@ -41,11 +41,10 @@ class Decoding:
     def __post_init__(self):
         check_fields(self, temperature=ZERO_ON, top_p=SHARE, samples=COUNT, seed=ANY_SEED,
                      max_new_tokens=COUNT, batch_size=COUNT)  # fmt: skip
-        stops = [] if isinstance(self.stop, str) else listed(self.stop, "stop", str)
-        if isinstance(self.stop, str) or "" in stops:  # "" would end every completion at once
-            raise ValueError(f"stop={self.stop!r:.80}: expected a tuple of texts that are not empty")
-        for stop in stops:
+        for stop in listed(self.stop, "stop", str):
             check_text(stop)
+            if not stop:  # it would end every completion at once
+                raise ValueError(f"stop={self.stop!r:.80}: expected texts that are not empty")
         if self.cache_bits not in (None, 8, 4) or isinstance(self.cache_bits, float):
             raise ValueError(f"cache_bits={self.cache_bits!r} must be 8, 4, or None for 16 or 32")
         if self.samples > 1 and self.temperature == 0:

@@ -36,8 +36,8 @@ class CacheSpec:
         check_bits(self.bits)
         check_fields(self, group_size=COUNT, recent=FROM_ZERO)
         if self.bits == 3 or self.group_size % 8:
-            raise ValueError(f"bits={self.bits}, group_size={self.group_size}, recent={self.recent}"
-                             ": expected 8, 4 or 2 bits, and groups of a multiple of 8")  # fmt: skip
+            raise ValueError(f"bits={self.bits}, group_size={self.group_size}: expected 8, 4 or 2 "
+                             "bits, and groups of a multiple of 8")  # fmt: skip
         if not all(by in ("channel", "token") for by in (self.keys, self.values)):
             raise ValueError(f"keys={self.keys!r}, values={self.values!r}: expected channel, token")
 

@@ -18,7 +18,8 @@ from ..base.files import parse_json, read_json
 from ..base.folders import check_folder
 from ..lora.layer import named
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec, NF4Tensor, dynamic_map, nf4_levels
-from .checkpoint import load_packed, read_weights
+from .packed_model import load_packed
+from .stored_weights import read_weights
 
 CONFIG_KEYS = {  # those of the last two lines change nothing of what is read
     "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit",

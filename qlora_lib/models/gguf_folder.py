@@ -10,8 +10,8 @@ from ..base.folders import HASHES, check_folder
 from ..lora.inject import add_adapters
 from ..lora.layer import LoRAConfig
 from ..quant.gguf_blocks import BYTES, dense_blocks, from_blocks
-from .checkpoint import empty_model, load_packed
 from .gguf_layout import layout
+from .packed_model import empty_model, load_packed
 from .settings import plain_errors
 
 BASE, ADAPTER = "base.gguf", "adapter.gguf"

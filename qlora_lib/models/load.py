@@ -13,12 +13,12 @@ from ..base.devices import dtype_name, resolve_device, resolve_dtype
 from ..base.finite import check_finite
 from ..base.folders import check_folder
 from ..base.paths import short_path
-from .checkpoint import stored_shapes, weight_map
 from .conv1d import linear_from_conv1d
 from .gguf_files import gguf_file, load_gguf
 from .gguf_folder import is_gguf_folder, load_gguf_folder
 from .quantize import stored_tensors
 from .settings import plain_errors, read_config, read_tokenizer
+from .stored_weights import stored_shapes, weight_map
 
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
 # What transformers writes into its errors, in lower case, and what it means

@@ -26,18 +26,20 @@ from ..quant.gptq import GPTQOptions
 from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
-from . import checkpoint
 from .batches import Batch
 from .calibrate import quantize_block
+from .checkpoint import QUANTIZATION, describe, our_tensor, spec_as_json
+from .packed_model import put_packed
 from .quantize import LayerReport, check_calibration, check_shared, quantize_layer, warn_of_dense
 from .settings import read_tokenizer
+from .stored_weights import INDEX, weight_map
 from .stream_output import REPORT, StreamOutput, report_rows
 from .streamed_model import StreamedModel
 
 
 def folder_identity(folder: Path) -> str:
     """Return a hash of config, index and weights."""
-    names = {"config.json", checkpoint.INDEX, *checkpoint.weight_map(folder).values()}
+    names = {"config.json", INDEX, *weight_map(folder).values()}
     return content_hash({n: file_hash(folder / n) for n in names if (folder / n).is_file()})
 
 
@@ -83,13 +85,13 @@ def quantize_checkpoint(
         check_folder(out)
         _keep_beside(out, beside or {})
         return report_rows(read_json(out / REPORT))  # finished before
-    with atomic_folder(out, checkpoint.QUANTIZATION, keep=True) as scratch:
+    with atomic_folder(out, QUANTIZATION, keep=True) as scratch:
         output = StreamOutput(scratch, made_from, len(streamed.blocks))
         _quantize_blocks(streamed, output, targets, calibration, recipe, spill, progress)
         output.finish(streamed.parameters)
         packed = {row.name: spec for row in output.rows}
-        names = checkpoint.weight_map(scratch)
-        checkpoint.describe(model, tokenizer, packed, names, scratch, beside)
+        names = weight_map(scratch)
+        describe(model, tokenizer, packed, names, scratch, beside)
     warn_of_dense(path for path in targets if path not in packed)
     return output.rows
 
@@ -98,7 +100,7 @@ def _keep_beside(out: Path, beside: dict[str, dict]) -> None:
     """Put `beside` into a finished folder where it holds other files of these names, or none."""
     there = {name: read_json(out / name) for name in beside if (out / name).is_file()}
     if there != json.loads(json.dumps(beside)):
-        with atomic_folder(out, checkpoint.QUANTIZATION) as scratch:
+        with atomic_folder(out, QUANTIZATION) as scratch:
             skip = shutil.ignore_patterns(HASHES)
             shutil.copytree(out, scratch, dirs_exist_ok=True, ignore=skip)
             for name, said in beside.items():
@@ -172,8 +174,8 @@ def _read_finished(streamed: StreamedModel, output: StreamOutput, i: int, spec) 
     """Fill block i from the shard that an earlier run made of it."""
     state = read_tensors(output.shards[i + 1])
     names = [row.name for row in output.rows_of[i]]
-    layers = dict.fromkeys(names, checkpoint.spec_as_json(spec))
-    make = partial(checkpoint.our_tensor, layers=layers)
-    checkpoint.put_packed(streamed.model, layers, state, make)
+    layers = dict.fromkeys(names, spec_as_json(spec))
+    make = partial(our_tensor, layers=layers)
+    put_packed(streamed.model, layers, state, make)
     streamed.fill(state)
     streamed.blocks[i].to(streamed.device)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..base.files import read_proved_json, whole_file, write_json_atomic, write_proved_json
 from ..base.hashes import changes, file_hash
-from .checkpoint import INDEX, stored_shapes
 from .quantize import LayerReport
+from .stored_weights import INDEX, stored_shapes
 
 REPORT = "report.json"  # what OUT was made from, a row a layer, bits a parameter
 

@@ -11,10 +11,18 @@ from ..base.files import read_json
 from ..base.finite import check_finite
 from ..base.folders import check_folder
 from ..layers.blocks import decoder_blocks
-from . import checkpoint
 from .batches import Batch
 from .calibrate import BlockCalls
+from .checkpoint import QUANTIZATION
+from .packed_model import (
+    empty_model,
+    is_derived,
+    keep_own_weights,
+    materialize_buffers,
+    tied_weights,
+)
 from .settings import check_config
+from .stored_weights import read_weights, stored_shapes, weight_map
 
 
 class StreamedModel:
@@ -26,13 +34,13 @@ class StreamedModel:
         check_folder(folder)
         config = read_json(folder / "config.json")
         check_config(config, f"{folder}/config.json")
-        if config.get("quantization_config") or (folder / checkpoint.QUANTIZATION).is_file():
+        if config.get("quantization_config") or (folder / QUANTIZATION).is_file():
             raise ValueError(f"{folder} is quantized already; name the dense model's folder")
         count = config.get("num_hidden_layers", 0)
         if limit is not None and (not isinstance(limit, int) or not 1 <= limit <= count):
             raise ValueError(f"blocks={limit}, but {folder} has {count}")
         only = {} if limit is None else {"num_hidden_layers": limit}
-        made = checkpoint.empty_model(folder, device, compute_dtype, **only)
+        made = empty_model(folder, device, compute_dtype, **only)
         model, self.dtype, self.device = made
         self.folder, self.model = folder, model.eval()
         self.path, self.blocks = decoder_blocks(model)
@@ -44,15 +52,15 @@ class StreamedModel:
 
     def _check_tensors(self, left_out: range) -> list[str]:
         """Return the names of the tensors that the model needs; left_out: numbers of blocks."""
-        model, folder, tied = self.model, self.folder, checkpoint.tied_weights(self.model)
-        checkpoint.keep_own_weights(model, checkpoint.read_weights(folder, {*tied, *tied.values()}))
+        model, folder, tied = self.model, self.folder, tied_weights(self.model)
+        keep_own_weights(model, read_weights(folder, {*tied, *tied.values()}))
         needed = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
-        files = set(checkpoint.weight_map(folder).values())
-        stored = checkpoint.stored_shapes(folder / name for name in files)
+        files = set(weight_map(folder).values())
+        stored = stored_shapes(folder / name for name in files)
         missing = [n for n in needed if n not in stored]
         strange = [n for n in sorted(stored.keys() - tied.keys() - needed.keys())
                    if self.block_of(n) not in left_out
-                   and not checkpoint.is_derived(model, n)]  # fmt: skip
+                   and not is_derived(model, n)]  # fmt: skip
         if missing or strange:
             raise ValueError(
                 f"{folder}: missing {missing[:3]}, not expected {strange[:3]}; a model that is "
@@ -70,7 +78,7 @@ class StreamedModel:
     def read(self, block: int) -> dict[str, Tensor]:
         """Return the tensors of a block as stored; -1: all that lie outside the blocks."""
         names = {n for n in self.names if self.block_of(n) == block}
-        return checkpoint.read_weights(self.folder, names)
+        return read_weights(self.folder, names)
 
     def fill(self, state: dict[str, Tensor]) -> None:
         """Put copies of these tensors, in the dtype to compute in, into the model."""
@@ -86,7 +94,7 @@ class StreamedModel:
         head = next((p for p, m in self.model.named_modules() if m is head), "no head")
         state = {n: t for n, t in self.read(-1).items() if not n.startswith(f"{head}.")}
         self.fill(state)
-        checkpoint.materialize_buffers(self.model, self.device)
+        materialize_buffers(self.model, self.device)
         hidden = SpilledTensors(spill, self.device) if spill else []
         calls = BlockCalls(self.model, self.blocks, batches, hidden)
         empty = {n: t.to("meta") for n, t in state.items()}

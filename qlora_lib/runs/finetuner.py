@@ -31,8 +31,9 @@ from ..lora.init import RESIDUAL_INITS
 from ..lora.inject import inject_lora, set_adapter, trainable_parameters
 from ..lora.layer import lora_layers
 from ..lora.targets import find_linears
-from ..models import checkpoint
+from ..models.checkpoint import QUANTIZATION, base_state, save_quantized, save_settings
 from ..models.quantize import apply_recipe, quantized_layers
+from ..models.stored_weights import WEIGHTS
 from ..quant.nf4 import NF4Spec
 from ..quant.recipe import Recipe
 from ..train.config import TrainConfig
@@ -124,7 +125,7 @@ class Finetuner:
         if self.folder and self.method != "full":
             check_place(self.folder / ADAPTER, ADAPTER_CONFIG)
         if self.folder and taken_apart:
-            check_place(self.folder / BASE, checkpoint.QUANTIZATION)
+            check_place(self.folder / BASE, QUANTIZATION)
 
     def _quantize(self, model) -> None:
         """Quantize a dense module if it is to be, and if no adapter takes it apart."""
@@ -158,7 +159,7 @@ class Finetuner:
             said = self.plan.record() if self.plan else recipe.as_json()
             tell_of_orphan(self.folder)
             beside = {RECIPE: said | {"residual": how}}
-            checkpoint.save_quantized(self.model, self.tokenizer, self.folder / BASE, beside)
+            save_quantized(self.model, self.tokenizer, self.folder / BASE, beside)
 
     def fit(self, train, dev=None, config: TrainConfig = TrainConfig(),
             callback: Callback | Sequence[Callback] = (), best: bool = True) -> History:
@@ -211,11 +212,11 @@ class Finetuner:
             folder.mkdir(parents=True, exist_ok=True)
             save_adapter(self.model, folder / ADAPTER, self.adapter)
             return
-        state = checkpoint.base_state(self.model)
+        state = base_state(self.model)
         with atomic_folder(folder / MODEL, "config.json") as scratch:
-            save_file(state, scratch / checkpoint.WEIGHTS, metadata={"format": "pt"})
+            save_file(state, scratch / WEIGHTS, metadata={"format": "pt"})
             dtype = self.model.dtype
-            checkpoint.save_settings(self.model, self.tokenizer, state, scratch, dtype=dtype)
+            save_settings(self.model, self.tokenizer, state, scratch, dtype=dtype)
 
     def save(self, folder: str | Path | None = None, **facts) -> Path:
         """Write the model (full) or the adapter, and run.json with further `facts`, to a folder,

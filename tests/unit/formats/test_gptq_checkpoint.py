@@ -10,8 +10,9 @@ from qlora_lib.base.folders import HASHES
 from qlora_lib.formats.gptq_checkpoint import MARKER, export_gptq, import_gptq
 from qlora_lib.layers.linear import QuantizedLinear
 from qlora_lib.lora.merge import merge_lora
-from qlora_lib.models.checkpoint import INDEX, WEIGHTS, load_quantized, save_quantized
+from qlora_lib.models.checkpoint import load_quantized, save_quantized
 from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.models.stored_weights import INDEX, WEIGHTS
 from qlora_lib.quant.gptq import GPTQOptions
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from tests.support.lora_models import IDS, adapted, base_of, files, logits, rewrite

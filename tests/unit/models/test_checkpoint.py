@@ -15,10 +15,11 @@ from qlora_lib.formats.gptq_checkpoint import export_gptq, import_gptq
 from qlora_lib.lora.files import save_adapter
 from qlora_lib.lora.inject import inject_lora
 from qlora_lib.lora.merge import merge_lora, unmerge_lora
-from qlora_lib.models import checkpoint
-from qlora_lib.models.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
+from qlora_lib.models import checkpoint, packed_model
+from qlora_lib.models.checkpoint import QUANTIZATION, load_quantized, save_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.models.stored_weights import INDEX, WEIGHTS
 from qlora_lib.models.stream import REPORT, quantize_checkpoint
 from qlora_lib.quant.grid import QuantSpec
 from tests.support.lora_models import adapted, base_of, files, logits, rewrite, trained
@@ -231,7 +232,7 @@ def test_one_bit_of_any_file_is_noticed_before_a_value_is_used(form, tmp_path, m
         save_quantized(model, small_tokenizer(), folder)
     load = import_gptq if form == "gptq" else load_quantized
     load(folder, "cpu", "fp32")
-    monkeypatch.setattr(checkpoint, "empty_model", lambda *_: pytest.fail("built something"))
+    monkeypatch.setattr(packed_model, "empty_model", lambda *_: pytest.fail("built something"))
     for path in sorted(folder.iterdir()):
         before = path.read_bytes()
         for where in (0.3, 0.7):

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from qlora_lib.__main__ import main
 from qlora_lib.formats.gptq_checkpoint import import_gptq
-from qlora_lib.models import checkpoint
 from qlora_lib.models.checkpoint import QUANTIZATION, load_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.settings import check_config, read_config, read_tokenizer
+from qlora_lib.models.stored_weights import INDEX
 from qlora_lib.models.stream import quantize_checkpoint
 from qlora_lib.quant.nf4 import NF4Spec
 from tests.support.lora_models import rewrite
@@ -179,7 +179,7 @@ def sharded(folder, name):
     """The folder with an index that says that all is in a file of this name."""
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / "model.safetensors"),
                                                          name)}  # fmt: skip
-    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("door", [dense, gptq, streamed])
@@ -221,7 +221,7 @@ def test_links_do_not_leave_it_either_but_those_of_the_hub_s_cache(index, door, 
 @pytest.mark.parametrize("door", [dense, streamed])
 def test_an_index_that_fits_nothing_is_named(said, door, folder):
     made_for(door, folder)
-    (folder / checkpoint.INDEX).write_text(json.dumps(said))
+    (folder / INDEX).write_text(json.dumps(said))
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     with pytest.raises((ValueError, OSError)) as error:
         door(folder)

@@ -13,9 +13,10 @@ from qlora_lib.base.folders import check_folder
 from qlora_lib.lora.targets import ATTENTION
 from qlora_lib.models import stream as streaming
 from qlora_lib.models import stream_output
-from qlora_lib.models.checkpoint import INDEX, QUANTIZATION, WEIGHTS, load_quantized, save_quantized
+from qlora_lib.models.checkpoint import QUANTIZATION, load_quantized, save_quantized
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
+from qlora_lib.models.stored_weights import INDEX, WEIGHTS
 from qlora_lib.models.stream import REPORT, folder_identity
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
