@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from ..data.gsm8k import format_gsm8k, parse_gold, without_notes
-from .extraction import equals, numbers
+from .extraction import MODES, equals, numbers
 
 AT_MOST = 64  # problems, evenly spaced
-MODES = ("strict", "flexible")
 
 
 class CanaryError(ValueError):
@@ -74,7 +73,6 @@ def _refuse_leak(entry: dict[str, str], prompt: str) -> None:
     answer = entry["answer"].strip()
     last, whole = answer.splitlines()[-1], {answer, without_notes(answer).strip()}
     if prompt.rstrip().endswith(last) or any("\n" in w and f"{w}\n" in prompt for w in whole):
-        raise CanaryError(
-            f"the prompt of {entry['question'][:60]!r} holds its gold solution; a model must see "
-            "the question only, and few-shot examples must come from other problems"
-        )
+        raise CanaryError(f"the prompt of {entry['question'][:60]!r} holds its gold solution; a "
+                          "model must see the question only, and few-shot examples must come from "
+                          "other problems")  # fmt: skip

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..base.statistics import mcnemar, newcombe
-from .canaries import MODES
 from .evaluate import EvalReport, questions_hash
+from .extraction import MODES
 
 # Splits whose problems correspond line by line. GSM-Hard's are in the order of GSM8K's test.
 FAMILIES = ({"test", "test_changed", "test_larger"}, {"test", "gsm_hard"})
@@ -82,10 +82,9 @@ def compare(a: EvalReport, b: EvalReport, mode: str = "strict", names=("a", "b")
     if asked[0] != asked[1]:
         differ = next((i for i, (x, y) in enumerate(zip(*asked)) if x != y), min(a.n, b.n))
         first, second = (questions_hash(each)[:12] for each in asked)
-        raise ValueError(
-            f"the reports are not about the same questions: {a.n} with hash {first}, {b.n} with "
-            f"hash {second}, the first to differ is number {differ + 1}; for two sets take `drop`"
-        )
+        raise ValueError(f"the reports are not about the same questions: {a.n} with hash {first}, "
+                         f"{b.n} with hash {second}, the first to differ is number {differ + 1}; "
+                         "for two sets take `drop`")  # fmt: skip
     return compare_verdicts(*verdicts, mode, names)
 
 

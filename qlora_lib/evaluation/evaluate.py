@@ -21,8 +21,8 @@ from ..base.statistics import wilson
 from ..data.gsm8k import format_gsm8k, parse_gold
 from ..data.rows import listed
 from ..generation.generate import Generator
-from .canaries import MODES, run_canaries
-from .extraction import equals, extract_answer
+from .canaries import run_canaries
+from .extraction import MODES, equals, extract_answer
 
 CHUNK = 128  # questions that are asked at a time, and kept together, unless told
 Entry = dict[str, str]

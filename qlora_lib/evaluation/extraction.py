@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from ..data.gsm8k import parse_gold
 
+MODES = ("strict", "flexible")
 MAX_TEXT = 20_000  # characters that are read of what is said after the thinking
 MAX_DIGITS = MAX_EXPONENT = 60  # longer numerals, and powers of 10, are noise and slow
 TOLERANCE = Fraction(1, 10**6)  # absolute, for golds that are no integers
@@ -343,7 +344,7 @@ def extract_answer(completion: str, mode: str = "strict") -> Fraction | None:
     "answer is ..." or "answer: ...", else the last number. strict: only `#### N` and "The
     answer is N", where that is the flexible answer too. Raises ValueError for another mode.
     """
-    if mode not in ("strict", "flexible"):
+    if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected 'strict' or 'flexible'")
     if not isinstance(completion, str):
         raise ValueError(f"a completion should be a text, got {completion!r:.60}")

@@ -132,11 +132,10 @@ def train_verifier(
     loss is not finite.
     """
     if not len(prompts) == len(completions) == len(right) or len(set(map(bool, right))) < 2:
-        raise ValueError(
-            f"got {len(prompts)} prompts, {len(completions)} completions and {len(right)} labels, "
-            f"{sum(map(bool, right))} of them right; a verifier needs as many of each, and right "
-            "and wrong solutions: sample at a higher temperature, or more problems"
-        )
+        raise ValueError(f"got {len(prompts)} prompts, {len(completions)} completions and "
+                         f"{len(right)} labels, {sum(map(bool, right))} of them right; a verifier "
+                         "needs as many of each, and right and wrong solutions: sample at a higher "
+                         "temperature, or more problems")  # fmt: skip
     encoded = encode_solutions(verifier.model, verifier.tokenizer, prompts, completions)
     device = verifier.head.weight.device
     labels = torch.tensor([float(r) for r in right], device=device)

@@ -70,10 +70,9 @@ def export_gptq(
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized layers by path; ValueError for what the format can't hold."""
     if adapted := next(iter(lora_layers(model)), None):
-        raise ValueError(
-            f"{adapted} has an adapter, which a GPTQ checkpoint can't hold: merge it first, "
-            "merge_lora(model, into='rtn', unload=True), or save_adapter and export the base alone"
-        )
+        raise ValueError(f"{adapted} has an adapter, which a GPTQ checkpoint can't hold: merge it "
+                         "first, merge_lora(model, into='rtn', unload=True), or save_adapter and "
+                         "export the base alone")  # fmt: skip
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("no layer is quantized; call quantize_model first")
@@ -82,10 +81,9 @@ def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     grid = attrgetter("bits", "group_size", "symmetric")
     for path, layer in layers.items():
         if not isinstance(layer.spec, QuantSpec):
-            raise ValueError(
-                f"{path} is NF4, and GPTQ checkpoints hold integer grids: quantize the dense "
-                "model with a QuantSpec, or keep this one with save_quantized"
-            )
+            raise ValueError(f"{path} is NF4, and GPTQ checkpoints hold integer grids: quantize "
+                             "the dense model with a QuantSpec, or keep this one with "
+                             "save_quantized")  # fmt: skip
         if grid(layer.spec) != grid(spec):
             raise ValueError(f"one checkpoint has one spec: {first} {spec}, {path} {layer.spec}")
     return layers

@@ -25,10 +25,9 @@ FORMATS = ("gptq_v2", "gptq")
 def check_shape(path: str, in_features: int, out_features: int) -> None:
     """Raise ValueError, naming the layer, unless both are multiples of 32."""
     if in_features % 32 or out_features % 32:
-        raise ValueError(
-            f"{path} has {in_features} inputs and {out_features} outputs; the GPTQ format packs "
-            "both in words of 32 bits and needs multiples of 32: leave this layer dense"
-        )
+        raise ValueError(f"{path} has {in_features} inputs and {out_features} outputs; the GPTQ "
+                         "format packs both in words of 32 bits and needs multiples of 32: leave "
+                         "this layer dense")  # fmt: skip
 
 
 def groups_in_order(in_features: int, groups: int) -> Tensor:
@@ -68,11 +67,10 @@ def _without_zero(path: str, quantized: QuantizedTensor, g_idx: Tensor) -> tuple
     q = unpack(quantized.codes, spec.bits, quantized.shape)  # (out, in)
     lifted = lift[:, g_idx.long().to(q.device)]  # (out, groups) -> (out, in)
     if stuck := int((lifted & (q == spec.max_code)).any(1).sum()):
-        raise ValueError(
-            f"{path}.qzeros: {stuck} of {q.shape[0]} outputs have a zero-point of 0 beside the "
-            f"code {spec.max_code}; checkpoint_format='gptq' (v1) stores zero-points minus 1 and "
-            "can't hold them. Export as 'gptq_v2', or quantize with symmetric=True"
-        )
+        raise ValueError(f"{path}.qzeros: {stuck} of {q.shape[0]} outputs have a zero-point of 0 "
+                         f"beside the code {spec.max_code}; checkpoint_format='gptq' (v1) stores "
+                         "zero-points minus 1 and can't hold them. Export as 'gptq_v2', or "
+                         "quantize with symmetric=True")  # fmt: skip
     return pack(q + lifted, spec.bits), zero + lift
 
 
@@ -97,10 +95,9 @@ def from_gptq(
         got = tensors[name]
         fits = got.dtype == dtype or name == "scales" and got.is_floating_point()
         if tuple(got.shape) != size or not fits:
-            raise ValueError(
-                f"{path}.{name} is {got.dtype} {tuple(got.shape)}, expected {dtype} {size} for "
-                f"{spec.bits} bits in {groups} groups; does config.json belong to these weights?"
-            )
+            raise ValueError(f"{path}.{name} is {got.dtype} {tuple(got.shape)}, expected {dtype} "
+                             f"{size} for {spec.bits} bits in {groups} groups; does config.json "
+                             "belong to these weights?")  # fmt: skip
     g_idx = tensors["g_idx"]
     quantized = QuantizedTensor(
         codes=as_bytes(tensors["qweight"].t()),  # (in * bits / 32, out) -> (out, in * bits / 8)
@@ -120,16 +117,14 @@ def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bo
     zero = unpack(as_bytes(qzeros), spec.bits, shape)  # (groups, out)
     if v1:
         if overflowed := int((zero == spec.max_code).sum()):
-            raise ValueError(
-                f"{path}.qzeros: {overflowed} zero-points are stored as {spec.max_code}, which in "
-                "v1 is a zero-point of 0 that overflowed, and may have changed others: save it as "
-                "'gptq_v2' with what wrote it, or correct checkpoint_format if it is v2"
-            )
+            raise ValueError(f"{path}.qzeros: {overflowed} zero-points are stored as "
+                             f"{spec.max_code}, which in v1 is a zero-point of 0 that overflowed, "
+                             "and may have changed others: save it as 'gptq_v2' with what wrote "
+                             "it, or correct checkpoint_format if it is v2")  # fmt: skip
         zero = zero + 1
     middle = 2 ** (spec.bits - 1)
     if spec.symmetric and not (zero == middle).all():
-        raise ValueError(
-            f"{path}.qzeros: sym is true, but a zero-point is {int(zero[zero != middle][0])}, not "
-            f"{middle}: config.json has the wrong checkpoint_format ('gptq' for 'gptq_v2'?) or sym"
-        )
+        raise ValueError(f"{path}.qzeros: sym is true, but a zero-point is "
+                         f"{int(zero[zero != middle][0])}, not {middle}: config.json has the wrong "
+                         "checkpoint_format ('gptq' for 'gptq_v2'?) or sym")  # fmt: skip
     return zero.t().contiguous()

@@ -248,10 +248,9 @@ def check_prompt(model, decoding: Decoding, prompt: str, ids: Sequence[int]) -> 
     check_tokens(model, ids)
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
     if len(ids) + decoding.max_new_tokens > context:
-        raise ValueError(
-            f"a prompt of {len(ids)} tokens and max_new_tokens={decoding.max_new_tokens} exceed "
-            f"the context of {context}: {prompt[:60]!r}...; shorten the prompt, or lower the limit"
-        )
+        raise ValueError(f"a prompt of {len(ids)} tokens and "
+                         f"max_new_tokens={decoding.max_new_tokens} exceed the context of "
+                         f"{context}: {prompt[:60]!r}...; shorten the prompt, or lower the limit")
 
 
 def _complete(tokenizer, new: list[int], ends: set[int], decoding: Decoding) -> Completion:

@@ -63,10 +63,8 @@ def _check_config(path: Path) -> None:
     config = config if isinstance(config, dict) else {}
     method = config.get("quant_method")
     if method != "bitsandbytes":
-        raise ValueError(
-            f"{path}: quant_method={method!r}, not 'bitsandbytes'; read it with load_quantized "
-            "(ours), import_gptq (GPTQ) or load_model (dense)"
-        )
+        raise ValueError(f"{path}: quant_method={method!r}, not 'bitsandbytes'; read it with "
+                         "load_quantized (ours), import_gptq (GPTQ) or load_model (dense)")
     if config.get("load_in_8bit") or not config.get("load_in_4bit"):
         raise ValueError(f"{path}: LLM.int8 (load_in_8bit) is not supported; {INSTEAD}")
     kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
@@ -85,10 +83,9 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
         wrong = sorted(state.keys() ^ known)
         raise ValueError(f"{STATE}: {wrong} missing or not known; {INSTEAD}")
     if state["quant_type"] != "nf4" or state["shape"] != list(shape):
-        raise ValueError(
-            f"it is {state['quant_type']!r:.80} of shape {state['shape']!r:.80}, the model has "
-            f"{tuple(shape)} there; do config.json and weights belong together?"
-        )
+        raise ValueError(f"it is {state['quant_type']!r:.80} of shape {state['shape']!r:.80}, the "
+                         f"model has {tuple(shape)} there; do config.json and weights belong "
+                         "together?")  # fmt: skip
     if nested and not isinstance(state["nested_offset"], (int, float)):
         raise ValueError(f"{STATE}: nested_offset={state['nested_offset']!r:.80} is no number")
     if (inner := state.get("nested_blocksize", NESTED_BLOCK)) != NESTED_BLOCK:

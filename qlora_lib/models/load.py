@@ -76,10 +76,8 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
                 raise FileNotFoundError("there is no tokenizer_config.json")
             return model, tokenizer
         if method is not None:
-            raise ValueError(
-                f"{path} is quantized already ({method}); name the dense model, or read this one "
-                "with import_gptq if it is GPTQ"
-            )
+            raise ValueError(f"{path} is quantized already ({method}); name the dense model, or "
+                             "read this one with import_gptq if it is GPTQ")  # fmt: skip
         tokenizer = read_tokenizer(path)
         if Path(path).is_dir():
             _check_weights(Path(path), config)
@@ -91,10 +89,9 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
     except OSError as error:
         raise _explained(path, error) from error
     if missing := sorted(found["missing_keys"]):  # transformers would fill them at random
-        raise ValueError(
-            f"{path} lacks {len(missing)} of the model's tensors, such as {missing[0]}; a dense "
-            "checkpoint was expected (load_quantized reads what save_quantized wrote)"
-        )
+        raise ValueError(f"{path} lacks {len(missing)} of the model's tensors, such as "
+                         f"{missing[0]}; a dense checkpoint was expected (load_quantized reads "
+                         "what save_quantized wrote)")  # fmt: skip
     return model, tokenizer
 
 
@@ -164,16 +161,12 @@ def _is_folder(name: str) -> bool:
     elif path.is_dir() and not list(path.glob("*.safetensors")):
         pickled = sorted(file for pattern in PICKLED for file in path.glob(pattern))
     if pickled:
-        raise ValueError(
-            f"{pickled[0]} is a pickle, which can run any code when it is read, so it is not read "
-            f"here. {_conversion(pickled[0])}"
-        )
+        raise ValueError(f"{pickled[0]} is a pickle, which can run any code when it is read, so it "
+                         f"is not read here. {_conversion(pickled[0])}")  # fmt: skip
     is_folder = path.is_absolute() or name.startswith(".") or path.exists()
     if is_folder and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{short_path(path)} holds no model; name a folder with config.json and "
-            "safetensors, a GGUF file, or a model on the hub"
-        )
+        raise FileNotFoundError(f"{short_path(path)} holds no model; name a folder with "
+                                "config.json and safetensors, a GGUF file, or a model on the hub")
     return is_folder
 
 

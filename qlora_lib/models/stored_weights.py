@@ -24,10 +24,9 @@ def weight_map(folder: Path) -> dict[str, str]:
         return where
     path, found = folder / WEIGHTS, sorted(folder.glob("*.safetensors"))
     if not path.is_file() and len(found) > 1:
-        raise FileNotFoundError(
-            f"{folder} holds {len(found)} files of weights ({found[0].name}, ...), but no {INDEX} "
-            "that says what is where; get that too, or leave the one file that is meant"
-        )
+        raise FileNotFoundError(f"{folder} holds {len(found)} files of weights ({found[0].name}, "
+                                f"...), but no {INDEX} that says what is where; get that too, or "
+                                "leave the one file that is meant")  # fmt: skip
     path = path if path.is_file() or not found else found[0]
     _check_name(folder, path.name)
     with open_tensors(path) as file:

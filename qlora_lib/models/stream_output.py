@@ -39,10 +39,8 @@ class StreamOutput:
             raise ValueError(f"{scratch} can't be gone on with ({error}); delete it to start "
                              "anew") from None  # fmt: skip
         if other := changes(old, made_from):
-            raise ValueError(
-                f"{scratch} holds an unfinished run of other settings: {other}. Give "
-                "the same ones to go on, or delete that folder to start anew"
-            )
+            raise ValueError(f"{scratch} holds an unfinished run of other settings: {other}. Give "
+                             "the same ones to go on, or delete that folder to start anew")
         written = report.get("shards")  # older versions did not hash them
         for block, shard in enumerate(self.shards, -1):
             if not shard.is_file():

@@ -62,10 +62,9 @@ class StreamedModel:
                    if self.block_of(n) not in left_out
                    and not is_derived(model, n)]  # fmt: skip
         if missing or strange:
-            raise ValueError(
-                f"{folder}: missing {missing[:3]}, not expected {strange[:3]}; a model that is "
-                "stored under other names than its own is quantized in memory, without streaming"
-            )
+            raise ValueError(f"{folder}: missing {missing[:3]}, not expected {strange[:3]}; a "
+                             "model that is stored under other names than its own is quantized in "
+                             "memory, without streaming")  # fmt: skip
         for name in (n for n, shape in needed.items() if stored[n] != shape):
             raise ValueError(f"{folder}: {name} is {stored[name]}, by config.json {needed[name]}")
         return list(needed)
