@@ -122,8 +122,7 @@ def agree(what: str, value) -> None:
     odd = next((n for n, other in enumerate(values) if other != values[0]), None)
     if odd is not None:
         raise ValueError(f"processes 0 and {odd} differ in {what}: {values[0]!r:.80}, "
-                         f"{values[odd]!r:.80}. Start all with the same command, and let them see "
-                         "the same files")  # fmt: skip
+                         f"{values[odd]!r:.80}. Start all with the same command and files")
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:

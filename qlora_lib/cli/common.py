@@ -142,8 +142,7 @@ def read_data_option(args) -> tuple[str | None, str | None, str | None]:
         data_file(Path(data))  # which says what is missing
     if data and args.command not in ("quantize", "finetune", "export"):
         raise ValueError(f"--data {data} is something to train on; {args.command} asks problems: "
-                         "name a folder with test.jsonl (question and answer a line), or leave "
-                         "--data out")  # fmt: skip
+                         "name a folder with test.jsonl (question, answer), or leave it out")
     return None, None if args.profile == "tiny" else gsm8k, data
 
 

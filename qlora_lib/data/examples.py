@@ -61,11 +61,9 @@ def read_examples(source: str | Path | Iterable, tokenizer) -> list[Example]:
     kinds = [_kind(example) for example in source]
     for i, kind in enumerate(kinds):
         if kind is None or kind != kinds[0]:
-            raise ValueError(
-                f"example {i + 1} is {kind or type(source[i]).__name__}, the first "
-                f"{kinds[0] or 'unknown'}; expected all of one kind: texts, rows with fields, "
-                "(prompt, completion) or (input_ids, labels)"
-            )
+            raise ValueError(f"example {i + 1} is {kind or type(source[i]).__name__}, the first "
+                             f"{kinds[0] or 'unknown'}; expected all of one kind: texts, rows with "
+                             "fields, (prompt, completion) or (input_ids, labels)")  # fmt: skip
     if kinds[0] == "encoded":
         examples = [e if isinstance(e, Example) else Example(*e) for e in source]
         for i, (ids, labels) in enumerate(examples, 1):
@@ -134,9 +132,8 @@ def _format_of(where: str, row: dict) -> str:
     found = [name for name, fields in FORMATS.items() if set(fields) <= row.keys()]
     if len(found) != 1:
         known = "; ".join(" + ".join(fields) for fields in FORMATS.values())
-        raise ValueError(
-            f"{where} has the fields {sorted(row)}; expected those of one format: {known}"
-        )
+        raise ValueError(f"{where} has the fields {sorted(row)}; expected those of one format: "
+                         f"{known}")  # fmt: skip
     return found[0]
 
 
@@ -175,11 +172,10 @@ def chat_example(messages, tokenizer, tools: list | None = None) -> Example:
         if not (asked.startswith(done) and answered.startswith(asked)):
             before = write_chat(tokenizer, messages[:i], False, tools)
             if asked.startswith(done) and before and answered.startswith(before):
-                raise ValueError(
-                    f"the chat template asks for an answer with {asked[len(before) :]!r}, and "
-                    "writes the answer without it, as those of models that think first do; write "
-                    "the row as prompt, up to there, and completion, the thinking included"
-                )
+                raise ValueError("the chat template asks for an answer with "
+                                 f"{asked[len(before) :]!r}, and writes the answer without it, as "
+                                 "those of models that think first do; write the row as prompt, up "
+                                 "to there, and completion, the thinking included")  # fmt: skip
             raise ValueError(f"the chat template writes the first {i + 1} messages otherwise once "
                              "others follow; give each answer a chat of its own")  # fmt: skip
         # What is asked begins with bos, which most templates write.

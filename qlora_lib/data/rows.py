@@ -17,11 +17,10 @@ def listed(given: Iterable, what: str, kind: type = object) -> list:
     """Return the items of a list, a Dataset or another iterable in order. what: the items in words.
     Raises ValueError for a text, a dict of columns or splits, a table, and items of other kinds."""
     if isinstance(given, Mapping) or hasattr(given, "columns"):
-        raise ValueError(
-            f"{what}: got a {type(given).__name__} of {[*getattr(given, 'columns', given)]!s:.80}; "
-            "give a list with an item a row: one split of a DatasetDict, Dataset.from_dict(...) "
-            "of a dict of columns, .to_dict('records') of a table, [row] for one row"
-        )
+        raise ValueError(f"{what}: got a {type(given).__name__} of "
+                         f"{[*getattr(given, 'columns', given)]!s:.80}; give a list with an item a "
+                         "row: one split of a DatasetDict, Dataset.from_dict(...) of a dict of "
+                         "columns, .to_dict('records') of a table, [row] for one row")  # fmt: skip
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
         raise ValueError(f"{what}: expected a list, got {given!r:.80}; give one as [it]")
     items = list(given)

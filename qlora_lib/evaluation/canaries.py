@@ -73,6 +73,5 @@ def _refuse_leak(entry: dict[str, str], prompt: str) -> None:
     answer = entry["answer"].strip()
     last, whole = answer.splitlines()[-1], {answer, without_notes(answer).strip()}
     if prompt.rstrip().endswith(last) or any("\n" in w and f"{w}\n" in prompt for w in whole):
-        raise CanaryError(f"the prompt of {entry['question'][:60]!r} holds its gold solution; a "
-                          "model must see the question only, and few-shot examples must come from "
-                          "other problems")  # fmt: skip
+        raise CanaryError(f"the prompt of {entry['question'][:60]!r} holds its gold solution; "
+                          "few-shot examples must come from other problems")  # fmt: skip

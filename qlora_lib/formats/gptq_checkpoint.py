@@ -71,8 +71,7 @@ def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized layers by path; ValueError for what the format can't hold."""
     if adapted := next(iter(lora_layers(model)), None):
         raise ValueError(f"{adapted} has an adapter, which a GPTQ checkpoint can't hold: merge it "
-                         "first, merge_lora(model, into='rtn', unload=True), or save_adapter and "
-                         "export the base alone")  # fmt: skip
+                         "(merge_lora with unload=True), or save_adapter and export the base")
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("no layer is quantized; call quantize_model first")
@@ -82,8 +81,7 @@ def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     for path, layer in layers.items():
         if not isinstance(layer.spec, QuantSpec):
             raise ValueError(f"{path} is NF4, and GPTQ checkpoints hold integer grids: quantize "
-                             "the dense model with a QuantSpec, or keep this one with "
-                             "save_quantized")  # fmt: skip
+                             "the dense model with a QuantSpec, or save_quantized this one")
         if grid(layer.spec) != grid(spec):
             raise ValueError(f"one checkpoint has one spec: {first} {spec}, {path} {layer.spec}")
     return layers

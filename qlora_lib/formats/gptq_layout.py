@@ -26,8 +26,7 @@ def check_shape(path: str, in_features: int, out_features: int) -> None:
     """Raise ValueError, naming the layer, unless both are multiples of 32."""
     if in_features % 32 or out_features % 32:
         raise ValueError(f"{path} has {in_features} inputs and {out_features} outputs; the GPTQ "
-                         "format packs both in words of 32 bits and needs multiples of 32: leave "
-                         "this layer dense")  # fmt: skip
+                         "format packs multiples of 32: leave this layer dense")  # fmt: skip
 
 
 def groups_in_order(in_features: int, groups: int) -> Tensor:
@@ -68,9 +67,8 @@ def _without_zero(path: str, quantized: QuantizedTensor, g_idx: Tensor) -> tuple
     lifted = lift[:, g_idx.long().to(q.device)]  # (out, groups) -> (out, in)
     if stuck := int((lifted & (q == spec.max_code)).any(1).sum()):
         raise ValueError(f"{path}.qzeros: {stuck} of {q.shape[0]} outputs have a zero-point of 0 "
-                         f"beside the code {spec.max_code}; checkpoint_format='gptq' (v1) stores "
-                         "zero-points minus 1 and can't hold them. Export as 'gptq_v2', or "
-                         "quantize with symmetric=True")  # fmt: skip
+                         f"beside the code {spec.max_code}, which checkpoint_format='gptq' (v1) "
+                         "can't hold. Export as 'gptq_v2', or quantize with symmetric=True")
     return pack(q + lifted, spec.bits), zero + lift
 
 
@@ -118,9 +116,8 @@ def _read_zeros(path: str, qzeros: Tensor, shape: tuple, spec: QuantSpec, v1: bo
     if v1:
         if overflowed := int((zero == spec.max_code).sum()):
             raise ValueError(f"{path}.qzeros: {overflowed} zero-points are stored as "
-                             f"{spec.max_code}, which in v1 is a zero-point of 0 that overflowed, "
-                             "and may have changed others: save it as 'gptq_v2' with what wrote "
-                             "it, or correct checkpoint_format if it is v2")  # fmt: skip
+                             f"{spec.max_code}, in v1 a 0 that overflowed, maybe into others: save "
+                             "it as 'gptq_v2', or correct checkpoint_format if it is v2")
         zero = zero + 1
     middle = 2 ** (spec.bits - 1)
     if spec.symmetric and not (zero == middle).all():

@@ -14,9 +14,8 @@ def check_tokens(model, ids: Iterable[int]) -> None:
     if (least := min(ids, default=0)) < 0:
         raise ValueError(f"token id {least} is negative")
     if (largest := max(ids, default=0)) >= rows:
-        raise ValueError(f"token id {largest}, but the model has embeddings of {rows} tokens: the "
-                         "tokenizer is another model's, or tokens were added to it "
-                         "(model.resize_token_embeddings)")  # fmt: skip
+        raise ValueError(f"token id {largest}, but the model has embeddings of {rows} tokens: is "
+                         "the tokenizer its own? (model.resize_token_embeddings for more)")
 
 
 def token_mask(batch: Batch) -> Tensor:
@@ -41,9 +40,8 @@ def real_tokens(x: Tensor, mask: Tensor, path: str) -> Tensor:
     axes = [n for n in x.shape[:-1] if n != 1]
     if axes not in ([n for n in mask.shape if n != 1], [n for n in [mask.numel()] if n != 1]):
         raise ValueError(f"{path}: its input {tuple(x.shape)} does not hold a row for each of the "
-                         f"{tuple(mask.shape)} tokens (batch, seq), so it can't be calibrated; "
-                         "leave it out of target_modules, or quantize it without calibration "
-                         "('rtn', 'nf4')")  # fmt: skip
+                         f"{tuple(mask.shape)} tokens (batch, seq) to calibrate on; leave it out "
+                         "of target_modules, or quantize by 'rtn' or 'nf4'")  # fmt: skip
     return x.reshape(-1, x.shape[-1])[mask.flatten().to(x.device)]
 
 

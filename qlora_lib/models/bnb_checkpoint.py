@@ -84,8 +84,7 @@ def _nf4_tensor(tensors: dict[str, Tensor], shape: torch.Size) -> NF4Tensor:
         raise ValueError(f"{STATE}: {wrong} missing or not known; {INSTEAD}")
     if state["quant_type"] != "nf4" or state["shape"] != list(shape):
         raise ValueError(f"it is {state['quant_type']!r:.80} of shape {state['shape']!r:.80}, the "
-                         f"model has {tuple(shape)} there; do config.json and weights belong "
-                         "together?")  # fmt: skip
+                         f"model has {tuple(shape)} there; is config.json of these weights?")
     if nested and not isinstance(state["nested_offset"], (int, float)):
         raise ValueError(f"{STATE}: nested_offset={state['nested_offset']!r:.80} is no number")
     if (inner := state.get("nested_blocksize", NESTED_BLOCK)) != NESTED_BLOCK:

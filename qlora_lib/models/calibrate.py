@@ -94,8 +94,7 @@ def _record(model, blocks, batch: Batch, answer: Callable = lambda hidden: hidde
         if len(calls) == len(blocks):
             return calls[0][0], [settings for _, settings in calls]
     raise ValueError(f"{type(model).__name__} does more between its {len(blocks)} blocks than to "
-                     "hand on their hidden states: they can't be calibrated one by one; quantize "
-                     "by 'rtn' or 'nf4'") from error  # fmt: skip
+                     "hand on their hidden states; quantize by 'rtn' or 'nf4'") from error
 
 
 @contextmanager
@@ -120,8 +119,7 @@ def _check_settings(model, settings, others) -> None:
         pairs = zip(tree_leaves(own), tree_leaves(other), strict=True)
         if not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
             raise ValueError(f"block {i} of {type(model).__name__} is called with more that "
-                             "depends on the blocks before it than hidden states, so it can't be "
-                             "calibrated by itself; quantize by 'rtn' or 'nf4'")  # fmt: skip
+                             "depends on the blocks before it; quantize by 'rtn' or 'nf4'")
 
 
 @contextmanager
@@ -157,9 +155,8 @@ def _stages(i: int, block: nn.Module, layers: dict[str, nn.Module], calls) -> li
 
     def see(path: str, x: Tensor) -> None:
         if path in seen:
-            raise ValueError(f"{path} is called more than once in its block, which calibration "
-                             "does not handle; leave it out of target_modules, or use 'rtn' or "
-                             "'nf4'")  # fmt: skip
+            raise ValueError(f"{path} is called more than once in its block; leave it out of "
+                             "target_modules, or use 'rtn' or 'nf4'")  # fmt: skip
         seen.add(path)
         stages.setdefault(shared.first(path, x), []).append(path)
 

@@ -45,8 +45,7 @@ def load_gguf(path: Path, dtype: torch.dtype):
         model, found = AutoModelForCausalLM.from_pretrained(**where)
     except Exception as error:  # its reader raises whatever a damaged file leads to
         raise ValueError(f"{path} could not be read ({type(error).__name__}: {error}); is it "
-                         "damaged, or of an architecture that transformers does not read from "
-                         "GGUF?") from error  # fmt: skip
+                         "damaged, or of an architecture that transformers lacks?") from error
     if lost := sorted(found["missing_keys"]):
         raise ValueError(f"{path} lacks {len(lost)} of the model's tensors, such as {lost[0]}")
     # transformers takes it for quantized, and would neither save nor move it.

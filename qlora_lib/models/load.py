@@ -90,8 +90,7 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
         raise _explained(path, error) from error
     if missing := sorted(found["missing_keys"]):  # transformers would fill them at random
         raise ValueError(f"{path} lacks {len(missing)} of the model's tensors, such as "
-                         f"{missing[0]}; a dense checkpoint was expected (load_quantized reads "
-                         "what save_quantized wrote)")  # fmt: skip
+                         f"{missing[0]} (load_quantized reads what save_quantized wrote)")
     return model, tokenizer
 
 

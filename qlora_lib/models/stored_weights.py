@@ -25,8 +25,7 @@ def weight_map(folder: Path) -> dict[str, str]:
     path, found = folder / WEIGHTS, sorted(folder.glob("*.safetensors"))
     if not path.is_file() and len(found) > 1:
         raise FileNotFoundError(f"{folder} holds {len(found)} files of weights ({found[0].name}, "
-                                f"...), but no {INDEX} that says what is where; get that too, or "
-                                "leave the one file that is meant")  # fmt: skip
+                                f"...), but no {INDEX}; get that too, or leave one file alone")
     path = path if path.is_file() or not found else found[0]
     _check_name(folder, path.name)
     with open_tensors(path) as file:

@@ -63,8 +63,7 @@ class StreamedModel:
                    and not is_derived(model, n)]  # fmt: skip
         if missing or strange:
             raise ValueError(f"{folder}: missing {missing[:3]}, not expected {strange[:3]}; a "
-                             "model that is stored under other names than its own is quantized in "
-                             "memory, without streaming")  # fmt: skip
+                             "model stored under other names can't be streamed")  # fmt: skip
         for name in (n for n, shape in needed.items() if stored[n] != shape):
             raise ValueError(f"{folder}: {name} is {stored[name]}, by config.json {needed[name]}")
         return list(needed)

@@ -45,8 +45,7 @@ def read_run(folder: Path) -> dict:
         result = folder / said["path"]
         if check_folder(result) and result_hash(result) != said.get("result", result_hash(result)):
             raise ValueError(f"{short_path(result)} and {ABOUT} are of two runs: a save died "
-                             "between them. Give the command again that was saving; with --resume "
-                             "it saves both without training again")  # fmt: skip
+                             "between them. Give its command again; --resume trains nothing anew")
         return said
     if (folder / OLD).is_file():
         said = read_json(folder / OLD)
