@@ -134,7 +134,7 @@ def train_verifier(
     if not len(prompts) == len(completions) == len(right) or len(set(map(bool, right))) < 2:
         raise ValueError(f"got {len(prompts)} prompts, {len(completions)} completions and "
                          f"{len(right)} labels, {sum(map(bool, right))} of them right; a verifier "
-                         "needs as many of each, right and wrong ones: sample more, or hotter")
+                         "needs as many of each, and right and wrong solutions: sample hotter")
     encoded = encode_solutions(verifier.model, verifier.tokenizer, prompts, completions)
     device = verifier.head.weight.device
     labels = torch.tensor([float(r) for r in right], device=device)

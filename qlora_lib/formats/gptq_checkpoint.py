@@ -70,8 +70,8 @@ def export_gptq(
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized layers by path; ValueError for what the format can't hold."""
     if adapted := next(iter(lora_layers(model)), None):
-        raise ValueError(f"{adapted} has an adapter, which a GPTQ checkpoint can't hold: merge it "
-                         "(merge_lora with unload=True), or save_adapter and export the base")
+        raise ValueError(f"{adapted} has an adapter, which a GPTQ checkpoint can't hold: "
+                         "merge_lora(model, into='rtn', unload=True), or save_adapter apart")
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("no layer is quantized; call quantize_model first")

@@ -62,7 +62,7 @@ def save_quantized(
     the folder holds other files."""
     if merged := [path for path, layer in lora_layers(model).items() if layer.merged is not None]:
         raise ValueError(f"{len(merged)} layers, {merged[0]} first, hold both their base and a "
-                         "merged copy: unmerge_lora, or merge with unload=True")  # fmt: skip
+                         "merged copy: unmerge_lora; or merge with unload=True")  # fmt: skip
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("no layer is quantized; call quantize_model, or use save_pretrained")
