@@ -140,14 +140,16 @@ test: ## unit tests, long tests, then nbval (after make run-all GRID=1, of what 
 # (conftest.py says how many -n auto are.)
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(or $(JOBS),auto)
 
-# The unit tests load no plugin but xdist: every process would wait for nbval's imports. xdist
-# would begin with the files of most tests, and end with those of few and long ones.
+# These load no plugin but xdist: every process would wait for nbval's imports. A file's tests stay
+# together, so that what they share is made once. xdist would begin with the files of most tests;
+# as they are named here, the long ones come first, and short ones fill the end.
+BY_FILE := PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist --dist loadfile --no-loadscope-reorder
+
 unit: $(READY) ## unit tests, and a few tries of each fuzzer ## python -m pytest -q -m "not long" tests/unit tests/fuzz
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) --dist loadfile -p xdist \
-	    --no-loadscope-reorder -m "not long" tests/unit tests/fuzz
+	$(BY_FILE) -m "not long" tests/unit tests/fuzz
 
 long: $(READY) ## tests of over a second: processes and kernels started and killed, a wheel, a record, small trainings ## python -m pytest -q -m long tests/unit tests/long tests/fuzz
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist -m long tests/long tests/unit tests/fuzz
+	$(BY_FILE) -m long tests/long tests/fuzz tests/unit
 
 fuzz: $(READY) ## files damaged, commands killed, disks full, input bad: TRIES=300 SEED=0 ## python -m pytest -q tests/fuzz --tries 300 --seed 0
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(SIDE_BY_SIDE) -p xdist tests/fuzz --tries $(TRIES) --seed $(SEED)

@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+import course.tools  # noqa: F401  before nbformat, which then takes a second less
+
 
 def pytest_addoption(parser):
     parser.addoption("--executed", action="store_true", help="with --nbval: compare what run "

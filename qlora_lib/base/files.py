@@ -4,20 +4,23 @@ Files of this package that stand alone prove themselves: "sha256" is the hash of
 and "format" says that it must be there. (A folder proves its files together: folders.py.)
 """
 
+from __future__ import annotations
+
 import glob
 import hashlib
 import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from .hashes import add_tensors, content_hash
 from .paths import real_path
+
+if TYPE_CHECKING:  # what writes JSON alone, as each notebook's runner, need not wait for torch
+    from torch import Tensor
 
 FORMAT = 1  # of files and folders that prove themselves; readers refuse a newer one
 LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizer.json of today has a tenth of it
@@ -136,6 +139,8 @@ def check_format(path: Path, version: Any) -> None:
 
 def write_proved_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """Write tensors and `about` (in the header, as JSON), whole or not at all, with their hash."""
+    from safetensors.torch import save_file
+
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     text = json.dumps(about | {"format": FORMAT})
     header = {"json": text, "sha256": _tensors_hash(tensors, text)}

@@ -1,13 +1,15 @@
 """SHA-256 of what can change under a run: JSON, tensors, a folder's weights."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # hashing JSON need not wait for torch
+    from torch import Tensor
 
 
 def content_hash(content: Any) -> str:
@@ -24,6 +26,8 @@ def changes(before: dict, now: dict) -> str:
 
 def add_tensors(digest, named: Iterable[tuple[str, Tensor]]) -> None:
     """Update a hash with names, shapes, dtypes and bytes of these tensors."""
+    import torch
+
     for name, tensor in named:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -1,14 +1,9 @@
 """Fixtures of several files."""
 
-import sys
 from dataclasses import replace
 from functools import cache
 
 import pytest
-
-# jsonschema would build a grammar of international addresses, which takes longer than all else
-# that nbformat imports, and which no notebook needs.
-sys.modules.setdefault("rfc3987_syntax", None)
 
 
 @pytest.fixture

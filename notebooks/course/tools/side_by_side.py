@@ -84,11 +84,12 @@ def side_by_side(work: Callable[..., str | None], tasks: dict[str, tuple], jobs:
 
 
 def _context():
-    """Processes that are forked from one which has imported papermill, where there is forking."""
+    """Processes that are forked from one which has imported this file and papermill, where there is
+    forking."""
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["papermill"])
+    context.set_forkserver_preload([__name__, "papermill"])
     return context
 
 

@@ -1,6 +1,7 @@
 """Names and parameters that the tools are given, before anything runs."""
 
 import json
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -12,6 +13,7 @@ from course.tools.__main__ import PROFILES, main
 from course.tools.normal_form import KERNEL
 from course.tools.student import build
 from qlora_lib.runs.profiles import load_profile
+from tests.support.throwaway_notebooks import PARAMETERS, save
 
 
 def test_the_profiles_are_those_of_the_library():
@@ -71,3 +73,21 @@ def test_handing_out_does_not_replace_the_notebooks_themselves(tmp_path):
     with pytest.raises(ValueError, match="without solutions"):
         build(tmp_path, [path])
     assert json.loads(path.read_text()) == before
+
+
+def test_a_parameter_goes_to_the_notebooks_that_have_it(tmp_path):
+    has = Path(save(tmp_path, "01_a", PARAMETERS))
+    lacks = Path(save(tmp_path, "02_b", ('profile = "tiny"', "parameters")))
+    parts = books.known_parameters([has, lacks], {"bits": 3, "profile": "smollm2"})
+    assert parts == {has: {"bits": 3, "profile": "smollm2"}, lacks: {"profile": "smollm2"}}
+
+
+def test_parameters_keep_their_types():
+    given = "bits=3 rate=1e-3 group_size=None fast=true name=llama path='a b' layers=[1,2]"
+    assert books.parse_parameters(given) == {
+        "bits": 3, "rate": 1e-3, "group_size": None, "fast": True, "name": "llama",
+        "path": "a b", "layers": [1, 2]}
+    assert books.parse_parameters("") == {}
+    for wrong in ("bits", "=3", "a-b=3"):
+        with pytest.raises(ValueError, match="expected name=value"):
+            books.parse_parameters(wrong)
