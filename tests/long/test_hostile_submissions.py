@@ -244,7 +244,9 @@ def graded(tmp_path_factory):
 
 
 def environment(temporary) -> dict[str, str]:
+    """Temporary files go to a folder of their own, but that of torch's compiler, which stays."""
     return os.environ | {MARK: "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary),
+                         "TORCHINDUCTOR_CACHE_DIR": str(temporary.with_name("torch")),
                          "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'notebooks'}"}  # fmt: skip
 
 
