@@ -18,6 +18,7 @@ _HOME = {
     "lora.inject": ["inject_lora", "set_adapter", "trainable_parameters", "use_adapter"],
     "lora.combine": ["combine_adapters"],
     "lora.merge": ["merge_into_original", "merge_lora", "unmerge_lora"],
+    "lora.on_grid": ["inject_on_grid", "merge_on_grid"],
     "lora.files": ["find_adapter", "load_adapter", "save_adapter"],
     "models.merge_hessians": ["merge_hessians"],
     "models.quantize": ["dequantize_model", "quantize_model", "quantized_layers"],

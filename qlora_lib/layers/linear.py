@@ -153,10 +153,14 @@ class QuantizedLinear(nn.Module):
 
 
 def check_scales_are_frozen(layers: dict[str, QuantizedLinear]) -> None:
-    """Raises ValueError when scales of these layers are trained: files hold them in fp16."""
+    """Raises ValueError when scales of these layers are trained, which files hold in fp16, or codes
+    are moved by an adapter, which they do not hold."""
     for path, layer in layers.items():
-        if any(True for _ in layer.parameters()):
+        trained = {name for name, _ in layer.named_parameters()}
+        if "scale" in trained:
             raise ValueError(f"the scales of {path} are being trained; call freeze_scales first")
+        if trained:
+            raise ValueError(f"the codes of {path} are being moved; call merge_on_grid first")
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

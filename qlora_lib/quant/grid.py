@@ -262,6 +262,13 @@ def assemble(q: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor | None, spec:
     return QuantizedTensor(codes, scale.to(SCALE_DTYPE), zero.to(torch.uint8), g_idx, q.shape, spec)
 
 
+def spread(grids: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """Scales or zero-points (out, groups) of a packed weight, one a weight: (out, in)."""
+    if quantized.g_idx is not None:
+        return grids[:, quantized.g_idx.long()]
+    return grids.repeat_interleave(quantized.shape[1] // grids.shape[1], 1)
+
+
 def by_group(g_idx: Tensor, groups: int) -> Tensor:
     """The input features (in,), each group's side by side, where g_idx (in,) is the group of each.
     Raises ValueError unless all groups are of one size."""
