@@ -10,7 +10,7 @@ from .common import SHARED, Opened, add_command, grid, open_options
 
 RATE = Range(0, 100, above=True)
 METHODS = ("gptq", "rtn", "nf4", "none")
-INITS = ("kaiming", "gaussian", "loftq", "pissa")
+INITS = ("kaiming", "gaussian", "loftq", "pissa", "svd", "qera", "cloq")
 OF_GRID = ("with --method gptq or rtn", lambda args: args.method in ("gptq", "rtn"))
 OF_GPTQ = ("with --method gptq", lambda args: args.method == "gptq")
 NEEDS = {  # of both commands
@@ -20,8 +20,8 @@ NEEDS = {  # of both commands
 }
 OF_QUANTIZE = {"spill": ("with --stream", lambda args: args.stream)}
 OF_FINETUNE = {
-    "stream": ("with a quantized base and --init kaiming or gaussian",
-               lambda a: a.method != "none" and a.init in ("kaiming", "gaussian")),
+    "stream": ("with a quantized base, and not with --init loftq or pissa",
+               lambda a: a.method != "none" and a.init not in ("loftq", "pissa")),
     "epochs": ("without --max-steps, which replaces it", lambda args: args.max_steps is None),
 }  # fmt: skip
 
@@ -71,7 +71,9 @@ def add_commands(commands) -> None:
     add("--rank", type=COUNT, help="of the adapter")
     add("--alpha", type=ABOVE_ZERO, help="LoRA's scale is alpha / rank (default: 2 * rank)")
     add("--dropout", type=SHARE_BELOW_ONE, default=0.0)
-    add("--init", choices=INITS, default="kaiming", help="of A and B; loftq: with nf4 or rtn")
+    add("--init", choices=INITS, default="kaiming", help="of A and B; loftq: with nf4 or "
+        "rtn; svd, qera, cloq: with a quantized base, from what rounding lost: of the weights "
+        "alone, weighed by the size of the inputs, or by all that calibration tells of them")
     add("--targets", default="all", help="all (default), attention, or names: q_proj,v_proj")
     flag = partial(add, action="store_true")
     flag("--rslora", help="scale by alpha / sqrt(rank), not alpha / rank")

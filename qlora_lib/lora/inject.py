@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..quant.grid import QuantSpec
 from ..quant.nf4 import NF4Spec
 from .choice import Rows, choose, keep_choice
 from .fingerprint import dense_hash
-from .init import RESIDUAL_INITS
+from .init import LOST_INITS, RESIDUAL_INITS
 from .layer import (
     LoRAConfig,
     LoRALinear,
@@ -51,6 +51,7 @@ def inject_lora(
     model: nn.Module, target_modules=ATTENTION, rank: int | dict[str, int] = 8, alpha: float = 16,
     dropout: float = 0.0, init: str = "kaiming", spec: QuantSpec | NF4Spec | None = None,
     use_rslora: bool = False, use_dora: bool = False, adapter: str = "default",
+    starts: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> list[str]:  # fmt: skip
     """Freeze the model and put an adapter on each target layer; returns the paths of these.
 
@@ -58,7 +59,9 @@ def inject_lora(
     {path: rank}: targets that it leaves out get no adapter. use_dora: train each row's length
     apart (layer.weight_norm), for one more dequantization a call. init: with "kaiming" and
     "gaussian" the outputs do not change; "loftq" and "pissa" replace dense bases by residuals,
-    quantized as `spec` says (init.py). Draws come from torch's global generator. Called again with
+    quantized as `spec` says (init.py). "svd", "qera" and "cloq" start from the products `starts`,
+    {path: (B, A)}, which inject_calibrated computes from what rounding lost. Draws come from
+    torch's global generator. Called again with
     other targets, it adds those to the adapter. The model's first adapter becomes its default.
     Raises ValueError, before anything is changed, for targets that match nothing, a rank out of
     range or of no target, a name in use, and an init that does not go with spec, DoRA or layers.
@@ -79,6 +82,10 @@ def inject_lora(
         split = [path for path in configs if adapter not in getattr(found[path], "configs", {})]
     elif spec is not None:
         raise ValueError(f"spec={spec} goes with {RESIDUAL_INITS}; quantize_model quantizes first")
+    if (init in LOST_INITS) != (starts is not None):
+        raise ValueError(f"init={init!r}, and starts is {'not ' if starts is None else ''}given: "
+                         f"{LOST_INITS} start from products that inject_calibrated computes of the "
+                         "dense weights; call that")  # fmt: skip
     for path in split:
         with named(path):
             check_dense(found[path], configs[path], spec)
@@ -86,6 +93,8 @@ def inject_lora(
     for path in split:
         layers[path].original = dense_hash(layers[path].base)
         layers[path].take_apart(adapter, spec)
+    for path, (b, a) in (starts or {}).items():
+        layers[path].start_from(adapter, b, a)
     model.requires_grad_(False)  # embeddings, norms and head too
     for layer in lora_layers(model).values():  # those of earlier calls too
         for p in layer.parameters_of(adapter):

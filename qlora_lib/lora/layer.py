@@ -21,9 +21,9 @@ from ..layers.linear import QuantizedLinear, dense_pieces, dense_weight
 from ..quant.grid import QuantSpec, check_weight
 from ..quant.nf4 import NF4Spec
 from .choice import DEFAULT, Rows, chosen
-from .init import RESIDUAL_INITS, loftq, pissa
+from .init import LOST_INITS, RESIDUAL_INITS, loftq, pissa
 
-INITS = ("kaiming", "gaussian", *RESIDUAL_INITS)
+INITS = ("kaiming", "gaussian", *RESIDUAL_INITS, *LOST_INITS)
 TINY = torch.finfo(torch.float32).tiny
 ALPHA = Range(0, 10**6, above=True)  # beyond it fp32 may overflow, and nobody trains
 MERGED = object()  # what a call uses where base and adapter are one layer
@@ -193,6 +193,13 @@ class LoRALinear(nn.Module):
         else:
             self.base = QuantizedLinear.from_linear(linear, base)
         self.residual_of = name
+
+    def start_from(self, name: str, b: Tensor, a: Tensor) -> None:
+        """Let adapter `name` add the product B A at step 0: B (out, rank), A (rank, in)."""
+        config = self.configs[name]
+        root, old = config.scaling**-0.5, self.lora_A[name]
+        # With use_dora the lengths are then those of the mended weight: it is what calls use.
+        self.put(name, config, (a * root).to(old), (b * root).to(old))
 
     def put(self, name: str, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
         """Store an adapter's factors as new parameters, over any that have its name."""

@@ -67,11 +67,24 @@ class BasePlan:
 
     def batches(self, tokenizer) -> Batches | None:
         """What GPTQ is calibrated on, tokenized once; None for other methods."""
-        if self.recipe.method != "gptq":
-            return None
+        return self.shown(tokenizer) if self.recipe.method == "gptq" else None
+
+    def shown(self, tokenizer) -> Batches:
+        """The calibration batches, tokenized once, whatever the method."""
         if not self._batches:
             self._batches.append(self.calibrate(tokenizer))
         return self._batches[0]
+
+    def dense_weights(self):
+        """The weights before quantization: with `stream` their folder, of which a layer at a time
+        can be read, else the model. Raises ValueError for weights that are packed already."""
+        if self.stream and not is_whole(self.model):
+            return local_folder(self.model)
+        model, _ = self.dense()
+        if quantized_layers(model):
+            raise ValueError(f"{short_path(Path(self.model))} holds packed weights, and what "
+                             "rounding lost shows only beside dense ones; take init='kaiming'")
+        return model
 
     def calibration_hash(self, tokenizer) -> str | None:
         """The hash of what GPTQ sees; None for other methods and published sets."""

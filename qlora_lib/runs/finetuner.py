@@ -27,7 +27,7 @@ from ..evaluation.tasks import Score, Task, score
 from ..generation.generate import Decoding, generator
 from ..lora.files import ADAPTER_CONFIG, save_adapter
 from ..lora.fingerprint import residual_fingerprint
-from ..lora.init import RESIDUAL_INITS
+from ..lora.init import LOST_INITS, RESIDUAL_INITS
 from ..lora.inject import inject_lora, set_adapter, trainable_parameters
 from ..lora.layer import lora_layers
 from ..lora.targets import find_linears
@@ -41,6 +41,7 @@ from ..train.finetune import History, finetune
 from ..train.memory import METHODS
 from ..train.snapshots import load_best
 from .base import ABOUT, BASE, RECIPE, BasePlan, quantized_base, read_recipe, tell_of_orphan
+from .lost_start import check_lost_start, dense_linears, start_from_lost
 from .run_folder import ADAPTER, MODEL, TRAINING, load_run, result_hash
 
 Callback = Callable[[dict], None]
@@ -92,13 +93,15 @@ class Finetuner:
             self.recipe = self.plan.recipe
         self.lora = _with_defaults(lora) if method != "full" else {}
         self.residual = self.lora.get("init") in RESIDUAL_INITS  # starts from the dense weights
+        self.from_lost = self.lora.get("init") in LOST_INITS  # from what rounding them lost
         self._check()
         if self.plan is None and tokenizer is None:
             raise ValueError("a model that is handed over needs its tokenizer too")
         if self.plan and method == "qlora" and not self.residual:
-            model, own = quantized_base(self.plan, self.folder)
+            before, (model, own) = None, quantized_base(self.plan, self.folder)
         else:
             model, own = self.plan.dense() if self.plan else (model, tokenizer)
+            before = dense_linears(model, self.lora) if self.from_lost else None
             self._quantize(model)
         if self.plan:  # and not the run's own copy, which a second run finds
             model.config._name_or_path = self.plan.model
@@ -107,7 +110,11 @@ class Finetuner:
             model.float().requires_grad_(True)
         else:
             torch.manual_seed(seed)
-            self._inject()
+            if self.from_lost:
+                self.layers = start_from_lost(model, self.tokenizer, self.recipe, self.plan,
+                                              self.lora, adapter, before)  # fmt: skip
+            else:
+                self._inject()
             set_adapter(model, adapter)  # what is trained is what calls use
 
     def _check(self) -> None:
@@ -122,6 +129,8 @@ class Finetuner:
         if self.lora.get("init") == "loftq" and self.method == "lora":
             raise ValueError("init loftq mends what quantization breaks, and a dense base has "
                              "nothing quantized; take nf4 or rtn, or init pissa")  # fmt: skip
+        if self.from_lost:
+            check_lost_start(self.lora["init"], self.method, self.plan, self.recipe)
         if self.folder and self.method != "full":
             check_place(self.folder / ADAPTER, ADAPTER_CONFIG)
         if self.folder and taken_apart:

@@ -67,6 +67,7 @@ def command_lines():
     for argv in (
         "--method none --bits 4", "--method none --stream", "--method none --best",
         "--method none --init loftq", "--method gptq --init loftq", "--method gptq --init pissa",
+        "--method none --init cloq", "--init cloq --stream --match-dense",
         "--method rtn --init pissa --stream --max-steps 1", "--optimizer sgd", "--init x",
         "--targets q", "--targets q_proj,", "--targets ,", "--targets (.*)*x", "--targets lm_head",
         "--max-length 1", "--rank 1000000", "--method int3",
