@@ -11,6 +11,7 @@ from ..data.rows import listed, read_rows
 from ..data.sources import TRAINING_SETS, data_file, load_training_set
 from ..data.tokens import IGNORE, Example, collate
 from ..evaluation.extraction import extract_answer
+from ..train.finetune import supervised
 from .profiles import Profile
 
 
@@ -138,13 +139,11 @@ def count_tokens(examples: Sequence[Example], max_length: int, left_out: int,
                  batch_size: int = 32) -> TokenCount:  # fmt: skip
     """Counts of what training will see of examples from which `left_out` were taken already."""
     seen = [example.cut(max_length) for example in examples]
-    supervised = padding = 0
+    padding = 0
     for start in range(0, len(seen), batch_size):
         batch = collate(seen[start : start + batch_size])
-        labels = batch["labels"] != IGNORE
-        supervised += int(labels[:, 1:].sum())  # nothing predicts the first token
-        padding += int((labels & (batch["attention_mask"] == 0)).sum())
+        padding += int(((batch["labels"] != IGNORE) & (batch["attention_mask"] == 0)).sum())
     lengths = [len(example.input_ids) for example in examples]
     tokens, cut = sum(min(n, max_length) for n in lengths), sum(n > max_length for n in lengths)
     longest = max(lengths, default=0)
-    return TokenCount(len(examples), tokens, longest, cut, left_out, supervised, padding)
+    return TokenCount(len(examples), tokens, longest, cut, left_out, supervised(seen), padding)

@@ -89,8 +89,8 @@ def finetune(model, tokenizer, examples: Iterable[Example | Pair],
     target and eos are supervised. `callback` gets each step's metrics. With config.folder:
     `metrics.jsonl`, a line a step; `last.safetensors`, to resume from; `best.safetensors`, the
     parameters at the lowest dev loss. Those of an earlier run stay until there are new ones.
-    Reseeds torch's global generator at each step. Parameters
-    of 16 bits stay fp32 unless others are frozen in 16 bits.
+    Reseeds torch's global generator at each step. Parameters of 16 bits stay fp32 unless others
+    are frozen in 16 bits.
 
     Several processes, called with the same arguments and frozen weights, share the examples of a
     step: the steps are those of one but for rounding and dropout's masks. The first writes the
