@@ -7,11 +7,12 @@ settings of a slider compare.
 import struct
 from collections.abc import Sequence
 
-from qlora_lib.serving.verify import CLOSE, FAR
+from qlora_lib.serving.verify import CLOSE, FAR, NEAR
 
 from ..kit.picture import COLORS, interval
 
 LEAST, MOST = 1e-3, 100.0  # of a distance that is drawn
+DIGIT = 5.7  # points from a digit of a byte to the next
 KINDS = {"nearest": "rtn", "gptq": "gptq"}
 
 
@@ -31,9 +32,10 @@ def draw_block(axes, d: float, place: int, code: int, codes: Sequence[int]) -> N
     for i, byte in enumerate(block):
         for half, digit in enumerate(f"{byte:02x}"):  # the high half is written first
             mine = i == 2 + place % 16 and high == (half == 0)
-            above.text(i + (half - 0.5) * 0.32, 0, digit, ha="center", va="center", fontsize=12,
-                       family="monospace", weight="bold" if mine else "normal",
-                       color=COLORS["qlora"] if mine else COLORS["gptq"] if i < 2 else "black")
+            above.annotate(
+                digit, (i, 0), ((half - 0.5) * DIGIT, 0), textcoords="offset points", ha="center",
+                va="center", fontsize=9, family="monospace", weight="bold" if mine else "normal",
+                color=COLORS["qlora"] if mine else COLORS["gptq"] if i < 2 else "black")
     above.axvline(1.5, color=COLORS["muted"], linewidth=1)
     above.set(xlim=(-0.7, 17.7), ylim=(-1, 1), yticks=[], xticks=range(18), xlabel="byte",
               title=f"code {place} is {code}, in the {'high' if high else 'low'} half of byte "
@@ -62,11 +64,14 @@ def draw_distances(ax, fault: str, questions: int, far: dict[str, dict[str, list
         ax.barh(place, shown - LEAST, left=LEAST, height=0.55,
                 color=COLORS["gptq" if name == nearest else "muted"])
         ax.text(1.15 * shown, place, _size(mean), va="center", fontsize=11)
-    for limit, word, side in ((CLOSE, "close", "right"), (FAR, "far", "left")):
-        ax.axvline(limit, color=COLORS["qlora"], linestyle=":", linewidth=1.5)
-        ax.text(limit, -0.5, f" {word}: {limit:g} ", ha=side, va="bottom",
-                fontsize=10, color=COLORS["qlora"])
-    ax.set(xscale="log", xlim=(LEAST, MOST), ylim=(len(means) - 0.5, -0.9),
+    last = len(means)
+    for limit, word, side, first, end in (  # the first two are for "as measured" alone
+            (CLOSE, "close", "right", -0.9, 0.4), (FAR, "far", "left", -0.9, 0.4),
+            (NEAR, "near", "right", 0.6, last)):
+        ax.plot([limit, limit], [first, end], color=COLORS["qlora"], linestyle=":", linewidth=1.5)
+        ax.text(limit, last if word == "near" else -0.5, f" {word}: {limit:g} ", ha=side,
+                va="bottom", fontsize=10, color=COLORS["qlora"])
+    ax.set(xscale="log", xlim=(LEAST, MOST), ylim=(last, -0.9),
            xlabel="mean difference of log probabilities",
            title=f"nearest: {nearest}, {_size(means[nearest])} off")
     ax.set_yticks(range(len(means)), labels=[name.removeprefix("adapter ") for name in means])

@@ -119,7 +119,7 @@ register(Exercise(
 
 def offset_loss(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     exact = scale.float() * zero.float()
-    return (exact.half().float() - exact).abs(), (exact * 2**-11).clamp(min=2**-25)
+    return (exact.half().float() - exact).abs(), exact * 2**-11
 
 
 def _lost(scale, zero):
@@ -132,7 +132,12 @@ def _exact(scale, zero):
 
 def _in_fp16(scale, zero):
     exact = (scale * zero.half()).float()
-    return (exact.half().float() - exact).abs(), (exact * 2**-11).clamp(min=2**-25)
+    return (exact.half().float() - exact).abs(), exact * 2**-11
+
+
+def _half_step(scale, zero):
+    exact = _exact(scale, zero)
+    return _lost(scale, zero), torch.where(exact > 0, 2.0 ** (exact.log2().floor() - 11), 0)
 
 
 def _grids(g: torch.Generator, n: int, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -148,26 +153,32 @@ register(Exercise(
         (lambda g: (_half(0.0123, 0.0123, 0.0123, 0.0123, 0.0123),
                     torch.tensor([0, 1, 2, 4, 8], dtype=torch.uint8)),
          "zero-points 0, 1, 2, 4 and 8"),
-        (lambda g: _grids(g, 6, 1e-6, 4e-6), "scales near 0, where fp16's steps stay the same"),
+        (lambda g: _grids(g, 6, 1e-6, 4e-6), "scales near 0, where nothing is lost"),
         (lambda g: _grids(g, 6, 1.0, 90.0), "large scales"),
     ],
     mistakes=[
-        (lambda scale, zero: (_lost(scale, zero), (_exact(scale, zero) * 2**-10).clamp(
-            min=2**-24)), "a number lies at most half a step from the nearest one: 2^-11 and "
-                          "2^-25"),
-        (lambda scale, zero: (_lost(scale, zero), _exact(scale, zero) * 2**-11),
-         "below 2^-14 the steps of fp16 no longer shrink: the bound is 2^-25 at least"),
+        (lambda scale, zero: (_lost(scale, zero), _exact(scale, zero) * 2**-10),
+         "a number lies at most half a step from the nearest one: 2^-11"),
+        (lambda scale, zero: (_lost(scale, zero), (_exact(scale, zero) * 2**-11).clamp(
+            min=2**-25)), "the bound needs no floor: a scale near 0 is a multiple of 2^-24, so its "
+                          "product is one too, and is held exactly"),
+        (_half_step, "this is half a step where m lies, which is right and tighter; asked is the "
+                     "simple bound, 2^-11 |m|"),
+        (lambda scale, zero: (_lost(scale, zero), -offset_loss(scale, zero)[1]),
+         "m is negative, but a bound is a size: 2^-11 |m|"),
         (lambda scale, zero: (_exact(scale, zero).half().float() - _exact(scale, zero),
                               offset_loss(scale, zero)[1]), "asked is a size: take abs()"),
         (_in_fp16, "the product was rounded before you looked: multiply in fp32, which holds it "
                    "exactly"),
-        (lambda scale, zero: (_lost(scale, zero), (_exact(scale, zero) * 2**-9).clamp(
-            min=2**-25)), "this is bfloat16's half step, 2^-9; fp16 has 10 bits behind the point"),
+        (lambda scale, zero: (_lost(scale, zero), _exact(scale, zero) * 2**-9),
+         "this is bfloat16's half step, 2^-9; fp16 has 10 bits behind the point"),
         (lambda scale, zero: (_lost(scale, zero) / _exact(scale, zero).clamp(min=1e-12),
                               offset_loss(scale, zero)[1]),
          "asked is how far the weights move, not the part of the offset"),
-        (lambda scale, zero: (_lost(scale, zero), (15 * scale.float() * 2**-11).clamp(
-            min=2**-25)), "each block has a zero-point of its own: 15 is the largest"),
+        (lambda scale, zero: (_lost(scale, zero) / scale.float(), offset_loss(scale, zero)[1]),
+         "asked is how far the weights move, not how many steps of the grid that is"),
+        (lambda scale, zero: (_lost(scale, zero), 15 * scale.float() * 2**-11),
+         "each block has a zero-point of its own: 15 is the largest"),
         (lambda scale, zero: tuple(t.max() for t in offset_loss(scale, zero)),
          "one number a block, not the largest of all"),
         (lambda scale, zero: offset_loss(scale, zero)[::-1], "first what is lost, then the bound"),
@@ -183,7 +194,7 @@ register(Exercise(
 
 
 def rows_there(weight: Tensor, heads: int) -> Tensor:
-    """Rows (heads * d, ...) of q or k in llama.cpp's order: i and i + d / 2 become neighbors."""
+    """Rows (heads * n, ...) of q or k in llama.cpp's order: i and i + n / 2 become neighbors."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -196,8 +207,8 @@ def _back_in_place(weight, heads):
     return weight
 
 
-def _rows(g: torch.Generator, heads: int, d: int, *rest: int) -> tuple[Tensor, int]:
-    return torch.randn(heads * d, *rest, generator=g), heads
+def _rows(g: torch.Generator, heads: int, n: int, *rest: int) -> tuple[Tensor, int]:
+    return torch.randn(heads * n, *rest, generator=g), heads
 
 
 register(Exercise(
@@ -211,7 +222,7 @@ register(Exercise(
     ],
     mistakes=[
         (rows_there, "this goes to llama.cpp's order once more; the way back splits a head into "
-                     "d / 2 pairs"),
+                     "n / 2 pairs"),
         (lambda weight, heads: rows_back(weight, 1),
          "each head is in order by itself: the first comes before the second, whole"),
         (lambda weight, heads: weight.unflatten(0, (heads, -1, 2)).flatten(0, 2),
@@ -327,6 +338,27 @@ def _named(names: dict):
         cause := ids_cause(measured, served, bos), cause)
 
 
+def _fronts(measured, served, bos):
+    """Looks at what stands in front, and at nothing behind it."""
+    if measured == served:
+        return ""
+    if all(s[:2] == [bos, bos] for s in served):
+        return "bos twice"
+    lacks = all(len(s) == len(m) - 1 and s[:1] != [bos] for m, s in zip(measured, served))
+    return "bos missing" if lacks else "wrong tokenizer"
+
+
+def _first_gone(measured, served, bos):
+    lacks = all(m[1:] == s for m, s in zip(measured, served))
+    return "bos missing" if lacks else ids_cause(measured, served, bos)
+
+
+def _each_by_itself(measured, served, bos):
+    causes = {ids_cause([m], [s], bos) for m, s in zip(measured, served)}
+    alike = causes <= {"bos twice", "bos missing"}
+    return sorted(causes)[-1] if alike else ids_cause(measured, served, bos)
+
+
 def _begins_alike(measured, served, bos):
     cause = ids_cause(measured, served, bos)
     if cause == "wrong tokenizer" and all(s[:1] == [bos] for s in served):
@@ -348,7 +380,7 @@ register(Exercise(
         (lambda g: (_IDS, _prefixed(1), 1), "a bos more, in every prompt"),
         (lambda g: (_IDS, [list(ids) for ids in _IDS], 1), "the same ids"),
         (lambda g: (_IDS, [ids[1:] for ids in _IDS], 1), "no bos in any prompt"),
-        (lambda g: (_IDS, [[*ids, 2] for ids in _IDS], 1), "a token more, at the end"),
+        (lambda g: (_IDS, [[*ids, 1] for ids in _IDS], 1), "a bos more, but at the end"),
         (lambda g: (_IDS, [ids[:-1] for ids in _IDS], 1), "a token less, at the end"),
         (lambda g: (_IDS, [_IDS[0], [1, 9, 8], _IDS[2]], 1), "as many tokens, two have changed "
                                                              "places in the second prompt"),
@@ -357,6 +389,14 @@ register(Exercise(
         (lambda g: (_IDS, _prefixed(0), 1), "another token more, in front"),
         (lambda g: ([ids[1:] for ids in _IDS], [[3, *ids[1:]] for ids in _IDS], None),
          "a tokenizer without bos, and a token more"),
+        (lambda g: ([ids[1:] for ids in _IDS], [ids[2:] for ids in _IDS], None),
+         "a tokenizer without bos, and a token less, in front"),
+        (lambda g: (_IDS, [[1, 1, 7, 6, 5], [1, 1, 9, 8], [1, 1, 5, 4, 5, 3]], 1),
+         "bos twice, and other tokens behind"),
+        (lambda g: (_IDS, [[7, 6, 5], [9, 8], [5, 4, 5, 3]], 1),
+         "no bos, and other tokens"),
+        (lambda g: (_IDS, [[1, *_IDS[0]], _IDS[1][1:], [1, *_IDS[2]]], 1),
+         "a bos more in two prompts, none in the third"),
     ],
     mistakes=[
         (_by_length, "one token more need not be a bos: compare the ids, not their numbers"),
@@ -374,6 +414,11 @@ register(Exercise(
         (_named({"bos missing": "wrong tokenizer"}),
          "a prompt without its bos is a cause of its own: bos missing"),
         (_begins_alike, "that prompts begin alike is not enough: compare them to their end"),
+        (_fronts, "what stands in front is not enough: the tokens behind it must be the measured "
+                  "ones"),
+        (_first_gone, "the token that is missing in front must be the bos"),
+        (_each_by_itself, "some with one more and some without is no setting of a server: all "
+                          "prompts must be the same way off"),
     ]))
 
 
@@ -501,6 +546,22 @@ def _weighed(close=0.1, near=0.6, half=2.0, limit=1.2, names=("rounding", "wrong
     return cause
 
 
+def _to_the_next(far):
+    nearest, *rest = sorted(far, key=far.get)
+    lone = rest and far[nearest] < min(0.6, far[rest[0]] / 2)
+    return weights_cause(far if lone or far[RIGHT] <= 0.1 else {RIGHT: far[RIGHT]})
+
+
+def _at_limits(far):
+    """Each limit is taken the other way round."""
+    right, nearest = far[RIGHT], min(far, key=far.get)
+    if right < 0.1:
+        return ""
+    if nearest != RIGHT and far[nearest] <= min(0.6, right / 2):
+        return nearest
+    return "rounding" if right < 1.2 else "wrong base"
+
+
 def _rounding_first(far):
     return "rounding" if 0.1 < far[RIGHT] <= 1.2 else weights_cause(far)
 
@@ -521,7 +582,14 @@ register(Exercise(
         (lambda g: _far(0.9, 0.5, 3.0), "nearer to a fault, but not half as far"),
         (lambda g: _far(4.0, 1.1, 3.7), "nearer to a fault, and yet 1.1 from it"),
         (lambda g: _far(0.08, 0.02, 0.06), "an adapter that changes little"),
-        (lambda g: _far(1.0, 0.3, 0.1), "near to both faults"),
+        (lambda g: _far(4.0, 0.5, 0.4), "near to both faults"),
+        (lambda g: _far(1.3, 0.5, 3.0), "less than half as far, by a little"),
+        (lambda g: _far(1.0, 2.0, 0.1), "near a fault, and not far from the right model"),
+        (lambda g: _far(1.5, 1.4, 3.0), "beyond 1.2, by a little"),
+        (lambda g: _far(0.1, 3.0, 2.0), "0.1, which is still as measured"),
+        (lambda g: _far(1.2, 3.0, 2.0), "1.2, which is still rounding"),
+        (lambda g: _far(4.0, 0.6, 3.7), "0.6 from a fault, which is not nearer than 0.6"),
+        (lambda g: _far(1.0, 0.5, 3.0), "half as far, which is not less than half"),
         (lambda g: ({RIGHT: 2.5},), "a model without an adapter"),
         (lambda g: ({RIGHT: 0.5},), "the same, a little off"),
     ],
@@ -542,6 +610,12 @@ register(Exercise(
         (lambda far: weights_cause(far) or RIGHT, "where nothing is wrong, return the empty text"),
         (_first_near, "of two faults that are near, the nearer is meant"),
         (_weighed(close=0.0), "an engine rounds, too: up to 0.1 is as measured"),
+        (_weighed(half=3.0), "a fault need not be a third as far as the right model: less than "
+                             "half is enough"),
+        (_weighed(limit=2.0), "beyond 1.2 from the right model no rounding explains it"),
+        (_to_the_next, "compare the nearest fault with the right model, not with the other fault"),
+        (_at_limits, "at a limit: up to 0.1 and up to 1.2 hold the limit itself, nearer than 0.6 "
+                     "and less than half do not"),
         (_weighed(names=("rounding", "rounding")), "beyond 1.2 no rounding explains it: wrong "
                                                    "base"),
         (lambda far: weights_cause({RIGHT: far[RIGHT]}), "no fault of the adapter is ever named"),
@@ -606,6 +680,12 @@ def _all_texts(golden, served, bos):
     return cause or ("" if same else "rounding")
 
 
+def _half_is_few(golden, served, bos):
+    texts = [text for text, _ in golden["texts"]]
+    few = sum(map(str.__eq__, texts, served["texts"])) <= len(texts) / 2
+    return _texts_cause(golden, served) or "rounding" * few
+
+
 def _eos_alone(golden, served, bos):
     cause = _texts_cause(golden, served)
     return cause if cause.startswith("eos") else ""
@@ -624,6 +704,7 @@ def _seen(**changed):
 
 
 _OTHER = ["She", "has", "gone"]
+_MIXED = [[1, 5, 7, 6], [1, 9, 8], [1, 5, 5, 3, 4]]  # as many tokens a prompt as _IDS
 
 register(Exercise(
     name="find_cause",
@@ -635,7 +716,7 @@ register(Exercise(
         (_seen(first=_FIRST[MISSING], texts=_OTHER), "no adapter, so texts differ"),
         (_seen(first=_FIRST[TWICE], texts=["#### 4 #### 4", "#### 12 and", "She"]),
          "the adapter twice, and its answers go on"),
-        (_seen(chat=[[1, 7], [1, 8], [1, 9]]), "chats have other ids"),
+        (_seen(chat=[_IDS[0], [1, 8], [1, 9]]), "all chats but the first have other ids"),
         (_seen(chat=_prefixed(1)), "chats alone have bos twice"),
         (_seen(texts=["#### 4", "#### 12", "She has 3 and 4. In all"]),
          "one was cut when it was measured, and is longer here"),
@@ -650,6 +731,18 @@ register(Exercise(
         (lambda g: (_GOLDEN | {"texts": [("#### 4", True)] * 3},
                     _SERVED | {"texts": ["#### 42", "#### 4", "#### 4"]}, 1),
          "one of three answers happens to be longer"),
+        (_seen(ids=_MIXED, chat=_MIXED, texts=_OTHER), "another tokenizer, with as many tokens"),
+        (_seen(chat=[ids[1:] for ids in _IDS]), "chats alone have no bos"),
+        (_seen(texts=["So #### 4", "Thus #### 12", "She has 3 and"]),
+         "two answers hold the measured ones, and begin otherwise"),
+        (_seen(first=[_FIRST[RIGHT][0], *_FIRST[MISSING][1:]]),
+         "first tokens as measured for one prompt, as without the adapter for two"),
+        (_seen(texts=["#### 4 and", "#### 12#### 12", "She has 3 and"], chat=[[1], [1], [1]]),
+         "answers that go on, and another template"),
+        (lambda g: ({"ids": _IDS[:2], "texts": _GOLDEN["texts"][:2],
+                     "first": {name: rows[:2] for name, rows in _FIRST.items()}},
+                    {"ids": _IDS[:2], "chat": _IDS[:2], "first": _FIRST[RIGHT][:2],
+                     "texts": ["#### 4", "#### 13"]}, 1), "one text of two is the same"),
     ],
     mistakes=[
         (_verifier(order=("texts", "ids", "weights", "chat")),
@@ -669,6 +762,8 @@ register(Exercise(
          "half of the answers that go on are enough; not all need to"),
         (_verifier(texts=_goes_on(longer=lambda g, s: s != g)),
          "an answer goes on if it begins with the measured one; another text is another thing"),
+        (_verifier(texts=_goes_on(longer=lambda g, s: len(s) > len(g))),
+         "an answer that goes on begins with the measured one; that it is longer is not enough"),
         (_verifier(texts=_goes_on(longer=lambda g, s: s.startswith(g))),
          "the same text begins with itself, and it does not go on"),
         (_verifier(texts=_all_texts), "near ties fall otherwise on another engine: a text or two "
@@ -679,6 +774,11 @@ register(Exercise(
          "where nothing is wrong, return the empty text"),
         (_verifier(chat=lambda g, s, bos: _chat_cause(g, s, bos) and "template lost or changed"),
          "a chat whose ids have one bos too many: bos twice is its cause"),
+        (_verifier(ids=lambda g, s, bos: _chat_cause(g, s | {"chat": s["ids"]}, bos)),
+         "other ids of the prompts mean the tokenizer; the template only shows in the chats"),
+        (_verifier(order=("ids", "weights", "chat", "texts")),
+         "texts come before the chats' ids: that is the order asked for"),
+        (_verifier(texts=_half_is_few), "half of the texts the same is not fewer than half"),
         (_verifier(order=("chat", "ids", "weights", "texts")),
          "weights come before the template: another base answers wrongly whatever it is asked"),
     ]))

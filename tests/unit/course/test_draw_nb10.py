@@ -5,6 +5,8 @@ import torch
 
 from course.nb10 import draw
 from course.nb10.exercises import q4_0_blocks
+from qlora_lib.serving.verify import CLOSE, NEAR
+from qlora_lib.serving.verify import FAR as FAR_OFF
 from tests.support.controls import axes_of, check_controls
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -48,6 +50,16 @@ def test_the_title_names_the_nearest():
     assert ax.get_title() == "nearest: adapter missing, 0.02 off"
     ax = axes_of(draw.draw_distances, fault="nothing", questions=2, far=FAR)
     assert ax.get_title() == "nearest: as measured, under 0.001 off"
+
+
+def test_the_limits_stand_at_the_bars_that_they_are_for():
+    ax = axes_of(draw.draw_distances, fault="nothing", questions=1, far=FAR)
+    spans = {line.get_xdata()[0]: line.get_ydata() for line in ax.get_lines()}
+    assert sorted(spans) == [CLOSE, NEAR, FAR_OFF]
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    for limit, (first, last) in spans.items():
+        crossed = [name for place, name in enumerate(names) if first < place < last]
+        assert crossed == (["missing", "merged twice"] if limit == NEAR else ["as measured"])
 
 
 def test_a_point_for_each_row_over_its_bits():

@@ -92,34 +92,33 @@ def read_with_numpy(blocks):
 
 def loss_in_fp64(scale, zero):
     exact = scale.double() * zero.double()
-    return (exact.half().double() - exact).abs(), torch.clamp(exact / 2048, min=2.0**-25)
+    return (exact.half().double() - exact).abs(), exact / 2048
 
 
 def loss_with_numpy(scale, zero):
     exact = scale.numpy().astype(np.float32) * zero.numpy()
-    bound = np.maximum(exact * np.float32(2**-11), np.float32(2**-25))
     lost = np.abs(exact.astype(np.float16).astype(np.float32) - exact)
-    return torch.from_numpy(lost), torch.from_numpy(bound)
+    return torch.from_numpy(lost), torch.from_numpy(exact * np.float32(2**-11))
 
 
 def loss_in_two_cases(scale, zero):
     m = -scale.float() * zero
-    lost = (m - m.half()).abs()
-    return lost, torch.where(m.abs() < 2**-14, torch.tensor(2.0**-25), m.abs() / 2**11)
+    lost = torch.where(m.abs() < 2**-14, 0, (m - m.half()).abs())  # below, each product is held
+    return lost, m.abs() / 2**11
 
 
 def loss_one_by_one(scale, zero):
     found = []
     for s, z in zip(scale.tolist(), zero.tolist()):
         (stored,) = struct.unpack("e", struct.pack("e", s * z))
-        found.append((abs(stored - s * z), max(s * z * 2**-11, 2**-25)))
+        found.append((abs(stored - s * z), s * z * 2**-11))
     return tuple(torch.tensor(column) for column in zip(*found))
 
 
 def loss_as_a_list(scale, zero):
     exact = torch.mul(scale.float(), zero)
     lost = torch.maximum(exact - exact.half(), exact.half() - exact)
-    return [lost, torch.maximum(exact.mul(2**-11), torch.tensor(2**-25))]
+    return [lost, torch.ldexp(exact, torch.tensor(-11))]
 
 
 def rows_by_index(weight, heads):
@@ -444,6 +443,22 @@ def _texts(change):
     return lambda golden, served, bos: nb10.find_cause(*change(golden, served), bos)
 
 
+def ids_by_counting_bos(measured, served, bos):
+    more = {s.count(bos) - m.count(bos) for m, s in zip(measured, served)}
+    if measured == served:
+        return ""
+    return {1: "bos twice", -1: "bos missing"}.get(
+        more.pop() if len(more) == 1 else 0, "wrong tokenizer")
+
+
+def weights_far_from_every_other(far):
+    """A fault must be half as far as each other entry, the other fault too."""
+    nearest = min(far, key=far.get)
+    rest = [p for name, p in far.items() if name != nearest]
+    alone = all(far[nearest] < p / 2 for p in rest)
+    return nb10.weights_cause(far if alone else {"as measured": far["as measured"]})
+
+
 WRONG = {
     "q4_0_blocks": [
         lambda codes, d: nb10.q4_0_blocks(codes.flip(-1), d),
@@ -465,6 +480,7 @@ WRONG = {
         lambda scale, zero: (nb10._lost(scale, zero), (scale.float() * zero).abs()),
         lambda scale, zero: (torch.zeros(len(scale)), nb10.offset_loss(scale, zero)[1]),
         lambda scale, zero: (nb10.offset_loss(scale, zero)[1],) * 2,
+        lambda scale, zero: (nb10._lost(scale, zero), nb10._exact(scale, zero).half() * 2**-11),
     ],
     "rows_back": [
         lambda weight, heads: weight,
@@ -488,6 +504,8 @@ WRONG = {
         lambda measured, served, bos: nb10.ids_cause(measured[1:], served[1:], bos),
         lambda measured, served, bos: nb10.ids_cause(
             [ids[:2] for ids in measured], [ids[:2] for ids in served], bos),
+        ids_by_counting_bos,
+        lambda measured, served, bos: nb10.ids_cause([sum(measured, [])], [sum(served, [])], bos),
     ],
     "distance": [
         lambda measured, served: nb10.distance(measured[:1], served[:1]),
@@ -503,11 +521,21 @@ WRONG = {
         lambda far: "" if far["as measured"] < 0.6 else nb10.weights_cause(far),
         lambda far: nb10.weights_cause({k: v / 2 for k, v in far.items()}),
         lambda far: "adapter missing" if far["as measured"] > 0.1 else "",
+        lambda far: "" if far["as measured"] < 0.1 else nb10.weights_cause(
+            far | {"as measured": far["as measured"] + 1e-9}),
+        weights_far_from_every_other,
     ],
     "find_cause": [
         lambda golden, served, bos: "",
         lambda golden, served, bos: nb10.find_cause(golden, served | {"chat": served["ids"]}, bos),
         lambda golden, served, bos: nb10.find_cause(golden, served, None),
+        lambda golden, served, bos: nb10.find_cause(golden, served | {"chat": [
+            *served["chat"][:1], *served["ids"][1:]]}, bos),
+        lambda golden, served, bos: nb10.find_cause(
+            golden, served, bos).replace("bos missing", "template lost or changed"),
+        _texts(lambda golden, served: (
+            golden | {"first": {n: rows[:1] for n, rows in golden["first"].items()}}, served)),
+        nb10._verifier(texts=nb10._goes_on(longer=lambda g, s: g in s and g != s)),
         _texts(lambda golden, served: (golden | {"texts": golden["texts"][:2]},
                                        served | {"texts": served["texts"][:2]})),
         _texts(lambda golden, served: (golden, served | {"texts": [

@@ -132,7 +132,7 @@ def test_each_registered_exercise_stands_in_one_notebook():
 @pytest.mark.long
 @book_of
 def test_each_stub_is_unsolved_and_each_folded_solution_passes(stem, capsys):
-    book = BOOKS[stem]
+    book, before = BOOKS[stem], []  # an exercise may use what those before it gave
     for index, name, solution in exercises(book):
         stub = book.cells[index].source
         unsolved, passes = f"… {name}: not solved yet", f"✓ {name}: all"
@@ -140,11 +140,13 @@ def test_each_stub_is_unsolved_and_each_folded_solution_passes(stem, capsys):
             passes = unsolved
         for source, verdict in ((stub, unsolved), (solve(stub, solution), passes)):
             names = {}
-            exec(definitions(book), names)
+            for earlier in (definitions(book), *before):
+                exec(earlier, names)
             capsys.readouterr()
             exec(source, names)
             said = capsys.readouterr().out
             assert said.startswith(verdict) and said.count("\n") == 1, said
+        before.append(solve(stub, solution))
 
 
 def test_recorded_and_expected_numbers_are_the_same_set():
