@@ -414,15 +414,15 @@ def serving() -> str:
 
 
 def through_llama_cpp() -> str:
-    tables = {"tiny": recorded("tiny-gguf")}
+    tables = {"tiny": recorded("tiny-gguf"), "SmolLM2": recorded("smollm2-gguf")}
     rows = [(model, name, row) for model, found in tables.items() for name, row in found.items()]
     least = min(row["equal"] / row["n"] for row in tables["tiny"].values())
     return "\n\n".join([
         "## The same model through llama.cpp",
-        prose("Greedy completions here and by llama.cpp, of GGUF files that hold GPTQ's very codes "
-              "(nearest: llama.cpp's own rounding) ([record](../data/results/tiny-gguf.json)). "
-              "Speed: one prompt at a time on one "
-              "thread, in turns."),
+        prose("Greedy completions here and by llama.cpp, of GGUF files that hold our very codes "
+              "(nearest: llama.cpp's own rounding) ([record](../data/results/tiny-gguf.json), "
+              "[SmolLM2's](../data/results/smollm2-gguf.json)). Up to 128 new tokens; speed: one "
+              "prompt at a time on one thread, in turns."),
         table(("model", "weights", "the same text", "exact match here, %", "by llama.cpp, %",
                "McNemar's p", "times as fast"), [
             (model, name, f"{row['equal']} of {row['n']}", _exact(row["ours"]),
