@@ -46,12 +46,13 @@ def inject_calibrated(
     init: "svd", "qera" or "cloq" (lora/init.py: lost_part). dense: the weights that the base was
     quantized from: a model, a state dict, or a checkpoint's folder, of which one layer at a time is
     read. hessians: by path, as input_hessians gives them; those that know the dense model's inputs
-    (match_dense) make the adapter aim at its outputs. damp_percent: as of GPTQ; None: chosen. The
-    scaling (alpha / rank, rsLoRA's) is divided out; with use_dora the lengths start as those of the
-    mended weight. lora: further arguments of inject_lora. The base stays as it is, and a saved
-    adapter is plain LoRA beside it; but with `again`, by which W - B A is quantized again, up to
-    `steps` times for as long as it helps (`alternate`), the bases are new ones that fit this
-    adapter alone. Raises ValueError, before anything is changed, for a dense base, other shapes,
+    (match_dense) make the adapter aim at its outputs. Each layer is mended by itself, on inputs
+    that the layers before it give unmended: the model need not gain what its layers do.
+    damp_percent: as of GPTQ; None: chosen. The scaling (alpha / rank, rsLoRA's) is divided out;
+    with use_dora the lengths start as those of the mended weight. lora: further arguments of
+    inject_lora. The base stays as it is, and a saved adapter is plain LoRA beside it; but with
+    `again`, by which W - B A is quantized again, up to `steps` times for as long as it helps
+    (`alternate`), the bases are new ones that fit this adapter alone. Raises ValueError, before anything is changed, for a dense base, other shapes,
     NaN or Inf, missing weights or Hessians, and what inject_lora refuses.
     """
     found = find_linears(model, target_modules)

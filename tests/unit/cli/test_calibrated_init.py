@@ -9,6 +9,10 @@ import torch
 from qlora_lib.base.files import read_tensors
 from qlora_lib.lora.files import ADAPTER
 from qlora_lib.lora.layer import lora_layers
+from qlora_lib.lora.targets import find_linears
+from qlora_lib.models.calibrated_init import inject_calibrated
+from qlora_lib.models.checkpoint import load_quantized
+from qlora_lib.models.merge_hessians import input_hessians
 from qlora_lib.quant.gptq import GPTQOptions
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.recipe import Recipe
@@ -17,6 +21,7 @@ from qlora_lib.runs.profiles import load_profile
 from qlora_lib.train.config import TrainConfig
 from tests.support.cli_place import COMMON, FAST, place, run  # noqa: F401
 from tests.support.small_models import PAIRS, small_model, small_tokenizer
+from tests.support.tensors import relative
 
 
 def adapter(folder="checkpoints/tiny"):
@@ -79,6 +84,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(place):
     for tuned in (whole, again):
         tuned.save()
     assert same(adapter("whole"), adapter("killed"))
+
+
+def test_beside_a_base_that_matches_the_dense_model_the_adapter_does(place):
+    profile = load_profile("tiny", model="model", data="data")
+    plan = profile.plan(Recipe.of(QuantSpec(2, 16), options=GPTQOptions(match_dense=True)))
+    found = lora_layers(Finetuner(plan, folder="run", rank=4, alpha=8, init="cloq").model)
+    model, tokenizer = load_quantized("run/base", "cpu", "fp32")
+    dense, shown = profile.load()[0], profile.calibration(tokenizer)
+    hessians = input_hessians(model, find_linears(model, "all"), shown, dense=dense)
+    inject_calibrated(model, dense, hessians, rank=4, alpha=8)
+    for path, layer in lora_layers(model).items():
+        assert relative(found[path].delta("default"), layer.delta("default")) < 1e-4
 
 
 @pytest.mark.parametrize("argv, message", [
