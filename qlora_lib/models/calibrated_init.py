@@ -52,8 +52,9 @@ def inject_calibrated(
     with use_dora the lengths start as those of the mended weight. lora: further arguments of
     inject_lora. The base stays as it is, and a saved adapter is plain LoRA beside it; but with
     `again`, by which W - B A is quantized again, up to `steps` times for as long as it helps
-    (`alternate`), the bases are new ones that fit this adapter alone. Raises ValueError, before anything is changed, for a dense base, other shapes,
-    NaN or Inf, missing weights or Hessians, and what inject_lora refuses.
+    (`alternate`), the bases are new ones that fit this adapter alone. Raises ValueError, before
+    anything is changed, for a dense base, other shapes, NaN or Inf, missing weights or Hessians,
+    and what inject_lora refuses.
     """
     found = find_linears(model, target_modules)
     ranks = rank if isinstance(rank, dict) else dict.fromkeys(found, rank)
