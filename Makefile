@@ -237,6 +237,7 @@ experiments: $(READY) ## make the recorded results in data/results again ## pyth
 	$(PYTHON) -m experiments.sampling
 	$(PYTHON) -m experiments.step
 	$(PYTHON) -m experiments.learning_rates
+	$(PYTHON) -m experiments.exact_merge
 	$(PYTHON) -m experiments.adapters
 	$(PYTHON) -m experiments.serving
 	$(PYTHON) -m experiments.cache
