@@ -452,6 +452,8 @@ well LLaMA-2-7B will do."""
 ELSEWHERE = [
     ("`tiny-learning-rates.json`: full fine-tuning and LoRA over learning rates, dev loss",
      "03_lora"),
+    ("`tiny-exact-merges.json`: merges that lose nothing, and what they cost in training",
+     "11_calibrated_adapters"),
     ("`tiny-cache.json`, `smollm2-cache.json`: keys and values in 8, 4 and 2 bits",
      "06_int4_kernels"),
     ("`tiny-adapters-*.json`: tasks, ranks, learning rates, sums, averages",
