@@ -1,5 +1,4 @@
-"""What notebook 11 draws: the best direction of an adapter, what each rank leaves, starts compared,
-codes that move.
+"""What notebook 11 draws: the best direction of an adapter, what each rank leaves, codes that move.
 
 Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
 settings of a slider compare.
@@ -14,8 +13,7 @@ from ..kit.picture import COLORS, PLAIN
 
 FP, LORA, QLORA, MUTED = (COLORS[k] for k in ("fp", "lora", "qlora", "muted"))
 BASES = {"RTN": COLORS["rtn"], "GPTQ": COLORS["gptq"]}
-STARTS = {"zero": MUTED, "loftq": PLAIN[3], "pissa": PLAIN[4], "svd": PLAIN[1], "qera": PLAIN[2],
-          "cloq": PLAIN[0], "again": FP}  # an init, a color
+STARTS = {"svd": PLAIN[1], "qera": PLAIN[2], "cloq": PLAIN[0]}  # an init, a color
 
 
 def input_moments(correlation: float, input_1: float) -> Tensor:
@@ -88,26 +86,6 @@ def draw_questions(axes, lines: dict, counts: Sequence[int]) -> None:
                xlabel="calibration questions")
     axes[0].set_ylabel("share of the loss left")
     axes[-1].legend(loc="lower right", fontsize=10)
-
-
-def draw_starts(ax, bits: str, rank: int, shown: str, values: dict, limits: dict) -> None:
-    """A row a start: a number, or the mean and each of several seeds.
-
-    values: {(bits, rank, shown): {start: numbers}}; limits: {shown: (low, high, words)}.
-    """
-    found, (low, high, words) = values.get((bits, rank, shown), {}), limits[shown]
-    for k, (start, numbers) in enumerate(found.items()):
-        mean = sum(numbers) / len(numbers)
-        ax.plot([low, min(mean, high)], [k, k], color=STARTS[start], linewidth=1.6)
-        ax.plot([min(n, high) for n in numbers], [k] * len(numbers), "o", color=STARTS[start],
-                markersize=5, alpha=0.6)
-        ax.annotate(f"{mean:.3f}", (min(mean, high), k), xytext=(9, 0), fontsize=10, va="center",
-                    textcoords="offset points",
-                    bbox={"boxstyle": "round,pad=0.1", "color": "white", "alpha": 0.8})
-    if not found:
-        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color=MUTED)
-    ax.set(yticks=range(len(found)), yticklabels=list(found), ylim=(6.6, -0.6), xlim=(low, high),
-           xlabel=words)
 
 
 def draw_codes(axes, update: float, bits: int, weights: Tensor, change: Tensor) -> None:

@@ -61,32 +61,6 @@ def test_questions_are_a_line_each_in_a_panel_a_rank():
         assert [t.get_text() for t in ax.get_xticklabels()] == ["2", "96"]
 
 
-# --- starts -------------------------------------------------------------------------------
-
-def starts():
-    limits = {"before": (0.0, 4.0, "loss"), "after": (0.0, 2.0, "loss of five seeds")}
-    values = {("2 bits", 8, "before"): {"zero": [3.5], "cloq": [3.0]},
-              ("4 bits", 8, "before"): {"zero": [3.1], "cloq": [3.1]},
-              ("2 bits", 8, "after"): {"zero": [1.0, 1.2], "cloq": [9.0]},
-              ("2 bits", 32, "before"): {"zero": [3.5], "cloq": [2.0]}}
-    return {"values": values, "limits": limits}
-
-
-def test_controls_of_starts():
-    check_controls(draw.draw_starts, {"bits": ["2 bits", "4 bits"], "rank": [8, 32],
-                                      "shown": ["before", "after"]},
-                   rescaled_by=("shown",), **starts())
-
-
-def test_starts_show_each_seed_and_their_mean():
-    ax = axes_of(draw.draw_starts, bits="2 bits", rank=8, shown="after", **starts())
-    assert [t.get_text() for t in ax.texts] == ["1.100", "9.000"]
-    dots = [list(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == "o"]
-    assert dots == [[1.0, 1.2], [2.0]]  # beyond the axis: at its end
-    ax = axes_of(draw.draw_starts, bits="3 bits", rank=8, shown="after", **starts())
-    assert [t.get_text() for t in ax.texts] == ["not measured"]
-
-
 # --- codes --------------------------------------------------------------------------------
 
 def test_controls_of_codes():
