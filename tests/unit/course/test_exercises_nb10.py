@@ -7,17 +7,20 @@ import struct
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, quants
 
 from course.kit import check
 from course.kit.exercise import registered
 from course.nb10 import exercises as nb10
 from course.tools.normal_form import NOTEBOOKS, exercises, read
+from qlora_lib.models.gguf_layout import layout
 from qlora_lib.quant.gguf_blocks import dense_blocks, pack_blocks, to_blocks
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.packing import pack
 from qlora_lib.serving.contract import MEASURED, MISSING, TWICE
 from qlora_lib.serving.engines import Answer
 from qlora_lib.serving.verify import CLOSE, FAR, LEAST, NEAR, REMEDIES, distances
+from tests.support.gguf_models import random_model
 
 BOOK = read(NOTEBOOKS / "10_ship_it.ipynb")
 NAMES = [name for _, name, _ in exercises(BOOK)]
@@ -557,9 +560,6 @@ def test_a_wrong_answer_is_refused(name, mine, capsys):
 
 
 def test_blocks_are_the_librarys_and_those_of_gguf():
-    quants = pytest.importorskip("gguf.quants")
-    from gguf import GGMLQuantizationType
-
     torch.manual_seed(0)
     weight = torch.randn(6, 96)
     grid = quantize_rtn(weight, QuantSpec(4, 32, symmetric=True))
@@ -593,10 +593,6 @@ def test_what_an_offset_loses_is_what_the_librarys_blocks_lose():
 
 
 def test_rows_move_as_the_library_moves_them():
-    pytest.importorskip("gguf")
-    from qlora_lib.models.gguf_layout import layout
-    from tests.support.gguf_models import random_model
-
     model = random_model("llama")
     lay = layout(model.config, type(model).__name__)
     attention = model.model.layers[0].self_attn
