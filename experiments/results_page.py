@@ -28,6 +28,7 @@ from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_json, read_text, whole_file
 from qlora_lib.base.paths import DATA, ROOT
 from qlora_lib.base.statistics import mcnemar, wilson
+from qlora_lib.evaluation.result_row import read_row
 
 RESULTS, PAGE = DATA / "results", ROOT / "docs" / "RESULTS.md"
 STAMPED = ("device", "torch", "seed", "date", "command")
@@ -258,6 +259,53 @@ def real_model() -> str:
             ("`GPTQOptions.best(match_dense=True)`",
              f"{value['best_match_2bit_64']:.2f} (one text)", "not measured"),
         ]),
+    ])  # fmt: skip
+
+
+# LLaMA-2-7B, trained on GSM8K's train problems alone: what, bits, exact match in %, where from
+PUBLISHED = [
+    ("LoRA, rank 64", "16", 36.9, "LoftQ, [2310.08659](https://arxiv.org/abs/2310.08659)"),
+    ("QLoRA, rank 64", "4", 35.1, "the same"),
+    ("LoftQ, rank 64", "4", 35.0, "the same"),
+    ("QLoRA, rank 64", "3", 32.1, "the same"),
+    ("LoftQ, rank 64", "3", 32.9, "the same"),
+    ("LoftQ, rank 64", "2", 20.9, "the same"),
+    ("QERA", "4.25", 32.3, "QERA, [2410.06040](https://arxiv.org/abs/2410.06040)"),
+    ("CLoQ", "2", 33.7, "CLoQ, [2501.18475](https://arxiv.org/abs/2501.18475)"),
+]
+GSM8K_TEST = 1319
+
+
+def contributed() -> str:
+    rows = [read_row(path) for path in sorted(RESULTS.glob("contributed-*.json"))]
+    shown = []
+    for row in rows:
+        base = (row["run"] or {}).get("base") or {}
+        bits = (base.get("spec") or {}).get("bits", "4" if base.get("method") == "nf4" else "16")
+        asked, trained = row["protocol"], "the base alone" if row["run"] is None else (
+            f"{base.get('method') or 'dense'}, rank {row['run'].get('lora', {}).get('rank', '-')}")
+        shown.append((row["model"]["model"], trained, str(bits), f"{asked['split']}, {row['n']:,}",
+                      percent(row), f"`{row['protocol_hash']}`", row["stamp"]["device"]))
+    head = ("model", "trained", "bits", "problems", "strict, %", "protocol", "device")
+    wide = 1.96 * (0.35 * 0.65 / GSM8K_TEST) ** 0.5
+    return "\n\n".join([
+        "## LLaMA-2-7B on GSM8K, and how to add a row",
+        prose("Published exact match after training on GSM8K alone; each paper has a script, a "
+              "prompt and a scoring of its own, and 16-bit baselines 2.5 points apart. Beside them "
+              f"stands the chance of {GSM8K_TEST:,} questions: about {100 * wide:.1f} points "
+              "either way at 35%."),
+        table(("what", "bits", "exact match, %", "from"),
+              [(what, bits, f"{score:.1f}", source) for what, bits, score, source in PUBLISHED]),
+        prose("A row of your own, of any model, is one file:"),
+        "```\npython -m qlora_lib evaluate --profile llama2-7b\n"
+        "python -m qlora_lib report outputs/llama2-7b/eval --run checkpoints/llama2-7b\n```",
+        prose("`row.json` holds the protocol and its hash (questions, prompts, decoding, scoring: "
+              "rows of one hash compare), the run's settings, counts with intervals, a verdict a "
+              "question, the hash of the answers, and the device with versions, seed and date. "
+              "Put it here as `data/results/contributed-NAME.json`, run `python -m "
+              "experiments.data_hashes` and `python -m experiments.results_page`, and send both. "
+              "Keep `predictions.jsonl`: its hash is in the row."),
+        table(head, shown) if rows else prose("Contributed so far: none."),
     ])  # fmt: skip
 
 
@@ -546,8 +594,8 @@ def page() -> str:
     """The whole page. Raises ValueError when a record contradicts itself or a sentence."""
     for path in RESULTS.glob("*.json"):
         recorded(path.stem)
-    parts = (fine_tuning, widths, merging, real_model, beside_gptqmodel, solver, layers, steps,
-             epochs, starts, serving, through_llama_cpp, elsewhere)  # fmt: skip
+    parts = (fine_tuning, widths, merging, real_model, contributed, beside_gptqmodel, solver,
+             layers, steps, epochs, starts, serving, through_llama_cpp, elsewhere)  # fmt: skip
     return "\n\n".join([OPENING, *(part() for part in parts)]) + "\n"
 
 

@@ -1,5 +1,5 @@
-"""`python -m qlora_lib quantize | finetune | verifier | evaluate | generate | export | verify |
-memory | doctor`.
+"""`python -m qlora_lib quantize | finetune | verifier | evaluate | generate | report | export |
+verify | memory | doctor`.
 
 Thin over the library. A run lives in checkpoints/PROFILE (runs/run_folder.py says what is there).
 Several processes share `finetune` and `evaluate`: torchrun --nproc-per-node 2 -m qlora_lib ...,
@@ -17,14 +17,14 @@ if sys.version_info < (3, 11):  # which could not read what follows
              f"{sys.version.split()[0]}; make setup PY=python3.12 takes another")  # fmt: skip
 
 from .base.endings import ending, quiet_interrupt
-from .cli import doctor, evaluate, export, finetune, memory, verifier, verify
+from .cli import doctor, evaluate, export, finetune, memory, report, verifier, verify
 from .cli.common import check_device, check_needs
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m qlora_lib", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
-    for group in (finetune, verifier, evaluate, export, verify, memory, doctor):
+    for group in (finetune, verifier, evaluate, report, export, verify, memory, doctor):
         group.add_commands(commands)
     return top
 

@@ -131,8 +131,10 @@ def command_lines():
         yield ["generate", "--model", name, *BARE, "1?"]
     for value in (*NO_PLACE, "model", "data"):
         yield ["verify", value]
+        yield ["report", value]
     for name in OBJECTS:
         yield ["verify", f"contract_{name}"]
+        yield ["report", f"report_{name}"]
     for value in ("", "x", "vllm", "http://", "http://example.com", "https://127.0.0.1", "ftp://x",
                   "http://127.0.0.1:1", "http://127.0.0.1:99999", "http://[::1", "//127.0.0.1"):
         yield ["verify", "contract", "--with", value]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlora_lib.__main__ import parser
+from qlora_lib.evaluation.result_row import read_row
 from qlora_lib.models.checkpoint import load_quantized
 from tests.support.bnb_folder import save_bnb
 from tests.support.cli_place import COMMON, FAST, SHORT, place, run  # noqa: F401
@@ -33,10 +34,23 @@ def test_finetune_evaluate_generate(place, capsys):
     predictions = (place / "outputs/tiny/eval/predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 12
 
+    asked = "outputs/tiny/eval"
+    assert run("report", asked) == 0
+    assert "add --run checkpoints/tiny" in capsys.readouterr().out
+    assert run("report", asked, "--run", "checkpoints/tiny", "--out", "mine.json") == 0
+    row = read_row("mine.json")
+    assert row["n"] == 12 and row["run"]["lora"]["rank"] == 2 and row["stamp"]["device"]
+    assert row["protocol_hash"] == read_row(f"{asked}/row.json")["protocol_hash"]
+    assert run("report", "outputs") == 2
+    assert "no outputs/report.json" in capsys.readouterr().err
+
     argv = ["--no-adapter", "--few-shot", "2", "--limit", "3", "--max-new-tokens", "8"]
     assert run("evaluate", *COMMON, *argv) == 0
     assert "3 questions" in capsys.readouterr().out
     assert (place / "outputs/tiny/eval-base-2shot-first3/report.json").is_file()
+    base = "outputs/tiny/eval-base-2shot-first3"
+    assert run("report", base, "--run", "checkpoints/tiny") == 2
+    assert "asked the base alone" in capsys.readouterr().err
     short = ["--max-new-tokens", "4"]
     assert run("generate", *COMMON[:2], *short, "1 + 1?") == 0
     said = capsys.readouterr().out.splitlines()[-1]

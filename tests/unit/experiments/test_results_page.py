@@ -7,6 +7,9 @@ import pytest
 
 from experiments import results_page
 from experiments.results_page import PAGE, main, page
+from qlora_lib.evaluation.evaluate import evaluate
+from qlora_lib.evaluation.result_row import result_row, write_row
+from qlora_lib.generation.generate import Generator
 
 
 def test_the_page_is_what_the_records_make_of_it():
@@ -61,4 +64,20 @@ def test_a_claim_that_the_records_do_not_bear_is_not_made(records):
 
     records("gptq-quality", worse)
     with pytest.raises(ValueError, match="do not bear this out any more: .*below that of the best"):
+        page()
+
+
+def test_a_contributed_row_is_shown_and_its_verdicts_are_counted(records, tmp_path):
+    model = Generator(lambda prompts: ["#### 1"] * len(prompts), {"model": "theirs"})
+    model.info["decoding"] = {"temperature": 0}
+    model.fingerprint = lambda: "hash"
+    problems = [{"question": f"{i}?", "answer": f"#### {i % 2}"} for i in range(40)]
+    evaluate(model, problems, tmp_path / "eval", canaries=False)
+    row = result_row(tmp_path / "eval")
+    row["stamp"] |= {"device": "cpu", "torch": "2", "seed": 0, "date": "today", "command": "x"}
+    write_row(tmp_path / "results" / "contributed-theirs.json", row)
+    line = "| theirs | the base alone | 16 | None, 40 | 50.0 [35.2, 64.8] | `{}`"
+    assert line.format(row["protocol_hash"]) in page()
+    write_row(tmp_path / "results" / "contributed-theirs.json", row | {"n": 41})
+    with pytest.raises(ValueError, match="contributed-theirs"):
         page()
