@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..base.files import FORMAT, check_format, read_json, write_json_atomic
 from ..base.finite import check_finite
 from ..base.folders import atomic_folder, check_folder
+from ..layers.hadamard_input import HadamardInput
 from ..layers.linear import Quantized, check_scales_are_frozen
 from ..lora.layer import lora_layers
 from ..quant.grid import QuantizedTensor, QuantSpec
@@ -37,7 +38,10 @@ KINDS = {
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict of the base alone, under the names it has without adapters; tied
     weights once, under the name that tie_weights gives to the others. Raises ValueError, naming
-    the tensor, for NaN and Inf, which no file shall hold."""
+    the tensor, for NaN and Inf, which no file shall hold, and for a layer rotated online."""
+    online = next((n for n, m in model.named_modules() if isinstance(m, HadamardInput)), None)
+    if online:
+        raise ValueError(f"{online} is rotated online, which no file says; rotate offline to store")
     found, state, seen, tied = {}, {}, set(), tied_weights(model)
     adapted = lora_layers(model)
     for name, tensor in model.state_dict().items():

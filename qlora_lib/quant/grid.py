@@ -290,17 +290,19 @@ def quantize_rtn(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
     return assemble(q.flatten(1), scale, zero, None, spec)
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations (tokens, in_features) in 8 bits, one asymmetric grid a token: x ~ scale *
-    (codes - zero_point), codes int32 (tokens, in), scale fp32 and zero_point int32 (tokens, 1)."""
+def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations (tokens, in_features) in 2, 3, 4 or 8 bits, one asymmetric grid a token:
+    x ~ scale * (codes - zero_point), codes int32 (tokens, in), scale fp32 and zero_point int32
+    (tokens, 1). Raises ValueError for NaN, Inf and other bits."""
+    check_bits(bits)
     if not torch.isfinite(x).all():
         raise ValueError("the activations hold NaN or Inf")
-    x = x.float()
+    x, top = x.float(), 2**bits - 1
     low, high = x.amin(-1, True).clamp(max=0), x.amax(-1, True).clamp(min=0)  # (tokens, 1)
-    scale = (high - low) / 255
+    scale = (high - low) / top
     scale = torch.where(scale > 0, scale, 1)
-    zero = (-low / scale).round().clamp(0, 255)
-    return encode(x, scale, zero, 255).int(), scale, zero.int()
+    zero = (-low / scale).round().clamp(0, top)
+    return encode(x, scale, zero, top).int(), scale, zero.int()
 
 
 def quant_matmul(x: Tensor, quantized: QuantizedTensor) -> Tensor:
