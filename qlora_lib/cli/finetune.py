@@ -11,11 +11,15 @@ from .common import SHARED, Opened, add_command, grid, open_options
 RATE = Range(0, 100, above=True)
 METHODS = ("gptq", "rtn", "nf4", "none")
 INITS = ("kaiming", "gaussian", "loftq", "pissa", "svd", "qera", "cloq")
-OF_GRID = ("with --method gptq or rtn", lambda args: args.method in ("gptq", "rtn"))
+OF_LEVELS = ("with --method gptq or rtn", lambda args: args.method in ("gptq", "rtn"))
+OF_GRID = (f"{OF_LEVELS[0]}, without --format", lambda a: OF_LEVELS[1](a) and not a.format)
 OF_GPTQ = ("with --method gptq", lambda args: args.method == "gptq")
+GPTQ_OF_GRID = (f"{OF_GPTQ[0]}, without --format", lambda a: OF_GPTQ[1](a) and not a.format)
 NEEDS = {  # of both commands
     **dict.fromkeys(("bits", "group_size"), OF_GRID),
-    **dict.fromkeys(("match_dense", "weigh_columns", "refit_scales", "best"), OF_GPTQ),
+    **dict.fromkeys(("weigh_columns", "refit_scales", "best"), GPTQ_OF_GRID),
+    "format": OF_LEVELS,
+    "match_dense": OF_GPTQ,
     "damping": ("with --method gptq, without --best", lambda a: a.method == "gptq" and not a.best),
 }
 OF_QUANTIZE = {"spill": ("with --stream", lambda args: args.stream)}
@@ -36,6 +40,8 @@ def add_commands(commands) -> None:
     add = base.add_argument
     add("--bits", type=COUNT, help="with gptq and rtn: 2, 3, 4 or 8 (default 4)")
     add("--group-size", type=FROM_ZERO, help="weights that share a scale (default 64); 0: a whole row")
+    add("--format", choices=("nvfp4", "mxfp4"), help="with gptq and rtn: floats of 4 bits, not an "
+        "integer grid: nvfp4 (blocks of 16) or mxfp4 (of 32)")  # fmt: skip
     flag = partial(add, action="store_true")
     flag("--match-dense", help="with gptq: layers aim at the dense model's outputs (for 2 bits)")
     flag("--weigh-columns", help="with gptq: grids are fitted to what each column's error costs")
@@ -85,6 +91,7 @@ def add_commands(commands) -> None:
 
 def recipe_of(args):
     """The recipe, None for --method none."""
+    from ..quant.fp4 import FP4Spec
     from ..quant.gptq import GPTQOptions
     from ..quant.nf4 import NF4Spec
     from ..quant.recipe import Recipe
@@ -92,6 +99,7 @@ def recipe_of(args):
     if args.method == "none":
         return None
     spec = NF4Spec() if args.method == "nf4" else grid(args.bits, args.group_size)
+    spec = FP4Spec(args.format) if args.format else spec
     if args.best:
         return Recipe.of(spec, "gptq", GPTQOptions.best(match_dense=True))
     share = {None: 0.01, "auto": None}.get(args.damping, args.damping)

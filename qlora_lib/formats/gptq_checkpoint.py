@@ -80,7 +80,8 @@ def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     grid = attrgetter("bits", "group_size", "symmetric")
     for path, layer in layers.items():
         if not isinstance(layer.spec, QuantSpec):
-            raise ValueError(f"{path} is NF4, and GPTQ checkpoints hold integer grids: quantize "
+            kind = getattr(layer.spec, "format", "nf4").upper()
+            raise ValueError(f"{path} is {kind}, and GPTQ checkpoints hold integer grids: quantize "
                              "the dense model with a QuantSpec, or save_quantized this one")
         if grid(layer.spec) != grid(spec):
             raise ValueError(f"one checkpoint has one spec: {first} {spec}, {path} {layer.spec}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..quant.grid import QuantizedTensor
-from ..quant.nf4 import NF4Tensor
 from ..quant.packing import pack, unpack
+from ..quant.recipe import Quantized
 
 INT4_TOKENS = 32  # with more, making rows dense once is cheaper than unpacking them for each
 INT4_GROUPS = (32, 64, 128, 256)  # the group sizes that the operator knows
@@ -51,7 +51,7 @@ class Int4Tiles(QuantizedTensor):
 class HeldDense:
     """A packed weight whose dense fp32 rows are held (see `linear.held_dense`)."""
 
-    def __init__(self, weight: QuantizedTensor | NF4Tensor):
+    def __init__(self, weight: Quantized):
         self.shape, self.held = weight.shape, list(weight.pieces(torch.float32))
 
     def pieces(self, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
@@ -73,7 +73,7 @@ def _tiled(q: Tensor, tile: int) -> Tensor:
     return (q[:, 0] | q[:, 1] << 4).transpose(1, 2).contiguous()
 
 
-def int4_tiles(weight: QuantizedTensor | NF4Tensor) -> Int4Tiles | None:
+def int4_tiles(weight: Quantized) -> Int4Tiles | None:
     """The weight in the operator's order, or None where the operator can't serve it."""
     grids = isinstance(weight, QuantizedTensor) and weight.spec.bits == 4 and weight.g_idx is None
     if not grids or weight.codes.device.type != "cpu":
@@ -95,7 +95,7 @@ def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and bf16_is_fast else torch.float32
 
 
-def dense_matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+def dense_matmul(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """x (..., in) @ W^T -> (..., out) in `dtype`, by way of dense rows."""
     work = work_dtype(dtype, x.device)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype).to(work)  # (tokens, in)
@@ -109,7 +109,7 @@ def dense_matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dt
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def dense_matmul_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
+def dense_matmul_back(grad: Tensor, weight: Quantized) -> Tensor:
     """grad (..., out) @ W -> (..., in) in its dtype: the gradient of `dense_matmul`."""
     work, total = work_dtype(grad.dtype, grad.device), None
     flat = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).to(work)  # (tokens, out)
@@ -141,7 +141,7 @@ def fused_kernels(device: torch.device):
     return triton_kernels
 
 
-def product(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+def product(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """x (..., in) @ W^T -> (..., out) in `dtype`: by a Triton kernel, or by way of dense rows."""
     fused = fused_kernels(x.device)
     if fused and fused.serves(weight, x.shape[:-1].numel(), dtype):
@@ -149,7 +149,7 @@ def product(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) 
     return dense_matmul(x, weight, dtype)
 
 
-def product_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
+def product_back(grad: Tensor, weight: Quantized) -> Tensor:
     """grad (..., out) @ W -> (..., in) in its dtype: the gradient of `product`."""
     fused = fused_kernels(grad.device)
     if fused and fused.serves(weight, grad.shape[:-1].numel(), grad.dtype):
@@ -157,7 +157,7 @@ def product_back(grad: Tensor, weight: QuantizedTensor | NF4Tensor) -> Tensor:
     return dense_matmul_back(grad, weight)
 
 
-def matmul(x: Tensor, weight: QuantizedTensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
+def matmul(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """x (..., in) @ W^T -> (..., out) in `dtype`, without gradients; from `product` it differs by
     the operator's bf16 grids: up to 2**-8 of |x| |W|^T."""
     few = x.shape[:-1].numel() <= INT4_TOKENS

@@ -7,11 +7,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from ..quant.grid import QuantizedTensor, QuantSpec, row_slices
-from ..quant.nf4 import NF4Spec, NF4Tensor
+from ..quant.grid import row_slices
+from ..quant.recipe import Quantized, Spec
 from .kernels import HeldDense, Int4Tiles, int4_tiles, matmul, product, product_back
 
-Quantized = QuantizedTensor | NF4Tensor
 HELD_BYTES = 2**26  # of dense weights that a small model may hold beside its packed ones
 
 
@@ -46,7 +45,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, quantized: Quantized, bias: Tensor | None = None):
         super().__init__()
         quantized.check()
-        self.spec: QuantSpec | NF4Spec = quantized.spec
+        self.spec: Spec = quantized.spec
         self.out_features, self.in_features = quantized.shape
         self._kind = type(quantized)
         self._packed = [f.name for f in fields(quantized) if f.name not in ("shape", "spec")]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..quant.grid import QuantizedTensor
-from ..quant.nf4 import NF4Tensor
+from ..quant.recipe import Quantized
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -184,7 +184,7 @@ def unit_width(weight: QuantizedTensor) -> int | None:
     return next((w for w in (128, 64, 32) if n // groups % w == 0), None)
 
 
-def serves(weight: QuantizedTensor | NF4Tensor, tokens: int, dtype: torch.dtype) -> bool:
+def serves(weight: Quantized, tokens: int, dtype: torch.dtype) -> bool:
     """Whether these kernels can multiply so many tokens in `dtype` with this weight."""
     ours = type(weight) is QuantizedTensor and weight.spec.bits == 4 and weight.g_idx is None
     # Tensor cores multiply 16 bits; exact products of fp32 are cuBLAS's business.

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..layers.linear import Quantized
 from ..quant.damping import choose_damping
-from ..quant.grid import QuantSpec, as_float, check_weight
+from ..quant.grid import as_float, check_weight
 from ..quant.hessian import Hessian, hessian_factor
-from ..quant.nf4 import NF4Spec
-from ..quant.recipe import Recipe
+from ..quant.recipe import Recipe, Spec
 
 RESIDUAL_INITS = ("loftq", "pissa")
 LOST_INITS = ("svd", "qera", "cloq")
@@ -25,7 +24,7 @@ LOFTQ_STEPS = 5  # T of the paper's experiments
 
 
 def pissa(
-    weight: Tensor, rank: int, spec: QuantSpec | NF4Spec | None = None
+    weight: Tensor, rank: int, spec: Spec | None = None
 ) -> tuple[Tensor | Quantized, Tensor, Tensor]:
     """(base, B, A) of PiSSA (Meng et al. 2024, arXiv 2404.02948, eq. 2-4): B A is the principal
     part of the weight (out, in), the base W - B A, dense fp32 or quantized as `spec` says."""
@@ -36,7 +35,7 @@ def pissa(
 
 
 def loftq(
-    weight: Tensor, rank: int, spec: QuantSpec | NF4Spec, steps: int = LOFTQ_STEPS
+    weight: Tensor, rank: int, spec: Spec, steps: int = LOFTQ_STEPS
 ) -> tuple[Quantized, Tensor, Tensor]:
     """(Q, B, A) of LoftQ (Li et al. 2023, arXiv 2310.08659, Algorithm 1) for a weight (out, in):
     Q = quantize(W - B A) and B A = low_rank(W - Q) in turn, `steps` times from B A = 0."""

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..quant.grid import QuantSpec
-from ..quant.nf4 import NF4Spec
+from ..quant.recipe import Spec
 from .choice import Rows, choose, keep_choice
 from .fingerprint import dense_hash
 from .init import LOST_INITS, RESIDUAL_INITS
@@ -49,7 +48,7 @@ def use_adapter(model: nn.Module, name: str | None | Sequence[str | None]):
 
 def inject_lora(
     model: nn.Module, target_modules=ATTENTION, rank: int | dict[str, int] = 8, alpha: float = 16,
-    dropout: float = 0.0, init: str = "kaiming", spec: QuantSpec | NF4Spec | None = None,
+    dropout: float = 0.0, init: str = "kaiming", spec: Spec | None = None,
     use_rslora: bool = False, use_dora: bool = False, adapter: str = "default",
     starts: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> list[str]:  # fmt: skip

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..base.ranges import COUNT, SHARE_BELOW_ONE, Range, check_fields
 from ..layers.linear import QuantizedLinear, dense_pieces, dense_weight
+from ..quant.fp4 import FP4Spec
 from ..quant.grid import QuantSpec, check_weight
-from ..quant.nf4 import NF4Spec
+from ..quant.recipe import Spec
 from .choice import DEFAULT, Rows, chosen
 from .init import LOST_INITS, RESIDUAL_INITS, loftq, pissa
 
@@ -85,7 +86,7 @@ def check_rank(layer: nn.Module, config: LoRAConfig) -> None:
         raise ValueError(f"rank={config.rank} exceeds the rank of a layer {shape}")
 
 
-def check_dense(layer: nn.Module, config: LoRAConfig, spec: QuantSpec | NF4Spec | None) -> None:
+def check_dense(layer: nn.Module, config: LoRAConfig, spec: Spec | None) -> None:
     """Raises ValueError when a layer can't be taken apart as a LoRAConfig says."""
     init, base = config.init, getattr(layer, "base", layer)
     if init == "loftq" and spec is None:
@@ -102,7 +103,7 @@ def check_dense(layer: nn.Module, config: LoRAConfig, spec: QuantSpec | NF4Spec 
                          f"2 r = {2 * config.rank}, which exceeds this layer's "
                          f"{tuple(base.weight.shape)}; choose a smaller rank")  # fmt: skip
     check_weight(base.weight.detach())
-    if isinstance(spec, QuantSpec):
+    if isinstance(spec, (QuantSpec, FP4Spec)):
         spec.groups(base.in_features)
 
 
@@ -177,7 +178,7 @@ class LoRALinear(nn.Module):
         self.put(name, config, a, torch.zeros(self.out_features, config.rank, **fp32))
 
     @torch.no_grad()
-    def take_apart(self, name: str, spec: QuantSpec | NF4Spec | None) -> None:
+    def take_apart(self, name: str, spec: Spec | None) -> None:
         """Split the dense base into a residual, quantized as `spec` says, and adapter `name`."""
         config, linear = self.configs[name], self.base
         split = loftq if config.init == "loftq" else pissa

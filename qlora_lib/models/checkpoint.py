@@ -21,8 +21,10 @@ from ..base.folders import atomic_folder, check_folder
 from ..layers.hadamard_input import HadamardInput
 from ..layers.linear import Quantized, check_scales_are_frozen
 from ..lora.layer import lora_layers
+from ..quant.fp4 import FP4Spec, FP4Tensor
 from ..quant.grid import QuantizedTensor, QuantSpec
 from ..quant.nf4 import NF4Spec, NF4Tensor
+from ..quant.recipe import Spec
 from .packed_model import load_packed, tied_weights, untie
 from .quantize import quantized_layers
 from .stored_weights import WEIGHTS, read_weights
@@ -32,6 +34,7 @@ QUANTIZATION = "quantization.json"
 KINDS = {
     "grid": (QuantizedTensor, QuantSpec, ("g_idx",)),
     "nf4": (NF4Tensor, NF4Spec, ("nested_absmax", "offset")),
+    "fp4": (FP4Tensor, FP4Spec, ("tensor_scale",)),
 }
 
 
@@ -78,7 +81,7 @@ def save_quantized(
 
 
 def describe(
-    model, tokenizer, specs: dict[str, QuantSpec | NF4Spec], names: Iterable[str], folder: Path,
+    model, tokenizer, specs: dict[str, Spec], names: Iterable[str], folder: Path,
     beside: dict[str, dict] | None = None,
 ) -> None:  # fmt: skip
     """Write all that stands beside tensors of these names, with the specs of the packed layers."""
@@ -105,7 +108,7 @@ def save_settings(model, tokenizer, names: Iterable[str], folder: Path, **change
         tokenizer.save_pretrained(folder)
 
 
-def spec_as_json(spec: QuantSpec | NF4Spec) -> dict:
+def spec_as_json(spec: Spec) -> dict:
     """Return a spec as quantization.json holds it."""
     kind = next(kind for kind, (_, make, _) in KINDS.items() if type(spec) is make)
     return {"kind": kind, **asdict(spec)}

@@ -16,10 +16,8 @@ from ..layers.linear import QuantizedLinear
 from ..lora.layer import LoRALinear, named
 from ..lora.targets import find_linears, replace_module
 from ..quant.gptq import GPTQOptions, output_error
-from ..quant.grid import QuantSpec
 from ..quant.hessian import Hessian
-from ..quant.nf4 import NF4Spec
-from ..quant.recipe import Recipe
+from ..quant.recipe import Recipe, Spec
 from .batches import Batch, check_tokens, token_mask
 from .calibrate import BlockCalls, quantize_block
 
@@ -102,7 +100,7 @@ def warn_of_dense(paths: Iterable[str]) -> None:
 def quantize_model(
     model: nn.Module,
     calibration: list[Batch] | None,
-    spec: QuantSpec | NF4Spec,
+    spec: Spec,
     method: str = "gptq",
     options: GPTQOptions = GPTQOptions(),
     target_modules="all",

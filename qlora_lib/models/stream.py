@@ -23,9 +23,7 @@ from ..base.hashes import content_hash, file_hash
 from ..base.progress import Progress
 from ..lora.targets import find_linears, replace_module
 from ..quant.gptq import GPTQOptions
-from ..quant.grid import QuantSpec
-from ..quant.nf4 import NF4Spec
-from ..quant.recipe import Recipe
+from ..quant.recipe import Recipe, Spec
 from .batches import Batch
 from .calibrate import quantize_block
 from .checkpoint import QUANTIZATION, describe, our_tensor, spec_as_json
@@ -47,7 +45,7 @@ def folder_identity(folder: Path) -> str:
 def quantize_checkpoint(
     folder: Path | str,
     out: Path | str,
-    spec: QuantSpec | NF4Spec,
+    spec: Spec,
     calibration: list[Batch] | None = None,
     method: str = "gptq",
     options: GPTQOptions = GPTQOptions(),

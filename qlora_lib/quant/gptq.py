@@ -19,12 +19,14 @@ computed. Left out: group-aware act-order, convolutions and embeddings.
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .damping import choose_damping
 from .dense_target import dense_target
+from .fp4 import FP4Spec, FP4Tensor
 from .grid import (
     QuantizedTensor,
     QuantSpec,
@@ -37,6 +39,7 @@ from .grid import (
     fit_grid,
 )
 from .hessian import Hessian, act_order, hessian_factor
+from .minifloat import code_values
 from .refit import refit_scales
 
 SUB_BLOCK = 16  # columns between two updates of the rest of their block
@@ -78,15 +81,17 @@ class GPTQOptions:
         return {name: value for name, value in vars(self).items() if value != usual[name]}
 
 
-def backsolve(W: Tensor, R: Tensor, grid, max_code: int, B: int, b: int) -> Tensor:
+def backsolve(W: Tensor, R: Tensor, grid, encode, decode, B: int, b: int) -> Tensor:
     """The loop of Algorithm 1: the codes of each column of the weight, uint8 (in, out).
 
     W         (in, out): a column of the weight as a row, which is contiguous, in the order in
               which they are rounded; overwritten by the errors W - Q
     R         (in, in): the factor of H with each column divided by its R[j, j]
-    grid      grid(j, T) returns scale and zero-point (out,) of column j; T (from j to the end of
-              the block, out) are the columns as they would end if nothing else were rounded
-    max_code  the largest code, 2**bits - 1
+    grid      grid(j, T) returns scale and zero-point (out,) of column j, or what else tells its
+              levels; T (from j to the end of the block, out) are the columns as they would end if
+              nothing else were rounded
+    encode    encode(t, *grid(j, T)): the codes of the levels nearest to t (out,)
+    decode    decode(codes, *grid(j, T)): these levels; it may overwrite the codes
     B, b      columns between two updates of the whole rest, and of the rest of the block
     """
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
@@ -101,23 +106,26 @@ def backsolve(W: Tensor, R: Tensor, grid, max_code: int, B: int, b: int) -> Tens
                 t.addmv_(E[first:j].t(), R[first:j, j])
             elif j > i:  # and those of one sub-block reach the rest of the block at once.
                 T[j - i :].addmm_(R[j - b : j, j:end].t(), E[j - b : j])
-            scale, zero = grid(j, T[j - i :])
-            codes[j] = q = encode(t, scale, zero, max_code)  # (out,)
-            E[j] -= q.sub_(zero).mul_(scale)  # W - Q
+            levels = grid(j, T[j - i :])
+            codes[j] = q = encode(t, *levels)  # (out,)
+            E[j] -= decode(q, *levels)  # W - Q
     return codes
 
 
 @torch.no_grad()
 def gptq_quantize(
-    weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec, options: GPTQOptions = GPTQOptions()
-) -> QuantizedTensor:
+    weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec | FP4Spec,
+    options: GPTQOptions = GPTQOptions(),
+) -> QuantizedTensor | FP4Tensor:  # fmt: skip
     """The weight (out_features, in_features) quantized with GPTQ, in fp32, or fp64 as it came.
 
     hessian: a Hessian, or its matrix (in, in) where match_dense and damp_percent=None are not
     asked for. Raises ValueError for NaN or Inf, other shapes, a Hessian that has seen no tokens,
-    and one that is not positive definite after damping.
+    one that is not positive definite after damping, and for options that a float format does not
+    have (check_options).
     """
     check_weight(weight)
+    check_options(spec, options)
     h, n = _matrix_of(hessian), weight.shape[1]
     if h.shape != (n, n):
         raise ValueError(f"weight takes {n} inputs, the Hessian is {tuple(h.shape)}")
@@ -138,6 +146,9 @@ def gptq_quantize(
         cost = R.diagonal().square() if options.weigh_columns else None  # (in,)
         R /= R.diagonal().clone()  # a view would change while another thread divides by it
         W = w.t()[order].contiguous()  # (in, out), a copy
+        if not isinstance(spec, QuantSpec):
+            codes, fitted = _round_to_floats(W, R, w, order, spec, options.block_size)
+            return spec.assemble(codes[place].t().contiguous(), **fitted)
         # One grid a row must be fitted before the loop: later, half the row is rounded.
         static = options.static_groups or spec.group_size is None
         if static:
@@ -147,10 +158,40 @@ def gptq_quantize(
             scale, zero, grid = _dynamic_grids(W, R, spec, cost)
             size = spec.group_size  # a grid needs current targets: blocks begin where groups begin
             B, b = size * max(1, options.block_size // size), math.gcd(size, SUB_BLOCK)
-        codes = backsolve(W, R, grid, spec.max_code, B, b)[place].t().contiguous()  # (out, in)
+        codes = backsolve(W, R, grid, partial(encode, max_code=spec.max_code), _decode, B, b)
+        codes = codes[place].t().contiguous()  # (out, in)
         g_idx = None if static or not options.desc_act else place // spec.group_size
         quantized = assemble(codes, scale.t().contiguous(), zero.t().contiguous(), g_idx, spec)
         return refit_scales(w, quantized, h, damping) if options.refit_scales else quantized
+
+
+def check_options(spec: QuantSpec | FP4Spec, options: GPTQOptions) -> None:
+    """Raises ValueError for options that rounding to a spec's levels does not have. The scales of
+    float formats come from the weights' absmax before the loop: nothing clips or weighs them, and a
+    scale of 8 bits has no place for what least squares would make of it."""
+    if isinstance(spec, QuantSpec):
+        return
+    wanted = {"weigh_columns": False, "refit_scales": False, "static_groups": True}
+    for name, value in wanted.items():
+        if getattr(options, name) != value:
+            raise ValueError(f"{name}={getattr(options, name)} is for integer grids; {spec} has "
+                             "scales that are fixed before the loop")  # fmt: skip
+
+
+def _decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return codes.sub_(zero).mul_(scale)
+
+
+def _round_to_floats(W, R, w: Tensor, order: Tensor, spec: FP4Spec, B: int) -> tuple[Tensor, dict]:
+    """Codes (in, out) in the loop's order, and the scales as `fit` gives them for w (out, in)."""
+    fitted = spec.fit(w)
+    scales = spec.scales(**fitted).t().contiguous()  # (blocks, out), fp32 as the levels
+    values, block = code_values(spec.element, w.device), len(order) // len(scales)
+    block_at = (order // block).tolist()  # plain ints: no device synchronisation in the loop
+    return backsolve(
+        W, R, lambda j, T: (scales[block_at[j]],), spec.encode,
+        lambda codes, scale: values.index_select(0, codes.int()).mul_(scale), B, SUB_BLOCK,
+    ), fitted  # fmt: skip
 
 
 def _matrix_of(hessian: Hessian | Tensor) -> Tensor:

@@ -4,21 +4,22 @@ from dataclasses import asdict, dataclass, fields
 
 from torch import Tensor
 
-from .gptq import GPTQOptions, gptq_quantize
+from .fp4 import FP4Spec, FP4Tensor, quantize_fp4
+from .gptq import GPTQOptions, check_options, gptq_quantize
 from .grid import QuantizedTensor, QuantSpec, quantize_rtn
 from .hessian import Hessian
 from .nf4 import NF4Spec, NF4Tensor, quantize_nf4
 
-Spec = QuantSpec | NF4Spec
-Quantized = QuantizedTensor | NF4Tensor
+Spec = QuantSpec | NF4Spec | FP4Spec
+Quantized = QuantizedTensor | NF4Tensor | FP4Tensor
 METHODS = ("gptq", "rtn", "nf4")
 GRID = QuantSpec(bits=4, group_size=64)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """To which levels weights are rounded, how (NF4 for an NF4Spec, GPTQ for a QuantSpec with
-    options, to nearest for one without), and which layers."""
+    """To which levels weights are rounded, how (NF4 for an NF4Spec; for another spec GPTQ with
+    options, to nearest without), and which layers."""
 
     spec: Spec = GRID
     options: GPTQOptions | None = None
@@ -27,6 +28,8 @@ class Recipe:
     def __post_init__(self):
         if isinstance(self.spec, NF4Spec) and self.options is not None:
             raise ValueError("NF4 rounds to nearest; options of GPTQ do not go with an NF4Spec")
+        if self.options is not None:
+            check_options(self.spec, self.options)
 
     @classmethod
     def of(
@@ -68,7 +71,8 @@ class Recipe:
         if isinstance(self.spec, NF4Spec):
             return quantize_nf4(weight, self.spec.block_size, self.spec.double_quant)
         if self.options is None:
-            return quantize_rtn(weight, self.spec)
+            to_nearest = quantize_fp4 if isinstance(self.spec, FP4Spec) else quantize_rtn
+            return to_nearest(weight, self.spec)
         return gptq_quantize(weight, hessian, self.spec, self.options)
 
     def as_json(self) -> dict:
@@ -87,7 +91,8 @@ class Recipe:
             options = GPTQOptions(**{k: v for k, v in said.items() if k in names})
             targets = said.get("targets", "all")
             targets = targets if isinstance(targets, str) else tuple(targets)
-            kind = NF4Spec if said["method"] == "nf4" else QuantSpec
+            kind = FP4Spec if "format" in said["spec"] else QuantSpec
+            kind = NF4Spec if said["method"] == "nf4" else kind
             return cls.of(kind(**said["spec"]), said["method"], options, targets)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no recipe of a quantization: {error!r}") from None

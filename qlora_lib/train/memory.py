@@ -17,8 +17,10 @@ from ..base.ranges import COUNT
 from ..generation.kv_cache import CacheSpec, cache_bytes
 from ..lora.targets import ALL_LINEAR, ATTENTION, find_linears
 from ..models.settings import head_dim
+from ..quant.fp4 import FP4Spec
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
+from ..quant.recipe import Spec
 from .config import OPTIMIZERS
 from .measure import available_memory
 
@@ -72,7 +74,7 @@ class MemoryLedger:
 
 
 def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, rank: int = 16,
-                  targets=ALL_LINEAR, spec: QuantSpec | NF4Spec = NF4Spec(),
+                  targets=ALL_LINEAR, spec: Spec = NF4Spec(),
                   checkpointing: bool = False, compute_dtype: str = "bf16",
                   optimizer: str = "adamw", logit_tokens: int | None = None) -> MemoryLedger:
     """Predicted memory of training the model that `config` describes.
@@ -94,9 +96,9 @@ def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, 
     stored = spec if method == "qlora" else None
     parts = dict.fromkeys(PARTS, 0) | _base_bytes(counts, linears, stored, size)
     if method == "qlora":
-        # A weight in fp32, beside its codes one by one (uint8, or int32 for two of NF4) or,
-        # when these are gone, beside what fp32 is cast to.
-        codes = 2 if isinstance(spec, NF4Spec) else 1
+        # A weight in fp32, beside its codes one by one (uint8, or int32 for two of NF4 and FP4)
+        # or, when these are gone, beside what fp32 is cast to.
+        codes = 1 if isinstance(spec, QuantSpec) else 2
         beside = max(codes, size if size < 4 else 0)
         parts["dequantized layer"] = max(map(math.prod, linears.values())) * (4 + beside)
     # What is trained is fp32 whatever the compute dtype; autocast makes copies in 16 bits.
@@ -137,7 +139,7 @@ def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, 
     return MemoryLedger(", ".join(filter(None, words)), sum(counts), trained, parts, *how)
 
 
-def decoding_ledger(config, context: int, batch: int = 1, spec: QuantSpec | NF4Spec | None = None,
+def decoding_ledger(config, context: int, batch: int = 1, spec: Spec | None = None,
                     cache: CacheSpec | None = None, compute_dtype: str = "bf16") -> dict[str, int]:
     """Exact bytes of what decoding keeps, by part: "weights", "packed weights", "scales", and
     the "cache" of keys and values of `batch` sequences of `context` tokens.
@@ -205,7 +207,7 @@ def moments_bytes(counts: list[int], optimizer: str) -> int:
     return sum(8 * n if n < SMALLEST else 2 * (n + 4 * math.ceil(n / NESTED_BLOCK)) for n in counts)
 
 
-def packed_bytes(shape: tuple[int, int], spec: QuantSpec | NF4Spec) -> tuple[int, int]:
+def packed_bytes(shape: tuple[int, int], spec: Spec) -> tuple[int, int]:
     """Bytes of a quantized weight (out, in): (codes, everything else)."""
     out, n = shape
     if isinstance(spec, NF4Spec):
@@ -213,6 +215,8 @@ def packed_bytes(shape: tuple[int, int], spec: QuantSpec | NF4Spec) -> tuple[int
         nested = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4  # uint8, fp32, fp32 offset
         return math.ceil(out * n / 2), nested if spec.double_quant else 4 * blocks
     codes = out * math.ceil(n * spec.bits / 8)
+    if isinstance(spec, FP4Spec):
+        return codes, out * spec.groups(n) + (4 if spec.format == "nvfp4" else 0)  # scales, an fp32
     return codes, out * spec.groups(n) * (SCALE_DTYPE.itemsize + 1)  # scale, zero_point
 
 

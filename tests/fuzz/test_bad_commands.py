@@ -60,7 +60,9 @@ def command_lines():
     for argv in (
         "--method nf4 --bits 2", "--method nf4 --group-size 32", "--method nf4 --refit-scales",
         "--method rtn --match-dense", "--method rtn --best", "--method rtn --damping 0.1",
-        "--method rtn --weigh-columns", "--best --damping 0.5", "--method rtn --spill x",
+        "--method rtn --weigh-columns", "--method nf4 --format nvfp4", "--format fp4",
+        "--format nvfp4 --bits 4", "--format mxfp4 --group-size 32", "--format nvfp4 --best",
+        "--best --damping 0.5", "--method rtn --spill x",
         "--method none",
     ):  # fmt: skip
         yield ["quantize", *M, *D, *argv.split()]

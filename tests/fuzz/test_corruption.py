@@ -28,6 +28,7 @@ from qlora_lib.models.checkpoint import load_quantized, save_quantized
 from qlora_lib.models.gguf_folder import ADAPTER, read_gguf_adapter
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model
+from qlora_lib.quant.fp4 import FP4Spec
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
 from qlora_lib.runs.finetuner import Finetuner
@@ -82,6 +83,16 @@ class Quantized:
 @format_of("quantized nf4")
 class QuantizedNF4(Quantized):
     spec = NF4Spec()
+
+
+@format_of("quantized mxfp4")
+class QuantizedMXFP4(Quantized):
+    spec = FP4Spec("mxfp4")
+
+
+@format_of("quantized nvfp4")
+class QuantizedNVFP4(Quantized):
+    spec = FP4Spec("nvfp4")
 
 
 @format_of("streamed")

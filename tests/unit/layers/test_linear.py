@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from qlora_lib.layers import linear as layers_linear
 from qlora_lib.layers.linear import QuantizedLinear, held_dense
 from qlora_lib.lora.layer import LoRAConfig, LoRALinear
+from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.hessian import Hessian
@@ -17,7 +18,7 @@ from qlora_lib.quant.nf4 import quantize_nf4
 from tests.support.tensors import LiveMemory, ar1, normal
 
 OUT, IN = 48, 64
-KINDS = ["grid2", "grid3", "grid4", "grid8", "g_idx", "nf4", "nf4 single"]
+KINDS = ["grid2", "grid3", "grid4", "grid8", "g_idx", "nf4", "nf4 single", "mxfp4", "nvfp4"]
 
 
 def packed(kind: str, out: int = OUT, features: int = IN):
@@ -28,6 +29,8 @@ def packed(kind: str, out: int = OUT, features: int = IN):
         h = Hessian(features)
         h.update(ar1(300, features) * normal(features).exp())
         return gptq_quantize(w, h, QuantSpec(4, 16), GPTQOptions(static_groups=False))
+    if kind in ("mxfp4", "nvfp4"):
+        return quantize_fp4(w, FP4Spec(kind))
     return quantize_nf4(w, 32, double_quant=kind == "nf4")
 
 
@@ -148,6 +151,7 @@ DENSE = SIZE * SIZE * 4  # bytes of one fp32 weight
 MAKERS = {
     "grid": lambda size: QuantizedLinear(packed("grid4", size, size)),
     "nf4": lambda size: QuantizedLinear(packed("nf4", size, size)),
+    "nvfp4": lambda size: QuantizedLinear(packed("nvfp4", size, size)),
 }
 
 

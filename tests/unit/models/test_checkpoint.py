@@ -26,7 +26,8 @@ from tests.support.lora_models import adapted, base_of, files, logits, rewrite, 
 from tests.support.small_models import small_model, small_tokenizer
 from tests.support.tensors import normal
 
-KINDS = ["grid2", "grid3", "grid4", "grid8", "symmetric", "g_idx", "nf4", "nf4 single"]
+KINDS = ["grid2", "grid3", "grid4", "grid8", "symmetric", "g_idx", "nf4", "nf4 single",
+         "mxfp4", "nvfp4"]  # fmt: skip
 
 
 # --- quantized models -----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.models.stored_weights import INDEX, WEIGHTS
 from qlora_lib.models.stream import REPORT, folder_identity
 from qlora_lib.quant.grid import QuantSpec
+from qlora_lib.quant.fp4 import FP4Spec
 from qlora_lib.quant.nf4 import NF4Spec
 from tests.support import families
 from tests.support.streamed_models import CALIBRATION, IDS, SPEC, folder, store, stored, stream  # noqa: F401
@@ -45,6 +46,8 @@ def three(tmp_path_factory):
 WAYS = {
     "gptq": (SPEC, CALIBRATION, {"shard_size": "20kB"}, {}),
     "rtn": (SPEC, CALIBRATION, {"tied": False, "bias": True}, {"target_modules": ATTENTION}),
+    "gptq, nvfp4": (FP4Spec("nvfp4"), CALIBRATION, {}, {}),
+    "rtn, mxfp4": (FP4Spec("mxfp4"), None, {}, {}),
     "nf4": (NF4Spec(32), None, {"dtype": torch.bfloat16, "shard_size": "20kB"}, {}),
 }
 
@@ -52,6 +55,7 @@ WAYS = {
 @pytest.mark.parametrize("method", WAYS)
 def test_the_result_is_that_of_the_whole_model_in_memory(method, tmp_path):
     spec, calibration, stored, given = WAYS[method]
+    method = method.partition(",")[0]
     folder = store(tmp_path / "model", **stored)
     assert (folder / INDEX).is_file() == ("shard_size" in stored)
     model, tokenizer = load_model(folder, "cpu", "fp32")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.hessian import Hessian
@@ -26,6 +27,10 @@ OPTIONS = st.builds(
 TARGETS = st.sampled_from(["all", "attention", ("q_proj", "v_proj")])
 RECIPES = st.one_of(
     st.builds(Recipe, GRIDS, OPTIONS, TARGETS), st.builds(Recipe, GRIDS, st.none(), TARGETS),
+    st.builds(
+        Recipe, st.builds(FP4Spec, st.sampled_from(["mxfp4", "nvfp4"])),
+        st.one_of(st.none(), st.builds(GPTQOptions, desc_act=st.booleans())), TARGETS,
+    ),
     st.builds(Recipe, st.builds(NF4Spec, double_quant=st.booleans()), st.none(), TARGETS),
 )  # fmt: skip
 
@@ -49,6 +54,8 @@ def test_the_method_follows():
     ((QuantSpec(), "awq"), "method='awq' must be one of gptq, rtn, nf4"),
     ((QuantSpec(), "nf4"), "does not go with QuantSpec"),
     ((NF4Spec(), "gptq"), "does not go with NF4Spec"),
+    ((FP4Spec(), "nf4"), "method='nf4' does not go with FP4Spec"),
+    ((FP4Spec(), "gptq", GPTQOptions.best()), "weigh_columns=True is for integer grids"),
     ((QuantSpec(), "rtn", GPTQOptions(match_dense=True)), "method='rtn' has no match_dense"),
     ((NF4Spec(), None, GPTQOptions.best()),
      "'nf4' has no damp_percent, weigh_columns, refit_scales"),
@@ -88,6 +95,8 @@ def test_it_quantizes_by_its_method():
     for recipe, wanted in (
         (Recipe(spec), quantize_rtn(w, spec)),
         (Recipe.of(spec), gptq_quantize(w, hessian, spec)),
+        (Recipe(FP4Spec("mxfp4")), quantize_fp4(w, FP4Spec("mxfp4"))),
+        (Recipe.of(FP4Spec()), gptq_quantize(w, hessian, FP4Spec())),
         (Recipe(NF4Spec(32, False)), quantize_nf4(w, 32, False)),
     ):
         assert torch.equal(recipe.quantize(w, hessian).dequantize(), wanted.dequantize())

@@ -16,6 +16,7 @@ from transformers import (
 from experiments.measured_step import AllocationMeter
 from qlora_lib import (
     Decoding,
+    FP4Spec,
     NF4Spec,
     QuantSpec,
     fitting_batch,
@@ -23,14 +24,13 @@ from qlora_lib import (
     inject_lora,
     memory_ledger,
     quantize_model,
-    quantize_nf4,
-    quantize_rtn,
     quantized_layers,
     trainable_parameters,
 )
 from qlora_lib.base.devices import DTYPES
 from qlora_lib.generation.kv_cache import CacheSpec
 from qlora_lib.lora.targets import ALL_LINEAR, ATTENTION
+from qlora_lib.quant.recipe import Recipe
 from qlora_lib.train.memory import PARTS, moments_bytes, packed_bytes
 from tests.support.memory_models import BATCH, RANK, SEQ, SMALL, SPEC, model_of
 from tests.support.small_models import small_model, small_tokenizer
@@ -100,16 +100,14 @@ def test_text_and_total():
 @pytest.mark.parametrize(
     "spec",
     [NF4Spec(), NF4Spec(double_quant=False), NF4Spec(block_size=32), QuantSpec(4, 32),
-     QuantSpec(3, 32), QuantSpec(2, None), QuantSpec(8, 16, symmetric=True)],
+     QuantSpec(3, 32), QuantSpec(2, None), QuantSpec(8, 16, symmetric=True), FP4Spec("mxfp4"),
+     FP4Spec("nvfp4")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(64, 160), (300, 64), (7, 96)])
 def test_packed_bytes_are_those_of_the_quantized_weight(spec, shape):
     weight = torch.randn(shape)
-    if isinstance(spec, NF4Spec):
-        quantized = quantize_nf4(weight, spec.block_size, spec.double_quant)
-    else:
-        quantized = quantize_rtn(weight, spec)
+    quantized = Recipe(spec).quantize(weight)
     assert sum(packed_bytes(shape, spec)) == quantized.nbytes
     assert packed_bytes(shape, spec)[0] == quantized.codes.nbytes
 
