@@ -29,6 +29,7 @@ _HOME = {
     "models.checkpoint": ["load_quantized", "save_quantized"],
     "models.stream": ["quantize_checkpoint"],
     "formats.gptq_checkpoint": ["export_gptq", "import_gptq"],
+    "formats.compressed_tensors": ["export_compressed", "import_compressed"],
     "formats.gguf_checkpoint": ["export_gguf"],
     "data.gsm8k": ["format_gsm8k"],
     "generation.kv_cache": ["CacheSpec", "PackedCache"],

@@ -1,4 +1,4 @@
-"""`python -m qlora_lib export`: a run as a GPTQ checkpoint, and the command that serves it."""
+"""`python -m qlora_lib export`: a run as a checkpoint of others, and the command that serves it."""
 
 import shlex
 from pathlib import Path
@@ -11,13 +11,15 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank 
 
 
 def add_commands(commands) -> None:
-    text = "write a GPTQ checkpoint (vLLM, transformers, GPTQModel) or GGUF (llama.cpp, Ollama)"
+    text = "write a checkpoint (vLLM, transformers, GPTQModel) or GGUF (llama.cpp, Ollama)"
     shared = "profile model data folder device compute-dtype"
     add = add_command(commands, "export", export, text, shared, needs=NEEDS)
     merge = "put the adapter into the weights and quantize them again; without, it stays beside"
     add("--merge", choices=("gptq", "rtn"), help=merge)
-    form = "gptq is for readers that know only version 1 (default: gptq_v2)"
-    add("--format", choices=("gptq_v2", "gptq", "gguf"), default="gptq_v2", help=form)
+    form = ("gptq is for readers that know only version 1 (default: gptq_v2); compressed-tensors "
+            "takes bases in nvfp4 and mxfp4, and symmetric grids")  # fmt: skip
+    add("--format", choices=("gptq_v2", "gptq", "compressed-tensors", "gguf"), default="gptq_v2",
+        help=form)  # fmt: skip
     chat = "the tokenizer's own chat template, instead of that of the course's problems"
     add("--chat", action="store_true", help=chat)
     report = "of an evaluation of this very model, for the card (default: outputs/PROFILE/eval)"
@@ -46,7 +48,8 @@ def write_and_say(opened: Opened, args) -> None:
         raise FileNotFoundError(f"{short_path(folder)} holds no adapter that was trained on a "
                                 f"quantized base; {remedy}")  # fmt: skip
     adapter = None if args.merge else adapter  # nothing is left to serve beside it
-    out = args.out or folder / (args.format[:4] + ("-merged" if args.merge else ""))
+    name = args.format.partition("_")[0] + ("-merged" if args.merge else "")
+    out = args.out or folder / name
     own = args.merge == "gptq" and not args.data
     source = calibrated_on(folder) if own else opened.source
     rows = export_run(opened.profile, folder, out, args.format, args.merge, source,
@@ -68,15 +71,16 @@ def write_and_say(opened: Opened, args) -> None:
     print(f"{args.format} checkpoint of {size:,} bytes in {short_path(out)}")
     if adapter:
         print(f"the adapter in {short_path(adapter)} stays beside it")
-    print(f"serve with vLLM:\n  {serve_command(out, adapter)}")
+    dtype = "bfloat16" if args.format == "compressed-tensors" else "float16"
+    print(f"serve with vLLM:\n  {serve_command(out, adapter, dtype)}")
 
 
-def serve_command(folder: Path, adapter: Path | None = None) -> str:
+def serve_command(folder: Path, adapter: Path | None = None, dtype: str = "float16") -> str:
     """The vLLM command line for an exported folder and an adapter beside it."""
     from ..base.files import read_json
 
-    # vLLM's kernel for grids with zero-points has no bf16.
-    words = ["vllm", "serve", str(folder), "--dtype", "float16"]
+    # vLLM's kernel for grids with zero-points has no bf16; compressed-tensors decodes in bf16.
+    words = ["vllm", "serve", str(folder), "--dtype", dtype]
     if adapter:
         rank = read_json(adapter / "adapter_config.json")["r"]
         room = next((r for r in LORA_RANKS if r >= rank), rank)

@@ -77,7 +77,7 @@ def _from_safetensors(path: str, dtype: torch.dtype, device: torch.device):
             return model, tokenizer
         if method is not None:
             raise ValueError(f"{path} is quantized already ({method}); name the dense model, or "
-                             "read this one with import_gptq if it is GPTQ")  # fmt: skip
+                             "read this one with import_gptq or import_compressed")  # fmt: skip
         tokenizer = read_tokenizer(path)
         if Path(path).is_dir():
             _check_weights(Path(path), config)

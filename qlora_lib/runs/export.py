@@ -1,5 +1,5 @@
-"""A run as a folder that others serve: its weights as a GPTQ checkpoint or GGUF, and the contract
-and card that stand beside them (serving/)."""
+"""A run as a folder that others serve: its weights as a GPTQ checkpoint, as compressed-tensors or
+GGUF, and the contract and card that stand beside them (serving/)."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,7 @@ from ..data.gsm8k import PROMPT
 from ..data.sources import TRAINING_SETS
 from ..data.tokens import encode_prompt
 from ..evaluation.evaluate import REPORT, EvalReport
+from ..formats.compressed_tensors import METHOD, export_compressed
 from ..formats.gguf_checkpoint import BlockRow, export_gguf
 from ..formats.gptq_checkpoint import export_gptq
 from ..generation.generate import Decoding
@@ -52,9 +53,9 @@ def export_run(profile: Profile, folder: Path, out: Path, form: str = "gptq_v2",
                report: Path | None = None, device=None,
                compute_dtype: str = "auto") -> list[BlockRow]:  # fmt: skip
     """Write the quantized base in `folder`, with what was trained on it, to `out`; returns a row a
-    layer for GGUF, [] for a GPTQ checkpoint, which an adapter that is not merged stays beside.
+    layer for GGUF, [] for a checkpoint, which an adapter that is not merged stays beside.
 
-    form: "gguf", or a checkpoint_format of export_gptq. merge: "rtn" or "gptq", the latter
+    form: "gguf", "compressed-tensors", or a checkpoint_format of export_gptq. merge: "rtn" or "gptq", the latter
     calibrated on `source`, as prepare takes it (calibrated_on says what the base was). template: a
     text with one {question}; None: the tokenizer's own chat template. report: the folder of an
     evaluation of what is exported, for the card; None: outputs/PROFILE/eval, if it is one. Raises
@@ -93,7 +94,10 @@ def export_run(profile: Profile, folder: Path, out: Path, form: str = "gptq_v2",
 
     if gguf:
         return export_gguf(model, out, tokenizer, beside=beside)
-    export_gptq(model, out, form, tokenizer, beside=beside)
+    if form == METHOD:
+        export_compressed(model, out, tokenizer, beside=beside)
+    else:
+        export_gptq(model, out, form, tokenizer, beside=beside)
     return []
 
 

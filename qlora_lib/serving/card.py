@@ -6,6 +6,7 @@ from pathlib import Path
 from ..base.files import read_text
 from ..base.hashes import file_hash
 from ..evaluation.evaluate import REPORT, EvalReport
+from ..formats.compressed_tensors import MARKER, METHOD
 from ..models.gguf_folder import ADAPTER, BASE
 from .contract import CONTRACT
 
@@ -31,15 +32,16 @@ def write_card(folder: Path, about: dict[str, str], contract: dict, report: Path
 
     about: what the lines say, "base model" and "licence" among them. report: the folder of an
     evaluation of this very model; None: the card says that nothing was measured."""
-    kind = "gguf" if (folder / BASE).is_file() else "gptq"
+    kinds = ((BASE, "gguf"), (MARKER, METHOD), ("", "gptq"))
+    kind = next(kind for file, kind in kinds if (folder / file).exists())
     head = {
         "base_model": about["base model"], "license": about["licence"] or "other",
-        "library_name": {"gguf": "llama.cpp", "gptq": "transformers"}[kind],
+        "library_name": "llama.cpp" if kind == "gguf" else "transformers",
         "pipeline_tag": "text-generation", "tags": [kind, "qlora_lib"],
     }  # fmt: skip
     rows = {**about, "licence": about["licence"] or "not named there; look it up before sharing"}
     text = "---\n" + "".join(f"{k}: {json.dumps(v)}\n" for k, v in head.items()) + "---\n\n"
-    text += f"# {about['base model']} in {kind.upper()}\n\n| | |\n|---|---|\n"
+    text += f"# {about['base model']} in {kind if kind == METHOD else kind.upper()}\n\n| | |\n|---|---|\n"
     text += "".join(f"| {name} | {said} |\n" for name, said in rows.items())
     text += "\n" + (_scores(report) if report else "Nothing was measured of these weights.\n")
     text += (f"\n{CONTRACT} holds {len(contract['golden'])} questions with the answers of the model"

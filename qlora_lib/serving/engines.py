@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from ..base.files import parse_json
 from ..data.tokens import encode_prompt
+from ..formats.compressed_tensors import MARKER, import_compressed
 from ..formats.gptq_checkpoint import import_gptq
 from ..generation.generate import Decoding, generator
 from ..lora.files import ADAPTER_CONFIG, load_adapter
@@ -188,13 +189,14 @@ class Local:
 
 def open_local(folder: Path, contract: dict, device=None, adapter: Path | None = None) -> Local:
     """The model of an exported folder, read by this package into transformers' classes. adapter: a
-    folder with one, which a GPTQ checkpoint has beside it."""
+    folder with one, which a checkpoint has beside it."""
     if is_gguf_folder(folder):
         model, tokenizer = load_gguf_folder(folder, device, "fp32")
         if (folder / ADAPTER).is_file():
             read_gguf_adapter(model, folder / ADAPTER)
     else:
-        model, tokenizer = import_gptq(folder, device, "fp32")
+        read = import_compressed if (folder / MARKER).is_file() else import_gptq
+        model, tokenizer = read(folder, device, "fp32")
         if adapter or (folder / ADAPTER_CONFIG).is_file():
             load_adapter(model, adapter or folder)
     return Local(model, tokenizer, contract)

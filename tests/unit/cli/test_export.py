@@ -96,6 +96,31 @@ def test_export_leaves_out_an_adapter_of_a_dense_base(place, capsys):
     assert "trained on a quantized base" in capsys.readouterr().err
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*tensor scales of their own")
+def test_a_base_of_floats_goes_into_compressed_tensors(place, capsys):
+    from qlora_lib import import_compressed, load_quantized
+    from tests.support.lora_models import logits
+
+    run_folder = "checkpoints/tiny"
+    assert run("quantize", *COMMON, "--format", "nvfp4") == 0
+    assert "4.5" in capsys.readouterr().out  # bits a weight
+    assert run("export", "--model", "model") == 2
+    assert "is NVFP4, and GPTQ checkpoints hold integer grids" in capsys.readouterr().err
+    assert run("export", "--model", "model", "--format", "compressed-tensors") == 0
+    out = capsys.readouterr().out
+    assert served(out) == [
+        "vllm", "serve", f"{run_folder}/compressed-tensors", "--dtype", "bfloat16",
+    ]  # fmt: skip
+    base, _ = load_quantized(f"{run_folder}/base", "cpu", "fp32")
+    model, _ = import_compressed(f"{run_folder}/compressed-tensors", "cpu", "fp32")
+    assert torch.equal(logits(model), logits(base))
+    card = (place / run_folder / "compressed-tensors/README.md").read_text()
+    assert '"compressed-tensors", "qlora_lib"' in card and "in compressed-tensors" in card
+    how = ["verify", f"{run_folder}/compressed-tensors", "--with", "transformers"]
+    assert run(*how) == 0
+
+
 def test_export_refuses_nf4(place, capsys):
     assert run("quantize", *COMMON, "--method", "nf4") == 0
     assert run("export", "--model", "model") == 2

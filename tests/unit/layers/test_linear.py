@@ -199,6 +199,8 @@ def test_state_dict_holds_the_packed_tensors_alone(kind):
         "g_id": {"codes", "scale", "zero_point", "g_idx"},
         "nf4": {"codes", "absmax", "nested_absmax", "offset"},
         "nf4 ": {"codes", "absmax"},
+        "mxfp": {"codes", "scale"},
+        "nvfp": {"codes", "scale", "tensor_scale"},
     }[kind[:4]]
     state = layer.state_dict()
     assert set(state) == names

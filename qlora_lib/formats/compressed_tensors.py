@@ -1,0 +1,196 @@
+"""Checkpoints in the layout of compressed-tensors: what transformers and vLLM read FP4 from.
+
+A folder is a complete model: config.json, whose "quantization_config" says how to read the
+weights; safetensors with quantized layers in the layout of compressed_layout.py; tokenizer.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..base.files import read_json, write_json_atomic
+from ..base.folders import atomic_folder, check_folder
+from ..layers.linear import QuantizedLinear, check_scales_are_frozen
+from ..lora.layer import lora_layers, named
+from ..models.checkpoint import base_state, save_settings
+from ..models.packed_model import load_packed
+from ..models.quantize import quantized_layers
+from ..models.stored_weights import read_weights
+from ..quant.fp4 import FP4Spec
+from ..quant.grid import QuantSpec
+from .compressed_layout import FORMATS, GRIDS, from_compressed, to_compressed
+
+# A copy of the quantization_config. Only these exports have it, so an export over another model's
+# folder is refused.
+MARKER = "compressed_tensors.json"
+METHOD = "compressed-tensors"
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer in vLLM
+
+
+def export_compressed(
+    model: nn.Module,
+    folder: Path | str,
+    tokenizer=None,
+    max_shard_size: int | str = "5GB",
+    beside: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a model with QuantizedLinear layers, all of one FP4Spec or QuantSpec, as a checkpoint
+    of compressed-tensors, complete in its folder: "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+    or "pack-quantized".
+
+    The weights are the same to the bit. Weights above max_shard_size (bytes, or "5GB") are split
+    into files. Layers that are not quantized keep their dtype, though config.json names bf16 for
+    FP4, the one dtype in which transformers computes with it. Warns where NVFP4 layers that vLLM
+    makes one have tensor scales of their own. Raises ValueError, naming the layer, for adapters and
+    what the format can't hold (compressed_layout.py), and for a folder with other files.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    layers = _exportable(model)
+    state = {n: t for n, t in base_state(model).items() if n.rpartition(".")[0] not in layers}
+    for path, layer in layers.items():
+        tensors = to_compressed(path, layer.quantized)
+        if layer.bias is not None:
+            tensors["bias"] = layer.bias.cpu()
+        state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+    described = _describe(model, layers)
+    # compressed-tensors decodes FP4 in bf16 alone, and multiplies nothing else by it.
+    floats = described["format"] in FORMATS.values()
+    dtype = torch.bfloat16 if floats else next(model.parameters()).dtype
+    config = {"architectures": [type(model).__name__], "dtype": dtype}
+    metadata = {"format": "pt"}  # transformers asks for this entry of the header
+    with atomic_folder(folder, MARKER) as scratch:
+        save_torch_state_dict(state, scratch, max_shard_size=max_shard_size, metadata=metadata)
+        save_settings(model, tokenizer, state, scratch, **config, quantization_config=described)
+        write_json_atomic(scratch / MARKER, described)
+        if beside:
+            beside(scratch)
+    _warn_of_fused(layers)
+
+
+def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the quantized layers by path; ValueError for what the format can't hold."""
+    if adapted := next(iter(lora_layers(model)), None):
+        raise ValueError(f"{adapted} has an adapter, which such a checkpoint can't hold: "
+                         "merge_lora(model, into='rtn', unload=True), or save_adapter apart")
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError("no layer is quantized; call quantize_model first")
+    check_scales_are_frozen(layers)
+    first, spec = next((path, layer.spec) for path, layer in layers.items())
+    for path, layer in layers.items():
+        if not isinstance(layer.spec, (QuantSpec, FP4Spec)):
+            raise ValueError(f"{path} is NF4, which compressed-tensors does not have: quantize the "
+                             "dense model with an FP4Spec or a QuantSpec")  # fmt: skip
+        if _arguments(layer.spec) != _arguments(spec):
+            raise ValueError(f"one checkpoint has one spec: {first} {spec}, {path} {layer.spec}")
+    return layers
+
+
+def _arguments(spec: QuantSpec | FP4Spec) -> dict:
+    """Return what quantization_config says of the weights."""
+    if isinstance(spec, FP4Spec):
+        nvidia = spec.format == "nvfp4"
+        said = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": spec.block_size}
+        said["strategy"] = "tensor_group" if nvidia else "group"
+        said["scale_dtype"] = str(torch.float8_e4m3fn if nvidia else torch.uint8)
+    else:
+        said = {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric}
+        said["group_size"] = spec.group_size
+        said["strategy"] = "group" if spec.group_size else "channel"
+    return said | {"dynamic": False}
+
+
+def _describe(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
+    """Return the quantization_config."""
+    spec = next(iter(layers.values())).spec
+    linears = (path for path, m in model.named_modules() if isinstance(m, nn.Linear))
+    weights = _arguments(spec)
+    if getattr(spec, "clip_search", False):
+        weights["observer"] = "mse"  # llm-compressor's name for clip search
+    group = {"targets": ["Linear"], "weights": weights}
+    return {
+        "quant_method": METHOD,
+        "format": FORMATS[spec.format] if isinstance(spec, FP4Spec) else GRIDS,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": group | {"input_activations": None, "output_activations": None}
+        },
+        "ignore": sorted(linears),  # by name: linears that are dense
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _warn_of_fused(layers: dict[str, QuantizedLinear]) -> None:
+    """Warn of layers that vLLM makes one, with the largest of their tensor scales for all."""
+    for path, layer in layers.items():
+        parent, _, own = path.rpartition(".")
+        names = next((names for names in FUSED if own == names[0]), ())
+        parts = [layers[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in layers]
+        scales = {float(part.tensor_scale) for part in parts if part.spec == FP4Spec("nvfp4")}
+        if len(scales) > 1:
+            warnings.warn(
+                f"{path} and the layers that vLLM computes with it have tensor scales of their own: "
+                "vLLM takes one for all, and answers worse; transformers reads each its own",
+                stacklevel=3,
+            )
+            return
+
+
+def import_compressed(folder: Path | str, device=None, compute_dtype: str = "auto"):
+    """Read a checkpoint of compressed-tensors with weights in NVFP4, MXFP4 or on integer grids, one
+    file or sharded, into QuantizedLinear layers: (model in eval mode, tokenizer, or None when the
+    folder has none). Raises FileNotFoundError for missing files and ValueError, naming the file or
+    tensor, for corrupt, incomplete and unsupported ones, such as quantized activations.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    spec = _read_config(folder / "config.json")
+    state = read_weights(folder)
+    paths = [n.removesuffix(".weight_packed") for n in state if n.endswith(".weight_packed")]
+    if not paths:
+        raise ValueError(f"{folder} holds no weight_packed; is it a checkpoint of {METHOD}?")
+    make = partial(from_compressed, spec=spec)
+    return load_packed(folder, state, paths, make, device, compute_dtype)
+
+
+def _read_config(file: Path) -> QuantSpec | FP4Spec:
+    """Return the spec of the weights."""
+    described = read_json(file).get("quantization_config")
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method != METHOD:
+        raise ValueError(f"{file}: quantization_config is {method or described!r}, not {METHOD!r}")
+    form, groups = described.get("format"), described.get("config_groups")
+    if form not in (*FORMATS.values(), GRIDS):
+        known = ", ".join((*FORMATS.values(), GRIDS))
+        raise ValueError(f"{file}: format={form!r} is not one of {known}")
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+        raise ValueError(f"{file}: config_groups must be one group with settings of weights")
+    for name in ("input_activations", "output_activations"):
+        if group.get(name) is not None:
+            raise ValueError(f"{file}: {name} are quantized too, which is not done here")
+    if described.get("kv_cache_scheme") is not None:
+        raise ValueError(f"{file}: kv_cache_scheme is not read here")
+    weights = group["weights"]
+    with named(str(file)):
+        if form == GRIDS:
+            size = weights.get("group_size")
+            size = None if size in (None, -1) else size
+            spec = QuantSpec(weights.get("num_bits"), size, weights.get("symmetric", True),
+                             clip_search=weights.get("observer") == "mse")
+        else:
+            spec = FP4Spec(next(name for name, said in FORMATS.items() if said == form))
+        wanted = _arguments(spec)
+        for name in ("num_bits", "type", "symmetric", "strategy", "group_size"):
+            got = weights.get(name, wanted[name])
+            if got != wanted[name] and (name, got) != ("group_size", -1):
+                raise ValueError(f"weights have {name}={got!r}, {form} {wanted[name]!r}")
+        if weights.get("actorder") == "group":
+            raise ValueError("actorder='group' is not read here")
+    return spec
