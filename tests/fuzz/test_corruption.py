@@ -18,6 +18,7 @@ from experiments.table import Table
 from qlora_lib.evaluation.evaluate import EvalReport, evaluate
 from qlora_lib.evaluation.tasks import Task
 from qlora_lib.evaluation.verifier import Verifier, train_verifier
+from qlora_lib.formats.compressed_tensors import export_compressed, import_compressed
 from qlora_lib.formats.gguf_checkpoint import export_gguf
 from qlora_lib.formats.gptq_checkpoint import export_gptq, import_gptq
 from qlora_lib.generation.generate import Completion, Generator
@@ -138,6 +139,19 @@ class Exported:
     @staticmethod
     def read(folder):
         return model_and_tokenizer(import_gptq(folder, "cpu", "fp32"))
+
+
+@format_of("compressed-tensors export")
+class ExportedFP4:
+    @staticmethod
+    def write(folder):
+        model = small_model(layers=1)
+        quantize_model(model, None, FP4Spec("nvfp4"), "rtn", target_modules=("o_proj", "up_proj"))
+        export_compressed(model, folder, small_tokenizer(), max_shard_size="50kB")
+
+    @staticmethod
+    def read(folder):
+        return model_and_tokenizer(import_compressed(folder, "cpu", "fp32"))
 
 
 @format_of("gguf export")
