@@ -17,6 +17,7 @@ from ..base.folders import atomic_folder, check_folder
 from ..layers.linear import QuantizedLinear, check_scales_are_frozen
 from ..lora.layer import lora_layers, named
 from ..models.checkpoint import base_state, save_settings
+from ..models.fused import fused
 from ..models.packed_model import load_packed
 from ..models.quantize import quantized_layers
 from ..models.stored_weights import read_weights
@@ -28,7 +29,6 @@ from .compressed_layout import FORMATS, GRIDS, from_compressed, to_compressed
 # folder is refused.
 MARKER = "compressed_tensors.json"
 METHOD = "compressed-tensors"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer in vLLM
 
 
 def export_compressed(
@@ -128,15 +128,14 @@ def _describe(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
 
 def _warn_of_fused(layers: dict[str, QuantizedLinear]) -> None:
     """Warn of layers that vLLM makes one, with the largest of their tensor scales for all."""
-    for path, layer in layers.items():
-        parent, _, own = path.rpartition(".")
-        names = next((names for names in FUSED if own == names[0]), ())
-        parts = [layers[f"{parent}.{name}"] for name in names if f"{parent}.{name}" in layers]
+    for group in fused(layers):
+        parts = [layers[path] for path in group]
         scales = {float(part.tensor_scale) for part in parts if part.spec == FP4Spec("nvfp4")}
         if len(scales) > 1:
             warnings.warn(
-                f"{path} and the layers that vLLM computes with it have tensor scales of their own: "
-                "vLLM takes one for all, and answers worse; transformers reads each its own",
+                f"{group[0]} and the layers that vLLM computes with it have tensor scales of their "
+                "own, as after a merge: vLLM takes one for all, and answers worse. Quantize the "
+                "merged dense model instead; transformers reads each its own",
                 stacklevel=3,
             )
             return

@@ -20,6 +20,7 @@ from ..quant.hessian import Hessian
 from ..quant.recipe import Recipe, Spec
 from .batches import Batch, check_tokens, token_mask
 from .calibrate import BlockCalls, quantize_block
+from .fused import shared_largest
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -49,11 +50,15 @@ class LayerReport:
     seconds: float
 
 
-def quantize_layer(path: str, layer: nn.Linear, recipe: Recipe, hessian: Hessian | None):
-    """Return (QuantizedLinear, its LayerReport) for one layer; errors name its path."""
+def quantize_layer(
+    path: str, layer: nn.Linear, recipe: Recipe, hessian: Hessian | None,
+    largest: float | None = None,
+):  # fmt: skip
+    """Return (QuantizedLinear, its LayerReport) for one layer; errors name its path. largest: as
+    for Recipe.quantize."""
     began, weight = time.perf_counter(), layer.weight.detach()
     with named(path):
-        quantized = recipe.quantize(weight, hessian)
+        quantized = recipe.quantize(weight, hessian, largest)
     error = None if hessian is None else output_error(weight, quantized.dequantize(), hessian)
     new, seconds = QuantizedLinear.from_linear(layer, quantized), time.perf_counter() - began
     sizes = (weight.nbytes, quantized.nbytes, quantized.bits_per_weight)
@@ -134,9 +139,10 @@ def apply_recipe(model, recipe: Recipe, calibration: list[Batch] | None = None) 
     check_shared(model, targets)
     check_finite(stored_tensors(model))  # before a layer is replaced
     progress = Progress(f"quantizing with {recipe.method}", len(targets), "layers")
+    largest = shared_largest(targets, recipe.spec)
 
     def swap(path: str, hessian: Hessian | None) -> LayerReport:
-        layer, row = quantize_layer(path, targets[path], recipe, hessian)
+        layer, row = quantize_layer(path, targets[path], recipe, hessian, largest.get(path))
         replace_module(model, path, layer)
         del targets[path]  # the dense weight goes as soon as its layer is done
         progress(progress.total - len(targets), path)

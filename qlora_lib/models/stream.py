@@ -27,6 +27,7 @@ from ..quant.recipe import Recipe, Spec
 from .batches import Batch
 from .calibrate import quantize_block
 from .checkpoint import QUANTIZATION, describe, our_tensor, spec_as_json
+from .fused import shared_largest
 from .packed_model import put_packed
 from .quantize import LayerReport, check_calibration, check_shared, quantize_layer, warn_of_dense
 from .settings import read_tokenizer
@@ -139,10 +140,12 @@ def _quantize_blocks(streamed, output, targets, calibration, recipe: Recipe, spi
         if i not in done:
             paths = [path for path in targets if streamed.block_of(path) == i]
             layers = {path: streamed.model.get_submodule(path) for path in paths}
+            largest = shared_largest(layers, recipe.spec)
 
             def swap(path: str, hessian=None) -> LayerReport:
                 # The dense weight goes as soon as its layer is done.
-                layer, row = quantize_layer(path, layers.pop(path), recipe, hessian)
+                one = largest.get(path)
+                layer, row = quantize_layer(path, layers.pop(path), recipe, hessian, one)
                 replace_module(streamed.model, path, layer)
                 say(len(output.rows) + len(paths) - len(layers), path)
                 if progress:

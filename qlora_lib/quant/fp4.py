@@ -55,9 +55,10 @@ class FP4Spec:
                              f"in_features={in_features}; leave this layer dense")  # fmt: skip
         return in_features // self.block_size
 
-    def fit(self, w: Tensor) -> dict[str, Tensor | None]:
+    def fit(self, w: Tensor, largest: float | None = None) -> dict[str, Tensor | None]:
         """`scale` and `tensor_scale` of an FP4Tensor for the weight (out, in), from the absmax of
-        each block. Raises ValueError for weights whose nearest levels overflow fp32."""
+        each block. largest: the absmax of all weights that shall have this tensor_scale; None: of
+        this one. Raises ValueError for weights whose nearest levels overflow fp32."""
         blocks = w.unflatten(1, (self.groups(w.shape[1]), -1))  # (out, blocks, size)
         absmax, whole = blocks.abs().amax(-1).float(), None  # (out, blocks)
         if self.format == "mxfp4":
@@ -67,7 +68,8 @@ class FP4Spec:
             scale = torch.where(absmax > 0, exponent - 3 + 127, 0).clamp_(0, 255).to(torch.uint8)
         else:
             # The largest block scale becomes E4M3's largest value.
-            whole = minifloat("e4m3").largest * LARGEST / absmax.amax()
+            most = absmax.amax() if largest is None else absmax.new_tensor(largest)
+            whole = minifloat("e4m3").largest * LARGEST / most
             whole = torch.where(whole.isfinite(), whole, 1)  # no weight is far from 0
             scale = nearest_codes(absmax / LARGEST * whole, "e4m3")
             scale = torch.where(scale > 0, scale, EMPTY)
@@ -167,13 +169,15 @@ def _powers(device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_fp4(weight: Tensor, spec: FP4Spec = FP4Spec()) -> FP4Tensor:
+def quantize_fp4(
+    weight: Tensor, spec: FP4Spec = FP4Spec(), largest: float | None = None
+) -> FP4Tensor:
     """Each weight of a matrix (out_features, in_features) rounded to the closest value of its
-    block, ties to the even code. Raises ValueError for NaN or Inf, in_features that blocks do not
-    divide, and weights that overflow fp32 so."""
+    block, ties to the even code. largest: as for FP4Spec.fit. Raises ValueError for NaN or Inf,
+    in_features that blocks do not divide, and weights that overflow fp32 so."""
     check_weight(weight)
     w = as_float(weight.detach())
-    fitted = spec.fit(w)
+    fitted = spec.fit(w, largest)
     scales = spec.scales(**fitted).unsqueeze(-1)  # (out, blocks, 1)
     codes = spec.encode(w.unflatten(1, (scales.shape[1], -1)), scales)  # (out, blocks, size)
     return spec.assemble(codes.flatten(1), **fitted)

@@ -115,14 +115,14 @@ def backsolve(W: Tensor, R: Tensor, grid, encode, decode, B: int, b: int) -> Ten
 @torch.no_grad()
 def gptq_quantize(
     weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec | FP4Spec,
-    options: GPTQOptions = GPTQOptions(),
+    options: GPTQOptions = GPTQOptions(), largest: float | None = None,
 ) -> QuantizedTensor | FP4Tensor:  # fmt: skip
     """The weight (out_features, in_features) quantized with GPTQ, in fp32, or fp64 as it came.
 
     hessian: a Hessian, or its matrix (in, in) where match_dense and damp_percent=None are not
-    asked for. Raises ValueError for NaN or Inf, other shapes, a Hessian that has seen no tokens,
-    one that is not positive definite after damping, and for options that a float format does not
-    have (check_options).
+    asked for. largest: as for FP4Spec.fit. Raises ValueError for NaN or Inf, other shapes, a
+    Hessian that has seen no tokens, one that is not positive definite after damping, and for
+    options that a float format does not have (check_options).
     """
     check_weight(weight)
     check_options(spec, options)
@@ -147,7 +147,8 @@ def gptq_quantize(
         R /= R.diagonal().clone()  # a view would change while another thread divides by it
         W = w.t()[order].contiguous()  # (in, out), a copy
         if not isinstance(spec, QuantSpec):
-            codes, fitted = _round_to_floats(W, R, w, order, spec, options.block_size)
+            fitted = spec.fit(w, largest)
+            codes = _round_to_floats(W, R, spec.scales(**fitted), order, spec, options.block_size)
             return spec.assemble(codes[place].t().contiguous(), **fitted)
         # One grid a row must be fitted before the loop: later, half the row is rounded.
         static = options.static_groups or spec.group_size is None
@@ -182,16 +183,15 @@ def _decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return codes.sub_(zero).mul_(scale)
 
 
-def _round_to_floats(W, R, w: Tensor, order: Tensor, spec: FP4Spec, B: int) -> tuple[Tensor, dict]:
-    """Codes (in, out) in the loop's order, and the scales as `fit` gives them for w (out, in)."""
-    fitted = spec.fit(w)
-    scales = spec.scales(**fitted).t().contiguous()  # (blocks, out), fp32 as the levels
-    values, block = code_values(spec.element, w.device), len(order) // len(scales)
+def _round_to_floats(W, R, scales: Tensor, order: Tensor, spec: FP4Spec, B: int) -> Tensor:
+    """Codes (in, out) in the loop's order; scales (out, blocks)."""
+    scales = scales.t().contiguous()  # (blocks, out), fp32 as the levels
+    values, block = code_values(spec.element, W.device), len(order) // len(scales)
     block_at = (order // block).tolist()  # plain ints: no device synchronisation in the loop
     return backsolve(
         W, R, lambda j, T: (scales[block_at[j]],), spec.encode,
         lambda codes, scale: values.index_select(0, codes.int()).mul_(scale), B, SUB_BLOCK,
-    ), fitted  # fmt: skip
+    )  # fmt: skip
 
 
 def _matrix_of(hessian: Hessian | Tensor) -> Tensor:

@@ -66,14 +66,18 @@ class Recipe:
         """Whether GPTQ aims at the dense model's outputs."""
         return self.options is not None and self.options.match_dense
 
-    def quantize(self, weight: Tensor, hessian: Hessian | None = None) -> Quantized:
-        """One weight (out_features, in_features), packed. GPTQ takes the layer's Hessian."""
+    def quantize(
+        self, weight: Tensor, hessian: Hessian | None = None, largest: float | None = None
+    ) -> Quantized:
+        """One weight (out_features, in_features), packed. GPTQ takes the layer's Hessian. largest:
+        the absmax of all weights that share an NVFP4 tensor scale; None: of this one."""
         if isinstance(self.spec, NF4Spec):
             return quantize_nf4(weight, self.spec.block_size, self.spec.double_quant)
-        if self.options is None:
-            to_nearest = quantize_fp4 if isinstance(self.spec, FP4Spec) else quantize_rtn
-            return to_nearest(weight, self.spec)
-        return gptq_quantize(weight, hessian, self.spec, self.options)
+        if self.options is not None:
+            return gptq_quantize(weight, hessian, self.spec, self.options, largest)
+        if isinstance(self.spec, FP4Spec):
+            return quantize_fp4(weight, self.spec, largest)
+        return quantize_rtn(weight, self.spec)
 
     def as_json(self) -> dict:
         """As recipe.json holds it: method, spec, and what is not the default's."""

@@ -30,7 +30,6 @@ from tests.support.tensors import normal, relative
 IDS = torch.randint(3, 260, (4, 64), generator=torch.Generator().manual_seed(0))
 COMPRESSORS = {"nvfp4": NVFP4PackedCompressor, "mxfp4": MXFP4PackedCompressor}
 both = pytest.mark.parametrize("form", COMPRESSORS)
-pytestmark = pytest.mark.filterwarnings("ignore:.*tensor scales of their own")
 
 
 def theirs(w: torch.Tensor, form: str) -> tuple[dict, QuantizationScheme]:

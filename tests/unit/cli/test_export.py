@@ -97,7 +97,6 @@ def test_export_leaves_out_an_adapter_of_a_dense_base(place, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*tensor scales of their own")
 def test_a_base_of_floats_goes_into_compressed_tensors(place, capsys):
     from qlora_lib import import_compressed, load_quantized
     from tests.support.lora_models import logits

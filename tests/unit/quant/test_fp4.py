@@ -231,3 +231,14 @@ def test_damping_may_be_chosen_and_the_dense_model_aimed_at(spec):
     q = gptq_quantize(w, h, spec, GPTQOptions(damp_percent=None, match_dense=True))
     q.check()
     assert output_error(w, q.dequantize(), h) < 0.3
+
+
+def test_a_tensor_scale_may_be_that_of_more_weights():
+    """Blocks beyond the largest weight that was said are cut at E4M3's largest scale."""
+    w = normal(8, 64)
+    q = quantize_fp4(w, NV, 2 * float(w.abs().max()))
+    assert torch.equal(q.tensor_scale, quantize_fp4(2 * w, NV).tensor_scale)
+    assert relative(q.dequantize(), w) < 0.15
+    assert torch.equal(quantize_fp4(w, MX, 100.0).scale, quantize_fp4(w, MX).scale)
+    cut = quantize_fp4(w, NV, 1.0).dequantize()
+    assert (cut.abs() <= 1).all() and torch.equal(cut[cut.abs() == 1].sign(), w[cut.abs() == 1].sign())
