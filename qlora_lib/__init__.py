@@ -11,6 +11,7 @@ _HOME = {
     "quant.grid": ["QuantSpec", "QuantizedTensor", "quant_matmul", "quantize_rtn"],
     "quant.nf4": ["NF4Spec", "NF4Tensor", "quantize_nf4"],
     "quant.minifloat": ["decode_float", "encode_float", "float_levels", "quantize_fp8"],
+    "quant.fp8": ["FP8Spec", "FP8Tensor"],
     "quant.fp4": ["FP4Spec", "FP4Tensor", "quantize_fp4"],
     "quant.hessian": ["Hessian"],
     "quant.gptq": ["GPTQOptions", "gptq_quantize", "output_error"],

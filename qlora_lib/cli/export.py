@@ -17,7 +17,7 @@ def add_commands(commands) -> None:
     merge = "put the adapter into the weights and quantize them again; without, it stays beside"
     add("--merge", choices=("gptq", "rtn"), help=merge)
     form = ("gptq is for readers that know only version 1 (default: gptq_v2); compressed-tensors "
-            "takes bases in nvfp4 and mxfp4, and symmetric grids")  # fmt: skip
+            "takes bases in nvfp4, mxfp4 and e4m3, and symmetric grids")  # fmt: skip
     add("--format", choices=("gptq_v2", "gptq", "compressed-tensors", "gguf"), default="gptq_v2",
         help=form)  # fmt: skip
     chat = "the tokenizer's own chat template, instead of that of the course's problems"

@@ -10,6 +10,7 @@ from .common import SHARED, Opened, add_command, grid, open_options
 
 RATE = Range(0, 100, above=True)
 METHODS = ("gptq", "rtn", "nf4", "none")
+FORMATS = ("nvfp4", "mxfp4", "e4m3", "e5m2")
 INITS = ("kaiming", "gaussian", "loftq", "pissa", "svd", "qera", "cloq")
 OF_LEVELS = ("with --method gptq or rtn", lambda args: args.method in ("gptq", "rtn"))
 OF_GRID = (f"{OF_LEVELS[0]}, without --format", lambda a: OF_LEVELS[1](a) and not a.format)
@@ -40,8 +41,8 @@ def add_commands(commands) -> None:
     add = base.add_argument
     add("--bits", type=COUNT, help="with gptq and rtn: 2, 3, 4 or 8 (default 4)")
     add("--group-size", type=FROM_ZERO, help="weights that share a scale (default 64); 0: a whole row")
-    add("--format", choices=("nvfp4", "mxfp4"), help="with gptq and rtn: floats of 4 bits, not an "
-        "integer grid: nvfp4 (blocks of 16) or mxfp4 (of 32)")  # fmt: skip
+    add("--format", choices=FORMATS, help="with gptq and rtn: floats, not an integer "
+        "grid: nvfp4 (4 bits, blocks of 16), mxfp4 (of 32), e4m3 or e5m2 (8 bits, a scale a row)")
     flag = partial(add, action="store_true")
     flag("--match-dense", help="with gptq: layers aim at the dense model's outputs (for 2 bits)")
     flag("--weigh-columns", help="with gptq: grids are fitted to what each column's error costs")
@@ -92,6 +93,7 @@ def add_commands(commands) -> None:
 def recipe_of(args):
     """The recipe, None for --method none."""
     from ..quant.fp4 import FP4Spec
+    from ..quant.fp8 import FP8Spec
     from ..quant.gptq import GPTQOptions
     from ..quant.nf4 import NF4Spec
     from ..quant.recipe import Recipe
@@ -99,7 +101,8 @@ def recipe_of(args):
     if args.method == "none":
         return None
     spec = NF4Spec() if args.method == "nf4" else grid(args.bits, args.group_size)
-    spec = FP4Spec(args.format) if args.format else spec
+    if args.format:
+        spec = FP8Spec(args.format) if args.format.startswith("e") else FP4Spec(args.format)
     if args.best:
         return Recipe.of(spec, "gptq", GPTQOptions.best(match_dense=True))
     share = {None: 0.01, "auto": None}.get(args.damping, args.damping)

@@ -3,13 +3,15 @@
 A layer P with K inputs and N outputs is stored as
     P.weight_packed        uint8 (N, K / 2)          FP4: two codes a byte, the first one low
                            int32 (N, K * bits / 32)  integer grids: codes, packed along the inputs
+    P.weight               E4M3 (N, K)               FP8
     P.weight_scale         uint8 (N, K / 32)         MXFP4: exponents, of 2**(scale - 127)
                            E4M3 (N, K / 16)          NVFP4
+                           fp32 (N, 1)               FP8
                            fp16 (N, groups)          grids
     P.weight_global_scale  fp32 (1,)                 NVFP4: what the scales are divided by
     P.weight_shape         int64 (2,)                grids: N, K
-These are the bytes of an FP4Tensor as they are, and those of a QuantizedTensor as words.
-(compressed-tensors 0.20.1: compressors/nvfp4, mxfp4 and pack_quantized.) Grids with zero-points of
+These are the bytes of an FP4Tensor and an FP8Tensor as they are, of a QuantizedTensor as words.
+(compressed-tensors 0.20.1: compressors/nvfp4, mxfp4, naive_quantized, pack_quantized.) Grids with zero-points of
 their own are refused: the layout has them, but transformers 5.23 expects them unpacked and fails.
 """
 
@@ -18,12 +20,15 @@ from torch import Tensor
 
 from ..lora.layer import named
 from ..quant.fp4 import FP4Spec, FP4Tensor
+from ..quant.fp8 import FP8Spec, FP8Tensor
 from ..quant.grid import QuantizedTensor, QuantSpec
 from ..quant.packing import as_bytes, as_words
-from ..quant.recipe import Quantized
+from ..quant.recipe import Quantized, Spec
 
-# What quantization_config calls the layout, by FP4Spec.format
-FORMATS = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
+# What quantization_config calls the layout, by a float spec's format
+FORMATS = {
+    "nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized", "e4m3": "float-quantized",
+}  # fmt: skip
 GRIDS = "pack-quantized"  # of a QuantSpec
 
 
@@ -46,6 +51,9 @@ def to_compressed(path: str, quantized: Quantized) -> dict[str, Tensor]:
         if spec.format == "nvfp4":
             tensors["weight_scale"] = quantized.scale.view(torch.float8_e4m3fn)
             tensors["weight_global_scale"] = quantized.tensor_scale.view(1)
+    elif isinstance(quantized, FP8Tensor):
+        weight = quantized.codes.view(torch.float8_e4m3fn)
+        tensors = {"weight": weight, "weight_scale": quantized.scale}
     else:
         with named(path):
             check_grid(quantized.shape, spec)
@@ -63,7 +71,7 @@ def to_compressed(path: str, quantized: Quantized) -> dict[str, Tensor]:
 
 
 def from_compressed(
-    path: str, tensors: dict[str, Tensor], shape: torch.Size, spec: QuantSpec | FP4Spec
+    path: str, tensors: dict[str, Tensor], shape: torch.Size, spec: Spec
 ) -> Quantized:
     """Return the weight of `shape` (out, in) that a layer's tensors hold: the inverse of
     `to_compressed`. Raises ValueError, naming the tensor, for what is missing, misshapen or means
@@ -80,13 +88,13 @@ def from_compressed(
                                  f"{size}; does config.json belong to these weights?")  # fmt: skip
         if other := sorted(tensors.keys() - wanted.keys()):
             raise ValueError(f"{other[0]} is not expected for {spec}")
-        make = _fp4 if isinstance(spec, FP4Spec) else _grid
+        make = {FP4Spec: _fp4, FP8Spec: _fp8, QuantSpec: _grid}[type(spec)]
         quantized = make(tensors, torch.Size(shape), spec)
         quantized.check()
     return quantized
 
 
-def _expected(shape: torch.Size, spec: QuantSpec | FP4Spec) -> dict[str, tuple]:
+def _expected(shape: torch.Size, spec: Spec) -> dict[str, tuple]:
     """Return dtype and shape of each tensor of a layer."""
     out, n = shape
     groups = spec.groups(n)
@@ -97,6 +105,9 @@ def _expected(shape: torch.Size, spec: QuantSpec | FP4Spec) -> dict[str, tuple]:
         if spec.format == "nvfp4":
             wanted["weight_global_scale"] = (torch.float32, (1,))
         return wanted
+    if isinstance(spec, FP8Spec):
+        scale = (torch.float32, (out, groups))
+        return {"weight": (torch.float8_e4m3fn, (out, n)), "weight_scale": scale}
     check_grid(shape, spec)
     return {
         "weight_packed": (torch.int32, (out, n * spec.bits // 32)),
@@ -110,6 +121,10 @@ def _fp4(tensors: dict[str, Tensor], shape: torch.Size, spec: FP4Spec) -> FP4Ten
     whole = None if whole is None else whole.view(())
     scale = tensors["weight_scale"].view(torch.uint8)
     return FP4Tensor(tensors["weight_packed"], scale, whole, shape, spec)
+
+
+def _fp8(tensors: dict[str, Tensor], shape: torch.Size, spec: FP8Spec) -> FP8Tensor:
+    return FP8Tensor(tensors["weight"].view(torch.uint8), tensors["weight_scale"], shape, spec)
 
 
 def _grid(tensors: dict[str, Tensor], shape: torch.Size, spec: QuantSpec) -> QuantizedTensor:

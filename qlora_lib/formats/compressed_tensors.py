@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of compressed-tensors: what transformers and vLLM read FP4 from.
+"""Checkpoints in the layout of compressed-tensors: what transformers and vLLM read floats from.
 
 A folder is a complete model: config.json, whose "quantization_config" says how to read the
 weights; safetensors with quantized layers in the layout of compressed_layout.py; tokenizer.
@@ -21,8 +21,10 @@ from ..models.fused import fused
 from ..models.packed_model import load_packed
 from ..models.quantize import quantized_layers
 from ..models.stored_weights import read_weights
-from ..quant.fp4 import FP4Spec
+from ..quant.fp4 import BLOCK_SIZES, FP4Spec
+from ..quant.fp8 import FP8Spec
 from ..quant.grid import QuantSpec
+from ..quant.recipe import Spec
 from .compressed_layout import FORMATS, GRIDS, from_compressed, to_compressed
 
 # A copy of the quantization_config. Only these exports have it, so an export over another model's
@@ -38,9 +40,9 @@ def export_compressed(
     max_shard_size: int | str = "5GB",
     beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a model with QuantizedLinear layers, all of one FP4Spec or QuantSpec, as a checkpoint
-    of compressed-tensors, complete in its folder: "nvfp4-pack-quantized", "mxfp4-pack-quantized"
-    or "pack-quantized".
+    """Write a model with QuantizedLinear layers, all of one spec, as a checkpoint of compressed-
+    tensors, complete in its folder: "nvfp4-pack-quantized" or "mxfp4-pack-quantized" (FP4Spec),
+    "float-quantized" (FP8Spec in e4m3), "pack-quantized" (symmetric QuantSpec).
 
     The weights are the same to the bit. Weights above max_shard_size (bytes, or "5GB") are split
     into files. Layers that are not quantized keep their dtype, though config.json names bf16 for
@@ -59,8 +61,8 @@ def export_compressed(
         state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     described = _describe(model, layers)
     # compressed-tensors decodes FP4 in bf16 alone, and multiplies nothing else by it.
-    floats = described["format"] in FORMATS.values()
-    dtype = torch.bfloat16 if floats else next(model.parameters()).dtype
+    fp4 = any(isinstance(layer.spec, FP4Spec) for layer in layers.values())
+    dtype = torch.bfloat16 if fp4 else next(model.parameters()).dtype
     config = {"architectures": [type(model).__name__], "dtype": dtype}
     metadata = {"format": "pt"}  # transformers asks for this entry of the header
     with atomic_folder(folder, MARKER) as scratch:
@@ -83,21 +85,25 @@ def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     check_scales_are_frozen(layers)
     first, spec = next((path, layer.spec) for path, layer in layers.items())
     for path, layer in layers.items():
-        if not isinstance(layer.spec, (QuantSpec, FP4Spec)):
-            raise ValueError(f"{path} is NF4, which compressed-tensors does not have: quantize the "
-                             "dense model with an FP4Spec or a QuantSpec")  # fmt: skip
+        form = getattr(layer.spec, "format", None)
+        if form not in FORMATS and not isinstance(layer.spec, QuantSpec):
+            raise ValueError(f"{path} is {layer.spec}, which is not written so here: quantize the "
+                             "dense model with an FP4Spec, FP8Spec() or QuantSpec")  # fmt: skip
         if _arguments(layer.spec) != _arguments(spec):
             raise ValueError(f"one checkpoint has one spec: {first} {spec}, {path} {layer.spec}")
     return layers
 
 
-def _arguments(spec: QuantSpec | FP4Spec) -> dict:
+def _arguments(spec: Spec) -> dict:
     """Return what quantization_config says of the weights."""
     if isinstance(spec, FP4Spec):
         nvidia = spec.format == "nvfp4"
         said = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": spec.block_size}
         said["strategy"] = "tensor_group" if nvidia else "group"
         said["scale_dtype"] = str(torch.float8_e4m3fn if nvidia else torch.uint8)
+    elif isinstance(spec, FP8Spec):
+        said = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
+        said["strategy"] = "channel"
     else:
         said = {"num_bits": spec.bits, "type": "int", "symmetric": spec.symmetric}
         said["group_size"] = spec.group_size
@@ -115,7 +121,7 @@ def _describe(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict:
     group = {"targets": ["Linear"], "weights": weights}
     return {
         "quant_method": METHOD,
-        "format": FORMATS[spec.format] if isinstance(spec, FP4Spec) else GRIDS,
+        "format": GRIDS if isinstance(spec, QuantSpec) else FORMATS[spec.format],
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": group | {"input_activations": None, "output_activations": None}
@@ -142,8 +148,8 @@ def _warn_of_fused(layers: dict[str, QuantizedLinear]) -> None:
 
 
 def import_compressed(folder: Path | str, device=None, compute_dtype: str = "auto"):
-    """Read a checkpoint of compressed-tensors with weights in NVFP4, MXFP4 or on integer grids, one
-    file or sharded, into QuantizedLinear layers: (model in eval mode, tokenizer, or None when the
+    """Read a checkpoint of compressed-tensors with weights in NVFP4, MXFP4, FP8 (a scale a row) or
+    on integer grids, one file or sharded, into QuantizedLinear layers: (model in eval mode, tokenizer, or None when the
     folder has none). Raises FileNotFoundError for missing files and ValueError, naming the file or
     tensor, for corrupt, incomplete and unsupported ones, such as quantized activations.
     """
@@ -151,14 +157,14 @@ def import_compressed(folder: Path | str, device=None, compute_dtype: str = "aut
     check_folder(folder)
     spec = _read_config(folder / "config.json")
     state = read_weights(folder)
-    paths = [n.removesuffix(".weight_packed") for n in state if n.endswith(".weight_packed")]
+    paths = [n.removesuffix(".weight_scale") for n in state if n.endswith(".weight_scale")]
     if not paths:
-        raise ValueError(f"{folder} holds no weight_packed; is it a checkpoint of {METHOD}?")
+        raise ValueError(f"{folder} holds no weight_scale; is it a checkpoint of {METHOD}?")
     make = partial(from_compressed, spec=spec)
     return load_packed(folder, state, paths, make, device, compute_dtype)
 
 
-def _read_config(file: Path) -> QuantSpec | FP4Spec:
+def _read_config(file: Path) -> Spec:
     """Return the spec of the weights."""
     described = read_json(file).get("quantization_config")
     method = described.get("quant_method") if isinstance(described, dict) else None
@@ -184,7 +190,8 @@ def _read_config(file: Path) -> QuantSpec | FP4Spec:
             spec = QuantSpec(weights.get("num_bits"), size, weights.get("symmetric", True),
                              clip_search=weights.get("observer") == "mse")
         else:
-            spec = FP4Spec(next(name for name, said in FORMATS.items() if said == form))
+            name = next(name for name, said in FORMATS.items() if said == form)
+            spec = FP4Spec(name) if name in BLOCK_SIZES else FP8Spec(name)
         wanted = _arguments(spec)
         for name in ("num_bits", "type", "symmetric", "strategy", "group_size"):
             got = weights.get(name, wanted[name])

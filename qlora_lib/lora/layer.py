@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..base.ranges import COUNT, SHARE_BELOW_ONE, Range, check_fields
 from ..layers.linear import QuantizedLinear, dense_pieces, dense_weight
-from ..quant.fp4 import FP4Spec
+from ..quant.float_weights import FloatSpec
 from ..quant.grid import QuantSpec, check_weight
 from ..quant.recipe import Spec
 from .choice import DEFAULT, Rows, chosen
@@ -103,7 +103,7 @@ def check_dense(layer: nn.Module, config: LoRAConfig, spec: Spec | None) -> None
                          f"2 r = {2 * config.rank}, which exceeds this layer's "
                          f"{tuple(base.weight.shape)}; choose a smaller rank")  # fmt: skip
     check_weight(base.weight.detach())
-    if isinstance(spec, (QuantSpec, FP4Spec)):
+    if isinstance(spec, (QuantSpec, FloatSpec)):
         spec.groups(base.in_features)
 
 

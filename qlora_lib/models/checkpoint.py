@@ -22,6 +22,7 @@ from ..layers.hadamard_input import HadamardInput
 from ..layers.linear import Quantized, check_scales_are_frozen
 from ..lora.layer import lora_layers
 from ..quant.fp4 import FP4Spec, FP4Tensor
+from ..quant.fp8 import FP8Spec, FP8Tensor
 from ..quant.grid import QuantizedTensor, QuantSpec
 from ..quant.nf4 import NF4Spec, NF4Tensor
 from ..quant.recipe import Spec
@@ -35,6 +36,7 @@ KINDS = {
     "grid": (QuantizedTensor, QuantSpec, ("g_idx",)),
     "nf4": (NF4Tensor, NF4Spec, ("nested_absmax", "offset")),
     "fp4": (FP4Tensor, FP4Spec, ("tensor_scale",)),
+    "fp8": (FP8Tensor, FP8Spec, ()),
 }
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..base.finite import is_finite
-from .grid import PackedWeight, as_float, check_range, check_tensor, check_weight, row_slices
+from .float_weights import FloatSpec
+from .grid import PackedWeight, check_range, check_tensor, row_slices
 from .minifloat import code_values, decode_float, minifloat, nearest_codes
 from .packing import pack, unpack
 
@@ -30,7 +31,7 @@ EMPTY = 0x20  # 0.125 in E4M3, which compressed-tensors writes for scales that r
 
 
 @dataclass(frozen=True)
-class FP4Spec:
+class FP4Spec(FloatSpec):
     """How a weight matrix is put on the values of E2M1."""
 
     format: str = "nvfp4"  # "mxfp4": exponents as scales; "nvfp4": smaller blocks, finer scales
@@ -90,10 +91,6 @@ class FP4Spec:
             return decode_float(scale, "e4m3") / tensor_scale
         powers = _powers(scale.device)
         return powers.index_select(0, scale.flatten().int()).view(scale.shape)
-
-    def encode(self, w: Tensor, scales: Tensor) -> Tensor:
-        """uint8 as w: the codes of the nearest levels, ties to the even code. Scales broadcast."""
-        return nearest_codes((w / scales).add_(0.0), self.element)  # + 0: no code for -0
 
     def assemble(self, codes: Tensor, scale: Tensor, tensor_scale: Tensor | None) -> "FP4Tensor":
         """The FP4Tensor of codes, uint8 (out, in), and what `fit` gave."""
@@ -168,16 +165,10 @@ def _powers(device: torch.device) -> Tensor:
     return powers.float()
 
 
-@torch.no_grad()
 def quantize_fp4(
     weight: Tensor, spec: FP4Spec = FP4Spec(), largest: float | None = None
 ) -> FP4Tensor:
     """Each weight of a matrix (out_features, in_features) rounded to the closest value of its
     block, ties to the even code. largest: as for FP4Spec.fit. Raises ValueError for NaN or Inf,
     in_features that blocks do not divide, and weights that overflow fp32 so."""
-    check_weight(weight)
-    w = as_float(weight.detach())
-    fitted = spec.fit(w, largest)
-    scales = spec.scales(**fitted).unsqueeze(-1)  # (out, blocks, 1)
-    codes = spec.encode(w.unflatten(1, (scales.shape[1], -1)), scales)  # (out, blocks, size)
-    return spec.assemble(codes.flatten(1), **fitted)
+    return spec.quantize(weight, largest)

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from .damping import choose_damping
 from .dense_target import dense_target
-from .fp4 import FP4Spec, FP4Tensor
+from .float_weights import FloatSpec
 from .grid import (
-    QuantizedTensor,
+    PackedWeight,
     QuantSpec,
     as_float,
     assemble,
@@ -39,7 +39,6 @@ from .grid import (
     fit_grid,
 )
 from .hessian import Hessian, act_order, hessian_factor
-from .minifloat import code_values
 from .refit import refit_scales
 
 SUB_BLOCK = 16  # columns between two updates of the rest of their block
@@ -114,10 +113,11 @@ def backsolve(W: Tensor, R: Tensor, grid, encode, decode, B: int, b: int) -> Ten
 
 @torch.no_grad()
 def gptq_quantize(
-    weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec | FP4Spec,
+    weight: Tensor, hessian: Hessian | Tensor, spec: QuantSpec | FloatSpec,
     options: GPTQOptions = GPTQOptions(), largest: float | None = None,
-) -> QuantizedTensor | FP4Tensor:  # fmt: skip
-    """The weight (out_features, in_features) quantized with GPTQ, in fp32, or fp64 as it came.
+) -> PackedWeight:  # fmt: skip
+    """The weight (out_features, in_features) quantized with GPTQ, in fp32, or fp64 as it came: a
+    QuantizedTensor for a QuantSpec, an FP4Tensor or FP8Tensor for their specs.
 
     hessian: a Hessian, or its matrix (in, in) where match_dense and damp_percent=None are not
     asked for. largest: as for FP4Spec.fit. Raises ValueError for NaN or Inf, other shapes, a
@@ -166,7 +166,7 @@ def gptq_quantize(
         return refit_scales(w, quantized, h, damping) if options.refit_scales else quantized
 
 
-def check_options(spec: QuantSpec | FP4Spec, options: GPTQOptions) -> None:
+def check_options(spec: QuantSpec | FloatSpec, options: GPTQOptions) -> None:
     """Raises ValueError for options that rounding to a spec's levels does not have. The scales of
     float formats come from the weights' absmax before the loop: nothing clips or weighs them, and a
     scale of 8 bits has no place for what least squares would make of it."""
@@ -183,15 +183,13 @@ def _decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return codes.sub_(zero).mul_(scale)
 
 
-def _round_to_floats(W, R, scales: Tensor, order: Tensor, spec: FP4Spec, B: int) -> Tensor:
+def _round_to_floats(W, R, scales: Tensor, order: Tensor, spec: FloatSpec, B: int) -> Tensor:
     """Codes (in, out) in the loop's order; scales (out, blocks)."""
     scales = scales.t().contiguous()  # (blocks, out), fp32 as the levels
-    values, block = code_values(spec.element, W.device), len(order) // len(scales)
+    block = len(order) // len(scales)
     block_at = (order // block).tolist()  # plain ints: no device synchronisation in the loop
-    return backsolve(
-        W, R, lambda j, T: (scales[block_at[j]],), spec.encode,
-        lambda codes, scale: values.index_select(0, codes.int()).mul_(scale), B, SUB_BLOCK,
-    )  # fmt: skip
+    grid = lambda j, T: (scales[block_at[j]],)  # noqa: E731
+    return backsolve(W, R, grid, spec.encode, spec.decode, B, SUB_BLOCK)
 
 
 def _matrix_of(hessian: Hessian | Tensor) -> Tensor:

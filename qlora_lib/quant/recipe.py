@@ -4,14 +4,16 @@ from dataclasses import asdict, dataclass, fields
 
 from torch import Tensor
 
-from .fp4 import FP4Spec, FP4Tensor, quantize_fp4
+from .float_weights import FloatSpec
+from .fp4 import BLOCK_SIZES, FP4Spec, FP4Tensor
+from .fp8 import FP8Spec, FP8Tensor
 from .gptq import GPTQOptions, check_options, gptq_quantize
 from .grid import QuantizedTensor, QuantSpec, quantize_rtn
 from .hessian import Hessian
 from .nf4 import NF4Spec, NF4Tensor, quantize_nf4
 
-Spec = QuantSpec | NF4Spec | FP4Spec
-Quantized = QuantizedTensor | NF4Tensor | FP4Tensor
+Spec = QuantSpec | NF4Spec | FP4Spec | FP8Spec
+Quantized = QuantizedTensor | NF4Tensor | FP4Tensor | FP8Tensor
 METHODS = ("gptq", "rtn", "nf4")
 GRID = QuantSpec(bits=4, group_size=64)
 
@@ -75,8 +77,8 @@ class Recipe:
             return quantize_nf4(weight, self.spec.block_size, self.spec.double_quant)
         if self.options is not None:
             return gptq_quantize(weight, hessian, self.spec, self.options, largest)
-        if isinstance(self.spec, FP4Spec):
-            return quantize_fp4(weight, self.spec, largest)
+        if isinstance(self.spec, FloatSpec):
+            return self.spec.quantize(weight, largest)
         return quantize_rtn(weight, self.spec)
 
     def as_json(self) -> dict:
@@ -95,8 +97,9 @@ class Recipe:
             options = GPTQOptions(**{k: v for k, v in said.items() if k in names})
             targets = said.get("targets", "all")
             targets = targets if isinstance(targets, str) else tuple(targets)
-            kind = FP4Spec if "format" in said["spec"] else QuantSpec
-            kind = NF4Spec if said["method"] == "nf4" else kind
+            kind = NF4Spec if said["method"] == "nf4" else QuantSpec
+            if form := said["spec"].get("format"):
+                kind = FP4Spec if form in BLOCK_SIZES else FP8Spec
             return cls.of(kind(**said["spec"]), said["method"], options, targets)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"this is no recipe of a quantization: {error!r}") from None

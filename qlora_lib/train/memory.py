@@ -18,6 +18,7 @@ from ..generation.kv_cache import CacheSpec, cache_bytes
 from ..lora.targets import ALL_LINEAR, ATTENTION, find_linears
 from ..models.settings import head_dim
 from ..quant.fp4 import FP4Spec
+from ..quant.fp8 import FP8Spec
 from ..quant.grid import SCALE_DTYPE, QuantSpec
 from ..quant.nf4 import NESTED_BLOCK, NF4Spec
 from ..quant.recipe import Spec
@@ -96,9 +97,9 @@ def memory_ledger(config, method: str = "full", batch: int = 1, seq: int = 512, 
     stored = spec if method == "qlora" else None
     parts = dict.fromkeys(PARTS, 0) | _base_bytes(counts, linears, stored, size)
     if method == "qlora":
-        # A weight in fp32, beside its codes one by one (uint8, or int32 for two of NF4 and FP4)
-        # or, when these are gone, beside what fp32 is cast to.
-        codes = 1 if isinstance(spec, QuantSpec) else 2
+        # A weight in fp32, beside its codes one by one (uint8, or int32 for one of FP8 and for two
+        # of NF4 and FP4) or, when these are gone, beside what fp32 is cast to.
+        codes = {QuantSpec: 1, FP8Spec: 4}.get(type(spec), 2)
         beside = max(codes, size if size < 4 else 0)
         parts["dequantized layer"] = max(map(math.prod, linears.values())) * (4 + beside)
     # What is trained is fp32 whatever the compute dtype; autocast makes copies in 16 bits.
@@ -217,6 +218,8 @@ def packed_bytes(shape: tuple[int, int], spec: Spec) -> tuple[int, int]:
     codes = out * math.ceil(n * spec.bits / 8)
     if isinstance(spec, FP4Spec):
         return codes, out * spec.groups(n) + (4 if spec.format == "nvfp4" else 0)  # scales, an fp32
+    if isinstance(spec, FP8Spec):
+        return codes, 4 * out
     return codes, out * spec.groups(n) * (SCALE_DTYPE.itemsize + 1)  # scale, zero_point
 
 

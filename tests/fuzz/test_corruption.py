@@ -30,6 +30,7 @@ from qlora_lib.models.gguf_folder import ADAPTER, read_gguf_adapter
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model
 from qlora_lib.quant.fp4 import FP4Spec
+from qlora_lib.quant.fp8 import FP8Spec
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
 from qlora_lib.runs.finetuner import Finetuner
@@ -94,6 +95,11 @@ class QuantizedMXFP4(Quantized):
 @format_of("quantized nvfp4")
 class QuantizedNVFP4(Quantized):
     spec = FP4Spec("nvfp4")
+
+
+@format_of("quantized e4m3")
+class QuantizedE4M3(Quantized):
+    spec = FP8Spec()
 
 
 @format_of("streamed")

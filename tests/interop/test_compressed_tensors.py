@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
+from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
 from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -22,6 +23,7 @@ from qlora_lib.formats.compressed_layout import to_compressed
 from qlora_lib.formats.compressed_tensors import export_compressed, import_compressed
 from qlora_lib.models.quantize import dequantize_model, quantize_model, quantized_layers
 from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
+from qlora_lib.quant.fp8 import FP8Spec
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.minifloat import decode_float, encode_float, float_levels, quantize_fp8
 from tests.support.small_models import small_tokenizer
@@ -94,7 +96,7 @@ def test_bytes_of_symmetric_grids_are_equal(bits, size):
         assert torch.equal(decoded, quantized.dequantize())
 
 
-def test_scales_in_eight_bits_are_theirs():
+def test_bytes_of_eight_bits_are_equal():
     args = QuantizationArgs(num_bits=8, type="float", strategy="channel")
     x = normal(20, 64) * 10.0 ** torch.linspace(-6, 3, 20).unsqueeze(1)
     scale, _ = calculate_qparams(x.amin(1, True), x.amax(1, True), args)
@@ -102,6 +104,11 @@ def test_scales_in_eight_bits_are_theirs():
     assert torch.equal(ours, scale)
     assert torch.equal(codes, encode_float(x / scale, "e4m3"))
     assert decode_float(codes, "e4m3").abs().amax(1).eq(float_levels("e4m3").max()).all()
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    peer = FloatQuantizationCompressor.compress({"weight": x, "weight_scale": scale}, scheme)
+    tensors = to_compressed("layer", FP8Spec().quantize(x))
+    assert tensors.keys() == peer.keys() and torch.equal(tensors["weight_scale"], scale)
+    assert torch.equal(tensors["weight"].view(torch.uint8), peer["weight"].view(torch.uint8))
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -119,7 +126,7 @@ def random_llama() -> LlamaForCausalLM:
 
 
 SPECS = {
-    "nvfp4": FP4Spec("nvfp4"), "mxfp4": FP4Spec("mxfp4"),
+    "nvfp4": FP4Spec("nvfp4"), "mxfp4": FP4Spec("mxfp4"), "e4m3": FP8Spec(),
     "grid": QuantSpec(4, 32, symmetric=True), "rows": QuantSpec(8, None, symmetric=True),
     "3 bits": QuantSpec(3, 64, symmetric=True),
 }  # fmt: skip

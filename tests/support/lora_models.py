@@ -10,6 +10,7 @@ from qlora_lib.lora.layer import lora_layers
 from qlora_lib.lora.targets import ALL_LINEAR
 from qlora_lib.models.quantize import quantize_model
 from qlora_lib.quant.fp4 import FP4Spec
+from qlora_lib.quant.fp8 import FP8Spec
 from qlora_lib.quant.gptq import GPTQOptions
 from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.nf4 import NF4Spec
@@ -36,7 +37,7 @@ def trained(model, adapter: str = "default", seed: int = 0, std: float = 0.05):
 @built_once
 def base_of(kind: str, seed: int = 0):
     """A small model: "dense", "grid2" to "grid8", "symmetric", "g_idx", "nf4", "nf4 single",
-    "mxfp4", "nvfp4"."""
+    "mxfp4", "nvfp4", "e4m3", "e5m2"."""
     model = small_model(seed)
     if kind.startswith("grid"):
         quantize_model(model, None, QuantSpec(int(kind[4:]), 16), "rtn")
@@ -48,6 +49,8 @@ def base_of(kind: str, seed: int = 0):
         quantize_model(model, data, QuantSpec(4, 16), options=options)
     elif kind in ("mxfp4", "nvfp4"):
         quantize_model(model, None, FP4Spec(kind), "rtn")
+    elif kind in ("e4m3", "e5m2"):
+        quantize_model(model, None, FP8Spec(kind), "rtn")
     elif kind.startswith("nf4"):
         quantize_model(model, None, NF4Spec(32, kind == "nf4"), "nf4")
     return model

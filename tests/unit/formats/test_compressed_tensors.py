@@ -15,6 +15,7 @@ from qlora_lib.models.checkpoint import load_quantized, save_quantized
 from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.models.stored_weights import WEIGHTS
 from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
+from qlora_lib.quant.fp8 import FP8Spec
 from qlora_lib.quant.gptq import GPTQOptions
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from tests.support.lora_models import IDS, adapted, base_of, files, logits, rewrite
@@ -22,7 +23,7 @@ from tests.support.small_models import small_model, small_tokenizer
 from tests.support.tensors import normal
 
 SPECS = {
-    "nvfp4": FP4Spec("nvfp4"), "mxfp4": FP4Spec("mxfp4"),
+    "nvfp4": FP4Spec("nvfp4"), "mxfp4": FP4Spec("mxfp4"), "e4m3": FP8Spec(),
     "grid": QuantSpec(4, 32, symmetric=True), "rows": QuantSpec(8, None, True, clip_search=False),
 }  # fmt: skip
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -113,7 +114,8 @@ def refused(model, tmp_path, message):
 
 def test_models_that_the_format_can_not_hold_are_refused(tmp_path):
     refused(small_model(), tmp_path, "no layer is quantized; call quantize_model")
-    refused(base_of("nf4"), tmp_path, r"layers\.0\.self_attn\.q_proj is NF4.*FP4Spec")
+    refused(base_of("nf4"), tmp_path, r"layers\.0\.self_attn\.q_proj is NF4Spec.*FP4Spec")
+    refused(base_of("e5m2"), tmp_path, r"q_proj is FP8Spec\(format='e5m2'\), which is not written")
     refused(base_of("grid4"), tmp_path, r"q_proj: .*symmetric grids.*symmetric=True.*export_gptq")
     refused(adapted(base_of("mxfp4")), tmp_path, r"q_proj has an adapter.*merge_lora\(")
     model = model_of("nvfp4")
@@ -158,7 +160,7 @@ def set_config(folder, change):
 
 @pytest.mark.parametrize("change, message", [
     (lambda d, g: d.update(quant_method="gptq"), "is 'gptq', not 'compressed-tensors'"),
-    (lambda d, g: d.update(format="float-quantized"), "format='float-quantized' is not one of"),
+    (lambda d, g: d.update(format="marlin-24"), "format='marlin-24' is not one of"),
     (lambda d, g: d.update(config_groups={"a": g, "b": g}), "must be one group"),
     (lambda d, g: d.update(config_groups=[]), "must be one group"),
     (lambda d, g: g.update(weights=None), "must be one group with settings of weights"),
@@ -206,7 +208,7 @@ def change_weights(folder, change):
     (lambda s: s[f"{Q_PROJ}.weight_global_scale"].fill_(torch.nan), "NaN or Inf"),
     (lambda s: s.pop("model.norm.weight"), r"missing \['model.norm.weight'\]"),
     (lambda s: s.update(extra=torch.ones(1)), r"not expected \['extra'\]"),
-    (lambda s: [s.pop(n) for n in list(s) if n.endswith("packed")], "holds no weight_packed"),
+    (lambda s: [s.pop(n) for n in list(s) if n.endswith("weight_scale")], "holds no weight_scale"),
 ])  # fmt: skip
 def test_damaged_weights_are_named(change, message, tmp_path):
     folder = saved("nvfp4", tmp_path / "m")

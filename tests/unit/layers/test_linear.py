@@ -11,6 +11,7 @@ from qlora_lib.layers import linear as layers_linear
 from qlora_lib.layers.linear import QuantizedLinear, held_dense
 from qlora_lib.lora.layer import LoRAConfig, LoRALinear
 from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
+from qlora_lib.quant.fp8 import FP8Spec
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.hessian import Hessian
@@ -18,7 +19,8 @@ from qlora_lib.quant.nf4 import quantize_nf4
 from tests.support.tensors import LiveMemory, ar1, normal
 
 OUT, IN = 48, 64
-KINDS = ["grid2", "grid3", "grid4", "grid8", "g_idx", "nf4", "nf4 single", "mxfp4", "nvfp4"]
+KINDS = ["grid2", "grid3", "grid4", "grid8", "g_idx", "nf4", "nf4 single", "mxfp4", "nvfp4",
+         "e4m3"]  # fmt: skip
 
 
 def packed(kind: str, out: int = OUT, features: int = IN):
@@ -31,6 +33,8 @@ def packed(kind: str, out: int = OUT, features: int = IN):
         return gptq_quantize(w, h, QuantSpec(4, 16), GPTQOptions(static_groups=False))
     if kind in ("mxfp4", "nvfp4"):
         return quantize_fp4(w, FP4Spec(kind))
+    if kind == "e4m3":
+        return FP8Spec().quantize(w)
     return quantize_nf4(w, 32, double_quant=kind == "nf4")
 
 
@@ -200,6 +204,7 @@ def test_state_dict_holds_the_packed_tensors_alone(kind):
         "nf4": {"codes", "absmax", "nested_absmax", "offset"},
         "nf4 ": {"codes", "absmax"},
         "mxfp": {"codes", "scale"},
+        "e4m3": {"codes", "scale"},
         "nvfp": {"codes", "scale", "tensor_scale"},
     }[kind[:4]]
     state = layer.state_dict()

@@ -27,7 +27,7 @@ from tests.support.small_models import small_model, small_tokenizer
 from tests.support.tensors import normal
 
 KINDS = ["grid2", "grid3", "grid4", "grid8", "symmetric", "g_idx", "nf4", "nf4 single",
-         "mxfp4", "nvfp4"]  # fmt: skip
+         "mxfp4", "nvfp4", "e4m3"]  # fmt: skip
 
 
 # --- quantized models -----------------------------------------------------------------------

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
+from qlora_lib.quant.fp8 import FP8Spec
 from qlora_lib.quant.gptq import GPTQOptions, gptq_quantize
 from qlora_lib.quant.grid import QuantSpec, quantize_rtn
 from qlora_lib.quant.hessian import Hessian
@@ -28,7 +29,8 @@ TARGETS = st.sampled_from(["all", "attention", ("q_proj", "v_proj")])
 RECIPES = st.one_of(
     st.builds(Recipe, GRIDS, OPTIONS, TARGETS), st.builds(Recipe, GRIDS, st.none(), TARGETS),
     st.builds(
-        Recipe, st.builds(FP4Spec, st.sampled_from(["mxfp4", "nvfp4"])),
+        Recipe, st.one_of(st.builds(FP4Spec, st.sampled_from(["mxfp4", "nvfp4"])),
+                          st.builds(FP8Spec, st.sampled_from(["e4m3", "e5m2"]))),
         st.one_of(st.none(), st.builds(GPTQOptions, desc_act=st.booleans())), TARGETS,
     ),
     st.builds(Recipe, st.builds(NF4Spec, double_quant=st.booleans()), st.none(), TARGETS),

@@ -17,6 +17,7 @@ from experiments.measured_step import AllocationMeter
 from qlora_lib import (
     Decoding,
     FP4Spec,
+    FP8Spec,
     NF4Spec,
     QuantSpec,
     fitting_batch,
@@ -101,7 +102,7 @@ def test_text_and_total():
     "spec",
     [NF4Spec(), NF4Spec(double_quant=False), NF4Spec(block_size=32), QuantSpec(4, 32),
      QuantSpec(3, 32), QuantSpec(2, None), QuantSpec(8, 16, symmetric=True), FP4Spec("mxfp4"),
-     FP4Spec("nvfp4")],
+     FP4Spec("nvfp4"), FP8Spec("e4m3")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(64, 160), (300, 64), (7, 96)])
