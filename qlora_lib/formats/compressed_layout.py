@@ -11,8 +11,9 @@ A layer P with K inputs and N outputs is stored as
     P.weight_global_scale  fp32 (1,)                 NVFP4: what the scales are divided by
     P.weight_shape         int64 (2,)                grids: N, K
 These are the bytes of an FP4Tensor and an FP8Tensor as they are, of a QuantizedTensor as words.
-(compressed-tensors 0.20.1: compressors/nvfp4, mxfp4, naive_quantized, pack_quantized.) Grids with zero-points of
-their own are refused: the layout has them, but transformers 5.23 expects them unpacked and fails.
+(compressed-tensors 0.20.1: compressors/nvfp4, mxfp4, naive_quantized, pack_quantized.) Grids with
+zero-points of their own are refused: the layout has them, but transformers 5.23 expects them
+unpacked and fails.
 """
 
 import torch

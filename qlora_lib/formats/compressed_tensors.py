@@ -149,9 +149,11 @@ def _warn_of_fused(layers: dict[str, QuantizedLinear]) -> None:
 
 def import_compressed(folder: Path | str, device=None, compute_dtype: str = "auto"):
     """Read a checkpoint of compressed-tensors with weights in NVFP4, MXFP4, FP8 (a scale a row) or
-    on integer grids, one file or sharded, into QuantizedLinear layers: (model in eval mode, tokenizer, or None when the
-    folder has none). Raises FileNotFoundError for missing files and ValueError, naming the file or
-    tensor, for corrupt, incomplete and unsupported ones, such as quantized activations.
+    on integer grids, one file or sharded, into QuantizedLinear layers: (model in eval mode,
+    tokenizer, or None when the folder has none).
+
+    Raises FileNotFoundError for missing files and ValueError, naming the file or tensor, for
+    corrupt, incomplete and unsupported ones, such as quantized activations.
     """
     folder = Path(folder)
     check_folder(folder)

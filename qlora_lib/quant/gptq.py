@@ -188,7 +188,10 @@ def _round_to_floats(W, R, scales: Tensor, order: Tensor, spec: FloatSpec, B: in
     scales = scales.t().contiguous()  # (blocks, out), fp32 as the levels
     block = len(order) // len(scales)
     block_at = (order // block).tolist()  # plain ints: no device synchronisation in the loop
-    grid = lambda j, T: (scales[block_at[j]],)  # noqa: E731
+
+    def grid(j: int, T: Tensor) -> tuple[Tensor]:
+        return (scales[block_at[j]],)
+
     return backsolve(W, R, grid, spec.encode, spec.decode, B, SUB_BLOCK)
 
 
