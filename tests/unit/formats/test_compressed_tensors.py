@@ -200,7 +200,8 @@ def change_weights(folder, change):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop(f"{Q_PROJ}.weight_scale"), f"{Q_PROJ}: weight_scale is missing"),
+    (lambda s: s.pop(f"{Q_PROJ}.weight_packed"), f"{Q_PROJ}: weight_packed is missing"),
+    (lambda s: s.pop(f"{Q_PROJ}.weight_scale"), rf"missing \['{Q_PROJ}.weight'\]"),
     (lambda s: s.update({f"{Q_PROJ}.weight_zero_point": torch.ones(1)}), "is not expected"),
     (lambda s: s.update({f"{Q_PROJ}.weight_packed": torch.ones(64, 8).byte()}), "does config.json"),
     (lambda s: s[f"{Q_PROJ}.weight_scale"].view(torch.uint8).fill_(127), "outside 0 to 126"),
