@@ -1,4 +1,5 @@
-"""What notebook 11 draws: the best direction of an adapter, what each rank leaves, codes that move.
+"""What notebook 11 draws: the best direction of an adapter, what each rank leaves, starts compared,
+codes that move.
 
 Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
 settings of a slider compare.
@@ -13,7 +14,8 @@ from ..kit.picture import COLORS, PLAIN
 
 FP, LORA, QLORA, MUTED = (COLORS[k] for k in ("fp", "lora", "qlora", "muted"))
 BASES = {"RTN": COLORS["rtn"], "GPTQ": COLORS["gptq"]}
-STARTS = {"svd": PLAIN[1], "qera": PLAIN[2], "cloq": PLAIN[0]}  # an init, a color
+STARTS = {"zero": FP, "loftq": PLAIN[3], "pissa": PLAIN[4], "svd": PLAIN[1], "qera": PLAIN[2],
+          "cloq": PLAIN[0]}  # an init, a color
 
 
 def input_moments(correlation: float, input_1: float) -> Tensor:
@@ -86,6 +88,37 @@ def draw_questions(axes, lines: dict, counts: Sequence[int]) -> None:
                xlabel="calibration questions")
     axes[0].set_ylabel("share of the loss left")
     axes[-1].legend(loc="lower right", fontsize=10)
+
+
+def draw_starts(axes, base: str, rank: int, start: str, rows: dict, words: str,
+                limits: tuple) -> None:
+    """A row a start, the chosen one in its color: left how far the model has moved before any
+    training, right a score before (a ring) and after (a dot a seed); axes (2,).
+
+    rows: {(base, rank): {start: (KL in 1/1000 nat, score before, a score for each seed)}}; None
+    and no score where nothing was measured. words, limits: of the score's axis.
+    """
+    found, (left, right) = rows[base, rank], axes
+    for k, (name, (kl, before, after)) in enumerate(found.items()):
+        color, front = (STARTS[name], 3) if name == start else (MUTED, 2)
+        left.plot(kl, k, "o", color=color, markersize=9, zorder=front)
+        if after:
+            right.plot(after, [k] * len(after), "o", color=color, markersize=5, zorder=front)
+            right.plot([sum(after) / len(after)] * 2, [k - 0.3, k + 0.3], color=color, zorder=front)
+        if before is not None:
+            right.plot(before, k, "o", color=color, markerfacecolor="white", markersize=9,
+                       zorder=front)
+    kl, before, after = found[start]
+    told = [] if before is None else [f"{before:.3g} before"]
+    told += [f"{sum(after) / len(after):.3g} after training"] if after else ["not trained"]
+    left.axvline(found["zero"][0], color=FP, linewidth=1, linestyle=":")
+    left.set(xscale="log", xlim=(0.05, 30), xlabel="KL in 1/1000 nat, before training",
+             yticks=range(len(found)), yticklabels=list(found), xticks=[0.1, 1, 10],
+             xticklabels=["0.1", "1", "10"], title=f"{start}: KL {kl:.2f}")
+    right.set(xlim=limits, xlabel=words, yticks=range(len(found)), yticklabels=[""] * len(found),
+              title=", ".join(told))
+    for ax in axes:
+        ax.set_ylim(len(found) - 0.4, -0.6)
 
 
 def draw_codes(axes, update: float, bits: int, weights: Tensor, change: Tensor) -> None:

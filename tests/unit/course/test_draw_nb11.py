@@ -61,6 +61,36 @@ def test_questions_are_a_line_each_in_a_panel_a_rank():
         assert [t.get_text() for t in ax.get_xticklabels()] == ["2", "96"]
 
 
+# --- starts -------------------------------------------------------------------------------
+
+STARTS = {"words": "share answered, %", "limits": (50, 100), "rows": {
+    ("2 bits", 8): {"zero": (13.0, 70.0, [80.0, 82.0]), "cloq": (9.0, 80.0, [84.0, 88.0])},
+    ("2 bits", 32): {"zero": (13.0, 70.0, []), "cloq": (4.0, 90.0, [])},
+    ("4 bits", 8): {"zero": (0.13, None, []), "cloq": (0.11, None, [])},
+    ("4 bits", 32): {"zero": (0.13, None, []), "cloq": (0.07, None, [])}}}  # fmt: skip
+
+
+def test_controls_of_starts():
+    check_controls(draw.draw_starts, {"base": ["2 bits", "4 bits"], "rank": [8, 32],
+                                      "start": ["zero", "cloq"]}, axes=(1, 2), **STARTS)
+
+
+def test_a_start_is_shown_before_and_with_each_seed_after():
+    def shown(base, rank, start):
+        left, right = axes_of(draw.draw_starts, (2,), base=base, rank=rank, start=start, **STARTS)
+        return left, right, [line.get_xydata().tolist() for line in right.get_lines()]
+
+    left, right, drawn = shown("2 bits", 8, "cloq")
+    assert left.get_title() == "cloq: KL 9.00"
+    assert right.get_title() == "80 before, 86 after training"
+    assert [[84.0, 1], [88.0, 1]] in drawn and [[80.0, 1]] in drawn
+    assert [t.get_text() for t in left.get_yticklabels()] == ["zero", "cloq"]
+    _, right, drawn = shown("2 bits", 32, "zero")
+    assert right.get_title() == "70 before, not trained" and len(drawn) == 2
+    _, right, drawn = shown("4 bits", 8, "zero")
+    assert right.get_title() == "not trained" and not drawn
+
+
 # --- codes --------------------------------------------------------------------------------
 
 def test_controls_of_codes():
