@@ -174,7 +174,7 @@ lowest newest: $(READY)
 	@touch $(VENV)-$@/.ready
 	$(MAKE) --no-print-directory unit long VENV=$(VENV)-$@
 
-interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel, transformers and llama.cpp ## python -m pytest -q tests/interop
+interop: $(PEERS)/.ready ## compare with bitsandbytes, PEFT, GPTQModel, compressed-tensors, transformers, llama.cpp ## python -m pytest -q tests/interop
 	$(PEERS)/bin/python -m pytest -q tests/interop
 
 # It runs all of them. EXECUTED=1, which make test gives, leaves out a notebook that make run-all

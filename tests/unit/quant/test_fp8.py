@@ -31,6 +31,14 @@ def test_codes_are_torch_s_of_rows_that_end_at_the_largest_level(form):
 
 
 @each
+def test_the_largest_weights_of_fp32_stay_finite(form):
+    w = torch.full((2, 32), torch.finfo(torch.float32).max) * torch.tensor([[1.0], [1 - 2**-24]])
+    q = FP8Spec(form).quantize(w)
+    q.check()
+    assert torch.allclose(q.dequantize(), w, rtol=1e-6)
+
+
+@each
 def test_in_pieces_it_is_the_same(form, monkeypatch):
     q = FP8Spec(form).quantize(normal(130, 40))
     want = q.codes.view(TORCH[form]).float() * q.scale
@@ -76,7 +84,8 @@ def test_an_infinity_of_e5m2_is_refused_too():
 
 
 def test_other_formats_and_weights_are_refused():
-    assert FP8Spec() == FP8Spec("e4m3") and FP8Spec().bits == 8
+    assert FP8Spec() == FP8Spec("e4m3") and FP8Spec().bits == 8 and FP8Spec().groups(40) == 1
+    assert {FP8Spec("e5m2"): 1}[FP8Spec("e5m2")] == 1  # fit to be a key
     with pytest.raises(ValueError, match="format='e2m1' must be one of e4m3, e5m2"):
         FP8Spec("e2m1")
     with pytest.raises(ValueError, match="NaN or Inf"):

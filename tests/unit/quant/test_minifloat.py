@@ -108,7 +108,7 @@ def test_infinity_saturates_and_zero_keeps_its_sign():
     (lambda: encode_float(torch.tensor([1.0, torch.nan]), "e4m3"), "x holds NaN"),
     (lambda: encode_float(torch.tensor([1]), "e4m3"), "must be floating point"),
     (lambda: encode_float(torch.ones(1), "e3m2"), "'e3m2' must be one of e2m1, e4m3, e5m2"),
-    (lambda: decode_float(torch.tensor([16], dtype=torch.uint8), "e2m1"), "uint8 below 16"),
+    (lambda: decode_float(torch.tensor([0, 16], dtype=torch.uint8), "e2m1"), "uint8 below 16"),
     (lambda: decode_float(torch.tensor([1]), "e4m3"), "uint8 below 256, got torch.int64"),
     (lambda: float_levels("fp8"), "'fp8' must be one of"),
     (lambda: quantize_fp8(torch.ones(2, 2), "e2m1"), "takes e4m3 or e5m2, not 'e2m1'"),
@@ -127,6 +127,7 @@ def test_fp8_spans_each_row_or_all(name, dim):
     codes, scale = quantize_fp8(x, name, dim)
     assert codes.dtype == torch.uint8 and codes.shape == x.shape and scale.dtype == torch.float32
     assert scale.shape == {-1: (6, 1), 0: (1, 40), None: ()}[dim]
+    assert dim != -1 or scale[2] == 1 and torch.equal(quantize_fp8(x, name)[1], scale)
     decoded = decode_float(codes, name) * scale
     most = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
     # The largest keeps its place; others err by half a step: 2^-(M + 1) of themselves, or half the

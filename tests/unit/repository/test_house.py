@@ -20,7 +20,8 @@ ORDER = [
     "evaluation", "serving", "search", "runs", "cli",
 ]  # fmt: skip
 TORCH_ALONE = ["quant", "layers"]  # folders that need torch and nothing else, Triton aside
-PEERS = {"bitsandbytes", "peft", "gptqmodel", "auto_gptq", "optimum", "hqq", "torchao"}
+PEERS = {"bitsandbytes", "peft", "gptqmodel", "auto_gptq", "optimum", "hqq", "torchao",
+         "compressed_tensors"}  # fmt: skip
 ABOVE = {"course", "experiments", "tests", "benchmarks"}
 
 
