@@ -239,6 +239,7 @@ experiments: $(READY) ## make the recorded results in data/results again ## pyth
 	$(PYTHON) -m experiments.learning_rates
 	$(PYTHON) -m experiments.exact_merge
 	$(PYTHON) -m experiments.calibrated_init
+	$(PYTHON) -m experiments.outliers
 	$(PYTHON) -m experiments.adapters
 	$(PYTHON) -m experiments.serving
 	$(PYTHON) -m experiments.cache

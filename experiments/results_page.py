@@ -6,10 +6,12 @@ stops it with a ValueError.
 """
 
 
+import math
 import sys
 import textwrap
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean, median, stdev
 
 from experiments.adapters import read_epochs
 from experiments.calibrated_init import (
@@ -24,6 +26,7 @@ from experiments.calibrated_init import (
     comparisons,
     row_name,
 )
+from experiments.outliers import WAYS as PLANTED
 from qlora_lib.base.endings import ending
 from qlora_lib.base.files import read_json, read_text, whole_file
 from qlora_lib.base.paths import DATA, ROOT
@@ -513,6 +516,111 @@ def starts() -> str:
     ])  # fmt: skip
 
 
+def outliers() -> str:
+    rows = recorded("tiny-outliers")
+    ways = [way for way in PLANTED if any(name.endswith(", ".join(way)) for name in rows)]
+    settings = list(dict.fromkeys((row["size"], row["repair"]) for row in rows.values()
+                                  if "repair" in row))  # fmt: skip
+
+    def cell(size: int, how: str, way: tuple[str, str]) -> str:
+        row = rows.get(f"size {size}, {how}, {', '.join(way)}")
+        return f"{row['loss']:.3f}; {100 * row['accuracy']:.0f}" if row else ""
+
+    exact, broken = rows["exact"], rows["size 64, none, w4a4, rtn"]
+    low, high = (100 * x for x in exact["interval"])
+    mended = rows["size 64, rotate online, w4a4, rtn"]
+    kept = rows["size 64, none, w4a16, rtn"]
+    return "\n\n".join([
+        "## Planted outliers",
+        prose(f"{broken['channels']} channels of each norm's output, of the values and of what "
+              "down_proj reads are made `size` times as large in the fine-tuned tiny model, its "
+              "function left alone; then it is repaired, and weights (and inputs, a grid a token) "
+              f"are rounded: loss a token on solutions of {exact['dev_problems']} dev problems, "
+              f"and exact match on {exact['n']} of them, in %; in fp32 {exact['loss']:.3f}; "
+              f"{100 * exact['accuracy']:.0f} [{low:.0f}, {high:.0f}] "
+              "([record](../data/results/tiny-outliers.json), which has the intervals)."),
+        table(("size", "repair", *(f"{form.upper()}, {method}" for form, method in ways)), [
+            (str(size), how, *(cell(size, how, way) for way in ways)) for size, how in settings
+        ]),
+        made(*(row["stamp"] for row in rows.values())),
+        prose(claim(broken["interval"][1] < mended["interval"][0],
+                    "Outliers break 4-bit inputs, and rotations mend a part of it")
+              + "; " + claim(broken["loss"] > kept["loss"] + 1,
+                             "weights alone, in groups of 64, hardly notice them: the columns that "
+                             "were made small round to 0, and lose no more than themselves.")
+              + " " + claim(rows["size 64, rotate online, w4a16, rtn"]["loss"] > 2 * kept["loss"],
+                            "Rotated weights do, in o_proj: all columns of a head then meet the "
+                            "planted value with their errors.")),
+    ])  # fmt: skip
+
+
+def outliers_of_smollm2() -> str:
+    rows = recorded("smollm2-outliers")
+    before, after = rows["where, none"], rows["where, rotate online"]
+    deep = max(before["blocks"], key=lambda block: block["largest"])
+    kinds = list(before["largest_over_median"])
+    exact, broken = rows["inputs, none, None"], rows["inputs, none, 4"]
+    mended = rows["inputs, rotate online, 4"]
+    rounded = [rows[f"weights, {how}, 3, rtn"] for how in ("none", "rotate")]
+    stored = [row["stored_bytes"] for row in rounded]
+    channels = [block["channel"] for block in before["blocks"]]
+    often = max(set(channels), key=channels.count)
+    said = {"inputs": lambda r: ("16, as they are", f"{r['input_bits'] or 'exact'}"),
+            "weights": lambda r: (f"{r['bits']}, {r['method']}", "exact")}  # fmt: skip
+    shown = []
+    for name, row in rows.items():
+        if (kind := name.partition(",")[0]) in said:
+            middle, low, high = factor(row["losses"], exact["losses"])
+            shown.append((*said[kind](row), row["repair"], f"{row['wikitext2']:,.2f}",
+                          f"{middle:.3f} [{low:.3f}, {high:.3f}]"))  # fmt: skip
+    return "\n\n".join([
+        "## SmolLM2's own outliers",
+        prose(f"Over {before['tokens']:,} tokens of WikiText-2 in windows of {before['window']}, "
+              "the largest hidden state is "
+              f"{deep['largest']:,.0f}, at position {deep['position']} of a window in channel "
+              f"{deep['channel']}; among later positions of the same block {deep['later']:,.0f} is "
+              f"the largest and {deep['later_median']:.0f} the median channel's. In "
+              f"{channels.count(often)} of {len(channels)} blocks the largest is in channel "
+              f"{often} ([record](../data/results/smollm2-outliers.json)). The largest input "
+              "channel of a layer over the median one, the worst block and the median one:"),
+        table(("inputs of", "as it is", "rotated, also online"), [
+            (kind, *(worst(row["largest_over_median"][kind]) for row in (before, after)))
+            for kind in kinds
+        ]),
+        prose(f"Perplexity of {exact['tokens']:,} tokens in windows of {exact['window']}, with "
+              "inputs of linear layers rounded a token, or weights in groups of 64 whose grids "
+              f"span the range; times what it is in fp32, with 95% intervals over the "
+              f"{len(exact['losses'])} windows (Student's t):"),
+        table(("bits of weights", "of inputs", "repair", "perplexity", "times fp32's"), shown),
+        made(*(row["stamp"] for row in rows.values())),
+        prose(claim(factor(broken["losses"], exact["losses"])[1] > 5
+                    and factor(mended["losses"], exact["losses"])[2] < 2,
+                    "Four bits for the inputs break the model, and rotated inputs bear them.")
+              + " " + claim(factor(rounded[1]["losses"], rounded[0]["losses"])[1] > 2,
+                            "Weights alone, rounded to nearest, are worse off rotated: what made "
+                            "one channel large is then in every row of a weight, and so are its "
+                            "errors. (They also lie on a 4-bit grid as they come, which a rotation "
+                            "leaves.)")
+              + " Rotating costs SmolLM2 a head of its own, as norms are folded into it: at 3 bits "
+              f"{stored[1] / 1e6:.0f} MB are stored instead of {stored[0] / 1e6:.0f}, "
+              + claim(stored[1] > 1.5 * stored[0], "more than half as much again")
+              + ". So `quantize` has no option for it; `rotate_model` is there for models whose "
+              "head is their own."),
+    ])  # fmt: skip
+
+
+def factor(losses: list[float], exact: list[float]) -> tuple[float, float, float]:
+    """exp of the mean difference of two rows' losses, window by window, and its 95% interval."""
+    gaps = [a - b for a, b in zip(losses, exact, strict=True)]
+    claim(len(gaps) == 8, "eight windows, for the t of 7 degrees of freedom")
+    half = 2.365 * stdev(gaps) / math.sqrt(len(gaps))
+    return tuple(math.exp(fmean(gaps) + by) for by in (0, -half, half))
+
+
+def worst(ratios: list[float]) -> str:
+    return f"{max(ratios):,.0f}; {median(ratios):.1f}"
+
+
 def serving() -> str:
     record = recorded("tiny-serving")
     setting, bases = record["setting"], record["bases"]
@@ -595,7 +703,8 @@ def page() -> str:
     for path in RESULTS.glob("*.json"):
         recorded(path.stem)
     parts = (fine_tuning, widths, merging, real_model, contributed, beside_gptqmodel, solver,
-             layers, steps, epochs, starts, serving, through_llama_cpp, elsewhere)  # fmt: skip
+             layers, steps, epochs, starts, outliers, outliers_of_smollm2, serving,
+             through_llama_cpp, elsewhere)  # fmt: skip
     return "\n\n".join([OPENING, *(part() for part in parts)]) + "\n"
 
 

@@ -157,7 +157,7 @@ def smooth(
     """Move range from the inputs of linear layers into their weights, in place, as SmoothQuant
     does; returns the factors. input_absmax: the largest |x| of each input channel (in,) of each
     layer, by path (models/input_sizes.py). places: paths of writers; None: all, of which the paper
-    smooths those of norms. Raises ValueError as rescale_channels, KeyError for a layer that is missing."""
+    smooths those of norms. Raises ValueError as rescale_channels, KeyError for a missing layer."""
     known, scales = rescaling_places(model), {}
     for name in known if places is None else places:
         place = known[name]

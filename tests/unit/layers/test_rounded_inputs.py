@@ -10,7 +10,9 @@ from qlora_lib.lora.inject import inject_lora
 from qlora_lib.models.quantize import quantize_model
 from qlora_lib.models.rescale import plant_outliers
 from qlora_lib.models.rotate import rotate_model
+from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
 from qlora_lib.quant.grid import QuantSpec, quant_matmul
+from qlora_lib.quant.minifloat import decode_float, quantize_fp8
 from tests.support.calibrated_models import logits
 from tests.support.small_models import small_model
 from tests.support.tensors import normal, relative
@@ -26,11 +28,14 @@ def test_a_packed_layer_then_gives_what_the_integer_product_gives():
     assert not torch.equal(got, layer(x))  # and afterwards the input is as it was
 
 
-@pytest.mark.parametrize("bits, most", [(8, 0.06), (4, 0.8)])
-def test_fewer_bits_cost_more(bits, most):
+@pytest.mark.parametrize("how, most", [
+    (8, 0.06), (4, 0.8), ("e4m3", 0.2), ("e5m2", 0.4), ("nvfp4", 0.7), ("mxfp4", 0.9),
+])  # fmt: skip
+def test_fewer_bits_cost_more(how, most):
     model = small_model()
     before = logits(model)
-    with rounded_inputs(model, bits):
+    settings = {"bits": how} if isinstance(how, int) else {"how": how}
+    with rounded_inputs(model, **settings):
         error = relative(logits(model), before)
     assert most / 10 < error < most
     assert torch.equal(logits(model), before)
@@ -42,6 +47,16 @@ def test_each_token_has_a_grid_of_its_own_at_any_shape_and_dtype():
     assert got.shape == x.shape and got.dtype == torch.bfloat16
     for t in range(2):
         assert len(got[0, t].unique()) <= 16 and relative(got[0, t].float(), x[0, t].float()) < 0.2
+
+
+def test_floats_are_those_of_their_formats():
+    x = normal(3, 32, seed=1)
+    x[1] *= 1000
+    codes, scale = quantize_fp8(x, "e4m3")
+    assert torch.equal(rounded_tokens(x, how="e4m3"), decode_float(codes, "e4m3") * scale)
+    for how in ("mxfp4", "nvfp4"):
+        got = rounded_tokens(x[None], how=how)[0]
+        assert torch.equal(got, quantize_fp4(x, FP4Spec(how)).dequantize())
 
 
 def test_outliers_take_the_grid_and_a_rotation_gives_it_back():
