@@ -7,10 +7,11 @@ Models of the shapes of LLaMA-2-7B and SmolLM2-135M with random weights, which a
 the device as they are drawn: NF4, and 4-bit grids in groups of 64 as GPTQ stores them. LoRA
 r=16 on all linears, 512 tokens, batch 1 and 4. For each: tokens a second of training, peak
 memory beside the ledger's prediction, tokens a second of decoding with a cache of keys and
-values as they come and in 4 bits; then single linears for 1 to 512 tokens: packed (Triton's
-kernels for grids), in cuBLAS's 16 bits, by torch's int4 operator and by bitsandbytes where they
-are there, and beside a plain copy. Linears are timed without the cost of launching them (CUDA
-graphs) and with weights that no cache holds; decoding is not, and mostly waits for Python.
+values as they come and in 4 bits; then single linears for 1 to 512 tokens: packed (grids within
+`decoding_layout`: our Triton kernels), in cuBLAS's 16 bits, by torch's int4 operator and by
+bitsandbytes where they are there, and beside a plain copy. All are warm, and medians; linears come
+with their quartiles, timed without the cost of launching them (CUDA graphs) and with weights that
+no cache holds. Decoding is not, and mostly waits for Python.
 Random weights: nothing about accuracy. What is skipped says why.
 Needs torch, transformers, safetensors and tqdm (and triton, where kernels are used).
 """
@@ -40,7 +41,7 @@ from qlora_lib.base.paths import given_path
 from qlora_lib.base.stamp import stamp
 from qlora_lib.generation.kv_cache import CacheSpec, PackedCache  # noqa: E402
 from qlora_lib.layers.kernels import fused_kernels  # noqa: E402
-from qlora_lib.layers.linear import QuantizedLinear  # noqa: E402
+from qlora_lib.layers.linear import QuantizedLinear, decoding_layout  # noqa: E402
 from qlora_lib.lora.inject import inject_lora, trainable_parameters  # noqa: E402
 from qlora_lib.lora.targets import ALL_LINEAR
 from qlora_lib.models.load import load_model  # noqa: E402
@@ -54,7 +55,7 @@ from qlora_lib.train.step import training_mode  # noqa: E402
 RANK = 16
 # (batch, gradient checkpointing)
 ROWS = ((1, True), (4, True), (1, False))
-TOKENS = (1, 4, 16, 64)  # of single linears, and a whole sequence
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # of single linears, and a whole sequence
 CACHED = 1 << 27  # bytes that no GPU of today keeps in its cache
 CACHES = {"as it comes": None, "4 bits": CacheSpec(4)}  # of keys and values
 
@@ -73,8 +74,8 @@ def shapes(small: bool) -> dict:
     return {"llama2-7b": LlamaConfig(), "smollm2-135m": smollm2}  # the defaults are LLaMA-7B's
 
 
-def seconds(run, device: torch.device, repeats: int) -> float:
-    """Median time of a call, after one that is not counted."""
+def all_seconds(run, device: torch.device, repeats: int) -> list[float]:
+    """Times of some calls, after one that is not counted."""
     times = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -82,7 +83,12 @@ def seconds(run, device: torch.device, repeats: int) -> float:
         run()
         synchronize(device)
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return times[1:]
+
+
+def seconds(run, device: torch.device, repeats: int) -> float:
+    """Median time of a call, after one that is not counted."""
+    return statistics.median(all_seconds(run, device, repeats))
 
 
 def synchronize(device: torch.device) -> None:
@@ -142,8 +148,9 @@ def decode(model, tokens: int, repeats: int, context: int, spec: CacheSpec | Non
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids = out.logits.argmax(-1)  # (1, 1)
 
-    prompt = seconds(lambda: run(0), model.device, repeats)
-    return tokens / max(1e-9, seconds(run, model.device, repeats) - prompt)
+    with decoding_layout(model):
+        prompt = seconds(lambda: run(0), model.device, repeats)
+        return tokens / max(1e-9, seconds(run, model.device, repeats) - prompt)
 
 
 def copy_rate(device: torch.device, numbers: int, repeats: int) -> float:
@@ -153,10 +160,10 @@ def copy_rate(device: torch.device, numbers: int, repeats: int) -> float:
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, repeats)
 
 
-def seconds_each(runs: list, device: torch.device, repeats: int) -> float:
-    """Seconds of one of these calls, which are made one after the other. On a GPU they are
-    captured once and replayed, so that Python and launching cost nothing."""
-    for run in runs[:2]:  # Triton times its tiles now
+def seconds_each(runs: list, device: torch.device, repeats: int) -> list[float]:
+    """Seconds of one of these calls, which are made one after the other, `repeats` times. On a GPU
+    they are captured once and replayed, so that Python and launching cost nothing."""
+    for run in runs[:2]:  # Triton compiles now
         run()
 
     def all_of_them():
@@ -164,7 +171,7 @@ def seconds_each(runs: list, device: torch.device, repeats: int) -> float:
             run()
 
     if device.type != "cuda":
-        return seconds(all_of_them, device, repeats) / len(runs)
+        return [t / len(runs) for t in all_seconds(all_of_them, device, repeats)]
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -173,7 +180,12 @@ def seconds_each(runs: list, device: torch.device, repeats: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         all_of_them()
-    return seconds(graph.replay, device, repeats) / len(runs)
+    return [t / len(runs) for t in all_seconds(graph.replay, device, repeats)]
+
+
+def quartiles(times: list[float]) -> list[float]:
+    """The middle half's ends."""
+    return statistics.quantiles(times, n=4)[::2] if len(times) > 1 else [times[0], times[0]]
 
 
 def bitsandbytes_linear(weight: torch.Tensor, dtype: torch.dtype):
@@ -199,8 +211,8 @@ PEERS = {"torch int4": torch_int4_linear, "bitsandbytes nf4": bitsandbytes_linea
 
 @torch.no_grad()
 def linears(config, dtype, device, tokens: tuple[int, ...], repeats: int, skipped: list) -> list:
-    """Milliseconds of one linear, packed and dense, and what share of a copy's bytes a second
-    the packed grids are read at."""
+    """Milliseconds of one linear, packed and dense (medians, and quartiles), and what share of a
+    copy's bytes a second the packed grids are read at."""
     h, inner, rows = config.hidden_size, config.intermediate_size, []
     copied = copy_rate(device, CACHED if device.type == "cuda" else 1 << 20, repeats)
     draw = torch.Generator(device).manual_seed(SEED)
@@ -219,18 +231,21 @@ def linears(config, dtype, device, tokens: tuple[int, ...], repeats: int, skippe
                 layers[name] = [make() for _ in range(math.ceil(enough / size))]
             except (ImportError, RuntimeError) as error:
                 skipped.append(f"{name}, {out} x {n}: {str(error).splitlines()[0]}")
+        for layer in layers["rtn"]:
+            layer.lay_out(decoding=True)
         for count in tokens:
             x = torch.randn(count, n, generator=draw, device=device).to(dtype)
-            times = {}
+            times, spread = {}, {}
             for name, copies in layers.items():
                 try:
                     runs = [lambda f=f: f(x) for f in copies]
-                    times[name] = 1e3 * seconds_each(runs, device, repeats)
+                    took = [1e3 * t for t in seconds_each(runs, device, repeats)]
+                    times[name], spread[name] = statistics.median(took), quartiles(took)
                 except RuntimeError as error:
                     skipped.append(f"{name}, {count} tokens: {str(error).splitlines()[0]}")
             share = layers["rtn"][0].nbytes / (times["rtn"] / 1e3) / copied
             rows.append({"shape": [out, n], "tokens": count, "milliseconds": times,
-                         "packed_of_copy": share})  # fmt: skip
+                         "quartiles": spread, "packed_of_copy": share})  # fmt: skip
             shown = ", ".join(f"{k} {t:.3f}" for k, t in times.items())
             print(f"  {out} x {n}, {count} tokens: {shown} ms; grids at {share:.0%} of a copy")
     return rows

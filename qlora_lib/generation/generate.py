@@ -120,8 +120,9 @@ class ModelGenerator(Generator):
 
     def layout(self):
         """Return a context in which decoding is fastest; whoever asks often holds it meanwhile."""
-        layout = decoding_layout if self.dtype == torch.bfloat16 else held_dense
-        return layout(self.model)
+        gpu = self.model.get_input_embeddings().weight.is_cuda
+        fast = self.dtype == torch.bfloat16 or self.dtype == torch.float16 and gpu
+        return (decoding_layout if fast else held_dense)(self.model)
 
     def __call__(self, prompts: Sequence[str], adapters: Sequence[str | None] | None = None):
         model, decoding, prompts = self.model, self.decoding, listed(prompts, "prompts", str)

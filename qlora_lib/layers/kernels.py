@@ -1,8 +1,9 @@
 """Products with a packed weight, on the path that is fastest for device, dtype and batch.
 
-A few tokens in bf16 on a CPU: torch's int4 operator, which wants the codes in an order of its
-own (`Int4Tiles`, see `linear.decoding_layout`). On a GPU: our Triton kernels. Everything else:
-some rows of the weight are made dense at a time.
+Within `linear.decoding_layout` the codes of 4-bit grids lie in another order, and a few tokens in
+16 bits are multiplied as they are: in bf16 on a CPU by torch's int4 operator (`Int4Tiles`), on a
+GPU by our Triton kernel (`Fragments`). For everything else rows of the weight are made dense: some
+at a time on a CPU, all at once by a Triton kernel on a GPU.
 """
 
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..quant.grid import QuantizedTensor
 from ..quant.packing import pack, unpack
 from ..quant.recipe import Quantized
+from .fragments import Fragments, fragments
 
 INT4_TOKENS = 32  # with more, making rows dense once is cheaper than unpacking them for each
 INT4_GROUPS = (32, 64, 128, 256)  # the group sizes that the operator knows
@@ -87,6 +89,18 @@ def int4_tiles(weight: Quantized) -> Int4Tiles | None:
     return Int4Tiles(**vars(weight) | {"codes": codes, "op_grids": op_grids.bfloat16()})
 
 
+def laid_out(weight: Quantized) -> Int4Tiles | Fragments | None:
+    """The weight in the order in which a few tokens are multiplied fastest on its device; None
+    where there is no such order."""
+    device = weight.codes.device
+    if device.type == "cpu":
+        return int4_tiles(weight)
+    # Before sm_80 (a T4, say) tensor cores take half as much and nothing is copied in advance: the
+    # kernel would keep half of its numbers in memory.
+    recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return fragments(weight) if recent and fused_kernels(device) else None
+
+
 def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """In what a product in `dtype` is computed: fp32 on a CPU where half precision is slow."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
@@ -95,13 +109,21 @@ def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and bf16_is_fast else torch.float32
 
 
+def pieces(weight: Quantized | HeldDense, dtype: torch.dtype):
+    """Slices of rows in order, each with its dense weights (rows, in) in `dtype`."""
+    fused = None if isinstance(weight, HeldDense) else fused_kernels(weight.codes.device)
+    if fused and fused.makes_dense(weight, dtype):
+        return [(slice(0, weight.shape[0]), fused.dense(weight, dtype))]
+    return weight.pieces(dtype)
+
+
 def dense_matmul(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """x (..., in) @ W^T -> (..., out) in `dtype`, by way of dense rows."""
     work = work_dtype(dtype, x.device)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype).to(work)  # (tokens, in)
     y = flat.new_empty(len(flat), weight.shape[0], dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are decided here
-        for rows, w in weight.pieces(work):
+        for rows, w in pieces(weight, work):
             if dtype == work:
                 torch.mm(flat, w.t(), out=y[:, rows])  # in place, no copy
             else:
@@ -113,7 +135,7 @@ def dense_matmul_back(grad: Tensor, weight: Quantized) -> Tensor:
     """grad (..., out) @ W -> (..., in) in its dtype: the gradient of `dense_matmul`."""
     work, total = work_dtype(grad.dtype, grad.device), None
     flat = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).to(work)  # (tokens, out)
-    for rows, w in weight.pieces(work):
+    for rows, w in pieces(weight, work):
         if total is None:
             total = flat[:, rows] @ w  # (tokens, in)
             if len(w) < weight.shape[0]:  # several pieces are summed in fp32 at least
@@ -147,14 +169,6 @@ def product(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     if fused and fused.serves(weight, x.shape[:-1].numel(), dtype):
         return fused.matmul(x, weight, dtype)
     return dense_matmul(x, weight, dtype)
-
-
-def product_back(grad: Tensor, weight: Quantized) -> Tensor:
-    """grad (..., out) @ W -> (..., in) in its dtype: the gradient of `product`."""
-    fused = fused_kernels(grad.device)
-    if fused and fused.serves(weight, grad.shape[:-1].numel(), grad.dtype):
-        return fused.matmul_back(grad, weight)
-    return dense_matmul_back(grad, weight)
 
 
 def matmul(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..quant.grid import row_slices
 from ..quant.recipe import Quantized, Spec
-from .kernels import HeldDense, Int4Tiles, int4_tiles, matmul, product, product_back
+from .fragments import Fragments
+from .kernels import HeldDense, Int4Tiles, dense_matmul_back, laid_out, matmul, product
 
+TILED = (Int4Tiles, Fragments)  # the layouts of `decoding_layout`
 HELD_BYTES = 2**26  # of dense weights that a small model may hold beside its packed ones
 
 
@@ -26,7 +28,7 @@ class _DequantizedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         # dL/dx = dL/dy W; the weight is frozen and gets no gradient.
-        return product_back(grad, ctx.weight).to(ctx.x_dtype), None, None
+        return dense_matmul_back(grad, ctx.weight).to(ctx.x_dtype), None, None
 
 
 class WeightRead(AttributeError, ValueError):
@@ -75,27 +77,28 @@ class QuantizedLinear(nn.Module):
         known = {name: getattr(self, name) for name in self._packed}
         known |= {"shape": torch.Size((self.out_features, self.in_features)), "spec": self.spec}
         if known["codes"].dim() == 3:  # the codes tell their own layout: 3 axes are tiles
-            return Int4Tiles(**known, op_grids=self.op_grids)
+            kind = Fragments if known["codes"].dtype == torch.int32 else Int4Tiles
+            return kind(**known, op_grids=self.op_grids)
         return self._kind(**known)
 
     @property
     def quantized(self) -> Quantized:
         """The packed weight; a view on the buffers, or a copy in `decoding_layout`."""
         held = self.held
-        return held.in_order() if isinstance(held, Int4Tiles) else held
+        return held.in_order() if isinstance(held, TILED) else held
 
     @property
     def laid_out(self) -> bool:
-        """Whether the codes are in the order of the int4 operator."""
+        """Whether the codes are in the order in which a few tokens are fast."""
         return self.op_grids is not None
 
     @torch.inference_mode(False)  # buffers must not become inference tensors
     def lay_out(self, decoding: bool) -> None:
-        """Change between the two layouts of the codes, where the int4 operator can serve this."""
+        """Change between the two layouts of the codes, where there are two for this weight."""
         held = self.held
-        if decoding and (tiled := int4_tiles(held)) is not None:
+        if decoding and not isinstance(held, TILED) and (tiled := laid_out(held)) is not None:
             self.op_grids, self.codes = tiled.op_grids, tiled.codes
-        elif not decoding and isinstance(held, Int4Tiles):
+        elif not decoding and isinstance(held, TILED):
             self.codes, self.op_grids = held.in_order().codes, None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -135,7 +138,7 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _apply(self, fn, recurse=True):
-        self.lay_out(decoding=False)  # tiles are for a CPU
+        self.lay_out(decoding=False)  # tiles are for one device
         self.dense = None
         # .half() and .to(dtype) cast all floating-point tensors of a module, but the scales were
         # rounded to their dtype before the codes were computed: move them, never cast.
@@ -189,11 +192,13 @@ def dense_pieces(layer: nn.Linear | QuantizedLinear) -> Iterator[tuple[slice, Te
 
 @contextmanager
 def decoding_layout(model: nn.Module):
-    """Within it, a few tokens at a time in bf16, without gradients, are several times as fast.
+    """Within it, a few tokens at a time in bf16, without gradients, are several times as fast; on a
+    GPU in fp16 too.
 
-    Layers that torch's int4 operator can serve (4-bit grids on a CPU, groups of 32 to 256 in
-    order) then hold their codes in its layout, adapters a copy of A and B in the autocast dtype.
-    May be nested: the layers change when the outermost block begins and ends.
+    4-bit grids that torch's int4 operator can serve on a CPU, or our Triton kernel on a GPU (groups
+    in order, of 32 to 256 features or a multiple of 32) then hold their codes in its layout, and
+    adapters a copy of A and B in the autocast dtype. May be nested: the layers change when the
+    outermost block begins and ends.
     """
     layers = [m for m in model.modules() if hasattr(m, "lay_out") and not m.laid_out]
     try:

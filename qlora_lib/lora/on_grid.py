@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..layers.kernels import product, product_back
+from ..layers.kernels import dense_matmul_back, product
 from ..layers.linear import QuantizedLinear
 from ..quant.grid import QuantizedTensor, QuantSpec, assemble, spread
 from .layer import LoRAConfig, check_rank, named
@@ -66,7 +66,7 @@ class _OnGridMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, inside = ctx.saved_tensors
-        grad_x = product_back(grad, ctx.weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = dense_matmul_back(grad, ctx.weight).to(x.dtype) if ctx.needs_input_grad[0] else None
         down = grad.reshape(-1, grad.shape[-1]).float()  # (tokens, out)
         with torch.autocast(x.device.type, enabled=False):
             of_weight = down.t() @ x.reshape(-1, x.shape[-1]).float()  # (out, in)

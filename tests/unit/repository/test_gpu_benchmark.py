@@ -47,6 +47,8 @@ def test_the_whole_benchmark_at_a_small_size(benchmark, tmp_path, capsys, monkey
     dense = result["stamp"]["dtype"]  # of the machine: fp32, or bf16 where it is native
     for row in result["linears"]["small"]:
         assert set(row["milliseconds"]) == {dense, "nf4", "rtn"} and row["packed_of_copy"] > 0
+        for name, (low, high) in row["quartiles"].items():
+            assert 0 < low <= row["milliseconds"][name] <= high
     assert "no CUDA GPU" in result["skipped"][0] and "--smollm2 PATH" in result["skipped"][1]
     stamp = result["stamp"]
     assert stamp["seed"] == 0 and {"date", "device", "torch", "command", "small"} <= set(stamp)
