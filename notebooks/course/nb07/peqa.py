@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qlora_lib.layers.kernels import product, product_back
+from qlora_lib.layers.kernels import dense_matmul_back, product
 from qlora_lib.layers.linear import Quantized, QuantizedLinear
 from qlora_lib.lora.targets import replace_module
 from qlora_lib.quant.grid import SCALE_DTYPE, QuantizedTensor, row_slices
@@ -45,7 +45,9 @@ class _ScaledMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
-        grad_x = product_back(grad, ctx.weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = dense_matmul_back(grad, ctx.weight).to(x.dtype)
         return grad_x, scale_grad(x, grad, ctx.weight), None, None
 
 
