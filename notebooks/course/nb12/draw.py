@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qlora_lib.layers.rounded_inputs import rounded_tokens
-from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
 from qlora_lib.quant.minifloat import float_levels
 from qlora_lib.quant.nf4 import nf4_levels
 
@@ -79,7 +78,7 @@ def token_rounding(name: str) -> Callable[[Tensor], Tensor] | None:
     if name.startswith("INT") and "inputs" in name:
         return lambda x: rounded_tokens(x, int(name[3]))
     if name.startswith(("MXFP4", "NVFP4")):
-        return lambda x: quantize_fp4(x.unsqueeze(0), FP4Spec(name[:5].lower())).dequantize()[0]
+        return lambda x: rounded_tokens(x, how=name[:5].lower())
     return None
 
 
