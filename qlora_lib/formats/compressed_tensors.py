@@ -84,7 +84,12 @@ def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
         raise ValueError("no layer is quantized; call quantize_model first")
     check_scales_are_frozen(layers)
     first, spec = next((path, layer.spec) for path, layer in layers.items())
+    with torch.device("meta"):
+        theirs = dict(type(model)(model.config).named_modules())  # the layers of readers
     for path, layer in layers.items():
+        if type(theirs.get(path)) is not nn.Linear:  # GPT-2's, which were turned
+            raise ValueError(f"{path} is a {type(theirs.get(path)).__name__} in transformers, and "
+                             "compressed-tensors packs nn.Linear alone")
         form = getattr(layer.spec, "format", None)
         if form not in FORMATS and not isinstance(layer.spec, QuantSpec):
             raise ValueError(f"{path} is {layer.spec}, which is not written so here: quantize the "

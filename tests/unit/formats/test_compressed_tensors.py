@@ -12,6 +12,7 @@ from qlora_lib.formats.compressed_layout import from_compressed, to_compressed
 from qlora_lib.formats.compressed_tensors import MARKER, export_compressed, import_compressed
 from qlora_lib.layers.linear import QuantizedLinear
 from qlora_lib.models.checkpoint import load_quantized, save_quantized
+from qlora_lib.models.conv1d import linear_from_conv1d
 from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.models.stored_weights import WEIGHTS
 from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
@@ -133,6 +134,17 @@ def test_models_that_the_format_can_not_hold_are_refused(tmp_path):
     layer.zero_point[0, 0] = 7
     with pytest.raises(ValueError, match="a: symmetric grids have the zero-point 8"):
         to_compressed("a", layer)
+
+
+def test_layers_that_readers_would_not_take_for_packed_are_refused(tmp_path):
+    """They would start from random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=64, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config).eval()
+    linear_from_conv1d(model)
+    quantize_model(model, None, FP4Spec("mxfp4"), "rtn")
+    refused(model, tmp_path, "c_attn is a Conv1D in transformers")
 
 
 def test_folders_with_other_files_are_left_as_they_are(tmp_path):
