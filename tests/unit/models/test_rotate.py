@@ -94,6 +94,10 @@ def test_each_rotation_spreads_the_outliers_of_its_place():
 def test_a_rotated_model_is_quantized_stored_and_loaded_like_any_other(tmp_path):
     model = small_model()  # with tied embeddings
     rotate_model(model)
+    before = logits(model)
+    model.tie_weights()  # as transformers does when it loads: there is nothing to tie any more
+    assert torch.equal(logits(model), before) and not model.config.tie_word_embeddings
+    assert not model.all_tied_weights_keys
     model.save_pretrained(tmp_path / "dense")
     same = AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", dtype=torch.float32, trust_remote_code=False
