@@ -254,7 +254,15 @@ def left_of(temporary) -> list:
     """Processes and temporary files of a run that has ended."""
     left = [p for p in psutil.process_iter() if _marked(p)]
     left = psutil.wait_procs(left, timeout=30)[1]  # the server ends when it sees that we have
-    return left + list(temporary.iterdir())
+    # One that has ended stays in the table until its parent, or init, has asked how it went.
+    return [p for p in left if _runs(p)] + list(temporary.iterdir())
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _read_all(file: int, into: bytearray) -> None:
