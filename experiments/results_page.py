@@ -565,6 +565,11 @@ def outliers_of_smollm2() -> str:
     mended = rows["inputs, rotate online, 4"]
     rounded = [rows[f"weights, {how}, 3, rtn"] for how in ("none", "rotate")]
     stored = [row["stored_bytes"] for row in rounded]
+
+    def weighed(how: str, method: str) -> tuple[float, float, float]:
+        """The factor by which a repair changes perplexity at 3 bits, with its interval."""
+        return factor(*(rows[f"weights, {name}, 3, {method}"]["losses"] for name in (how, "none")))
+
     channels = [block["channel"] for block in before["blocks"]]
     often = max(set(channels), key=channels.count)
     said = {"inputs": lambda r: ("16, as they are", f"{r['input_bits'] or 'exact'}"),
@@ -599,10 +604,17 @@ def outliers_of_smollm2() -> str:
                     and factor(mended["losses"], exact["losses"])[2] < 2,
                     "Four bits for the inputs break the model, and rotated inputs bear them.")
               + " " + claim(factor(rounded[1]["losses"], rounded[0]["losses"])[1] > 2,
-                            "Weights alone, rounded to nearest, are worse off rotated: what made "
-                            "one channel large is then in every row of a weight, and so are its "
-                            "errors. (They also lie on a 4-bit grid as they come, which a rotation "
-                            "leaves.)")
+                            "Weights alone, rounded to nearest, are worse off rotated. Not all of "
+                            "it is explained: what made one channel large is then in every row of "
+                            "down_proj, and so are its errors; and as they come they lie on a 4-bit "
+                            "grid, which a rotation leaves.")
+              + " " + claim(weighed("awq", "rtn")[2] < 1 and weighed("awq", "gptq")[2] < 1
+                            and weighed("awq", "all_four")[1] > 1
+                            and rows["weights, none, 3, all_four"]["wikitext2"]
+                            < rows["weights, awq, 3, gptq"]["wikitext2"],
+                            "AWQ's factors mend a part at 3 bits, to nearest and with GPTQ as the "
+                            "paper has it; four of GPTQ's options together mend more, and with "
+                            "them AWQ does harm, so it is no option of `quantize` either.")
               + " Rotating costs SmolLM2 a head of its own, as norms are folded into it: at 3 bits "
               f"{stored[1] / 1e6:.0f} MB are stored instead of {stored[0] / 1e6:.0f}, "
               + claim(stored[1] > 1.5 * stored[0], "more than half as much again")
@@ -621,6 +633,57 @@ def factor(losses: list[float], exact: list[float]) -> tuple[float, float, float
 
 def worst(ratios: list[float]) -> str:
     return f"{max(ratios):,.0f}; {median(ratios):.1f}"
+
+
+def calibration_texts() -> str:
+    rows = recorded("tiny-calibration-data")
+    exact, plain = rows["exact"]["losses"], rows["rtn"]["losses"]
+    counts = sorted({row["windows"] for row in rows.values() if row.get("windows")})
+    sources = list(dict.fromkeys(row["source"] for row in rows.values() if row.get("windows")))
+
+    def gaps(source: str, n: int, method: str, base: list[float]) -> list[float]:
+        """How far the loss lies above `base`, problem by problem, the mean of the seeds."""
+        own = [row["losses"] for row in rows.values() if
+               (row.get("source"), row.get("windows"), row.get("method")) == (source, n, method)]
+        return [fmean(several) - b for *several, b in zip(*own, base, strict=True)]
+
+    def with_interval(found: list[float]) -> tuple[float, float]:
+        return fmean(found), 1.96 * stdev(found) / math.sqrt(len(found))
+
+    def cell(*setting) -> str:
+        mean, half = with_interval(gaps(*setting, exact))
+        return f"{mean:+.4f} ± {half:.4f}"
+
+    seeds = {row["seed"] for row in rows.values() if row.get("windows")}
+    tokens = next(row["tokens"] // row["windows"] for row in rows.values() if row.get("windows"))
+    told = []
+    for method in ("gptq", "awq"):
+        least, most = counts[0], counts[-1]
+        task = [row["losses"] for row in rows.values() if (row.get("source"), row.get("windows"),
+                row.get("method")) == ("task", most, method)]  # fmt: skip
+        best = [fmean(several) for several in zip(*task, strict=True)]
+        worse = [s for s in sources if s != "task"
+                 and (g := with_interval(gaps(s, most, method, best)))[0] > g[1]]
+        few = with_interval(gaps("task", least, method, best))
+        told.append(f"{method.upper()}: at {most} windows worse than on the task's text: "
+                    f"{', '.join(worse) or 'none'}; {least} windows of the task cost "
+                    f"{few[0]:+.4f} ± {few[1]:.4f} beside {most}.")
+    mean, half = with_interval([a - b for a, b in zip(plain, exact, strict=True)])
+    return "\n\n".join([
+        "## Which text to calibrate on",
+        prose(f"The fine-tuned tiny model in 2 bits, groups of 64, calibrated on windows of {tokens} "
+              "tokens of train problems (task), of its own samples, of WikiText-2, and of random "
+              f"tokens: loss a token on solutions above fp32's, the mean over {len(exact)} dev "
+              f"problems and {len(seeds)} draws of the windows, with 95% intervals over the "
+              f"problems. To nearest, without any text: {mean:+.4f} ± {half:.4f} "
+              "([record](../data/results/tiny-calibration-data.json))."),
+        table(("method", "text", *(f"{n} windows" for n in counts)), [
+            (method, source, *(cell(source, n, method) for n in counts))
+            for method in ("gptq", "awq") for source in sources
+        ]),
+        made(*(row["stamp"] for row in rows.values())),
+        prose("Paired by problem. " + " ".join(told)),
+    ])  # fmt: skip
 
 
 def serving() -> str:
@@ -705,8 +768,8 @@ def page() -> str:
     for path in RESULTS.glob("*.json"):
         recorded(path.stem)
     parts = (fine_tuning, widths, merging, real_model, contributed, beside_gptqmodel, solver,
-             layers, steps, epochs, starts, outliers, outliers_of_smollm2, serving,
-             through_llama_cpp, elsewhere)  # fmt: skip
+             layers, steps, epochs, starts, outliers, outliers_of_smollm2, calibration_texts,
+             serving, through_llama_cpp, elsewhere)  # fmt: skip
     return "\n\n".join([OPENING, *(part() for part in parts)]) + "\n"
 
 
