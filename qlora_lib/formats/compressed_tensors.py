@@ -12,20 +12,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..base.files import read_json, write_json_atomic
-from ..base.folders import atomic_folder, check_folder
-from ..layers.linear import QuantizedLinear, check_scales_are_frozen
-from ..lora.layer import lora_layers, named
-from ..models.checkpoint import base_state, save_settings
+from ..base.files import read_json
+from ..base.folders import check_folder
+from ..layers.linear import QuantizedLinear
+from ..lora.layer import named
 from ..models.fused import fused
 from ..models.packed_model import load_packed
-from ..models.quantize import quantized_layers
 from ..models.stored_weights import read_weights
 from ..quant.fp4 import BLOCK_SIZES, FP4Spec
 from ..quant.fp8 import FP8Spec
 from ..quant.grid import QuantSpec
 from ..quant.recipe import Spec
 from .compressed_layout import FORMATS, GRIDS, from_compressed, to_compressed
+from .packed_folder import exportable, write_folder
 
 # A copy of the quantization_config. Only these exports have it, so an export over another model's
 # folder is refused.
@@ -50,39 +49,21 @@ def export_compressed(
     makes one have tensor scales of their own. Raises ValueError, naming the layer, for adapters and
     what the format can't hold (compressed_layout.py), and for a folder with other files.
     """
-    from huggingface_hub import save_torch_state_dict
-
     layers = _exportable(model)
-    state = {n: t for n, t in base_state(model).items() if n.rpartition(".")[0] not in layers}
-    for path, layer in layers.items():
-        tensors = to_compressed(path, layer.quantized)
-        if layer.bias is not None:
-            tensors["bias"] = layer.bias.cpu()
-        state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     described = _describe(model, layers)
+    tensors = {path: to_compressed(path, layer.quantized) for path, layer in layers.items()}
     # compressed-tensors decodes FP4 in bf16 alone, and multiplies nothing else by it.
     fp4 = any(isinstance(layer.spec, FP4Spec) for layer in layers.values())
     dtype = torch.bfloat16 if fp4 else next(model.parameters()).dtype
-    config = {"architectures": [type(model).__name__], "dtype": dtype}
-    metadata = {"format": "pt"}  # transformers asks for this entry of the header
-    with atomic_folder(folder, MARKER) as scratch:
-        save_torch_state_dict(state, scratch, max_shard_size=max_shard_size, metadata=metadata)
-        save_settings(model, tokenizer, state, scratch, **config, quantization_config=described)
-        write_json_atomic(scratch / MARKER, described)
-        if beside:
-            beside(scratch)
+    write_folder(
+        model, folder, tensors, described, MARKER, dtype, tokenizer, max_shard_size, beside
+    )
     _warn_of_fused(layers)
 
 
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized layers by path; ValueError for what the format can't hold."""
-    if adapted := next(iter(lora_layers(model)), None):
-        raise ValueError(f"{adapted} has an adapter, which such a checkpoint can't hold: "
-                         "merge_lora(model, into='rtn', unload=True), or save_adapter apart")
-    layers = quantized_layers(model)
-    if not layers:
-        raise ValueError("no layer is quantized; call quantize_model first")
-    check_scales_are_frozen(layers)
+    layers = exportable(model, "such a checkpoint")
     first, spec = next((path, layer.spec) for path, layer in layers.items())
     with torch.device("meta"):
         theirs = dict(type(model)(model.config).named_modules())  # the layers of readers

@@ -12,18 +12,17 @@ from pathlib import Path
 
 from torch import nn
 
-from ..base.files import read_json, write_json_atomic
-from ..base.folders import atomic_folder, check_folder
+from ..base.files import read_json
+from ..base.folders import check_folder
 from ..layers.blocks import decoder_blocks
-from ..layers.linear import QuantizedLinear, check_scales_are_frozen
-from ..lora.layer import lora_layers, named
-from ..models.checkpoint import base_state, save_settings
+from ..layers.linear import QuantizedLinear
+from ..lora.layer import named
 from ..models.packed_model import load_packed
-from ..models.quantize import quantized_layers
 from ..models.stored_weights import read_weights
 from ..quant.grid import CLIP_NORM, QuantSpec
 from ..quant.packing import BITS
 from .gptq_layout import FORMATS, from_gptq, to_gptq
+from .packed_folder import exportable, write_folder
 
 # A copy of the quantization_config, which older readers want. Only GPTQ checkpoints have it,
 # so an export over another model's folder is refused.
@@ -45,37 +44,21 @@ def export_gptq(
     that are not quantized keep their dtype. Raises ValueError, naming the layer, for adapters and
     what the format can't hold (gptq_layout.py), and for a folder with other files.
     """
-    from huggingface_hub import save_torch_state_dict
-
     if checkpoint_format not in FORMATS:
         raise ValueError(f"checkpoint_format={checkpoint_format!r} must be one of {FORMATS}")
     layers = _exportable(model)
-    state = {n: t for n, t in base_state(model).items() if n.rpartition(".")[0] not in layers}
-    for path, layer in layers.items():
-        tensors = to_gptq(path, layer.quantized, v1=checkpoint_format == "gptq")
-        if layer.bias is not None:
-            tensors["bias"] = layer.bias.cpu()
-        state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     described = _describe(model, layers, checkpoint_format)
-    config = {"architectures": [type(model).__name__], "dtype": next(model.parameters()).dtype}
-    metadata = {"format": "pt"}  # transformers asks for this entry of the header
-    with atomic_folder(folder, MARKER) as scratch:
-        save_torch_state_dict(state, scratch, max_shard_size=max_shard_size, metadata=metadata)
-        save_settings(model, tokenizer, state, scratch, **config, quantization_config=described)
-        write_json_atomic(scratch / MARKER, described)
-        if beside:
-            beside(scratch)
+    v1 = checkpoint_format == "gptq"
+    tensors = {path: to_gptq(path, layer.quantized, v1=v1) for path, layer in layers.items()}
+    dtype = next(model.parameters()).dtype
+    write_folder(
+        model, folder, tensors, described, MARKER, dtype, tokenizer, max_shard_size, beside
+    )
 
 
 def _exportable(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized layers by path; ValueError for what the format can't hold."""
-    if adapted := next(iter(lora_layers(model)), None):
-        raise ValueError(f"{adapted} has an adapter, which a GPTQ checkpoint can't hold: "
-                         "merge_lora(model, into='rtn', unload=True), or save_adapter apart")
-    layers = quantized_layers(model)
-    if not layers:
-        raise ValueError("no layer is quantized; call quantize_model first")
-    check_scales_are_frozen(layers)
+    layers = exportable(model, "a GPTQ checkpoint")
     first, spec = next((path, layer.spec) for path, layer in layers.items())
     grid = attrgetter("bits", "group_size", "symmetric")
     for path, layer in layers.items():

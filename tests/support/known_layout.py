@@ -3,6 +3,10 @@
 import torch
 import transformers as hf
 
+from tests.support.calibrated_models import logits
+
+EXACT = 1e-4  # of logits of size 1 to 10, in fp32
+
 SIZES = dict(
     vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -27,3 +31,8 @@ def known(family: str):
         if p.dim() == 1:
             p.data += 0.3 * torch.randn_like(p)
     return model
+
+
+def change(model, other) -> float:
+    """The largest difference of two models' logits."""
+    return float((logits(model) - logits(other)).abs().max())

@@ -19,14 +19,8 @@ from qlora_lib.quant.grid import QuantSpec
 from qlora_lib.quant.hadamard import random_orthogonal
 from tests.support.calibrated_models import batches, logits
 from tests.support.families import build
-from tests.support.known_layout import FAMILIES, known
+from tests.support.known_layout import EXACT, FAMILIES, change, known
 from tests.support.small_models import small_model, small_tokenizer
-
-EXACT = 1e-4  # of logits of size 1 to 10, in fp32
-
-
-def change(model, other) -> float:
-    return float((logits(model) - logits(other)).abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
