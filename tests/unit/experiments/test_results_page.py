@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from experiments import results_page
+from experiments.page import records as records_of_page
 from experiments.results_page import PAGE, main, page
 from qlora_lib.evaluation.evaluate import evaluate
 from qlora_lib.evaluation.result_row import result_row, write_row
@@ -19,8 +20,8 @@ def test_the_page_is_what_the_records_make_of_it():
 @pytest.fixture
 def records(tmp_path, monkeypatch):
     """A copy of the records, and a function that changes one of them."""
-    shutil.copytree(results_page.RESULTS, tmp_path / "results")
-    monkeypatch.setattr(results_page, "RESULTS", tmp_path / "results")
+    shutil.copytree(records_of_page.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(records_of_page, "RESULTS", tmp_path / "results")
 
     def change(name, edit):
         path = tmp_path / "results" / f"{name}.json"
