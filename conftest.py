@@ -35,8 +35,9 @@ def pytest_configure(config):
     if config.getoption("numprocesses", None) is None or hasattr(config, "workerinput"):
         import torch  # only where tests run: it takes two seconds
 
-        if not torch.cuda.is_available():  # before transformers imports Triton: 06's kernels
-            os.environ.setdefault("TRITON_INTERPRET", "1")
+        # Before transformers imports Triton: 06's kernels.
+        if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+            os.environ["TRITON_INTERPRET"] = "1"
             if "triton" in sys.modules:  # half of it would be the compiler's
                 raise pytest.UsageError("a conftest.py imports Triton before the interpreter of "
                                         "its kernels is switched on: import within the fixture")

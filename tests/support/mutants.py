@@ -239,7 +239,12 @@ def main() -> None:
     total = Counter(f for f, *_ in drawn)
     random.Random(given.seed).shuffle(drawn)  # so what is counted when it is stopped is a sample
     drawn = drawn[: given.sample]
-    # What others have written is imported once, here; what is ours, in each fork.
+    # What others have written is imported once, here; what is ours, in each fork. Some of it
+    # imports Triton, which has to be the interpreter by then, as conftest.py would make it.
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     for tests in {tests_of(f) for f in total}:
         for test in [tests] if tests.is_file() else sorted(tests.glob("test_*.py")):
             importlib.import_module(module_of(test))

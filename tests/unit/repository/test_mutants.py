@@ -1,8 +1,14 @@
 """The mutants of a source: small changes of what it does, none of what it says."""
 
 import ast
+import os
+import re
+import subprocess
+import sys
 
-from tests.support.mutants import mutants
+import pytest
+
+from tests.support.mutants import ROOT, mutants
 
 SOURCE = '''"""Words with 1 number."""
 import re
@@ -41,3 +47,15 @@ def test_each_is_one_change_of_the_code():
 def test_line_and_change_are_named():
     change = "if x < least and x:   ->   if x <= least and x:"
     assert (6, change) in [mutant[:2] for mutant in mutants(SOURCE)]
+
+
+@pytest.mark.long
+def test_command_counts_what_the_tests_of_a_file_notice():
+    """Of damping.py: its tests import Triton, which must be ready for them in every fork."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.mutants", "--sample", "3"]
+    ran = subprocess.run(
+        [*command, "qlora_lib/quant/damping.py"], cwd=ROOT, capture_output=True, text=True,
+        env=env | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"^[0-3] of [1-3] killed", ran.stdout, re.M), ran.stdout
