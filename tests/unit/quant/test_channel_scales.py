@@ -25,6 +25,8 @@ def test_half_the_range_goes_over():
     assert torch.allclose((x / s)[:2], (w * s)[:2])  # both with the same range
     assert torch.allclose(smoothing_scales(x, w, 1.0)[:2], x[:2])  # inputs all of size 1
     assert torch.allclose(smoothing_scales(x, w, 0.0)[:2], 1 / w[:2])  # weights
+    small = smoothing_scales(x / 100, w / 100)  # the unit of both does not matter
+    assert torch.allclose(small, s)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
@@ -46,6 +48,8 @@ def test_awq_finds_the_exponent_that_costs_the_output_least():
     assert alpha == errors.index(min(errors)) / 20 and 0 < alpha < 1
     assert min(errors) < 0.6 * errors[0]  # 30 times as large: it pays
     assert scale[5] == scale.max() and scale.max() * scale.min() == pytest.approx(1, abs=1e-4)
+    small, at, _ = awq_search([w], h / 2**20, SPEC)  # nor does the inputs' unit matter
+    assert at == alpha and torch.allclose(small, scale, rtol=1e-4)
 
 
 def test_weights_that_share_an_input_share_the_factors():
