@@ -1,4 +1,5 @@
-"""QLoRA's memory and speed on a GPU, in one command and under 8 minutes, without network:
+"""QLoRA's memory and speed on a GPU, in one command and under 8 minutes, without network: after
+BUDGET seconds nothing new is begun, and what is missing is named.
 
     python benchmarks/gpu.py [--smollm2 PATH] [--out data/results/gpu.json]
     python benchmarks/gpu.py --small        everything at a small size, on a CPU too
@@ -39,6 +40,7 @@ from qlora_lib.base.endings import ending
 from qlora_lib.base.files import write_json_atomic  # noqa: E402
 from qlora_lib.base.paths import given_path
 from qlora_lib.base.stamp import stamp
+from qlora_lib.generation.graph_steps import WARM, Steps, cuda_graph, own_stream  # noqa: E402
 from qlora_lib.generation.kv_cache import CacheSpec, PackedCache  # noqa: E402
 from qlora_lib.layers.kernels import fused_kernels  # noqa: E402
 from qlora_lib.layers.linear import QuantizedLinear, decoding_layout  # noqa: E402
@@ -58,6 +60,28 @@ ROWS = ((1, True), (4, True), (1, False))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # of single linears, and a whole sequence
 CACHED = 1 << 27  # bytes that no GPU of today keeps in its cache
 CACHES = {"as it comes": None, "4 bits": CacheSpec(4)}  # of keys and values
+BUDGET = 390.0  # seconds; of the 480 the others are for what is under way: a 7B model to be packed
+
+
+class Budget:
+    """The seconds that measuring may take, and what was `skipped`, with the reason."""
+
+    def __init__(self, seconds: float = BUDGET, clock=time.perf_counter):
+        self.began, self.seconds, self.clock = clock(), seconds, clock
+        self.skipped: list[str] = []
+
+    def spent(self) -> float:
+        return self.clock() - self.began
+
+    def over(self) -> bool:
+        return self.spent() >= self.seconds
+
+    def allows(self, what: str) -> bool:
+        """Whether there is time left to measure this; else it is noted as skipped."""
+        over = self.over()
+        if over:
+            self.skipped.append(f"{what}: the {self.seconds:.0f} seconds are spent")
+        return not over
 
 
 def shapes(small: bool) -> dict:
@@ -74,10 +98,12 @@ def shapes(small: bool) -> dict:
     return {"llama2-7b": LlamaConfig(), "smollm2-135m": smollm2}  # the defaults are LLaMA-7B's
 
 
-def all_seconds(run, device: torch.device, repeats: int) -> list[float]:
-    """Times of some calls, after one that is not counted."""
+def all_seconds(run, device: torch.device, repeats: int, budget: Budget) -> list[float]:
+    """Times of some calls, after one that is not counted; of one where the time is over."""
     times = []
     for _ in range(repeats + 1):
+        if len(times) > 1 and budget.over():
+            break
         synchronize(device)
         began = time.perf_counter()
         run()
@@ -86,9 +112,9 @@ def all_seconds(run, device: torch.device, repeats: int) -> list[float]:
     return times[1:]
 
 
-def seconds(run, device: torch.device, repeats: int) -> float:
+def seconds(run, device: torch.device, repeats: int, budget: Budget) -> float:
     """Median time of a call, after one that is not counted."""
-    return statistics.median(all_seconds(run, device, repeats))
+    return statistics.median(all_seconds(run, device, repeats, budget))
 
 
 def synchronize(device: torch.device) -> None:
@@ -96,7 +122,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def training(model, config, spec, seq: int, repeats: int, skipped: list[str]) -> list[dict]:
+def training(model, config, spec, seq: int, repeats: int, name: str, budget: Budget) -> list[dict]:
     """Peak memory and speed of QLoRA steps; `model` has its adapter."""
     rows, device = [], model.device
     for batch, checkpointing in ROWS:
@@ -104,10 +130,12 @@ def training(model, config, spec, seq: int, repeats: int, skipped: list[str]) ->
             config, "qlora", batch, seq, RANK, spec=spec, checkpointing=checkpointing,
             compute_dtype=dtype_name(model.dtype), logit_tokens=CHUNK,
         )  # fmt: skip
+        if not budget.allows(f"{name}, {ledger.setting}"):
+            continue
         try:
             check_fits(ledger_beside(model, ledger), device)
         except NotEnoughMemory as error:
-            skipped.append(f"{ledger.setting}: {str(error).splitlines()[0]}")
+            budget.skipped.append(f"{ledger.setting}: {str(error).splitlines()[0]}")
             continue
         optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-4)
         step = random_step(ledger, model, optimizer)
@@ -116,7 +144,7 @@ def training(model, config, spec, seq: int, repeats: int, skipped: list[str]) ->
         result = measure_step(ledger, model, step, optimizer)
         reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
         with training_mode(model, checkpointing):
-            took = seconds(step, device, repeats)
+            took = seconds(step, device, repeats, budget)
         rows.append({
             "setting": ledger.setting, "batch": batch, "seq": seq, "checkpointing": checkpointing,
             "tokens_per_second": batch * seq / took, "peak_bytes": result.measured["peak"],
@@ -136,8 +164,9 @@ def ledger_beside(model, ledger):
 
 
 @torch.no_grad()
-def decode(model, tokens: int, repeats: int, context: int, spec: CacheSpec | None) -> float:
-    """Tokens a second of greedy decoding at batch 1 after `context` tokens."""
+def decode(model, tokens: int, repeats: int, context: int, spec: CacheSpec | None,
+           budget: Budget) -> float:  # fmt: skip
+    """Tokens a second of greedy decoding at batch 1 after `context` tokens, from Python."""
 
     def run(steps: int = tokens):
         from transformers.cache_utils import DynamicCache
@@ -149,18 +178,53 @@ def decode(model, tokens: int, repeats: int, context: int, spec: CacheSpec | Non
             ids = out.logits.argmax(-1)  # (1, 1)
 
     with decoding_layout(model):
-        prompt = seconds(lambda: run(0), model.device, repeats)
-        return tokens / max(1e-9, seconds(run, model.device, repeats) - prompt)
+        prompt = seconds(lambda: run(0), model.device, repeats, budget)
+        return tokens / max(1e-9, seconds(run, model.device, repeats, budget) - prompt)
 
 
-def copy_rate(device: torch.device, numbers: int, repeats: int) -> float:
+@torch.inference_mode()
+def decode_by_graph(model, tokens: int, repeats: int, context: int, budget: Budget) -> float:
+    """The same by the steps that `generate` captures; on a CPU they are called."""
+    from transformers import GenerationConfig
+
+    device = model.device
+    ids = torch.ones(1, context, dtype=torch.long, device=device)
+    settings = GenerationConfig(max_new_tokens=1 + WARM + tokens * (1 + repeats),
+                                eos_token_id=[-1], pad_token_id=0)  # fmt: skip
+    with decoding_layout(model), own_stream(device):
+        steps = Steps(model, ids, torch.ones_like(ids), settings)
+        for _ in range(WARM):
+            steps.step()
+        step = cuda_graph(steps.step) if device.type == "cuda" else steps.step
+        return tokens / seconds(lambda: [step() for _ in range(tokens)], device, repeats, budget)
+
+
+def decoded(model, tokens: int, repeats: int, context: int, name: str, budget: Budget) -> dict:
+    """Tokens a second of each way to decode."""
+    ways = {cache: lambda spec=spec: decode(model, tokens, repeats, context, spec, budget)
+            for cache, spec in CACHES.items()}  # fmt: skip
+    graph = "CUDA graph" if model.device.type == "cuda" else "steps of a graph"
+    ways[graph] = lambda: decode_by_graph(model, tokens, repeats, context, budget)
+    rates = {}
+    for way, measured in ways.items():
+        if not budget.allows(f"{name}, decoding, {way}"):
+            continue
+        try:
+            rates[way] = measured()
+            print(f"{name}: {rates[way]:.1f} tokens/s decoded, {way}")
+        except RuntimeError as error:  # no memory, or a capture that fails
+            budget.skipped.append(f"{name}, decoding, {way}: {str(error).splitlines()[0]}")
+    return rates
+
+
+def copy_rate(device: torch.device, numbers: int, repeats: int, budget: Budget) -> float:
     """Bytes a second of a copy, read and written."""
     source = torch.ones(numbers, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, repeats)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, repeats, budget)
 
 
-def seconds_each(runs: list, device: torch.device, repeats: int) -> list[float]:
+def seconds_each(runs: list, device: torch.device, repeats: int, budget: Budget) -> list[float]:
     """Seconds of one of these calls, which are made one after the other, `repeats` times. On a GPU
     they are captured once and replayed, so that Python and launching cost nothing."""
     for run in runs[:2]:  # Triton compiles now
@@ -171,7 +235,7 @@ def seconds_each(runs: list, device: torch.device, repeats: int) -> list[float]:
             run()
 
     if device.type != "cuda":
-        return [t / len(runs) for t in all_seconds(all_of_them, device, repeats)]
+        return [t / len(runs) for t in all_seconds(all_of_them, device, repeats, budget)]
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -180,7 +244,7 @@ def seconds_each(runs: list, device: torch.device, repeats: int) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         all_of_them()
-    return [t / len(runs) for t in all_seconds(graph.replay, device, repeats)]
+    return [t / len(runs) for t in all_seconds(graph.replay, device, repeats, budget)]
 
 
 def quartiles(times: list[float]) -> list[float]:
@@ -210,39 +274,44 @@ PEERS = {"torch int4": torch_int4_linear, "bitsandbytes nf4": bitsandbytes_linea
 
 
 @torch.no_grad()
-def linears(config, dtype, device, tokens: tuple[int, ...], repeats: int, skipped: list) -> list:
+def linears(config, dtype, device, tokens: tuple[int, ...], repeats: int, name: str,
+            budget: Budget) -> list:  # fmt: skip
     """Milliseconds of one linear, packed and dense (medians, and quartiles), and what share of a
     copy's bytes a second the packed grids are read at."""
     h, inner, rows = config.hidden_size, config.intermediate_size, []
-    copied = copy_rate(device, CACHED if device.type == "cuda" else 1 << 20, repeats)
+    copied = copy_rate(device, CACHED if device.type == "cuda" else 1 << 20, repeats, budget)
     draw = torch.Generator(device).manual_seed(SEED)
     for out, n in ((h, h), (inner, h), (h, inner)):
+        if not budget.allows(f"{name}, one linear of {out} x {n}"):
+            continue
         weight = torch.randn(out, n, generator=draw, device=device) * 0.02
         makers = {dtype_name(dtype): lambda: torch.nn.Linear(n, out, False, device, dtype)}
-        for name, spec in SPECS.items():
-            makers[name] = lambda s=spec, m=name: QuantizedLinear(Recipe.of(s, m).quantize(weight))
+        for way, spec in SPECS.items():
+            makers[way] = lambda s=spec, m=way: QuantizedLinear(Recipe.of(s, m).quantize(weight))
         if device.type == "cuda":
-            makers |= {name: lambda f=f: f(weight, dtype) for name, f in PEERS.items()}
+            makers |= {way: lambda f=f: f(weight, dtype) for way, f in PEERS.items()}
         enough = CACHED if device.type == "cuda" else 1
         layers = {}
-        for name, make in makers.items():
-            size = out * n * (dtype.itemsize if name == dtype_name(dtype) else 0.5)
+        for way, make in makers.items():
+            size = out * n * (dtype.itemsize if way == dtype_name(dtype) else 0.5)
             try:
-                layers[name] = [make() for _ in range(math.ceil(enough / size))]
+                layers[way] = [make() for _ in range(math.ceil(enough / size))]
             except (ImportError, RuntimeError) as error:
-                skipped.append(f"{name}, {out} x {n}: {str(error).splitlines()[0]}")
+                budget.skipped.append(f"{way}, {out} x {n}: {str(error).splitlines()[0]}")
         for layer in layers["rtn"]:
             layer.lay_out(decoding=True)
         for count in tokens:
+            if not budget.allows(f"{name}, one linear of {out} x {n}, {count} tokens"):
+                continue
             x = torch.randn(count, n, generator=draw, device=device).to(dtype)
             times, spread = {}, {}
-            for name, copies in layers.items():
+            for way, copies in layers.items():
                 try:
                     runs = [lambda f=f: f(x) for f in copies]
-                    took = [1e3 * t for t in seconds_each(runs, device, repeats)]
-                    times[name], spread[name] = statistics.median(took), quartiles(took)
+                    took = [1e3 * t for t in seconds_each(runs, device, repeats, budget)]
+                    times[way], spread[way] = statistics.median(took), quartiles(took)
                 except RuntimeError as error:
-                    skipped.append(f"{name}, {count} tokens: {str(error).splitlines()[0]}")
+                    budget.skipped.append(f"{way}, {count} tokens: {str(error).splitlines()[0]}")
             share = layers["rtn"][0].nbytes / (times["rtn"] / 1e3) / copied
             rows.append({"shape": [out, n], "tokens": count, "milliseconds": times,
                          "quartiles": spread, "packed_of_copy": share})  # fmt: skip
@@ -272,62 +341,69 @@ def main(argv: list[str] | None = None) -> int:
     dtype = resolve_dtype("auto", device)
     seq, tokens, repeats = (16, 2, 1) if args.small else (512, 64, 5)
     counts = (1, seq) if args.small else (*TOKENS, seq)
-    skipped = [] if gpu else ["GPU memory, cuBLAS: torch sees no CUDA GPU; these are the CPU's"]
-    if gpu and fused_kernels(device) is None:
-        skipped.append("our kernels: triton is not installed; packed layers are made dense")
+    budget = Budget()
+    skipped = budget.skipped
+    if not gpu:
+        skipped.append("GPU memory, cuBLAS: torch sees no CUDA GPU; these are the CPU's")
+    elif fused_kernels(device) is None:
+        skipped.append("our kernels: Triton does not work here; packed layers are made dense")
     result = {"what": "random weights: memory and time, nothing about accuracy", "models": {}}
     result |= {"linears": {}, "skipped": skipped}
     extra = {"cuda": torch.version.cuda, "dtype": dtype_name(dtype), "small": args.small}
     if gpu:
         extra["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     result["stamp"] = stamp(SEED, **extra)
-    began = time.perf_counter()
 
-    def measure(name: str, model, spec) -> None:
-        row = {"seconds_to_build": round(time.perf_counter() - started, 1)}
+    def keep() -> None:
+        """Write what there is: it is kept, should the next one be killed."""
+        result["seconds"] = round(budget.spent(), 1)
+        write_json_atomic(args.out, result)
+
+    def measure(name: str, make, spec) -> None:
+        """All of one model; `make` gives it."""
+        if not budget.allows(name):
+            return
+        started = budget.spent()
+        try:
+            model = make()
+        except torch.OutOfMemoryError as error:
+            skipped.append(f"{name}: {str(error).splitlines()[0]}")
+            return
+        row = {"seconds_to_build": round(budget.spent() - started, 1)}
         row["context"] = 40 if args.small else 1024
-        row["decoded_tokens_per_second"] = {
-            cache: decode(model, tokens, 1 if args.small else 2, row["context"], spec)
-            for cache, spec in CACHES.items()
-        }
-        for cache, rate in row["decoded_tokens_per_second"].items():
-            print(f"{name}: {rate:.1f} tokens/s decoded, cache {cache}")
+        few = 1 if args.small else 2
+        rates = decoded(model, tokens, few, row["context"], name, budget)
+        row["decoded_tokens_per_second"] = rates
         torch.manual_seed(SEED)
         inject_lora(model, ALL_LINEAR, rank=RANK)
-        row["training"] = training(model, model.config, spec, seq, repeats, skipped)
+        row["training"] = training(model, model.config, spec, seq, repeats, name, budget)
         result["models"][name] = row
-        write_json_atomic(args.out, result)  # kept, should the next one be killed
+        keep()
+
+    def with_own_weights(method: str, spec):
+        model, _ = load_model(str(args.smollm2), device, dtype_name(dtype))
+        quantize_model(model, None, spec, method)
+        return model
 
     configs = shapes(args.small)
     for shape, config in configs.items():
-        for method, spec in SPECS.items():
-            started = time.perf_counter()
-            try:
-                model = random_packed_model(config, spec, dtype, device)
-            except torch.OutOfMemoryError as error:
-                skipped.append(f"{shape}, {method}: {str(error).splitlines()[0]}")
-                continue
-            measure(f"{shape}, {method}", model, spec)
-            del model
-            release(device)
-    if args.smollm2:
-        for method, spec in SPECS.items():
-            started = time.perf_counter()
-            model, _ = load_model(str(args.smollm2), device, dtype_name(dtype))
-            quantize_model(model, None, spec, method)
-            measure(f"smollm2-135m with its own weights, {method}", model, spec)
-            del model
-            release(device)
-    else:
-        skipped.append("SmolLM2 with its own weights: no --smollm2 PATH was given")
-    for shape, config in configs.items():
         print(f"{shape}, one linear")
-        result["linears"][shape] = linears(
-            config, dtype, device, counts, 1 if args.small else 20, skipped
-        )
+        rows = linears(config, dtype, device, counts, 1 if args.small else 20, shape, budget)
+        result["linears"][shape] = rows
         release(device)
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    write_json_atomic(args.out, result)
+        keep()
+    for shape, config in configs.items():
+        for method, spec in SPECS.items():
+            measure(f"{shape}, {method}",
+                    lambda: random_packed_model(config, spec, dtype, device), spec)  # fmt: skip
+            release(device)
+    for method, spec in SPECS.items() if args.smollm2 else ():
+        measure(f"smollm2-135m with its own weights, {method}",
+                lambda: with_own_weights(method, spec), spec)  # fmt: skip
+        release(device)
+    if not args.smollm2:
+        skipped.append("SmolLM2 with its own weights: no --smollm2 PATH was given")
+    keep()
     for reason in skipped:
         print(f"skipped: {reason}")
     print(f"{result['seconds']} s; {args.out}")

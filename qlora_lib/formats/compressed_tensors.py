@@ -16,7 +16,7 @@ from ..base.files import read_json
 from ..base.folders import check_folder
 from ..layers.linear import QuantizedLinear
 from ..lora.layer import named
-from ..models.fused import fused
+from ..layers.shared_input import fused
 from ..models.packed_model import load_packed
 from ..models.stored_weights import read_weights
 from ..quant.fp4 import BLOCK_SIZES, FP4Spec

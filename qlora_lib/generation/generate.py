@@ -21,6 +21,7 @@ from ..lora.inject import use_adapter
 from ..lora.layer import check_names
 from ..models.batches import check_tokens
 from ..models.fingerprint import fingerprint
+from .graph_steps import Graphs, cuda_graph
 
 FEW = 8  # rows that leave a batch together, at least
 
@@ -98,7 +99,9 @@ class ModelGenerator(Generator):
 
     def __init__(self, model, tokenizer, decoding: Decoding):
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
-        self.dtype = model.get_input_embeddings().weight.dtype
+        weight = model.get_input_embeddings().weight
+        self.dtype = weight.dtype
+        self.graphs = Graphs(cuda_graph if weight.is_cuda else None)
         self.info = {
             "model": short_path(Path(model.config._name_or_path)),
             "revision": getattr(model.config, "_commit_hash", None),
@@ -193,11 +196,16 @@ class ModelGenerator(Generator):
         return [rows[i : i + decoding.samples] for i in range(0, len(rows), decoding.samples)]
 
     def _new_tokens(self, input_ids, mask, settings, names) -> list[list[int]]:
-        """The new ids of each row. Rows that have ended leave the batch, a quarter of it at a time;
-        where tokens are drawn they stay, since a draw depends on the rows beside it."""
+        """The new ids of each row. On a GPU by `graph_steps`. Else rows that have ended leave the
+        batch, a quarter of it at a time; where tokens are drawn they stay, since a draw depends on
+        the rows beside it."""
         from transformers import StoppingCriteriaList
 
         cache = _cache(self.model, self.decoding.cache_bits)
+        plain = cache is not None and not self.decoding.cache_bits
+        if plain and self.graphs.serve(self.model, settings.max_new_tokens):
+            with use_adapter(self.model, names) if names else nullcontext():
+                return self.graphs.new_tokens(self.model, input_ids, mask, settings)
         rows = len(input_ids) * settings.num_return_sequences
         new, going = [[] for _ in range(rows)], list(range(rows))  # going: rows of this batch
         leaving = cache is not None and not settings.do_sample

@@ -82,7 +82,8 @@ def fragments(weight: Quantized) -> Fragments | None:
     q = q.view(-1, 4, 2, 8, (n + features) // BLOCK, 4, 4, 2, 2).permute(*WORDS)
     codes = pack(q.reshape(*q.shape[:2], 8 * 512), 4).view(torch.int32)  # (tiles, blocks, 512)
     zero = 1 + weight.zero_point.half() / 16  # exact
-    op_grids = torch.stack([weight.scale, zero], -1).view(torch.int32)[..., 0]  # (out, groups)
+    pairs = [half.view(torch.int16) for half in (weight.scale, zero)]  # no floats for autocast
+    op_grids = torch.stack(pairs, -1).view(torch.int32)[..., 0]  # (out, groups)
     more = 0 if groups == 1 else -(-features * groups // n)  # groups that there are not
     op_grids = pad(op_grids, (0, more, 0, rows)).view(-1, BLOCK, groups + more)
     op_grids = op_grids.transpose(1, 2).contiguous()

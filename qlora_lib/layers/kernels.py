@@ -4,6 +4,12 @@ Within `linear.decoding_layout` the codes of 4-bit grids lie in another order, a
 16 bits are multiplied as they are: in bf16 on a CPU by torch's int4 operator (`Int4Tiles`), on a
 GPU by our Triton kernel (`Fragments`). For everything else rows of the weight are made dense: some
 at a time on a CPU, all at once by a Triton kernel on a GPU.
+
+Why not these, on a GPU, as they are: 8 bits read twice the bytes of 4, and would need a kernel of
+their own; NF4's levels are looked up, weight by weight, where a grid's code is a number already;
+and with act-order without static groups (`g_idx`) the features of a group lie apart, so that each
+weight needs a scale and zero of its own. (Act-order with static groups, GPTQ's default here, is
+served as it is.)
 """
 
 import warnings
@@ -149,10 +155,13 @@ def dense_matmul_back(grad: Tensor, weight: Quantized) -> Tensor:
 
 @lru_cache
 def fused_kernels(device: torch.device):
-    """The module of Triton kernels on a GPU where Triton is installed and compiles, else None."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    """The module of Triton kernels on a GPU where Triton is installed and compiles; None on a CPU,
+    and with one warning where it is not or does not."""
+    if device.type != "cuda":
         return None
     try:
+        if find_spec("triton") is None:
+            raise ImportError("it is not installed: pip install triton")
         from . import triton_kernels
 
         triton_kernels.try_out(device)
@@ -163,11 +172,16 @@ def fused_kernels(device: torch.device):
     return triton_kernels
 
 
+def serves_few(x: Tensor, weight: Quantized, dtype: torch.dtype) -> bool:
+    """Whether a Triton kernel multiplies x (..., in) with the weight as it is."""
+    fused = fused_kernels(x.device)
+    return bool(fused and fused.serves(weight, x.shape[:-1].numel(), dtype))
+
+
 def product(x: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
     """x (..., in) @ W^T -> (..., out) in `dtype`: by a Triton kernel, or by way of dense rows."""
-    fused = fused_kernels(x.device)
-    if fused and fused.serves(weight, x.shape[:-1].numel(), dtype):
-        return fused.matmul(x, weight, dtype)
+    if serves_few(x, weight, dtype):
+        return fused_kernels(x.device).matmul(x, weight, dtype)
     return dense_matmul(x, weight, dtype)
 
 

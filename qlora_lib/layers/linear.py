@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from ..quant.grid import row_slices
 from ..quant.recipe import Quantized, Spec
 from .fragments import Fragments
-from .kernels import HeldDense, Int4Tiles, dense_matmul_back, laid_out, matmul, product
+from .kernels import (
+    HeldDense,
+    Int4Tiles,
+    dense_matmul_back,
+    laid_out,
+    matmul,
+    product,
+    serves_few,
+)
+from .shared_input import SharedInput, share_inputs
 
 TILED = (Int4Tiles, Fragments)  # the layouts of `decoding_layout`
 HELD_BYTES = 2**26  # of dense weights that a small model may hold beside its packed ones
@@ -56,6 +65,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("op_grids", None, persistent=False)  # see decoding_layout
         self.dense: HeldDense | None = None  # see held_dense
+        self.shared: SharedInput | None = None  # see decoding_layout
 
     def __getattr__(self, name: str):
         if name == "weight":  # some models' forward reads it
@@ -99,7 +109,7 @@ class QuantizedLinear(nn.Module):
         if decoding and not isinstance(held, TILED) and (tiled := laid_out(held)) is not None:
             self.op_grids, self.codes = tiled.op_grids, tiled.codes
         elif not decoding and isinstance(held, TILED):
-            self.codes, self.op_grids = held.in_order().codes, None
+            self.codes, self.op_grids, self.shared = held.in_order().codes, None, None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weight (out_features, in_features), made anew at each call."""
@@ -126,6 +136,9 @@ class QuantizedLinear(nn.Module):
         weight = self.dense if self.dense and dtype == torch.float32 else self.held
         if torch.is_grad_enabled() and x.requires_grad:
             return _DequantizedMatmul.apply(x, weight, dtype)
+        if self.shared and serves_few(x, weight, dtype):
+            if (y := self.shared.product(self, x, dtype)) is not None:
+                return y
         return matmul(x, weight, dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -197,13 +210,17 @@ def decoding_layout(model: nn.Module):
 
     4-bit grids that torch's int4 operator can serve on a CPU, or our Triton kernel on a GPU (groups
     in order, of 32 to 256 features or a multiple of 32) then hold their codes in its layout, and
-    adapters a copy of A and B in the autocast dtype. May be nested: the layers change when the
-    outermost block begins and ends.
+    adapters a copy of A and B in the autocast dtype. On a GPU q, k and v, and gate and up, are
+    multiplied in one launch. May be nested: the layers change when the outermost block begins and
+    ends.
     """
     layers = [m for m in model.modules() if hasattr(m, "lay_out") and not m.laid_out]
     try:
         for layer in layers:
             layer.lay_out(decoding=True)
+        packed = {path.removesuffix(".base"): m for path, m in model.named_modules()
+                  if isinstance(m, QuantizedLinear) and m.shared is None}  # fmt: skip
+        share_inputs(packed)
         yield model
     finally:
         for layer in layers:

@@ -137,12 +137,13 @@ def test_programs_that_counted_themselves_leave_zeros_behind():
     assert torch.equal(triton_kernels.matmul(x, held, torch.bfloat16), y)
 
 
-def test_on_a_gpu_a_layer_takes_the_kernels_where_they_serve(monkeypatch):
-    """The choice alone: stand-ins note that they were asked, and go the dense way."""
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """As on a GPU: stand-ins note which kernel was asked, and go the dense way."""
+    names = []
 
     def noted(name, plain):
-        return lambda *args: asked.append(name) or plain(*args)
+        return lambda *args: names.append(name) or plain(*args)
 
     fused = SimpleNamespace(
         serves=lambda weight, tokens, dtype: isinstance(weight, Fragments) and tokens <= 2,
@@ -151,7 +152,33 @@ def test_on_a_gpu_a_layer_takes_the_kernels_where_they_serve(monkeypatch):
         dense=noted("dense", lambda weight, dtype: weight.dequantize(dtype)),
     )
     monkeypatch.setattr(kernels, "fused_kernels", lambda device: fused)
-    monkeypatch.setattr(kernels, "int4_tiles", fragments)  # as on a GPU
+    monkeypatch.setattr(kernels, "int4_tiles", fragments)
+    return names
+
+
+@pytest.mark.parametrize("name", ["8 bits", "act-order", "nf4"])
+def test_what_no_kernel_multiplies_is_made_dense_within_the_layout_too(name, asked):
+    weight = DENSE[name]()
+    assert (weight.g_idx is not None) if name == "act-order" else True
+    layer, x = QuantizedLinear(weight), normal(1, weight.shape[1]).requires_grad_()
+    with decoding_layout(nn.Sequential(layer)):
+        y = layer(x)
+        y.sum().backward()
+    w = weight.dequantize()
+    assert asked == ["dense", "dense"]  # forward and backward
+    assert relative(y, x @ w.T) < 1e-6 and relative(x.grad, w.sum(0, keepdim=True)) < 1e-6
+
+
+def test_act_order_with_static_groups_is_laid_out():
+    """GPTQ's default here: columns are quantized in the order of their weight, groups stay."""
+    h = Hessian(64)
+    h.update(normal(200, 64) * normal(64, seed=2).exp())
+    assert GPTQOptions().desc_act and GPTQOptions().static_groups
+    made = gptq_quantize(normal(16, 64), h, QuantSpec(4, 32, clip_search=False), GPTQOptions())
+    assert made.g_idx is None and isinstance(fragments(made), Fragments)
+
+
+def test_on_a_gpu_a_layer_takes_the_kernels_where_they_serve(asked):
     layer = QuantizedLinear(packed(8, 64, 32))
     w, x = layer.dequantize(), normal(2, 64)
     codes = layer.codes.clone()
@@ -169,11 +196,13 @@ def test_on_a_gpu_a_layer_takes_the_kernels_where_they_serve(monkeypatch):
     assert torch.equal(layer.codes, codes) and layer.op_grids is None
 
 
-def test_without_a_gpu_or_without_triton_there_are_no_fused_kernels(monkeypatch):
+def test_without_a_gpu_or_without_triton_there_are_no_fused_kernels(monkeypatch, recwarn):
     kernels.fused_kernels.cache_clear()
-    assert kernels.fused_kernels(torch.device("cpu")) is None
+    assert kernels.fused_kernels(torch.device("cpu")) is None and not recwarn
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
-    assert kernels.fused_kernels(torch.device("cuda")) is None
+    for _ in range(3):
+        assert kernels.fused_kernels(torch.device("cuda")) is None
+    assert len(recwarn) == 1 and "pip install triton" in str(recwarn[0].message)
     kernels.fused_kernels.cache_clear()
 
 

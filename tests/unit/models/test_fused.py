@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_lib.models.checkpoint import load_quantized
-from qlora_lib.models.fused import fused, shared_largest
+from qlora_lib.models.fused import shared_largest
 from qlora_lib.models.load import load_model
 from qlora_lib.models.quantize import quantize_model, quantized_layers
 from qlora_lib.quant.fp4 import FP4Spec, quantize_fp4
@@ -13,12 +13,6 @@ from tests.support.small_models import small_model
 from tests.support.streamed_models import CALIBRATION, store, stream
 
 NV = FP4Spec("nvfp4")
-
-
-def test_groups_are_of_one_parent():
-    paths = ["a.q_proj", "a.o_proj", "a.v_proj", "b.q_proj", "b.gate_proj", "b.up_proj", "up_proj"]
-    assert fused(paths) == [["a.q_proj", "a.v_proj"], ["b.gate_proj", "b.up_proj"]]
-    assert fused([]) == []
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from functools import partial
 from importlib import import_module
+from itertools import count
 
 import pytest
 import torch
@@ -36,7 +38,8 @@ def test_the_whole_benchmark_at_a_small_size(benchmark, tmp_path, capsys, monkey
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert set(result["models"]) == {"small, nf4", "small, rtn"}
     for model in result["models"].values():
-        assert set(model["decoded_tokens_per_second"]) == {"as it comes", "4 bits"}
+        ways = {"as it comes", "4 bits", "steps of a graph"}
+        assert set(model["decoded_tokens_per_second"]) == ways
         assert all(rate > 0 for rate in model["decoded_tokens_per_second"].values())
         rows = {(row["batch"], row["checkpointing"]): row for row in model["training"]}
         assert set(rows) == set(benchmark.ROWS)
@@ -53,6 +56,37 @@ def test_the_whole_benchmark_at_a_small_size(benchmark, tmp_path, capsys, monkey
     stamp = result["stamp"]
     assert stamp["seed"] == 0 and {"date", "device", "torch", "command", "small"} <= set(stamp)
     assert capsys.readouterr().out.count("skipped: ") == 2
+
+
+def test_when_the_time_is_over_what_is_missing_is_named(benchmark, tmp_path, capsys, monkeypatch):
+    """The clock is a fake: it ticks when it is asked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ticks = count()
+    out_of_time = partial(benchmark.Budget, seconds=3, clock=lambda: next(ticks))
+    monkeypatch.setattr(benchmark, "Budget", out_of_time)
+    assert benchmark.main(["--small", "--out", str(tmp_path / "gpu.json")]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    rows = result["linears"]["small"]
+    missing = [reason for reason in result["skipped"] if "seconds are spent" in reason]
+    assert len(rows) == 1 and rows[0]["milliseconds"]  # of what was begun there are times
+    assert [reason.partition(":")[0] for reason in missing] == [
+        "small, one linear of 64 x 64, 16 tokens", "small, one linear of 128 x 64",
+        "small, one linear of 64 x 128", "small, nf4", "small, rtn",
+    ]  # fmt: skip
+    assert result["models"] == {} and capsys.readouterr().out.count("seconds are spent") == 5
+
+
+def test_calls_are_timed_until_the_time_is_over_and_once_at_least(benchmark):
+    cpu, calls, now = torch.device("cpu"), [], [0.0]
+    budget = benchmark.Budget(10, lambda: now[0])
+
+    def slow():
+        calls.append(now)
+        now[0] += 4
+
+    assert len(benchmark.all_seconds(slow, cpu, 20, budget)) == 2  # after 4, 8 and 12 seconds
+    assert len(benchmark.all_seconds(slow, cpu, 20, budget)) == 1 and len(calls) == 5
+    assert not budget.allows("more") and budget.skipped == ["more: the 10 seconds are spent"]
 
 
 def test_without_a_gpu_the_large_sizes_are_not_tried(benchmark, tmp_path, capsys, monkeypatch):
