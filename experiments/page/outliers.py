@@ -18,10 +18,18 @@ def outliers() -> str:
         row = rows.get(f"size {size}, {how}, {', '.join(way)}")
         return f"{row['loss']:.3f}; {100 * row['accuracy']:.0f}" if row else ""
 
+    def loss(how: str, way: str, size: int = 64) -> float:
+        return rows[f"size {size}, {how}, {way}"]["loss"]
+
     exact, broken = rows["exact"], rows["size 64, none, w4a4, rtn"]
     low, high = (100 * x for x in exact["interval"])
     mended = rows["size 64, rotate online, w4a4, rtn"]
     kept = rows["size 64, none, w4a16, rtn"]
+    sizes = sorted({size for size, _ in settings})
+    grown = [loss("none", "w4a4, rtn", size) for size in sizes]
+    turned = [loss(how, "nvfp4, rtn") for how in ("rotate", "rotate online")]
+    factors = [loss(how, "nvfp4, rtn") for how in ("smooth", "awq")]
+    eight = [loss("none", f"{form}, rtn") for form in ("w8a8", "fp8")]
     return "\n\n".join([
         "## Planted outliers",
         prose(f"{broken['channels']} channels of each norm's output, of the values and of what "
@@ -45,6 +53,21 @@ def outliers() -> str:
                             "planted value with their errors.")
               + " " + claim(rows["size 64, rotate online, w4a16, gptq"]["loss"] < kept["loss"],
                             "GPTQ, which knows the inputs, mends that.")),
+        prose("With the size, 1 to 1024, " + claim(
+                  grown == sorted(grown) and loss("none", "w4a16, rtn", 1024) < 1.02 * kept["loss"],
+                  f"4-bit inputs lose ever more (loss {', '.join(f'{x:.3f}' for x in grown)}), "
+                  "weights at 1024 no more than at 64.")
+              + " " + claim(loss("fold", "w4a16, rtn") < kept["loss"]
+                            and 1 < loss("fold", "w4a4, rtn") < broken["loss"],
+                            "Norms' gains, folded, take off what was planted in norms. That mends "
+                            "weights; inputs still meet the values and down_proj's input.")
+              + " " + claim(max(factors) < 1.2 * loss("none", "nvfp4, rtn", 1)
+                            and max(turned) > min(turned) > 1.5 * loss("none", "nvfp4, rtn"),
+                            "SmoothQuant and AWQ find a planted factor wherever it stands. "
+                            "Rotations spread what is loud and keep it, and in NVFP4 they do harm "
+                            "here: without one an outlier spoils the 16 channels of its own block.")
+              + " " + claim(max(eight) < 1.1 * exact["loss"],
+                            "Eight bits, whole or FP8, bear outliers of 64 without any repair.")),
     ])  # fmt: skip
 
 
@@ -58,14 +81,16 @@ def outliers_of_smollm2() -> str:
     rounded = [rows[f"weights, {how}, 3, rtn"] for how in ("none", "rotate")]
     stored = [row["stored_bytes"] for row in rounded]
 
-    def weighed(how: str, method: str) -> tuple[float, float, float]:
-        """The factor by which a repair changes perplexity at 3 bits, with its interval."""
-        return factor(*(rows[f"weights, {name}, 3, {method}"]["losses"] for name in (how, "none")))
+    def weighed(how: str, method: str, bits: int = 3) -> tuple[float, float, float]:
+        """The factor by which a repair changes perplexity, with its interval."""
+        return factor(*(rows[f"weights, {name}, {bits}, {method}"]["losses"]
+                        for name in (how, "none")))  # fmt: skip
 
     channels = [block["channel"] for block in before["blocks"]]
     often = max(set(channels), key=channels.count)
     said = {"inputs": lambda r: ("16, as they are", f"{r['input_bits'] or 'exact'}"),
-            "weights": lambda r: (f"{r['bits']}, {r['method']}", "exact")}  # fmt: skip
+            "weights": lambda r: (", ".join([str(r["bits"]), r["method"], r.get("text", "")])
+                                  .removesuffix(", "), "exact")}  # fmt: skip
     shown = []
     for name, row in rows.items():
         if (kind := name.partition(",")[0]) in said:
@@ -88,7 +113,8 @@ def outliers_of_smollm2() -> str:
         ]),
         prose(f"Perplexity of {exact['tokens']:,} tokens in windows of {exact['window']}, with "
               "inputs of linear layers rounded a token, or weights in groups of 64 whose grids "
-              f"span the range; times what it is in fp32, with 95% intervals over the "
+              "span the range (all_four: damping 0.05, weigh_columns, match_dense, refit_scales); "
+              "times what it is in fp32, with 95% intervals over the "
               f"{len(exact['losses'])} windows (Student's t):"),
         table(("bits of weights", "of inputs", "repair", "perplexity", "times fp32's"), shown),
         made(*(row["stamp"] for row in rows.values())),
@@ -107,6 +133,9 @@ def outliers_of_smollm2() -> str:
                             "AWQ's factors mend a part at 3 bits, to nearest and with GPTQ as the "
                             "paper has it; four of GPTQ's options together mend more, and with "
                             "them AWQ does harm, so it is no option of `quantize` either.")
+              + " " + claim(all(low < 1 < high for _, low, high in
+                                (weighed(how, "gptq", 4) for how in ("awq", "rotate"))),
+                            "At 4 bits neither AWQ nor a rotation changes what GPTQ reaches.")
               + " Rotating costs SmolLM2 a head of its own, as norms are folded into it: at 3 bits "
               f"{stored[1] / 1e6:.0f} MB are stored instead of {stored[0] / 1e6:.0f}, "
               + claim(stored[1] > 1.5 * stored[0], "more than half as much again")

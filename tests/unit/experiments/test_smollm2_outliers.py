@@ -1,6 +1,7 @@
 """SmolLM2's outliers: what is kept of a row, on a small random model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from experiments import smollm2_outliers as own
 from experiments.smollm2_outliers import REPAIRS, losses, measure, plan, where
 from experiments.table import Table
 from qlora_lib.models.rescale import plant_outliers
+from qlora_lib.runs.profiles import load_profile
 from tests.support.calibrated_models import batches
 from tests.support.small_models import small_model
 
@@ -58,6 +60,8 @@ def test_a_row_of_each_kind(texts):
     assert exact["wikitext2"] == pytest.approx(losses(model, ids)["wikitext2"])
     rounded = measure(model, seen, ids, "inputs", "none", 4)
     assert rounded["losses"] != exact["losses"]
+    best = measure(model, seen, ids, "weights", "none", 3, "best", "own")
+    assert best["text"] == "own" and best["losses"] != exact["losses"]
     rows = {how: measure(model, seen, ids, "weights", how, 3, "rtn")
             for how in ("none", "awq", "rotate")}  # fmt: skip
     assert len({row["bits_per_weight"] for row in rows.values()}) == 1
@@ -67,6 +71,36 @@ def test_a_row_of_each_kind(texts):
     assert rows["awq"]["stored_bytes"] == rows["none"]["stored_bytes"]
     assert len(rows["awq"]["exponents"]) == 8
     assert all(torch.equal(p, before.get_parameter(n)) for n, p in model.named_parameters())
+
+
+def test_texts_to_calibrate_on_are_cut_to_as_many_tokens(tmp_path, monkeypatch):
+    profile = load_profile("tiny")
+    model, tokenizer = profile.load()
+    (tmp_path / "valid.txt").write_text("A tower stands by the sea. " * 99, encoding="utf-8")
+    monkeypatch.setattr(own, "CALIBRATION", 96)
+    monkeypatch.setattr(own, "WINDOW", 64)
+    monkeypatch.setattr(own, "OWN", replace(own.OWN, samples=8, max_new_tokens=32))
+    said = {}
+    for text in own.TEXTS:
+        seen = own.calibration(text, model, tokenizer, profile, tmp_path)
+        assert [b["input_ids"].shape for b in seen] == [(1, 64), (1, 32)]
+        said[text] = tokenizer.decode(seen[0]["input_ids"][0])
+    assert said["wikitext"].startswith("A tower") and said["gsm8k"].startswith("Question:")
+    assert "Answer:" in said["gsm8k"]
+    with pytest.raises(ValueError, match="tokens, where 96 are needed"):
+        own.encoded(tokenizer, ["1 + 1"])
+
+
+@pytest.mark.long
+def test_a_row_sees_its_own_text(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(own, "calibration", lambda text, *_: text)
+    monkeypatch.setattr(own, "text_ids", lambda *_: None)
+    monkeypatch.setattr(own, "measure", lambda model, seen, *_: asked.append(seen) or {})
+    monkeypatch.setattr(own, "load_profile", lambda *_, **__: load_profile("tiny"))
+    names = [f"weights, none, 3, gptq{text}" for text in ("", ", gsm8k", ", own")]
+    own.main(["--out", str(tmp_path / "rows.json"), "--rows", *names])
+    assert asked == ["wikitext", "gsm8k", "own"]
 
 
 def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
