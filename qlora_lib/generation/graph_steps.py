@@ -80,16 +80,34 @@ class Steps:
         self.position += 1
         self._choose(logits)
 
-    def run(self, capture: Callable[[Callable], Callable]) -> list[list[int]]:
-        """Return the new ids of each row. capture: see Graphs."""
+    def run(self, capture: Callable[["Steps"], Callable]) -> list[list[int]]:
+        """Return the new ids of each row. capture: gives, for these steps, a function that does
+        what `step` does."""
         left, step = self.settings.max_new_tokens - 1, self.step
         for i in range(left):
             if i % LOOK == 0 and bool(self.ended.all()):
                 break
             if i == WARM:
-                step = capture(self.step)
+                step = capture(self)
             step()
         return self.sequences[:, self.width : int(self.at)].tolist()
+
+    def agrees(self, replay: Callable[[], None]) -> bool:
+        """Whether `replay` chooses for each row what `step` does. Both are undone; what they leave
+        in the cache, the next step writes again. Where tokens are drawn it is not looked at."""
+        if self.settings.do_sample:
+            return True
+        state = [self.token, self.position, self.at, self.ended, self.mask, self.sequences]
+        state += [layer.cumulative_length for layer in self.cache.layers]
+        before, after = [t.clone() for t in state], []
+        for step in (replay, self.step):
+            try:
+                step()
+                after.append([t.clone() for t in state])
+            finally:
+                for t, old in zip(state, before):
+                    t.copy_(old)
+        return all(map(torch.equal, *after))
 
 
 def _warpers(settings) -> list:
@@ -141,8 +159,9 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class Graphs:
-    """Decodes batches by steps that are captured, until a capture fails: that batch goes on from
-    Python, a warning says so, and `capture` is None then.
+    """Decodes batches by steps that are captured, until a capture fails, or the first step that is
+    replayed is not what it is from Python: that batch goes on from Python, a warning says so, and
+    `capture` is None then.
 
     capture: a function from a step to one that does the same (`cuda_graph`). None: never.
     """
@@ -162,11 +181,14 @@ class Graphs:
         with own_stream(ids.device):
             return Steps(model, ids, mask, settings).run(self._captured)
 
-    def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
+    def _captured(self, steps: Steps) -> Callable[[], None]:
         try:
-            return self.capture(step)
+            replay = self.capture(steps.step)
+            if not steps.agrees(replay):
+                raise RuntimeError("replayed, it chooses other tokens")
+            return replay
         except Exception as error:  # whatever a model does that a graph does not allow
             self.capture = None
             warnings.warn(f"no CUDA graph of this model's step ({error}): tokens are decoded from "
                           "Python, slower")  # fmt: skip
-            return step
+            return steps.step
