@@ -58,6 +58,34 @@ def draw_roofline(ax, tokens: int, bits: int, flops: float, bandwidth: float,
     ax.legend(loc="lower right", fontsize=10)
 
 
+def draw_expected(ax, rows: Sequence[dict], flops: float, bandwidth: float, title: str,
+                  bits: float = 4, measured: Sequence[dict] = ()) -> None:
+    """A GPU's roofline by its data sheet, and where products with a packed layer are expected.
+
+    rows: {"shape": [out, in], "tokens": int, "microseconds": predicted}, drawn as rings. bits: a
+    weight's, with its scale and zero-point. measured: rows of benchmarks/gpu.py, as crosses.
+    """
+    x = torch.logspace(-1, 4, 200)
+    ax.plot(x.tolist(), (torch.minimum(x * bandwidth, torch.tensor(flops)) / 1e12).tolist(),
+            color=MUTED)
+    ax.axvline(flops / bandwidth, color=MUTED, linestyle=":", linewidth=1.5)
+    points = [(row, row["microseconds"] / 1e6, "o", "none", "PREDICTED") for row in rows]
+    points += [(row, row["milliseconds"]["rtn"] / 1e3, "x", CHOSEN, "measured")
+               for row in measured]
+    for row, time, marker, face, label in points:
+        work, moved = product_cost(row["tokens"], *row["shape"], bits)
+        color = CHOSEN if marker == "x" else PACKED
+        ax.plot(work / moved, work / time / 1e12, marker, color=color, markerfacecolor=face,
+                markersize=9, markeredgewidth=2, label=label, linestyle="none")
+        ax.annotate(f"{row['tokens']}", (work / moved, work / time / 1e12), (7, -12),
+                    textcoords="offset points", color=color, fontsize=10)
+    handles = {h.get_label(): h for h in ax.lines if not h.get_label().startswith("_")}
+    ax.legend(handles=handles.values(), loc="lower right", fontsize=10)
+    ax.set(xscale="log", yscale="log", xlim=(1, 1e4), ylim=(bandwidth / 1e12, 2 * flops / 1e12),
+           xlabel="operations a byte", ylabel="10¹² operations a second", title=title)
+    ax.minorticks_off()
+
+
 def _time(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.1f} µs"
 

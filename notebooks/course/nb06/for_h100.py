@@ -19,12 +19,13 @@ POINTERS = {"x": "*fp32", "packed": "*u8", "scale": "*fp32", "zero": "*fp32", "y
             "w": "*fp32"}
 
 
-def for_h100(kernel, **sizes: int) -> dict | str | None:
+def for_h100(kernel, sm: int = 90, **sizes: int) -> dict | str | None:
     """What the compiler makes of a kernel of notebook 06 for an H100 (sm_90), or its error.
 
-    sizes: of the tile, {"BLOCK": 16, "HALF": 64}. Returns {"registers": of a thread, "loop": the
-    number of instructions in the kernel's innermost loop, "kinds": {name: how many of them}},
-    what the compiler's error says, or None where Triton is not (it has wheels for Linux).
+    sm: 80 for an A100, and so on. sizes: of the tile, {"BLOCK": 16, "HALF": 64}. Returns
+    {"registers": of a thread, "loop": the number of instructions in the kernel's innermost loop,
+    "kinds": {name: how many of them}}, what the compiler's error says, or None where Triton is not
+    (it has wheels for Linux).
     """
     if sys.platform != "linux":
         return None
@@ -34,7 +35,8 @@ def for_h100(kernel, **sizes: int) -> dict | str | None:
         path.write_text("import triton\nimport triton.language as tl\n\n" + source,
                         encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", __name__, str(path), kernel.fn.__name__, json.dumps(sizes)],
+            [sys.executable, "-m", __name__, str(path), kernel.fn.__name__, json.dumps(sizes),
+             str(sm)],
             env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder,
                               "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True, text=True, timeout=SECONDS)
@@ -61,7 +63,7 @@ def innermost_loop(sass: str) -> list[str]:
     return names[slice(*min(loops, key=lambda ab: ab[1] - ab[0]))] if loops else []
 
 
-def main(path: str, name: str, sizes: str) -> None:
+def main(path: str, name: str, sizes: str, sm: str) -> None:
     """Compile the function in the file, and print what `for_h100` returns as JSON."""
     from importlib.util import module_from_spec, spec_from_file_location
 
@@ -78,7 +80,7 @@ def main(path: str, name: str, sizes: str) -> None:
     even = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names)
             if a not in fixed}
     made = triton.compile(ASTSource(kernel, kinds, constexprs=fixed, attrs=even),
-                          GPUTarget("cuda", 90, 32), {"num_warps": 4})
+                          GPUTarget("cuda", int(sm), 32), {"num_warps": 4})
     cubin = Path(path).with_suffix(".cubin")
     cubin.write_bytes(made.asm["cubin"])
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -40,6 +40,24 @@ def test_a_measured_product_stands_where_it_was_measured():
     assert y == pytest.approx(2e5 / 1e-3 / 1e9) and x == pytest.approx(2e5 / (4e5 + 4 * 1100))
 
 
+def test_what_is_expected_is_a_ring_and_what_was_measured_a_cross():
+    rows = [{"shape": [100, 1000], "tokens": t, "microseconds": 10.0 * t} for t in (1, 8)]
+    seen = [{"shape": [100, 1000], "tokens": 1, "milliseconds": {"rtn": 0.05}}]
+    ax = Figure().subplots()
+    draw.draw_expected(ax, rows, 1e13, 1e12, "a GPU", measured=seen)
+    rings = [line for line in ax.lines if line.get_marker() == "o"]
+    (cross,) = (line for line in ax.lines if line.get_marker() == "x")
+    assert [ring.get_markerfacecolor() for ring in rings] == ["none"] * 2
+    for line, tokens, seconds in [*zip(rings, (1, 8), (1e-5, 8e-5)), (cross, 1, 5e-5)]:
+        (x, y), = line.get_xydata()
+        work, moved = draw.product_cost(tokens, 100, 1000, 4)
+        assert x == pytest.approx(work / moved) and y == pytest.approx(work / seconds / 1e12)
+    assert [t.get_text() for t in ax.get_legend().texts] == ["PREDICTED", "measured"]
+    ax = Figure().subplots()
+    draw.draw_expected(ax, rows, 1e13, 1e12, "a GPU")
+    assert [t.get_text() for t in ax.get_legend().texts] == ["PREDICTED"]
+
+
 def test_controls_of_tiles():
     check_controls(draw.draw_tiles, {"block_out": [16, 128], "block_tokens": [16, 64]},
                    axes=(1, 2), **TILES)

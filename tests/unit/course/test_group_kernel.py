@@ -128,6 +128,30 @@ def test_kernels_are_compiled_for_an_h100_and_those_that_cannot_be_are_told_why(
     assert "power of 2" in for_h100(bad, BLOCK=4, HALF=64)
 
 
+# Kernels that pass: the folded solutions, and another way
+PASSING = {
+    "step 2": DECODER,
+    "step 3": SOLUTION,
+    "step 3, asking ahead": SOLUTION.replace("range(0, groups)",
+                                             "tl.range(0, groups, num_stages=3)"),
+}  # fmt: skip
+assert len(set(PASSING.values())) == len(PASSING)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler has wheels for Linux")
+@pytest.mark.parametrize("source", PASSING.values(), ids=PASSING)
+def test_kernels_that_pass_are_compiled_for_an_a100_and_an_h100(source, kernel, capsys):
+    mine = kernel(source)
+    decodes = "my_decode" in source
+    run = (triton_or_stub.decoding if decodes else triton_or_stub.launched)(mine)
+    assert check("decode_kernel" if decodes else "group_kernel", run) is run, capsys.readouterr()
+    for sm in (80, 90):
+        made = for_h100(mine, sm, BLOCK=16, HALF=64)
+        assert isinstance(made, dict), made
+        assert made["registers"] < 256 and bool(made["loop"]) is not decodes
+
+
 def test_the_innermost_loop_is_that_of_the_nearest_backward_branch():
     sass = """
 .L_x_0:
