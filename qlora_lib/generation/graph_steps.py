@@ -3,7 +3,7 @@ for a batch as a CUDA graph and then replayed.
 
 A token of LLaMA-2-7B takes 1,283 operations on the GPU, 39 in each block and 35 around them, and
 1,731 with adapters on all linears (counted with transformers 5.23). Python launches each in about
-ten microseconds or more, and the GPU waits. A CUDA graph launches all of them at once. It repeats
+ten microseconds or more, and the GPU waits. A CUDA graph launches all at one call. It repeats
 them on the same addresses: so keys and values lie in a cache of full length (transformers'
 StaticCache), and what changes from token to token (the last token, its position, the mask, where it
 is written) is changed in place, by the step itself.
