@@ -1,5 +1,5 @@
 """What notebook 12 draws: number lines of 4-bit formats, the error over AWQ's exponent, what
-rounding takes of a token whose channels are not alike.
+rounding takes of a token whose channels are not alike, and what each text to calibrate on costs.
 
 Pure functions of their arguments (see `course/kit/picture.py`), with fixed axes so that the
 settings of a slider compare.
@@ -105,3 +105,26 @@ def draw_outliers(axes, size: int, repair: str, rounding: str, tokens: dict, cos
            yticklabels=list(REPAIRS), xlabel="KL, nats a token", title=rounding)
     ax.minorticks_off()
     ax.invert_yaxis()
+
+
+def draw_texts(axes, lost: dict[tuple[str, str], Sequence[tuple[float, float]]],
+               counts: Sequence[int], none: tuple[float, float]) -> None:
+    """The loss above the dense model's over the windows of text that were seen, a line a text with
+    its intervals, beside what no text costs; axes (2,), one a method.
+
+    lost: {(method, text): [(mean, half an interval) a count]}; none: (mean, half an interval).
+    """
+    texts, methods = (dict.fromkeys(key[i] for key in lost) for i in (1, 0))
+    for ax, method in zip(axes, methods):
+        ax.axhspan(none[0] - none[1], none[0] + none[1], color=MUTED, alpha=0.25, linewidth=0)
+        ax.axhline(none[0], color=MUTED, linestyle="--", linewidth=1.2, label="no text")
+        for row, (text, color) in enumerate(zip(texts, PLAIN)):
+            beside = 1.07 ** (row - (len(texts) - 1) / 2)  # bars do not cover each other
+            mean, half = zip(*lost[method, text])
+            ax.errorbar([n * beside for n in counts], mean, half, color=color, marker="o",
+                        markersize=5, linewidth=1.6, capsize=3, label=text)
+        ax.set(xscale="log", ylim=(0, 0.18), xticks=counts, xticklabels=counts,
+               title=method.upper(), xlabel="windows of text",
+               ylabel="loss above the dense model's")
+        ax.minorticks_off()
+    axes[-1].legend(loc="upper right", fontsize=10)

@@ -51,6 +51,8 @@ register(Exercise(
         (_read(sign=lambda c: 2.0 * (c >> 3) - 1), "sign bit 1 means minus"),
         (_read(exponent=lambda c: c & 3, mantissa=lambda c: c >> 2 & 1),
          "from the top: sign, exponent, mantissa; the mantissa is the lowest bit"),
+        (lambda c: (1 - 2 * (c >> 3)) * e2m1_values(c & 7),
+         "uint8 has no negative numbers: 1 - 2 * sign is 255; go on with codes.int()"),
         (lambda c: torch.where(c > 7, c.float() - 16, c.float()),
          "this reads whole numbers in two's complement; E2M1 has sign, exponent and mantissa"),
     ],
@@ -94,6 +96,7 @@ register(Exercise(
         (_block(100.0), "weights up to 100"),
         (_block(6.9), "the largest is 6.9: it stays, and becomes 6"),
         (_block(7.5), "the largest is 7.5: the scale becomes 2"),
+        (_block(7.0), "the largest is 7: the scale becomes 2"),
     ],
     mistakes=[
         (_mx(lambda most: torch.floor(torch.log2(most)) - 2),
@@ -112,6 +115,12 @@ register(Exercise(
         (_mx(lambda most: torch.ceil(torch.log2(most / 6))),
          "this never lets a weight exceed 6; up to 7 it is closer to 6 than to 8, and the finer "
          "scale is kept"),
+        (_mx(lambda most: torch.floor(torch.log2(most / 7))),
+         "this brings the largest weight between 7 and 14: the exponent is one more"),
+        (lambda block: _mx(lambda _: torch.floor(torch.log2(block.max() / 7)) + 1)(block),
+         "the largest |weight|: it may be a negative one"),
+        (_mx(lambda most: torch.ceil(torch.log2(most / 7))),
+         "a largest weight of exactly 7 still has the finer scale here; from 7 on it is the next"),
         (_mx(scaled=lambda block, p: block / block.abs().max() * 6),
          "this divides by absmax / 6, but what is stored is a power of two: divide by that"),
     ],
@@ -271,7 +280,7 @@ register(Exercise(
     name="awq_exponent",
     reference=awq_exponent,
     cases=[
-        (_awq_case(8, 30.0, 30.0, (0.0, 0.5, 1.0)), "a loud channel with small weights"),
+        (_awq_case(8, 30.0, 30.0, (0.0, 0.125, 0.5, 1.0)), "a loud channel with small weights"),
         (_awq_case(8, 1.0, 1.0, (0.0, 2.0, 4.0)), "channels alike"),
         (_awq_case(32, 200.0, 1.0, (0.0, 0.4, 1.0), 0.02), "quiet inputs, one loud channel"),
         (_awq_case(16, 16.0, 16.0, (0.0, 1.0, 3.0)), "exponents up to 3"),
@@ -293,6 +302,9 @@ register(Exercise(
                                                "dimension 0"),
         (_awq(loss=lambda x, d: (x @ d.T).sum().abs()),
          "errors of both signs cancel in this sum: square them"),
+        (lambda w, x, q, e: e[0], "this is always the first exponent: without rounding nothing is "
+                                  "lost, and all are alike"),
+        (_awq(size=lambda x: x.abs().amax(0)), "the mean of |x| over the tokens, not the largest"),
         (_awq(size=lambda x: x.mean(0).abs()), "the mean of |x|: the mean of x is near 0 for any "
                                                "channel"),
     ],
@@ -376,6 +388,8 @@ register(Exercise(
         (_rotate(read=lambda g, w, r: (w * g) @ r.T),
          "the reader gets x R: it needs W R, as R R^T is the identity"),
         (_rotate(read=lambda g, w, r: w * g), "the reader is not rotated, but its input is"),
+        (_rotate(lambda g, w, r: (w * g) @ r.T, lambda w, r: r @ w),
+         "outputs stay, but the stream is y R^T: exchange R and R^T"),
         (_rotate(write=lambda w, r: r @ w), "y R is asked of the writer: R^T V, not R V"),
         (_rotate(write=lambda w, r: w @ r), "the writer's OUTPUTS are rotated: its rows, from the "
                                             "left"),

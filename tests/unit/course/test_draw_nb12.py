@@ -104,3 +104,24 @@ def test_weights_alone_leave_the_inputs_as_they_are():
     assert left.get_title() == "inputs are not rounded"
     assert [bar.get_width() for bar in right.patches] == [
         given["costs"][64, name, "INT4 weights"] for name in draw.REPAIRS]
+
+
+# --- texts to calibrate on ----------------------------------------------------------------
+
+def test_each_text_has_its_means_and_intervals_beside_no_text():
+    lost = {(method, text): [(0.01 * k + 0.02 * n, 0.005) for n in range(3)]
+            for k, (method, text) in enumerate(itertools.product(("gptq", "awq"), ("task", "own")))}
+    axes = axes_of(draw.draw_texts, (2,), lost=lost, counts=[16, 64, 512], none=(0.05, 0.01))
+    assert [ax.get_title() for ax in axes] == ["GPTQ", "AWQ"]
+    for ax, method in zip(axes, ("gptq", "awq")):
+        assert ax.lines[0].get_ydata()[0] == 0.05
+        bands = [(p.get_y(), p.get_height()) for p in ax.patches]
+        assert bands == [(pytest.approx(0.04), pytest.approx(0.02))]
+        drawn = {bars.get_label(): bars for bars in ax.containers}
+        for text in ("task", "own"):
+            line, _, (bars,) = drawn[text]
+            means = [mean for mean, _ in lost[method, text]]
+            assert list(line.get_ydata()) == means
+            ends = [(low, high) for (_, low), (_, high) in bars.get_segments()]
+            assert ends == [pytest.approx((mean - 0.005, mean + 0.005)) for mean in means]
+            assert list(line.get_xdata()) == pytest.approx([16, 64, 512], rel=0.1)
