@@ -66,8 +66,10 @@ def outliers() -> str:
                             "SmoothQuant and AWQ find a planted factor wherever it stands. "
                             "Rotations spread what is loud and keep it, and in NVFP4 they do harm "
                             "here: without one an outlier spoils the 16 channels of its own block.")
-              + " " + claim(max(eight) < 1.1 * exact["loss"],
-                            "Eight bits, whole or FP8, bear outliers of 64 without any repair.")),
+              + " " + claim(max(eight) < 1.1 * exact["loss"] and loss("none", "w8a8, rtn", 1024) > 1
+                            and loss("none", "fp8, rtn", 1024) < 1.1 * exact["loss"],
+                            "Eight bits bear outliers of 64 without any repair; those of 1024 break "
+                            "whole numbers, and not FP8, whose steps are fine for small values.")),
     ])  # fmt: skip
 
 
@@ -186,8 +188,13 @@ def calibration_texts() -> str:
         worse = [s for s in sources if s != "task"
                  and (g := with_interval(gaps(s, most, method, best)))[0] > g[1]]
         few = with_interval(gaps("task", least, method, best))
+        beside = {s: with_interval(gaps(s, most, method, plain)) for s in sources}
+        gains = [s for s, (mean, half) in beside.items() if mean < -half]
+        harms = [s for s, (mean, half) in beside.items() if mean > half]
         told.append(f"{method.upper()}: at {most} windows worse than on the task's text: "
-                    f"{', '.join(worse) or 'none'}; {least} windows of the task cost "
+                    f"{', '.join(worse) or 'none'}; better than without any text: "
+                    f"{', '.join(gains) or 'none'}; worse than without: "
+                    f"{', '.join(harms) or 'none'}; {least} windows of the task cost "
                     f"{few[0]:+.4f} ± {few[1]:.4f} beside {most}.")
     mean, half = with_interval([a - b for a, b in zip(plain, exact, strict=True)])
     return "\n\n".join([
