@@ -15,7 +15,7 @@ from experiments.page.peers import beside_gptqmodel, layers, solver, through_lla
 from experiments.page.real_models import contributed, real_model
 from experiments.page.records import recorded
 from experiments.page.starts import starts
-from experiments.page.tiny import epochs, fine_tuning, merging, widths
+from experiments.page.tiny import epochs, fine_tuning, merging, merging_without_loss, widths
 from experiments.page.writing import table
 from qlora_lib.base.endings import ending
 from qlora_lib.base.files import whole_file
@@ -33,8 +33,6 @@ well LLaMA-2-7B will do."""
 ELSEWHERE = [
     ("`tiny-learning-rates.json`: full fine-tuning and LoRA over learning rates, dev loss",
      "03_lora"),
-    ("`tiny-exact-merges.json`: merges that lose nothing, and what they cost in training",
-     "11_calibrated_adapters"),
     ("`tiny-cache.json`, `smollm2-cache.json`: keys and values in 8, 4 and 2 bits",
      "06_int4_kernels"),
     ("`tiny-adapters-*.json`: tasks, ranks, learning rates, sums, averages",
@@ -54,9 +52,10 @@ def page() -> str:
     """The whole page. Raises ValueError when a record contradicts itself or a sentence."""
     for path in records.RESULTS.glob("*.json"):
         recorded(path.stem)
-    parts = (fine_tuning, widths, merging, real_model, contributed, beside_gptqmodel, solver,
-             layers, steps, epochs, starts, outliers, outliers_of_smollm2, calibration_texts,
-             serving, through_llama_cpp, elsewhere)  # fmt: skip
+    parts = (fine_tuning, widths, merging, merging_without_loss, real_model, contributed,
+             beside_gptqmodel, solver, layers, steps, epochs, starts, outliers,
+             outliers_of_smollm2, calibration_texts, serving, through_llama_cpp,
+             elsewhere)  # fmt: skip
     return "\n\n".join([OPENING, *(part() for part in parts)]) + "\n"
 
 

@@ -1,8 +1,10 @@
 """The tiny model: fine-tuned, in fewer bits, merged, and how often it sees an example."""
 
-from itertools import combinations
+from itertools import combinations, product
+from statistics import fmean
 
 from experiments.adapters import read_epochs
+from experiments.exact_merge import RANK
 from experiments.page.records import claim, p_value, recorded
 from experiments.page.writing import made, percent, prose, table
 from qlora_lib.base.statistics import mcnemar
@@ -110,6 +112,52 @@ def merging() -> str:
               f"{0.05 / len(tests):.4f}; "
               + claim(min(errors[1:]) > 1e4 * errors[0], "in logits they differ by orders of "
                       "magnitude.")),
+    ])  # fmt: skip
+
+
+# (kind of training, way to merge): what it is called
+EXACT = {
+    ("lora", "dense"): "LoRA, into dense weights",
+    ("lora", "rtn"): "LoRA, rounded to nearest",
+    ("lora", "gptq"): "LoRA, by GPTQ",
+    ("lora", "own grid"): "LoRA, codes moved on their grid",
+    ("on_grid", "exact"): "codes trained on their grid (LR-QAT)",
+    ("group_wise", "real zero-points"): "QA-LoRA, zero-points in fp16",
+    ("group_wise", "whole zero-points"): "QA-LoRA, whole zero-points",
+}
+
+
+def merging_without_loss() -> str:
+    rows = list(recorded("tiny-exact-merges").values())
+    after: dict = {(row["bits"], row["lr"]): {} for row in rows}
+    shown = []
+    for (bits, lr), ((kind, way), label) in product(after, EXACT.items()):
+        own = [row for row in rows if (row["bits"], row["lr"], row["kind"]) == (bits, lr, kind)]
+        merged = [row["merged"][way] for row in own]
+        loss, error = (fmean(m[k] for m in merged) for k in ("dev_loss", "logit_error"))
+        after[bits, lr][kind, way] = loss
+        shown.append((f"{bits}", f"{lr:g}", label, f"{fmean(r['dev_loss'] for r in own):.3f}",
+                      f"{loss:.3f}", f"{error:.0e}", str(len(own))))  # fmt: skip
+    exact = [row["merged"]["exact"] for row in rows if row["kind"] == "on_grid"]
+    return "\n\n".join([
+        "### Merges that lose nothing",
+        prose("Adapters trained for their merge beside LoRA, from one base in GPTQ's codes: rank "
+              f"{RANK} on all linears, {rows[0]['steps']} steps; loss on solutions of "
+              f"{rows[0]['dev_problems']} dev problems before and after the merge, and the "
+              "relative error of the logits, means over the seeds "
+              "([record](../data/results/tiny-exact-merges.json); [notebook 11]"
+              "(../notebooks/11_calibrated_adapters.ipynb) says how and why)."),
+        table(("bits", "rate", "adapter and merge", "loss before", "after", "logit error", "seeds"),
+              shown),
+        made(*(row["stamp"] for row in rows)),
+        prose(claim(all(m["logit_error"] == 0 for m in exact),
+                    "Codes trained on their grid merge to the bit, ")
+              + claim(all(loss["on_grid", "exact"] > loss["lora", "dense"]
+                          for loss in after.values()), "but they learn less: ")
+              + claim(all(min(loss[way] for way in loss if way != ("lora", "dense"))
+                          == loss["lora", "gptq"] for loss in after.values()),
+                      "of the merges into few bits LoRA's by GPTQ ends with the lowest loss, each "
+                      "time.")),
     ])  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import results_page
 from experiments.page import records as records_of_page
+from experiments.page.tiny import merging_without_loss
 from experiments.results_page import PAGE, main, page
 from qlora_lib.evaluation.evaluate import evaluate
 from qlora_lib.evaluation.result_row import result_row, write_row
@@ -66,6 +67,22 @@ def test_a_claim_that_the_records_do_not_bear_is_not_made(records):
     records("gptq-quality", worse)
     with pytest.raises(ValueError, match="do not bear this out any more: .*below that of the best"):
         page()
+
+
+@pytest.mark.parametrize("kind, way, key, value, said", [
+    ("on_grid", "exact", "logit_error", 1e-7, "merge to the bit"),
+    ("on_grid", "exact", "dev_loss", 0.7, "learn less"),
+    ("group_wise", "whole zero-points", "dev_loss", 0.7, "LoRA's by GPTQ ends with the lowest"),
+])
+def test_merges_that_lose_nothing_are_called_what_they_are(kind, way, key, value, said, records):
+    def change(rows):
+        for row in rows.values():
+            if (row["kind"], row["bits"]) == (kind, 2):
+                row["merged"][way][key] = value
+
+    records("tiny-exact-merges", change)
+    with pytest.raises(ValueError, match=f"do not bear this out any more: .*{said}"):
+        merging_without_loss()
 
 
 def test_a_contributed_row_is_shown_and_its_verdicts_are_counted(records, tmp_path):
