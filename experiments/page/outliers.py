@@ -68,8 +68,9 @@ def outliers() -> str:
                             "here: without one an outlier spoils the 16 channels of its own block.")
               + " " + claim(max(eight) < 1.1 * exact["loss"] and loss("none", "w8a8, rtn", 1024) > 1
                             and loss("none", "fp8, rtn", 1024) < 1.1 * exact["loss"],
-                            "Eight bits bear outliers of 64 without any repair; those of 1024 break "
-                            "whole numbers, and not FP8, whose steps are fine for small values.")),
+                            "Eight bits bear outliers of 64 without any repair; those of 1024 "
+                            "break whole numbers, and not FP8, whose steps are fine for small "
+                            "values.")),
     ])  # fmt: skip
 
 
@@ -150,9 +151,9 @@ def outliers_of_smollm2() -> str:
                             "AWQ with GPTQ.")
               + " " + claim(weighed("awq", "best")[2] < 1 < weighed("awq", "all_four", 2)[1],
                             "With `best()` AWQ does pay at 3 bits: "
-                            f"{rows['weights, awq, 3, best']['wikitext2']:.2f}, the least here; with "
-                            "the four options it does harm at 2 bits too. A rotation is not "
-                            "measured with either.")
+                            f"{rows['weights, awq, 3, best']['wikitext2']:.2f}, "
+                            "the least here; with the four options it does harm at 2 bits too. A "
+                            "rotation is not measured with either.")
               + " Rotating costs SmolLM2 a head of its own, as norms are folded into it: at 3 bits "
               f"{stored[1] / 1e6:.0f} MB are stored instead of {stored[0] / 1e6:.0f}, "
               + claim(stored[1] > 1.5 * stored[0], "more than half as much again")
