@@ -9,7 +9,7 @@ Frantar et al. 2024, arXiv 2408.11743. Its order of codes is another one.)
 A block has 64 rows and 64 features, 512 words. Which codes a word of it holds:
 
     rows      16 a + 8 b + g        a = 0..3, b = 0..1, g = 0..7
-    features  16 w + 4 t + 2 c + d  w = 0..3, t = 0..3, c = 0..1, d = 0..1
+    features  16 w + 8 c + 2 t + d  w = 0..3, c = 0..1, t = 0..3, d = 0..1
     word      ((a * 8 + g) * 4 + t) * 4 + w
     bits      16 d + 4 (2 c + b) and the next three
 """
@@ -26,8 +26,8 @@ from ..quant.recipe import Quantized
 
 BLOCK = 64  # rows and features of a block
 SPANS = (128, 64, 32)  # features of one group that a kernel multiplies at a time
-# Axes of a matrix (tile, a, b, g) x (block, w, t, c, d), numbered in this order, as words have them
-WORDS = (0, 4, 1, 3, 6, 5, 8, 7, 2)  # tile, block, a, g, t, w, then d, c, b: the bits
+# Axes of a matrix (tile, a, b, g) x (block, w, c, t, d), numbered in this order, as words have them
+WORDS = (0, 4, 1, 3, 7, 5, 8, 6, 2)  # tile, block, a, g, t, w, then d, c, b: the bits
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Fragments(QuantizedTensor):
     """A 4-bit weight with its codes in the order of tensor cores, padded with zeros.
 
     codes     int32 (out / 64, in / 64, 512), both rounded up: see above
-    op_grids  int32 (out / 64, groups, 64): a row's scale in fp16, and 1 + zero_point / 16 in fp16
+    op_grids  int32 (out / 64, groups, 64): a row's scale in fp16, and -(128 + zero_point) in fp16
               in the upper half; 0 where there is no row, and for groups of added features alone
     """
 
@@ -79,9 +79,9 @@ def fragments(weight: Quantized) -> Fragments | None:
     (out, n), groups = weight.shape, weight.scale.shape[1]
     rows, features = -out % BLOCK, -n % BLOCK  # to be added
     q = pad(unpack(weight.codes, 4, weight.shape), (0, features, 0, rows))
-    q = q.view(-1, 4, 2, 8, (n + features) // BLOCK, 4, 4, 2, 2).permute(*WORDS)
+    q = q.view(-1, 4, 2, 8, (n + features) // BLOCK, 4, 2, 4, 2).permute(*WORDS)
     codes = pack(q.reshape(*q.shape[:2], 8 * 512), 4).view(torch.int32)  # (tiles, blocks, 512)
-    zero = 1 + weight.zero_point.half() / 16  # exact
+    zero = -128 - weight.zero_point.half()  # exact
     pairs = [half.view(torch.int16) for half in (weight.scale, zero)]  # no floats for autocast
     op_grids = torch.stack(pairs, -1).view(torch.int32)[..., 0]  # (out, groups)
     more = 0 if groups == 1 else -(-features * groups // n)  # groups that there are not

@@ -58,11 +58,11 @@ def _fragments(codes, grids, w, ones, out, n, groups, GROUP: tl.constexpr):
     """codes and grids as in Fragments -> w (out, n), a block of 64 x 64 a program."""
     tile, block = tl.program_id(0), tl.program_id(1)
     words = tl.load(codes + (tile * tl.num_programs(1) + block) * 512 + tl.arange(0, 512))
-    q = decoded(words, ones, tl.float16, 1, 4).to(tl.float32)  # 1 + q / 16
+    q = decoded(words, ones, tl.float16, 1, 4).to(tl.float32)  # 128 + q
     row, k = tl.arange(0, 64)[:, None], block * 64 + tl.arange(0, 64)[None, :]
     there = (tile * 64 + row < out) & (k < n)
     grid = tl.load(grids + (tile * groups + k // GROUP) * 64 + row, mask=there, other=0)
-    value = 16 * half(grid) * (q - half(grid >> 16))
+    value = half(grid) * (q + half(grid >> 16))  # the sum is exact
     tl.store(w + (tile * 64 + row).to(tl.int64) * n + k, value, mask=there)
 
 

@@ -6,10 +6,11 @@ take them (`fragments`); they are copied into shared memory some passes ahead (S
 so that all multiprocessors read. The last program of a tile adds up the sums of the others, in
 fixed order, and stores the output in its dtype: there is no second launch.
 
-Decoding costs an instruction a weight. A code goes into the upper bits of a 16-bit fraction below
-the exponent of 1, for two codes at once: (word >> k) & 0x00780078 | 0x3F803F80 are two numbers
-1 + q / 16 in bf16, exactly. With z' = 1 + zero / 16, a group's scale and zero leave its sum:
-    sum_k scale (q_k - zero) x_k  =  16 scale (sum_k (1 + q_k / 16) x_k  -  z' sum_k x_k)
+Decoding costs less than an instruction a weight. A code goes into the lowest bits of a 16-bit
+fraction below the exponent of 128, for two codes at once: (word >> k) & 0x000F000F | 0x43004300 are
+two numbers 128 + q in bf16, exactly. With z' = 128 + zero, a group's scale and zero leave its sum:
+    sum_k scale (q_k - zero) x_k  =  scale (sum_k (128 + q_k) x_k  -  z' sum_k x_k)
+Beyond 32 tokens there are more sums than weights, and weights are scaled.
 """
 
 import torch
@@ -21,24 +22,26 @@ from .triton_language import INTERPRETED, KINDS, tl, triton
 MOST_TOKENS = 128  # with more, decoding once for cuBLAS costs less than decoding for each tile
 PROGRAMS = 8  # for each multiprocessor of the GPU: warps enough to keep its memory busy
 # Sizes by tokens of a tile: (warps, blocks of a pass, passes in shared memory)
-SIZES = {8: (1, 2, 4), 16: (1, 1, 4), 32: (2, 2, 3), 64: (2, 2, 3)}
-ONES = {torch.bfloat16: 0x3F803F80, torch.float16: 0x3C003C00}  # two times 1.0
+SIZES = {8: (1, 2, 4), 16: (1, 1, 4), 32: (1, 1, 4), 64: (2, 2, 3)}
+SCALED = tl.constexpr(32)  # tokens up to which sums are scaled: with more, weights are
+ONES = {torch.bfloat16: 0x43004300, torch.float16: 0x58005800}  # two times 128
 
 
 @triton.jit
 def decoded(words, ones, KIND: tl.constexpr, BLOCKS: tl.constexpr, W: tl.constexpr):
-    """int32 (BLOCKS * W * 128,), of W pieces a block -> 1 + q / 16 in KIND (64, BLOCKS * W * 16).
+    """int32 (BLOCKS * W * 128,), of W pieces a block -> 128 + q in KIND (64, BLOCKS * W * 16).
     No element changes its thread: only the names of the axes change."""
-    w = tl.reshape(words, (BLOCKS, 4, 8, 4, W))  # (block, a, g, t, w)
+    w = tl.reshape(words, (BLOCKS, 4, 8, 4, W, 1))  # (block, a, g, t, w, -)
+    at = 4 * tl.reshape(tl.arange(0, 4), (1, 1, 1, 1, 1, 4))
     if KIND == tl.bfloat16:  # 7 bits of fraction, in each half of the word
-        v = tl.join(tl.join(w << 3, w >> 1), tl.join(w >> 5, w >> 9)) & 0x00780078
+        v = ((w >> at) & 0x000F000F) | ones
     else:  # 10 bits of fraction
-        v = tl.join(tl.join(w << 6, w << 2), tl.join(w >> 2, w >> 6)) & 0x03C003C0
-    v = v | ones  # no constant: one instruction, LOP3, takes `& constant | register`
-    halves = tl.join(v.to(tl.int16), (v >> 16).to(tl.int16))  # (block, a, g, t, w, b, c, d)
-    halves = tl.permute(
-        halves, (1, 5, 2, 0, 4, 3, 6, 7)
-    )  # rows a, b, g; features block, w, t, c, d
+        v = (((w >> at) & 0x000F000F) << 3) | ones
+    v = tl.reshape(v, (BLOCKS, 4, 8, 4, W, 4, 1))
+    v = v >> (16 * tl.reshape(tl.arange(0, 2), (1, 1, 1, 1, 1, 1, 2)))
+    halves = tl.reshape(v.to(tl.int16), (BLOCKS, 4, 8, 4, W, 2, 2, 2))  # (..., w, c, b, d)
+    # rows a, b, g; features block, w, c, t, d
+    halves = tl.permute(halves, (1, 6, 2, 0, 4, 5, 3, 7))
     return tl.reshape(halves, (64, BLOCKS * W * 16)).to(KIND, bitcast=True)
 
 
@@ -62,7 +65,7 @@ def _product(
     ones += tl.program_id(2)
     row = tl.arange(0, 64)
     token = tl.program_id(0) % token_tiles * TOKENS + tl.arange(0, TOKENS)
-    there = (token < tokens)[:, None]
+    lines = tl.minimum(token, tokens - 1)[:, None]  # behind the last one: it again, without a mask
     # Words of SPAN features: of one block or two, of half of one with SPAN 32
     BLOCKS: tl.constexpr = 2 if SPAN == 128 else 1
     W: tl.constexpr = 2 if SPAN == 32 else 4
@@ -70,33 +73,38 @@ def _product(
     at = at // W * 4 + at % W
     feature = tl.arange(0, SPAN)
     total = tl.zeros((64, TOKENS), tl.float32)
-    every = tl.full((64, SPAN), 1.0, DOT)
+    every = tl.full((16, SPAN), 1.0, DOT)
     first = part * per_split
     last = tl.minimum(first + per_split, blocks)
     for start in tl.range(first, last, PASS, num_stages=STAGES):
         for i in tl.static_range(PASS * 64 // SPAN):
-            # Beyond the end: the last block again, with scales of 0.
-            block = tl.minimum(start + i * SPAN // 64, blocks - BLOCKS)
-            words = tl.load(codes + (tile * blocks + block) * 512 + i * SPAN % 64 // 16 + at)
+            block = start + i * SPAN // 64
+            if PASS > BLOCKS:  # beyond the end: the last block again, with scales of 0
+                block = tl.minimum(block, blocks - BLOCKS)
             k = block * 64 + i * SPAN % 64  # the first feature
-            grid = tl.load(grids + (tile * groups + k // GROUP) * 64 + row,
-                           mask=start + i * SPAN // 64 < last, other=0)  # (64,)  # fmt: skip
-            if RAGGED:
-                there_too = there & (k + feature < n)[None, :]
+            grid = grids + (tile * groups + k // GROUP) * 64 + row  # (64,)
+            if PASS > BLOCKS:
+                grid = tl.load(grid, mask=start + i * SPAN // 64 < last, other=0)
             else:
-                there_too = there
-            inputs = tl.load(x + token[:, None] * n + (k + feature)[None, :], mask=there_too,
-                             other=0.0)  # (TOKENS, SPAN)  # fmt: skip
+                grid = tl.load(grid)
+            words = tl.load(codes + (tile * blocks + block) * 512 + i * SPAN % 64 // 16 + at)
+            if RAGGED:
+                inputs = tl.load(x + lines * n + (k + feature)[None, :],
+                                 mask=(k + feature < n)[None, :], other=0.0)  # fmt: skip
+            else:
+                inputs = tl.load(x + lines * n + (k + feature)[None, :])  # (TOKENS, SPAN)
             inputs = tl.trans(inputs.to(DOT))
             w = decoded(words, ones, KIND, BLOCKS, W).to(DOT)  # (64, SPAN)
-            scale, zero = 16 * half(grid)[:, None], half(grid >> 16)[:, None]
-            if TOKENS <= 16:  # few outputs: scaling them is less work than scaling weights
+            scale, zero = half(grid)[:, None], half(grid >> 16)[:, None]  # zero: -(128 + zero)
+            if TOKENS <= SCALED:  # few outputs: scaling them is less work than scaling weights
                 part_sum = tl.dot(w, inputs, input_precision="ieee")
-                # In every row sum_k x_k: a tensor core's sum, where the outputs lie
+                # In each of 16 rows sum_k x_k: a tensor core's sum, where the outputs lie
                 input_sum = tl.dot(every, inputs, input_precision="ieee")
-                total += scale * (part_sum - zero * input_sum)
+                input_sum = tl.broadcast_to(input_sum[None, :, :], (4, 16, TOKENS))
+                input_sum = tl.reshape(input_sum, (64, TOKENS))
+                total += scale * (part_sum + zero * input_sum)
             else:
-                w = (w - zero.to(DOT)) * scale.to(DOT)  # the difference is exact
+                w = (w + zero.to(DOT)) * scale.to(DOT)  # the sum is exact
                 total = tl.dot(w, inputs, total, input_precision="ieee")
     where = token[None, :] * out + (tile * 64 + row)[:, None]
     mask = (tile * 64 + row < out)[:, None] & (token < tokens)[None, :]

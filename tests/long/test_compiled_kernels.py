@@ -20,7 +20,8 @@ SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a program may have
 CONFIGURATIONS = [
     (90, 64, 8, "bf16"), (90, 128, 8, "bf16"), (90, 32, 8, "bf16"), (90, 64, 16, "bf16"),
     (90, 64, 32, "bf16"), (90, 64, 64, "bf16"),
-    (80, 64, 8, "bf16"), (80, 128, 16, "bf16"), (80, 128, 32, "fp16"), (80, 64, 64, "fp16"),
+    (80, 64, 8, "bf16"), (80, 64, 16, "bf16"), (80, 64, 32, "bf16"), (80, 128, 16, "bf16"),
+    (80, 128, 32, "fp16"), (80, 64, 64, "fp16"),
     (100, 128, 8, "bf16"), (100, 64, 16, "fp16"), (100, 32, 64, "bf16"),
 ]  # fmt: skip
 
@@ -38,10 +39,12 @@ def test_every_configuration_compiles_and_keeps_its_numbers_in_registers(case, m
     assert found["spilled"] <= 32  # bytes of a thread, once a pass of hundreds of instructions
 
 
-def test_one_token_takes_three_instructions_a_weight_at_most(made):
+def test_up_to_32_tokens_take_three_and_a_half_instructions_a_weight_at_most(made):
     for width, most in ((64, 2.8), (128, 2.4), (32, 3.5)):
         assert made[90, width, 8, "bf16"]["instructions_a_weight"] < most
-    assert made[90, 64, 16, "bf16"]["instructions_a_weight"] < 3.5
+    for sm in (80, 90):
+        assert made[sm, 64, 16, "bf16"]["instructions_a_weight"] < 2.8
+        assert made[sm, 64, 32, "bf16"]["instructions_a_weight"] < 3.5
 
 
 def test_counters_are_those_on_record(made):
@@ -49,7 +52,7 @@ def test_counters_are_those_on_record(made):
     record = json.loads(RECORD.read_text(encoding="utf-8"))["kernels"]
     known = {(r["sm"], r["group"], r["tokens"], "bf16"): r for r in record}
     both = known.keys() & made.keys()
-    assert len(both) == 8
+    assert len(both) == 10
     for case in both:
         now, then = made[case], known[case]
         assert now["instructions_a_weight"] < 1.05 * then["instructions_a_weight"], case

@@ -30,7 +30,7 @@ def test_a_word_has_the_codes_that_the_table_names():
     for row in (0, 9, 31, 63, 64, 69):
         for k in (0, 1, 2, 5, 17, 63, 64, 191):
             tile, a, b, g = row // 64, row // 16 % 4, row // 8 % 2, row % 8
-            block, w, t, c, d = k // 64, k // 16 % 4, k // 4 % 4, k // 2 % 2, k % 2
+            block, w, c, t, d = k // 64, k // 16 % 4, k // 8 % 2, k // 2 % 4, k % 2
             word = int(held.codes[tile, block, ((a * 8 + g) * 4 + t) * 4 + w])
             assert word >> 16 * d + 4 * (2 * c + b) & 15 == codes[row, k]
 
@@ -41,7 +41,7 @@ def test_a_grid_is_one_word_and_rows_that_are_not_there_have_scale_0():
     assert grids.shape == (2, 4, BLOCK)
     scale, zero = grids.view(torch.float16).view(2, 4, BLOCK, 2).unbind(-1)
     assert torch.equal(scale.transpose(1, 2).reshape(-1, 4)[:70], q.scale)
-    assert torch.equal(16 * (zero.transpose(1, 2).reshape(-1, 4)[:70].float() - 1),
+    assert torch.equal(-128 - zero.transpose(1, 2).reshape(-1, 4)[:70].float(),
                        q.zero_point.float())  # fmt: skip
     assert not scale[1, :, 6:].any()
     more = fragments(packed(3, 96, 32)).op_grids  # 3 groups, and one of what is added

@@ -22,7 +22,7 @@ from tests.support.tensors import normal, relative
 from tests.support.triton_cases import CASES, packed
 
 # What is stored is rounded, by half a unit in the last place, or a whole one where the interpreter
-# cuts bf16; decoded weights too, where there are more than 16 tokens.
+# cuts bf16; decoded weights too, where there are more than 32 tokens.
 TOLERANCE = {"bf16": 1e-2, "fp16": 1e-3}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has no wheel here")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
